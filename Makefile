@@ -1,0 +1,40 @@
+# Set up, run, check and test. `make help` lists the targets.
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+TORCH := $(shell sed -n 's/^\#   pip install \(torch==.*\)/\1/p' requirements/lock.txt)
+
+.PHONY: help setup run check test test-long bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## make .venv from the pinned requirements
+
+$(VENV)/.ready: requirements/lock.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(TORCH)
+	$(PY) -m pip install --quiet --no-deps -r requirements/lock.txt
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+run: setup ## train the default cell: SmolLM2-135M learns two-digit addition
+	$(PY) -m dash_exp
+
+check: setup ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: setup ## the tests, under ten minutes on two cores
+	$(PY) -m pytest -m "not long and not gpu"
+
+test-long: setup ## the longer tests, under forty minutes on two cores
+	$(PY) -m pytest -m "long and not gpu"
+
+bench: setup ## measure; see benchmarks/README.md
+	$(PY) -m benchmarks.default_cell
+
+clean: ## remove caches, never outputs
+	rm -rf .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,0 +1,112 @@
+"""A cell: one resolved config, its identity, and its frozen file. Torch-free.
+
+The identity is a hash of everything that can change the result: the config without actions, with
+paths replaced by what they hold. Equal experiments therefore share a folder, wherever the data lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dash_exp.config import ACTIONS, Config, DatasetConfig, ModelConfig, to_config
+from dash_exp.hashing import file_hash, package_path, weights_hash
+
+FORMAT = 1
+"""Raised when the meaning of a config changes, so that old records are not taken for new ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A frozen cell: its id (8 hex digits), its readable name, and what is written to config.yaml."""
+
+    id: str
+    name: str
+    frozen: dict[str, Any]
+
+    def folder(self, root: Path) -> Path:
+        return root / "cells" / f"{self.name}-{self.id}"
+
+
+def make_cell(config: Config, cache: Path) -> Cell:
+    """Resolve paths, hash what they hold, and name the cell."""
+    resolve_paths(config)
+    frozen = {k: v for k, v in asdict(config).items() if k not in ACTIONS}
+    identity = {**frozen, "format": FORMAT}
+    identity["model"] = _model_identity(config.model, frozen["model"], cache)
+    identity["dataset"] = _dataset_identity(config.dataset, frozen["dataset"], cache)
+    identity["evaluation"] = {
+        **frozen["evaluation"],
+        "sets": {
+            label: _dataset_identity(one, asdict(one), cache)
+            for label, one in config.evaluation.sets.items()
+        },
+    }
+    text = json.dumps(identity, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    name = f"{config.algorithm.name}-{config.model.name}-{config.dataset.name}-s{config.seed}"
+    return Cell(digest, "".join(c if c.isalnum() or c in "-_." else "_" for c in name), frozen)
+
+
+def resolve_paths(config: Config) -> None:
+    """Put the file each dataset is read from into its `path`, absolute, and drop the other names."""
+    for one in (config.dataset, *config.evaluation.sets.values()):
+        found = dataset_file(one, config.paths.data)
+        one.path = str(found) if found else None
+    if config.model.path:
+        config.model.path = str(Path(config.model.path).expanduser().resolve())
+
+
+def dataset_file(one: DatasetConfig, data_folder: str | None) -> Path | None:
+    """The file a dataset is read from: `path`, else `file` below the data folder, else None (hub)."""
+    if one.path:
+        return Path(one.path).expanduser().resolve()
+    if one.file and data_folder:
+        candidate = Path(data_folder).expanduser().resolve() / one.file
+        return candidate if candidate.exists() else None
+    return None
+
+
+def _dataset_identity(one: DatasetConfig, plain: dict[str, Any], cache: Path) -> dict[str, Any]:
+    kept = dict(plain)
+    if one.path:
+        for key in ("file", "hub", "hub_config", "hub_split"):
+            kept.pop(key)
+        kept["path"] = file_hash(Path(one.path), cache)
+    return kept
+
+
+def _model_identity(one: ModelConfig, plain: dict[str, Any], cache: Path) -> dict[str, Any]:
+    kept = {"name": one.name, "add_bos": one.add_bos}
+    if one.path:
+        return {**kept, "weights": weights_hash(Path(one.path), cache)}
+    if one.package and one.package_file:
+        return {**kept, "weights": file_hash(package_path(one.package) / one.package_file, cache)}
+    return {**kept, **{k: plain[k] for k in ("hub", "revision", "random")}}
+
+
+def freeze(cell: Cell, folder: Path) -> None:
+    """Write config.yaml once; what is frozen is never written again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    if not path.exists():
+        temporary = folder / ".config.yaml"
+        temporary.write_text(yaml.safe_dump(cell.frozen, sort_keys=False, allow_unicode=True))
+        temporary.replace(path)
+
+
+def read_frozen(folder: Path) -> Config:
+    """The config of a cell's folder, with `run.dir` set to its root and default actions."""
+    from omegaconf import OmegaConf
+
+    loaded = OmegaConf.load(folder / "config.yaml")
+    actions = {
+        "run": {"dir": str(folder.parent.parent), "force": False, "progress": "auto"},
+        "tracking": {"name": "none"}, "cluster": {"name": "local"},
+    }  # fmt: skip
+    return to_config(OmegaConf.merge(OmegaConf.create(actions), loaded))

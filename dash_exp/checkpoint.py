@@ -1,0 +1,159 @@
+"""Checkpoints: Hugging Face folders with the state to resume beside the weights.
+
+    checkpoints/step-000010/        config.json, model.safetensors (fp32 masters), tokenizer: loads as is
+    checkpoints/step-000010/resume/ optimizer.safetensors, state.json
+    checkpoints/step-000010/checksums.json   SHA-256 of every file; written last
+
+A checkpoint is built beside its place and renamed, so half of one is never seen; a damaged one is
+found by its checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dash_exp.record import write_json
+
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+CHECKSUMS = "checksums.json"
+RESUME = "resume"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a later process needs to go on: weights and optimizer moments by name, and counters
+    (step, updates). Seeds and the data cursor are functions of the step."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    folder: Path
+    reason: str
+
+
+def folder_of(cell: Path, step: int) -> Path:
+    return cell / "checkpoints" / f"step-{step:06d}"
+
+
+def existing(cell: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((cell / "checkpoints").glob("step-*"), reverse=True)
+
+
+def save(cell: Path, step: int, snapshot: Snapshot, model_folder: Path) -> Path:
+    """Write a checkpoint of this step. OSError (a full disk, say) leaves earlier ones as they were."""
+    target = folder_of(cell, step)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(".saving-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
+    os.chmod(fresh, 0o755)
+    try:
+        for pattern in MODEL_FILES:
+            for file in model_folder.glob(pattern):
+                if not file.name.endswith(".index.json") and file.name != CHECKSUMS:
+                    shutil.copyfile(file, fresh / file.name)
+        _save_tensors(snapshot.weights, fresh / "model.safetensors")
+        (fresh / RESUME).mkdir()
+        _save_tensors(snapshot.optimizer, fresh / RESUME / "optimizer.safetensors")
+        write_json(fresh / RESUME / "state.json", snapshot.state)
+        write_json(fresh / CHECKSUMS, checksums(fresh))
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(fresh, target)
+        _sync_folder(target.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return target
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its own error type, also for a full disk
+        raise OSError(f"{path}: {error}") from error
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder but the checksums themselves."""
+    sums = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != CHECKSUMS:
+            with file.open("rb") as stream:
+                sums[str(file.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return sums
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None."""
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS} cannot be read: {error}"
+    actual = checksums(folder)
+    for name, value in expected.items():
+        if name not in actual:
+            return f"{name} is missing"
+        if actual[name] != value:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def latest(cell: Path) -> tuple[Snapshot | None, list[Damage]]:
+    """The newest resumable checkpoint that is whole, and those newer ones that are damaged."""
+    damaged = []
+    for folder in existing(cell):
+        reason = damage(folder)
+        if reason is None:
+            return load(folder), damaged
+        damaged.append(Damage(folder, reason))
+    return None, damaged
+
+
+def load(folder: Path) -> Snapshot:
+    return Snapshot(
+        load_file(folder / "model.safetensors"),
+        load_file(folder / RESUME / "optimizer.safetensors"),
+        json.loads((folder / RESUME / "state.json").read_text()),
+    )
+
+
+def prune(cell: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for folder in existing(cell)[keep:]:
+        shutil.rmtree(folder)
+
+
+def finalise(cell: Path) -> None:
+    """A finished cell needs no state to resume: keep the newest checkpoint's weights only."""
+    prune(cell, keep=1)
+    for folder in existing(cell):
+        if (folder / RESUME).exists():
+            shutil.rmtree(folder / RESUME)
+            write_json(folder / CHECKSUMS, checksums(folder))

@@ -1,0 +1,265 @@
+"""Every setting of a run, one dataclass per config group. Values live in `conf/`, types here.
+
+Hydra fills `Config` (see `conf/config.yaml`), `OmegaConf.to_object` turns it into these classes, and
+`build.py` passes plain arguments on: no other module reads the config. Checks across fields are in
+`validation.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """Where the weights come from; exactly one of `path`, `package`, `hub`, `random` is used, in that
+    order, so `model.path=` wins over what an option names."""
+
+    name: str = MISSING
+    path: str | None = None
+    """A local Hugging Face folder (config.json, safetensors, tokenizer)."""
+    package: str | None = None
+    """A Python package that carries a GGUF file, named in `package_file`."""
+    package_file: str | None = None
+    hub: str | None = None
+    """A model hub name, with `revision` (a commit, for a result that can be repeated)."""
+    revision: str | None = None
+    random: dict[str, int] = field(default_factory=dict)
+    """Sizes of a randomly initialised Llama over single characters, for tests; empty: not used."""
+    add_bos: bool = False
+    """Let the tokenizer put its begin token before a prompt."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """An arm: what the update is. Sizes (`steps` to `group_size`) come from the recipe."""
+
+    name: str = MISSING
+    steps: int = MISSING
+    prompts_per_step: int = MISSING
+    group_size: int = MISSING
+    baseline: str = MISSING
+    scale: str = MISSING
+    surrogate: str = MISSING
+    clip_low: float = MISSING
+    clip_high: float = MISSING
+    beta: float = MISSING
+    kl: str = MISSING
+    aggregation: str = MISSING
+    passes: int = MISSING
+    """Updates over the whole batch: 1, or K for PPO-Multi."""
+    schedule: str = MISSING
+    """How the arm samples: `preemptive` or `per_microbatch`."""
+    filters: list[str] = MISSING
+    """Filters that fit the arm's definition; any other is a config error."""
+
+
+@dataclass
+class SamplerConfig:
+    """How completions are sampled."""
+
+    name: str = MISSING
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    top_p: float = MISSING
+    top_k: int = MISSING
+    schedule: str = MISSING
+    prompts_per_call: int = MISSING
+    """Prompts sampled at a time when the schedule is `per_microbatch`."""
+    streaming: bool = MISSING
+    """Backpropagate finished groups while others are still being sampled (one-update arms)."""
+    max_sequences: int = MISSING
+    """Completions decoded at once; more wait. Bounds the memory of the cache."""
+    dtype: str = MISSING
+    """`vllm` only: `bfloat16` or `float32`. The `hf` sampler shares the learner's weights."""
+    kv_cache_gb: float = MISSING
+    """`vllm` on CPU only: memory of the cache."""
+    gpu_memory_utilization: float = MISSING
+    """`vllm` on a GPU only: share of its memory."""
+    enforce_eager: bool = MISSING
+    """`vllm` only: no CUDA graphs."""
+
+
+@dataclass
+class FilterConfig:
+    """Which completions are dropped before any forward pass."""
+
+    name: str = MISSING
+    threshold: float = MISSING
+    """`advantage`: keep |A| > threshold, in units of the advantage as the arm scales it."""
+    kl: str = MISSING
+    """`drop`: dropped completions owe no KL term (counted); `keep`: they are forwarded for it."""
+    denominator: str = MISSING
+    """`all`: divide by every completion sampled; `kept`: by the kept ones only."""
+
+
+@dataclass
+class DatasetConfig:
+    """Where prompts come from and how an answer is judged."""
+
+    name: str = MISSING
+    kind: str = MISSING
+    """`jsonl` (a file or the hub) or `arithmetic` (generated)."""
+    path: str | None = None
+    """One JSON-lines file; wins over `file` and `hub`."""
+    file: str | None = None
+    """A file name below `paths.data`."""
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str | None = None
+    fields: dict[str, list[str]] = field(default_factory=dict)
+    """Our field (`problem`, `answer`, `id`) to the names a source may use; the first present wins."""
+    answer_after: str | None = None
+    """The gold answer is what follows the last occurrence of this mark in the answer field."""
+    split: str = MISSING
+    """`train` or `test`; generated datasets make disjoint ones."""
+    limit: int | None = None
+    """Use the first so many prompts (after the order of the file)."""
+    template: str = MISSING
+    stop: list[str] = field(default_factory=list)
+    """A completion ends after one of these; each must be a single token."""
+    verifier: str = MISSING
+    extraction: str = MISSING
+    max_prompt_tokens: int = MISSING
+    max_new_tokens: int | None = None
+    """When evaluating on this set; null: as in training."""
+
+
+@dataclass
+class RecipeConfig:
+    """Sizes, lengths, learning rate and schedule; the values it sets are in the other groups."""
+
+    name: str = MISSING
+
+
+@dataclass
+class LearnerConfig:
+    """The optimizer, its precision, and how a batch is cut (which never changes the result)."""
+
+    lr: float = MISSING
+    schedule: str = MISSING
+    warmup_updates: int = MISSING
+    weight_decay: float = MISSING
+    beta1: float = MISSING
+    beta2: float = MISSING
+    eps: float = MISSING
+    max_grad_norm: float = MISSING
+    precision: str = MISSING
+    """`bf16_mixed`: fp32 master weights, bf16 compute. `fp32`. `bf16`: pure, for comparison."""
+    freeze_embeddings: bool = MISSING
+    micro_batch_tokens: int = MISSING
+    logit_chunk: int = MISSING
+    """Rows of logits held at once: memory = chunk x V x 4 bytes, several times."""
+    gradient_checkpointing: bool = MISSING
+    deterministic: bool = MISSING
+    """Micro-batches in prompt order, whatever the order in which groups finish."""
+    device: str = MISSING
+
+
+@dataclass
+class EvaluationConfig:
+    """When and on what the model is evaluated. `sets` maps a label to a dataset."""
+
+    name: str = MISSING
+    before: bool = MISSING
+    after: bool = MISSING
+    every: int = MISSING
+    """Steps between evaluations; 0: only before and after."""
+    samples: int = MISSING
+    """Completions per prompt; 1 with temperature 0 is greedy accuracy."""
+    temperature: float = MISSING
+    limit: int | None = None
+    """Use the first so many prompts of each set."""
+    sets: dict[str, DatasetConfig] = field(default_factory=dict)
+
+
+@dataclass
+class CheckpointConfig:
+    """When a resumable checkpoint is written, and how many are kept."""
+
+    every: int = MISSING
+    keep: int = MISSING
+
+
+@dataclass
+class VerifierConfig:
+    """The pool of worker processes that judge answers."""
+
+    workers: int = MISSING
+    timeout_s: float = MISSING
+    memory_mb: int = MISSING
+
+
+@dataclass
+class TrackingConfig:
+    name: str = MISSING
+
+
+@dataclass
+class ClusterConfig:
+    name: str = MISSING
+    threads: int | None = None
+    """CPU threads of a run; null: all that this process may use."""
+
+
+@dataclass
+class BudgetConfig:
+    seconds: float | None = None
+    """Stop training after so many seconds of training time, between updates; null: no limit."""
+
+
+@dataclass
+class RunConfig:
+    """Actions and places. Never part of a cell's identity."""
+
+    dir: str = MISSING
+    force: bool = MISSING
+    progress: str = MISSING
+    """`auto`: live on a terminal, plain lines elsewhere; `plain`; `none`."""
+
+
+@dataclass
+class PathsConfig:
+    data: str | None = None
+    """Folder that holds dataset files by name; default: the variable DASH_DATA."""
+
+
+@dataclass
+class Config:
+    """One cell, and how to run it."""
+
+    seed: int = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+ACTIONS = ("run", "tracking", "cluster", "paths")
+"""Groups that cannot change a result: left out of a cell's identity and of its frozen file."""
+
+
+def to_config(composed: Any) -> Config:
+    """The typed config of a composed Hydra config, every interpolation resolved.
+
+    Raises omegaconf errors for a missing or ill-typed value.
+    """
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,278 @@
+"""The learner: accumulates unnormalised gradient sums in fp32, then divides once and updates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_exp.checkpoint import Snapshot
+from dash_exp.learning import losses
+from dash_exp.learning.logprobs import token_logprobs
+from dash_exp.learning.packing import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised per token: surrogate + beta x KL."""
+
+    surrogate: str
+    clip_low: float
+    clip_high: float
+    beta: float
+    kl: str
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """How the weights move."""
+
+    lr: float
+    schedule: str
+    warmup_updates: int
+    total_updates: int
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    max_grad_norm: float
+    precision: str
+    freeze_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateStats:
+    """One optimizer update. `skipped`: nothing was accumulated and nothing moved."""
+
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+@dataclass(slots=True)
+class BatchSums:
+    """Sums over tokens since the last `take_sums`, for the metrics of a step."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, **sums: float) -> None:
+        for name, value in sums.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+
+
+def learning_rate(update: int, setting: Optimization) -> float:
+    """The rate of update number `update` (from 0): linear warm-up, then constant or linear to 0 over
+    the planned updates. A skipped update counts, so a schedule depends on the plan alone."""
+    if update < setting.warmup_updates:
+        return setting.lr * (update + 1) / setting.warmup_updates
+    if setting.schedule == "constant":
+        return setting.lr
+    left = max(0, setting.total_updates - update)
+    return setting.lr * left / max(1, setting.total_updates - setting.warmup_updates)
+
+
+class Learner:
+    """Owns the policy. `model` computes (bf16 or fp32); `masters` are what the optimizer moves.
+
+    With `bf16_mixed` every trainable tensor has an fp32 master and the model holds its rounded copy;
+    with `fp32` and `bf16` the model's own tensors are the masters.
+    """
+
+    def __init__(
+        self, model: Any, objective: Objective, setting: Optimization, *,
+        vocabulary: int, logit_chunk: int, gradient_checkpointing: bool = False,
+    ):  # fmt: skip
+        self.objective, self.setting = objective, setting
+        self.vocabulary, self.logit_chunk = vocabulary, logit_chunk
+        self.model = model.eval()  # dropout is never on: two scorings of a sample are identical
+        self.head: Tensor = model.get_output_embeddings().weight
+        if setting.freeze_embeddings:
+            model.get_input_embeddings().weight.requires_grad_(False)
+            self.head.requires_grad_(False)
+        self.masters: dict[str, Tensor] = {}
+        self._prepare_precision()
+        self.gradients = {name: torch.zeros_like(m, dtype=torch.float32) for name, m in self.masters.items()}
+        self._touched: set[str] = set()
+        self._hook()
+        if gradient_checkpointing:
+            model.train()  # transformers checkpoints in training mode only; dropout is refused below
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        refuse_dropout(model)
+        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if objective.beta > 0 else None
+        for master in self.masters.values():
+            master.grad = None
+        self.optimizer = torch.optim.AdamW(
+            list(self.masters.values()), lr=setting.lr, betas=setting.betas, eps=setting.eps,
+            weight_decay=setting.weight_decay, fused=True,
+        )  # fmt: skip
+        self.updates = 0
+        self.sums = BatchSums()
+
+    def _prepare_precision(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            full = parameter.data.float()
+            if self.setting.precision != "fp32":
+                parameter.data = full.to(torch.bfloat16)
+            if parameter.requires_grad:
+                mixed = self.setting.precision == "bf16_mixed"
+                self.masters[name] = full.clone() if mixed else parameter
+
+    def _hook(self) -> None:
+        """Each backward's gradient goes to the fp32 sum at once and is freed."""
+
+        def to_sum(name: str) -> Any:
+            def add(parameter: Tensor) -> None:
+                assert parameter.grad is not None
+                if name in self._touched:
+                    self.gradients[name] += parameter.grad
+                else:
+                    self.gradients[name].copy_(parameter.grad)
+                    self._touched.add(name)
+                parameter.grad = None
+
+            return add
+
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(to_sum(name))
+
+    def _score(self, model: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        hidden = model.get_decoder()(
+            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
+            context=batch.context, use_cache=False,
+        ).last_hidden_state[0]  # fmt: skip
+        return token_logprobs(
+            hidden.index_select(0, batch.logit_index), model.get_output_embeddings().weight,
+            batch.targets, temperature=self.objective.temperature, vocabulary=self.vocabulary,
+            chunk=self.logit_chunk,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def logprobs(self, batch: MicroBatch) -> Tensor:
+        """Log-probabilities [C] of the current policy, without gradient."""
+        return self._score(self.model, batch)[0]
+
+    def accumulate(self, batch: MicroBatch, old_logprobs: Tensor | None = None) -> Tensor:
+        """Forward and backward one micro-batch, adding to the gradient sums.
+
+        `old_logprobs` [C] are those of the sampling weights; None where the current weights are the
+        sampling weights (the first update of a batch), whose own detached values then serve. Returns
+        the log-probabilities [C], detached.
+        """
+        goal = self.objective
+        logprobs, entropy = self._score(self.model, batch)
+        detached = logprobs.detach()
+        old = detached if old_logprobs is None else old_logprobs
+        if goal.surrogate == "clipped":
+            loss = losses.clipped_ratio(logprobs, old, batch.advantages, goal.clip_low, goal.clip_high)
+        else:
+            loss = losses.policy_gradient(logprobs, batch.advantages)
+        if self.reference is not None:
+            with torch.no_grad():
+                reference, _ = self._score(self.reference, batch)
+            penalty = losses.kl_penalty(logprobs, reference, goal.kl)
+            loss = loss + goal.beta * penalty
+            self.sums.add(kl=float(penalty.detach().sum()))
+        total = (loss * batch.weights).sum()
+        total.backward()
+        clipped = losses.clip_share(detached, old, batch.advantages, goal.clip_low, goal.clip_high)
+        self.sums.add(
+            loss=float(total.detach()),
+            entropy=float(entropy.sum()),
+            clipped=float(clipped.sum()),
+            ratio=float(torch.exp(detached - old).sum()),
+            gap=float((detached - batch.sampler_logprobs).abs().sum()),
+            tokens=len(batch.targets),
+            completions=len(batch.lengths),
+            computed=len(batch.input_ids),
+        )
+        return detached
+
+    @torch.no_grad()
+    def update(self, denominator: float) -> UpdateStats:
+        """Divide the sums once, clip by global norm, move the weights, clear the sums.
+
+        Where nothing was accumulated (every completion dropped) nothing moves, not even by momentum
+        or weight decay; the update still counts for the learning-rate schedule.
+        """
+        lr = learning_rate(self.updates, self.setting)
+        self.updates += 1
+        if not self._touched:
+            return UpdateStats(0.0, lr, skipped=True)
+        gradients = [self.gradients[name] for name in self.masters]
+        for name, gradient in self.gradients.items():
+            if name not in self._touched:
+                gradient.zero_()
+        norm = float(torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()) / denominator
+        scale = min(1.0, self.setting.max_grad_norm / (norm + 1e-6)) / denominator
+        for master, gradient in zip(self.masters.values(), gradients, strict=True):
+            gradient *= scale
+            master.grad = gradient.to(master.dtype)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for master in self.masters.values():
+            master.grad = None
+        self._copy_masters()
+        self._touched.clear()
+        return UpdateStats(norm, lr, skipped=False)
+
+    def _copy_masters(self) -> None:
+        if self.setting.precision == "bf16_mixed":
+            for name, parameter in self.model.named_parameters():
+                if name in self.masters:
+                    parameter.data.copy_(self.masters[name])
+
+    def compute_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights the policy computes with, by name, for a sampler that holds its own."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()
+
+    def snapshot(self, step: int) -> Snapshot:
+        """Weights (fp32), optimizer moments and counters, not copied: save before the next update."""
+        weights = {
+            name: self.masters.get(name, parameter).detach().float()
+            for name, parameter in self.model.named_parameters()  # a tied tensor comes once
+        }
+        moments: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            state = self.optimizer.state.get(master, {})
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                if key in state:
+                    moments[f"{key}/{name}"] = state[key]
+        return Snapshot(weights, moments, {"step": step, "updates": self.updates})
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot of the same model and settings."""
+        for name, parameter in self.model.named_parameters():
+            value = snapshot.weights[name]
+            parameter.data.copy_(value)
+            if name in self.masters:
+                self.masters[name].copy_(value)
+        for name, master in self.masters.items():
+            keys = ("exp_avg", "exp_avg_sq", "step")
+            if f"step/{name}" in snapshot.optimizer:
+                state = {k: snapshot.optimizer[f"{k}/{name}"] for k in keys}
+                state["exp_avg"] = state["exp_avg"].to(master)
+                state["exp_avg_sq"] = state["exp_avg_sq"].to(master)
+                self.optimizer.state[master] = state
+        self.updates = int(snapshot.state["updates"])
+
+    def take_sums(self) -> dict[str, float]:
+        """The sums since the last call, and start again from nothing."""
+        sums, self.sums = self.sums.values, BatchSums()
+        return sums
+
+
+def refuse_dropout(model: Any) -> None:
+    """Raise ValueError if the model would drop anything out while training."""
+    for name, module in model.named_modules():
+        rate = getattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else 0.0
+        rate = max(rate, float(getattr(module, "attention_dropout", 0.0) or 0.0))
+        if rate > 0:
+            raise ValueError(f"{name} has dropout {rate}; set it to 0 in the model's config.json")

@@ -1,0 +1,110 @@
+"""Log-probabilities of given tokens from hidden states, without ever holding [T, V] for a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """See `token_logprobs`. Rows are independent, so with a frozen output matrix the gradient of
+    every row's log-probability with respect to its hidden state, (W[y] - sum_v p_v W[v]) / tau, is
+    computed while the logits are at hand; backward only scales it. A trainable matrix needs the
+    upstream gradient first, so its logits are computed again, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        vocabulary: int,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropy = torch.empty_like(logprobs)
+        unit = hidden.requires_grad and not weight.requires_grad
+        direction = torch.empty_like(hidden) if unit else None
+        used = weight[:vocabulary]
+        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            y = targets[start:stop]
+            logits = _logits(hidden[start:stop], used, temperature)
+            picked = logits.gather(1, y[:, None]).squeeze(1)
+            top = logits.amax(dim=1, keepdim=True)
+            logits -= top
+            powers = logits.exp()
+            total = powers.sum(dim=1)
+            log_total = total.log()
+            logprobs[start:stop] = picked - top.squeeze(1) - log_total
+            weighted = torch.linalg.vecdot(powers, logits)
+            entropy[start:stop] = log_total - weighted / total
+            if direction is not None:
+                p = powers.div_(total[:, None]).to(hidden.dtype)
+                direction[start:stop] = (used[y] - p @ used) / temperature
+        ctx.save_for_backward(hidden, weight, targets, direction)
+        ctx.settings = (temperature, vocabulary, chunk)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, direction = ctx.saved_tensors
+        temperature, vocabulary, chunk = ctx.settings
+        upstream = grads[0]
+        none = (None, None, None, None)
+        if direction is not None:
+            return (upstream[:, None].to(direction.dtype) * direction, None, *none)
+        used = weight[:vocabulary]
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            grad_logits = torch.softmax(_logits(hidden[part], used, temperature), dim=1).neg_()
+            grad_logits.scatter_add_(
+                1, targets[part, None], torch.ones_like(upstream[part, None])
+            )
+            grad_logits *= upstream[part, None] / temperature
+            low = grad_logits.to(hidden.dtype)
+            grad_hidden[part] = low @ used
+            if grad_weight is not None:
+                grad_weight[:vocabulary].addmm_(low.t(), hidden[part])
+        return (grad_hidden, grad_weight, *none)
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ weight.t()).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocabulary: int | None = None,
+    chunk: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden W^T / temperature)[target], and the entropy of that distribution in nats.
+
+    hidden [T, H]; weight [V, H], the output matrix; targets [T] int64 -> two fp32 tensors [T]. The
+    entropy carries no gradient. Ids from `vocabulary` on (rows that pad the matrix beyond the
+    tokenizer) have probability 0, as in the samplers. At most `chunk` rows of logits exist at once.
+
+    Raises ValueError for shapes that do not fit and for a temperature that is not positive.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} does not fit weight {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"{len(hidden)} hidden states but targets {tuple(targets.shape)}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    size = weight.shape[0] if vocabulary is None else min(vocabulary, weight.shape[0])
+    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(
+        hidden, weight, targets, temperature, size, chunk
+    )
+    return out

@@ -1,0 +1,232 @@
+"""Micro-batches: groups laid end to end in one row of tokens, each prompt once per group.
+
+The input holds, per group, the prompt and every forwarded completion except its last token (nothing is
+predicted from it). The hidden state of a prompt's last token predicts the first token of all its
+completions. How a batch is cut into micro-batches never changes the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from dash_exp.learning.losses import token_weight
+from dash_exp.modeling.attention import (
+    AttentionContext,
+    CompletionRows,
+    GroupRows,
+    additive_mask,
+)
+from dash_exp.types import AdvantagedGroup
+
+GROUP_ROW_CELLS = 1 << 18
+"""Cells (rows x length^2) up to which whole groups share an attention row; longer ones go by completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some completions of one group that are forwarded together."""
+
+    source: AdvantagedGroup
+    indices: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        group = self.source.group
+        own = sum(len(group.completions[i].token_ids) - 1 for i in self.indices)
+        return len(group.prompt.token_ids) + own
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What fits one forward and backward. T input tokens, C predicted completion tokens.
+
+    `logit_index` [C]: input token whose hidden state predicts `targets` [C]. `advantages`, `weights`
+    and `sampler_logprobs` [C] fp32 are aligned to `targets`. A completion that is forwarded for its KL
+    term only has advantage 0. `lengths`: tokens of each completion, in order.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    context: AttentionContext
+    logit_index: Tensor
+    targets: Tensor
+    advantages: Tensor
+    weights: Tensor
+    sampler_logprobs: Tensor
+    lengths: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+def pieces_of(group: AdvantagedGroup, max_tokens: int, keep_for_kl: bool) -> Iterator[Piece]:
+    """The forwarded completions of a group, cut so that each piece fits `max_tokens` (a single
+    completion that does not fit is a piece of its own)."""
+    wanted = [i for i, kept in enumerate(group.kept) if kept or keep_for_kl]
+    prompt = len(group.group.prompt.token_ids)
+    taken: list[int] = []
+    room = max_tokens - prompt
+    for i in wanted:
+        own = len(group.group.completions[i].token_ids) - 1
+        if taken and own > room:
+            yield Piece(group, tuple(taken))
+            taken, room = [], max_tokens - prompt
+        taken.append(i)
+        room -= own
+    if taken:
+        yield Piece(group, tuple(taken))
+
+
+class Packer:
+    """Turns groups, as they arrive, into micro-batches of at most `max_tokens` input tokens."""
+
+    def __init__(
+        self, max_tokens: int, aggregation: str, keep_for_kl: bool, device: torch.device | str = "cpu"
+    ):
+        self.max_tokens = max_tokens
+        self.aggregation = aggregation
+        self.keep_for_kl = keep_for_kl
+        self.device = device
+        self._waiting: list[Piece] = []
+        self._tokens = 0
+
+    def add(self, group: AdvantagedGroup) -> Iterator[MicroBatch]:
+        """Take a group; yield every micro-batch that this completes."""
+        for piece in pieces_of(group, self.max_tokens, self.keep_for_kl):
+            if self._waiting and self._tokens + piece.tokens > self.max_tokens:
+                yield from self.flush()
+            self._waiting.append(piece)
+            self._tokens += piece.tokens
+
+    def flush(self) -> Iterator[MicroBatch]:
+        """Yield what is waiting, if anything is."""
+        if self._waiting:
+            yield pack(self._waiting, self.aggregation, self.device)
+        self._waiting, self._tokens = [], 0
+
+
+def pack(
+    pieces: list[Piece], aggregation: str, device: torch.device | str = "cpu", rows: str = "auto"
+) -> MicroBatch:
+    """One micro-batch of these pieces. `rows`: how attention is laid out, `group`, `completion` or
+    `auto`; the result is the same."""
+    ids: list[int] = []
+    positions: list[int] = []
+    spans: list[tuple[int, int, list[tuple[int, int]]]] = []
+    index: list[int] = []
+    targets: list[int] = []
+    for piece in pieces:
+        prompt = piece.source.group.prompt.token_ids
+        start = len(ids)
+        ids += prompt
+        positions += range(len(prompt))
+        owns: list[tuple[int, int]] = []
+        for i in piece.indices:
+            tokens = piece.source.group.completions[i].token_ids
+            begin = len(ids)
+            ids += tokens[:-1]
+            positions += range(len(prompt), len(prompt) + len(tokens) - 1)
+            owns.append((begin, len(ids)))
+            index += [start + len(prompt) - 1, *range(begin, len(ids))]
+            targets += tokens
+        spans.append((start, start + len(prompt), owns))
+    samples = [(p, i) for p in pieces for i in p.indices]
+    completions = [p.source.group.completions[i] for p, i in samples]
+    lengths = tuple(len(c.token_ids) for c in completions)
+    repeats = torch.tensor(lengths)
+
+    def per_token(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats).to(device)
+
+    kept = [p.source.advantages[i] if p.source.kept[i] else 0.0 for p, i in samples]
+    return MicroBatch(
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
+        context=_attention(spans, len(ids), device, rows),
+        logit_index=torch.tensor(index, device=device),
+        targets=torch.tensor(targets, device=device),
+        advantages=per_token(kept),
+        weights=per_token([token_weight(length, aggregation) for length in lengths]),
+        sampler_logprobs=torch.tensor(
+            list(chain.from_iterable(c.logprobs for c in completions)), device=device
+        ),
+        lengths=lengths,
+        positions=tuple(p.source.group.position for p in pieces),
+    )
+
+
+Spans = list[tuple[int, int, list[tuple[int, int]]]]
+"""Per piece: first and last+1 input token of the prompt, and of each completion."""
+
+
+def _attention(
+    spans: Spans, tokens: int, device: torch.device | str, rows: str
+) -> AttentionContext:
+    longest = max((owns[-1][1] if owns else stop) - start for start, stop, owns in spans)
+    if rows == "auto":
+        rows = "group" if len(spans) * longest**2 <= GROUP_ROW_CELLS else "completion"
+    if rows == "group":
+        return _group_rows(spans, tokens, longest, device)
+    return _completion_rows(spans, tokens, device)
+
+
+def _group_rows(
+    spans: Spans, tokens: int, longest: int, device: torch.device | str
+) -> GroupRows:
+    index = torch.zeros(len(spans), longest, dtype=torch.long)
+    inverse = torch.empty(tokens, dtype=torch.long)
+    segment = torch.full((len(spans), longest), -1)  # 0: prompt, n: n-th completion, -1: filler
+    for row, (start, stop, owns) in enumerate(spans):
+        end = owns[-1][1] if owns else stop
+        index[row, : end - start] = torch.arange(start, end)
+        inverse[start:end] = row * longest + torch.arange(end - start)
+        segment[row, : stop - start] = 0
+        for number, (begin, finish) in enumerate(owns, 1):
+            segment[row, begin - start : finish - start] = number
+    earlier = torch.ones(longest, longest, dtype=torch.bool).tril()
+    same = segment[:, :, None] == segment[:, None, :]
+    prompt_key = (segment == 0)[:, None, :]
+    visible = earlier & (same | (prompt_key & (segment >= 0)[:, :, None]))
+    return GroupRows(
+        index.to(device), inverse.to(device), additive_mask(visible[:, None]).to(device)
+    )
+
+
+def _completion_rows(spans: Spans, tokens: int, device: torch.device | str) -> CompletionRows:
+    owns = [(begin, end, row) for row, (_, _, all_) in enumerate(spans) for begin, end in all_]
+    longest_prompt = max(stop - start for start, stop, _ in spans)
+    longest_own = max(1, *(end - begin for begin, end, _ in owns))
+    prompt_index = torch.zeros(len(spans), longest_prompt, dtype=torch.long)
+    prompt_real = torch.zeros(len(spans), longest_prompt, dtype=torch.bool)
+    own_index = torch.zeros(len(owns), longest_own, dtype=torch.long)
+    own_real = torch.zeros(len(owns), longest_own, dtype=torch.bool)
+    inverse = torch.empty(tokens, dtype=torch.long)
+    for row, (start, stop, _) in enumerate(spans):
+        size = stop - start
+        prompt_index[row, :size] = torch.arange(start, stop)
+        prompt_real[row, :size] = True
+        inverse[start:stop] = row * longest_prompt + torch.arange(size)
+    for row, (begin, end, _) in enumerate(owns):
+        size = end - begin
+        own_index[row, :size] = torch.arange(begin, end)
+        own_real[row, :size] = True
+        inverse[begin:end] = len(spans) * longest_prompt + row * longest_own + torch.arange(size)
+    group = torch.tensor([row for _, _, row in owns], dtype=torch.long)
+
+    def causal(n: int) -> Tensor:
+        return torch.ones(n, n, dtype=torch.bool).tril()
+
+    prompt_visible = causal(longest_prompt) & prompt_real[:, None, :]
+    to_prompt = prompt_real[group][:, None, :].expand(-1, longest_own, -1)
+    to_own = causal(longest_own) & own_real[:, None, :]
+    return CompletionRows(
+        prompt_index=prompt_index.to(device),
+        own_index=own_index.to(device),
+        group=group.to(device),
+        inverse=inverse.to(device),
+        prompt_visible=prompt_visible[:, None].to(device),
+        own_visible=torch.cat([to_prompt, to_own], dim=2)[:, None].to(device),
+    )

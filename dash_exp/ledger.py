@@ -1,0 +1,58 @@
+"""The ledger: where the seconds of a step went. Exclusive, so phases sum to the step's wall time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+PHASES = (
+    "sample", "verify", "logprob", "backprop", "optimizer", "sync", "evaluate", "checkpoint", "other",
+)  # fmt: skip
+Item = TypeVar("Item")
+
+
+class Ledger:
+    """Seconds of the main process by phase. A phase entered inside another pauses the outer one; what
+    lies in no phase is `other`."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._stack = ["other"]
+        self._since = clock()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._opened = self._since
+
+    def _switch(self) -> None:
+        now = self._clock()
+        self._seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        assert name in PHASES, name
+        self._switch()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._stack.pop()
+
+    def waiting(self, name: str, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; the time until each next one arrives counts for a phase."""
+        while True:
+            with self.phase(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+    def close_step(self) -> tuple[float, dict[str, float]]:
+        """Wall seconds and seconds by phase since the last call, and start the next step."""
+        self._switch()
+        wall, seconds = self._since - self._opened, self._seconds
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._opened = self._since
+        return wall, seconds

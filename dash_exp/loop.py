@@ -1,0 +1,237 @@
+"""The training loop: the one file that knows the order of things.
+
+    prompts -> sampler.stream -> Group -> verifier -> ScoredGroup -> advantages, filter
+            -> AdvantagedGroup -> micro-batches -> learner.accumulate ... learner.update
+            -> sampler.load_weights -> recorder
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from dash_exp.evaluation import Judge
+from dash_exp.learning import losses
+from dash_exp.learning.filters import Filter
+from dash_exp.learning.learner import Learner, UpdateStats
+from dash_exp.learning.packing import MicroBatch, Packer
+from dash_exp.ledger import Ledger
+from dash_exp.metrics import BatchFacts, sample_rows, step_row
+from dash_exp.record import Recorder, Row
+from dash_exp.sampling.protocol import Decoding, Request, Sampler
+from dash_exp.tasks.prompts import PromptSet, batch, requests
+from dash_exp.types import AdvantagedGroup, Group, Score, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run does, as plain numbers. `prompts_per_call`: prompts sampled at a time (all of the
+    step's in the preemptive schedule)."""
+
+    seed: int
+    steps: int
+    prompts_per_step: int
+    group_size: int
+    prompts_per_call: int
+    streaming: bool
+    in_prompt_order: bool
+    passes: int
+    aggregation: str
+    denominator: str
+    evaluate_every: int
+    checkpoint_every: int
+    budget_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The concrete components of a run, chosen in build.py."""
+
+    prompts: PromptSet
+    sampler: Sampler
+    decoding: Decoding
+    judge: Judge
+    advantages: Callable[[Sequence[float]], tuple[float, ...]]
+    keep: Filter
+    packer: Packer
+    learner: Learner
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop calls besides: evaluation and checkpoint of a step, progress, and whether a
+    signal asked to stop."""
+
+    evaluate: Callable[[int], None]
+    checkpoint: Callable[[int], None]
+    progress: Callable[[Row], None]
+    stop_signal: Callable[[], int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How training ended: after which step, and why (`planned`, `budget`, `signal`)."""
+
+    step: int
+    reason: str
+    signal: int | None = None
+
+
+def train(
+    plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float
+) -> Ending:
+    """Run the steps after `done`; `spent_s` seconds of training time were used by them."""
+    ledger = Ledger()
+    for step in range(done + 1, plan.steps + 1):
+        facts = train_step(plan, parts, ledger, recorder, step)
+        signal = hooks.stop_signal()
+        if plan.evaluate_every and step % plan.evaluate_every == 0 and step < plan.steps:
+            with ledger.phase("evaluate"):
+                hooks.evaluate(step)
+        with ledger.phase("other"):
+            recorder.append("samples", sample_rows(step, facts.groups))
+        last = signal is not None or step == plan.steps
+        if last or (plan.checkpoint_every and step % plan.checkpoint_every == 0):
+            with ledger.phase("checkpoint"):
+                hooks.checkpoint(step)
+        wall, seconds = ledger.close_step()
+        spent_s += wall - seconds["evaluate"] - seconds["checkpoint"]
+        row = step_row(step, facts, wall, seconds)
+        recorder.append("steps", [row])
+        recorder.status("running", step)
+        hooks.progress(row)
+        if signal is not None:
+            return Ending(step, "signal", signal)
+        if plan.budget_s is not None and spent_s >= plan.budget_s and step < plan.steps:
+            hooks.checkpoint(step)
+            return Ending(step, "budget")
+    return Ending(plan.steps, "planned")
+
+
+def train_step(
+    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int
+) -> BatchFacts:
+    """Sample one batch, learn from it, and hand the new weights to the sampler."""
+    chosen = batch(parts.prompts, plan.seed, step, plan.prompts_per_step)
+    asked = requests(chosen, plan.seed, "sample", step, plan.group_size)
+    groups: list[AdvantagedGroup] = []
+    batches: list[MicroBatch] = []
+    for first in range(0, len(asked), plan.prompts_per_call):
+        call = asked[first : first + plan.prompts_per_call]
+        for group in advantaged_groups(plan, parts, ledger, recorder, step, call):
+            groups.append(group)
+            learn_from(plan, parts, ledger, parts.packer.add(group), batches)
+        learn_from(plan, parts, ledger, parts.packer.flush(), batches)
+    updates = update(plan, parts, ledger, groups, batches)
+    with ledger.phase("sync"):
+        parts.sampler.load_weights(step)
+    sums = parts.learner.take_sums()
+    return BatchFacts(tuple(groups), tuple(updates), sums, plan.passes, parts.learner.updates)
+
+
+def advantaged_groups(
+    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int, call: list[Request]
+) -> Iterator[AdvantagedGroup]:
+    """Sample, judge and weigh the prompts of one call, group by group as they finish (in prompt order
+    if the plan says so; all at the end if it does not stream)."""
+    groups = sampled_groups(parts, ledger, recorder, step, call)
+    scored = judged_groups(parts, ledger, recorder, step, groups)
+    if plan.in_prompt_order:
+        scored = in_prompt_order(scored, call[0].position)
+    weighed = (weigh(parts, group) for group in scored)
+    return weighed if plan.streaming else iter(list(weighed))
+
+
+def sampled_groups(
+    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, call: list[Request]
+) -> Iterator[Group]:
+    start = time.time()
+    expected = parts.sampler.policy_version
+    stream = parts.sampler.stream(call, parts.decoding)
+    for group in ledger.waiting("sample", iter(stream)):
+        assert all(c.policy_version == expected for c in group.completions), "off-policy sample"
+        recorder.event("sample", start, time.time(), step=step, worker="sampler", group=group.position)
+        yield group
+
+
+def judged_groups(
+    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, groups: Iterator[Group]
+) -> Iterator[ScoredGroup]:
+    """Judge while sampling goes on. Verdicts are taken in the order in which groups came, so how fast
+    a verifier is never changes the order of anything."""
+    waiting: deque[tuple[Group, float, list[Future[Score]]]] = deque()
+
+    def take() -> ScoredGroup:
+        group, start, futures = waiting.popleft()
+        with ledger.phase("verify"):
+            scores = tuple(f.result() for f in futures)
+        recorder.event("judge", start, time.time(), step=step, worker="verifier", group=group.position)
+        return ScoredGroup(group, scores)
+
+    for group in groups:
+        with ledger.phase("verify"):
+            futures = [parts.judge.submit(c.text, group.prompt.answer) for c in group.completions]
+        waiting.append((group, time.time(), futures))
+        while waiting and all(f.done() for f in waiting[0][2]):
+            yield take()
+    while waiting:
+        yield take()
+
+
+def in_prompt_order(groups: Iterator[ScoredGroup], first: int) -> Iterator[ScoredGroup]:
+    """Hold back groups that finished before an earlier one."""
+    held: dict[int, ScoredGroup] = {}
+    position = first
+    for scored in groups:
+        held[scored.group.position] = scored
+        while position in held:
+            yield held.pop(position)
+            position += 1
+    assert not held, f"groups {sorted(held)} came without an earlier one"
+
+
+def weigh(parts: Parts, scored: ScoredGroup) -> AdvantagedGroup:
+    """Advantages, computed once, then the filter."""
+    advantages = parts.advantages([s.value for s in scored.scores])
+    return AdvantagedGroup(scored, advantages, parts.keep(advantages))
+
+
+def learn_from(
+    plan: Plan, parts: Parts, ledger: Ledger, ready: Iterator[MicroBatch], batches: list[MicroBatch]
+) -> None:
+    """One-update arms backpropagate a micro-batch as soon as it is full and forget it; arms with
+    several updates wait for the whole batch."""
+    for micro_batch in ready:
+        if plan.passes > 1:
+            batches.append(micro_batch)
+        else:
+            with ledger.phase("backprop"):
+                parts.learner.accumulate(micro_batch)
+
+
+def update(
+    plan: Plan, parts: Parts, ledger: Ledger,
+    groups: list[AdvantagedGroup], batches: list[MicroBatch],
+) -> list[UpdateStats]:  # fmt: skip
+    """The updates of a batch: one, or `passes` over all of it, where the first pass's
+    log-probabilities are the old ones of the later passes."""
+    counted = [
+        len(c.token_ids)
+        for g in groups
+        for c, kept in zip(g.group.completions, g.kept, strict=True)
+        if kept or plan.denominator == "all"
+    ]
+    divisor = losses.denominator(counted, parts.decoding.max_new_tokens, plan.aggregation)
+    done: list[UpdateStats] = []
+    old = [None] * len(batches)
+    for number in range(plan.passes):
+        if plan.passes > 1:
+            with ledger.phase("backprop"):
+                new = [parts.learner.accumulate(b, o) for b, o in zip(batches, old, strict=True)]
+                old = old if number else new
+        with ledger.phase("optimizer"):
+            done.append(parts.learner.update(divisor))
+    return done

@@ -1,0 +1,130 @@
+"""Rows of the record, from what a step did. An absent value is left out, never 0. Torch-free."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dash_exp.record import Row
+from dash_exp.types import AdvantagedGroup, Completion, Score
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFacts:
+    """Everything that a step's row is computed from. `sums`: the learner's sums over forwarded tokens;
+    `updates`: one entry (grad_norm, lr, skipped) per update
+    of this batch; `updates_total`: updates since the start, skipped ones included."""
+
+    groups: tuple[AdvantagedGroup, ...]
+    updates: tuple[Any, ...]
+    sums: Mapping[str, float]
+    passes: int
+    updates_total: int
+
+    def samples(self) -> Iterator[tuple[Completion, Score, float, bool]]:
+        for g in self.groups:
+            yield from zip(g.group.completions, g.scored.scores, g.advantages, g.kept, strict=True)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def batch_values(facts: BatchFacts) -> Row:
+    """Reward, length, advantage, filter and outcome shares of the sampled batch."""
+    rows = list(facts.samples())
+    lengths = [len(c.token_ids) for c, _, _, _ in rows]
+    kept = [(c, a) for c, _, a, k in rows if k]
+    outcomes = Counter(s.outcome for _, s, _, _ in rows)
+    constant = [all(a == 0.0 for a in g.advantages) for g in facts.groups]
+    return {
+        "reward/mean": mean([s.value for _, s, _, _ in rows]),
+        **{f"outcome/{name}": count for name, count in sorted(outcomes.items())},
+        "length/mean_tokens": mean(lengths),
+        "length/max_tokens": max(lengths),
+        "length/truncated_share": mean([c.finish_reason == "length" for c, _, _, _ in rows]),
+        "advantage/mean_abs": mean([abs(a) for _, _, a, _ in rows]),
+        "advantage/kept_mean_abs": mean([abs(a) for _, a in kept]),
+        "filter/kept_share": len(kept) / len(rows),
+        "filter/zero_variance_share": mean(constant),
+        "completions/sampled": len(rows),
+        "completions/dropped_by_filter": len(rows) - len(kept),
+        "tokens/sampled": sum(lengths),
+        "tokens/kept": sum(len(c.token_ids) for c, _ in kept),
+        "tokens/dropped_by_filter": sum(lengths) - sum(len(c.token_ids) for c, _ in kept),
+    }
+
+
+def learner_values(facts: BatchFacts) -> Row:
+    """What the learner saw: per-token means over everything forwarded, and the updates."""
+    sums = facts.sums
+    done = [u for u in facts.updates if not u.skipped]
+    row: Row = {
+        "updates": len(done),
+        "updates/skipped": len(facts.updates) - len(done),
+        "updates/total": facts.updates_total,
+        "optimizer/grad_norm": mean([u.grad_norm for u in done]),
+        "optimizer/lr": facts.updates[-1].lr,
+        "completions/forwarded": int(sums.get("completions", 0)) // facts.passes,
+        "tokens/forwarded": int(sums.get("tokens", 0)),
+        "tokens/backpropagated": int(sums.get("tokens", 0)),
+        "tokens/computed": int(sums.get("computed", 0)),
+    }
+    if tokens := sums.get("tokens"):
+        row["policy/entropy_nats"] = sums["entropy"] / tokens
+        row["policy/clip_share"] = sums["clipped"] / tokens
+        row["policy/ratio_mean"] = sums["ratio"] / tokens
+        row["policy/logprob_gap"] = sums["gap"] / tokens
+        if "kl" in sums:
+            row["kl/mean"] = sums["kl"] / tokens
+    return row
+
+
+def time_values(facts: BatchFacts, wall: float, seconds: Mapping[str, float]) -> Row:
+    """The ledger of a step. `overlap_s` is what ran beside the main process; an in-process sampler has
+    none but the verifier's."""
+    tokens = sum(len(c.token_ids) for c, _, _, _ in facts.samples())
+    return {
+        "time/step_s": round(wall, 6),
+        **{f"time/{name}_s": round(value, 6) for name, value in seconds.items()},
+        "time/tokens_per_s": round(tokens / wall, 3),
+        "memory/peak_mb": peak_memory_mb(),
+    }
+
+
+def step_row(step: int, facts: BatchFacts, wall: float, seconds: Mapping[str, float]) -> Row:
+    """One row of steps.jsonl."""
+    values = {**batch_values(facts), **learner_values(facts), **time_values(facts, wall, seconds)}
+    return {"step": step, **values}
+
+
+def sample_rows(step: int, groups: Sequence[AdvantagedGroup]) -> list[Row]:
+    """One row of samples.jsonl per completion."""
+    return [
+        {
+            "step": step,
+            "prompt": g.group.prompt.id,
+            "index": index,
+            "tokens": len(c.token_ids),
+            "finish": c.finish_reason,
+            "reward": score.value,
+            "outcome": score.outcome,
+            "advantage": advantage,
+            "kept": kept,
+            "text": c.text,
+        }
+        for g in groups
+        for index, (c, score, advantage, kept) in enumerate(
+            zip(g.group.completions, g.scored.scores, g.advantages, g.kept, strict=True)
+        )
+    ]
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process (and of the GPU allocator where one is used)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)

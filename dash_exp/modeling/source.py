@@ -1,0 +1,165 @@
+"""Where weights come from. Whatever the source, the rest of the program sees a Hugging Face folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import string
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dash_exp.errors import Fault, UserError
+from dash_exp.hashing import file_hash, package_path
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A folder that transformers and vLLM load, and where it came from."""
+
+    folder: Path
+    origin: str
+
+
+def locate(
+    *, name: str, path: str | None, package: str | None, package_file: str | None,
+    hub: str | None, revision: str | None, random: Mapping[str, int] | None, cache: Path,
+) -> ModelSource:  # fmt: skip
+    """Find or make the folder: `path`, else `package` (a GGUF file, converted once), else `hub`
+    (downloaded once), else `random` (made once). Raises UserError when it cannot be had."""
+    if path:
+        return ModelSource(Path(path).expanduser().resolve(), f"path:{path}")
+    if package and package_file:
+        gguf = package_path(package) / package_file
+        digest = file_hash(gguf, cache)[:8]
+        folder = _make_once(cache / "models" / f"{name}-{digest}", lambda to: convert_gguf(gguf, to))
+        return ModelSource(folder, f"package:{package}/{package_file}")
+    if hub:
+        return ModelSource(_download(hub, revision), f"hub:{hub}@{revision or 'main'}")
+    if random:
+        text = json.dumps(dict(random), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        folder = _make_once(cache / "models" / f"{name}-{digest}", lambda to: make_random(random, to))
+        return ModelSource(folder, f"random:{text}")
+    raise UserError(
+        Fault("model", f"{name!r} names no source", "set model.path=<folder of a Hugging Face model>")
+    )
+
+
+def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Build a folder beside its place and rename it, under a lock: no one sees half of it."""
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            fresh = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+            try:
+                make(fresh)
+                os.rename(fresh, folder)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into an fp32 Hugging Face folder with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+def _download(hub: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            Fault(
+                "model.hub",
+                f"{hub!r} could not be downloaded: {reason}",
+                "offline? set model.path=<folder with its config.json, safetensors and tokenizer>",
+            )
+        ) from error
+
+
+CHARACTERS = "\n" + "".join(c for c in string.printable if c.isprintable())
+
+
+def make_random(sizes: Mapping[str, int], folder: Path) -> None:
+    """A randomly initialised Llama whose tokens are single characters (about 100 of them)."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sizes.get("seed", 0))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(vocabulary) + (-len(vocabulary)) % 64,
+                hidden_size=sizes["hidden_size"],
+                intermediate_size=sizes["intermediate_size"],
+                num_hidden_layers=sizes["layers"],
+                num_attention_heads=sizes["heads"],
+                num_key_value_heads=sizes["kv_heads"],
+                max_position_embeddings=sizes.get("positions", 2048),
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=1,
+                pad_token_id=0,
+            )
+        )
+        model.save_pretrained(folder)
+
+
+def load_model(folder: Path, dtype: Any, attention: str) -> Any:
+    """The causal language model of a folder, with our attention. Raises UserError for a broken one."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a local folder loads in a moment; downloads keep their bar
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(Fault("model", f"{folder} does not load: {reason}")) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(Fault("model", f"{folder} has no usable tokenizer: {reason}")) from error

@@ -1,0 +1,204 @@
+"""The cell's folder: everything a run leaves behind, written and read here. Torch-free.
+
+    config.yaml      the frozen config             steps.jsonl    one row per step: metrics and ledger
+    status.json      state, step, heartbeat        samples.jsonl  one row per completion
+    provenance.json  code, packages, hardware      evals.jsonl    one row per metric and evaluation
+    log.txt          what was said                 events.jsonl   who did what when; faults
+    eval_samples.jsonl one row per evaluated prompt
+    checkpoints/     see checkpoint.py
+
+Files only grow. Every row carries `attempt`; where a resumed run wrote a step again, readers take the
+rows of the last attempt. A line torn by a crash is left in place and counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
+
+Row = dict[str, Any]
+
+STATES = ("pending", "blocked", "running", "interrupted", "failed", "cancelled", "finished")
+IGNORED_IN_COMPARISON = ("time/", "memory/", "attempt", "host", "tokens_per_s")
+STREAMS = ("steps", "samples", "evals", "eval_samples", "events")
+
+
+class CellBusy(RuntimeError):
+    """Another process is running this cell."""
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=1, allow_nan=False, default=str)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Row:
+    """A JSON file, or an empty record where there is none or it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a file, and how many of its lines could not be read."""
+
+    rows: list[Row]
+    torn: int
+
+
+def read_rows(path: Path) -> Rows:
+    """Every row of a JSON-lines file, in order. A missing file has none."""
+    rows: list[Row] = []
+    torn = 0
+    if not path.exists():
+        return Rows(rows, torn)
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                torn += 1
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
+                torn += 1
+    return Rows(rows, torn)
+
+
+def last_attempts(rows: Iterable[Row]) -> list[Row]:
+    """Of every step, the rows written by the last attempt that wrote it; in order of steps."""
+    by_step: dict[int, list[Row]] = {}
+    newest: dict[int, int] = {}
+    for row in rows:
+        step, attempt = int(row["step"]), int(row["attempt"])
+        if attempt > newest.get(step, -1):
+            newest[step], by_step[step] = attempt, []
+        if attempt == newest[step]:
+            by_step[step].append(row)
+    return [row for step in sorted(by_step) for row in by_step[step]]
+
+
+def finite(row: Mapping[str, Any]) -> Row:
+    """Leave out values that are absent (None) or not a number: never written as 0."""
+    return {
+        k: v for k, v in row.items()
+        if v is not None and not (isinstance(v, float) and not math.isfinite(v))
+    }  # fmt: skip
+
+
+class Recorder:
+    """The one writer of a cell's folder. Use as a context manager: it holds the folder's lock."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.attempt = int(read_json(folder / "status.json").get("attempt", 0)) + 1
+        self._streams: dict[str, TextIO] = {}
+        self._lock = FileLock(folder / ".lock", timeout=0)
+
+    def __enter__(self) -> Recorder:
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise CellBusy(f"{self.folder} is being run by another process") from error
+        self.attempt = int(read_json(self.folder / "status.json").get("attempt", 0)) + 1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+        self._lock.release()
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to `<name>.jsonl`, each as one whole line, and hand them to the system."""
+        text = "".join(
+            json.dumps(finite({"attempt": self.attempt, **row}), ensure_ascii=False) + "\n"
+            for row in rows
+        )
+        stream = self._stream(f"{name}.jsonl")
+        stream.write(text)
+        stream.flush()
+
+    def event(self, kind: str, start: float, end: float, **more: Any) -> None:
+        """An interval of work, in seconds since the epoch; see the design for the kinds."""
+        self.append("events", [{"kind": kind, "start": round(start, 6), "end": round(end, 6), **more}])
+
+    def log(self, text: str) -> None:
+        stream = self._stream("log.txt")
+        stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{self.attempt}] {text}\n")
+        stream.flush()
+
+    def status(self, state: str, step: int, **more: Any) -> None:
+        """Replace status.json; `heartbeat` is the time now."""
+        assert state in STATES, state
+        failure = more.pop("failure", None)
+        write_json(
+            self.folder / "status.json",
+            {"state": state, "attempt": self.attempt, "step": step, "heartbeat": time.time(),
+             "failure": failure, **more},
+        )  # fmt: skip
+
+    def _stream(self, name: str) -> TextIO:
+        if name not in self._streams:
+            path = self.folder / name
+            torn = ends_torn(path)
+            self._streams[name] = path.open("a", encoding="utf-8")
+            if torn:
+                self._streams[name].write("\n")
+                if name != "log.txt":
+                    self.log(f"{name}: the last line was torn by a crash; it is left out")
+        return self._streams[name]
+
+
+def ends_torn(path: Path) -> bool:
+    """Whether a file's last line has no end."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) != b"\n"
+
+
+@contextmanager
+def timed_event(recorder: Recorder, kind: str, **more: Any) -> Iterator[None]:
+    start = time.time()
+    yield
+    recorder.event(kind, start, time.time(), **more)
+
+
+def differences(first: Path, second: Path, limit: int = 20) -> list[str]:
+    """How two records differ, ignoring seconds, memory, attempts and hosts; empty when equal."""
+    found: list[str] = []
+    for name in ("steps", "samples", "evals", "eval_samples"):
+        a = last_attempts(read_rows(first / f"{name}.jsonl").rows)
+        b = last_attempts(read_rows(second / f"{name}.jsonl").rows)
+        if len(a) != len(b):
+            found.append(f"{name}: {len(a)} rows against {len(b)}")
+        for number, (x, y) in enumerate(zip(a, b, strict=False)):
+            for key in sorted({*x, *y}):
+                if not key.startswith(IGNORED_IN_COMPARISON) and x.get(key) != y.get(key):
+                    found.append(f"{name}[{number}] {key}: {x.get(key)!r} against {y.get(key)!r}")
+            if len(found) >= limit:
+                return found[:limit]
+    return found

@@ -1,0 +1,1 @@
+"""Sampling: one protocol, several engines. A sampler yields groups as they complete."""

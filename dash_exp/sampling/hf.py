@@ -1,0 +1,195 @@
+"""Batched decoding with the learner's own transformers model, in this process.
+
+A prompt is prefilled once for its whole group; finished rows leave the batch at once; each token costs
+one uniform number, drawn per completion, so a completion depends on its seed and not on its neighbours
+(up to the rounding of batched matrix products). On CPU the same requests give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dash_exp.modeling.attention import DecodeCache
+from dash_exp.sampling.protocol import Decoding, Request
+from dash_exp.seeding import uniforms
+from dash_exp.types import Completion, Group
+
+BLOCK = 256
+"""Tokens per block of the two-level inverse-CDF draw."""
+
+
+def draw(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sample one token per row by inverting the cumulative distribution, or the best if greedy.
+
+    logits [N, V] fp32, already divided by the temperature; uniform [N] float64 in [0, 1), or None for
+    greedy -> token ids [N], log-probabilities [N] fp32. Two levels, blocks then tokens, so only sums
+    and one block per row are accumulated in float64.
+    """
+    rows, size = logits.shape
+    top = logits.amax(dim=1, keepdim=True)
+    powers = (logits - top).exp_()
+    if size % BLOCK:
+        powers = torch.nn.functional.pad(powers, (0, BLOCK - size % BLOCK))
+    blocks = powers.view(rows, -1, BLOCK)
+    sums = blocks.sum(dim=2).double()
+    if uniform is None:
+        tokens = logits.argmax(dim=1)
+    else:
+        edges = sums.cumsum(dim=1)
+        wanted = uniform * edges[:, -1]
+        block = torch.searchsorted(edges, wanted[:, None], right=True).squeeze(1)
+        block = _last_with_mass(block, sums)
+        before = edges.gather(1, block[:, None]).squeeze(1) - sums.gather(1, block[:, None]).squeeze(1)
+        inner = blocks[torch.arange(rows, device=logits.device), block].double()
+        place = torch.searchsorted(inner.cumsum(dim=1), (wanted - before)[:, None], right=True).squeeze(1)
+        tokens = block * BLOCK + _last_with_mass(place, inner)
+    picked = logits.gather(1, tokens[:, None]).squeeze(1)
+    return tokens, picked - top.squeeze(1) - sums.sum(dim=1).log().float()
+
+
+def _last_with_mass(choice: Tensor, mass: Tensor) -> Tensor:
+    """Rounding can put a uniform number just past the end, or on an edge whose cell is empty: move to
+    the last cell, at or before the choice, that has any mass (else the first that has)."""
+    cells = torch.arange(mass.shape[1], device=mass.device)
+    allowed = (mass > 0) & (cells <= choice[:, None])
+    last = torch.where(allowed, cells, -1).amax(dim=1)
+    return torch.where(last >= 0, last, (mass > 0).int().argmax(dim=1))
+
+
+class HFSampler:
+    """Samples from `model`, which the learner updates in place: loading weights moves nothing."""
+
+    def __init__(
+        self, model: Any, decode: Callable[[Sequence[int]], str], *,
+        vocabulary: int, max_sequences: int,
+    ):  # fmt: skip
+        """`decode` turns token ids into text; ids from `vocabulary` on are never drawn."""
+        self.model, self.decode = model, decode
+        self.vocabulary, self.max_sequences = vocabulary, max_sequences
+        self.policy_version = 0
+
+    def load_weights(self, version: int) -> None:
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Group]:
+        wave: list[Request] = []
+        for request in requests:
+            if wave and (len(wave) + 1) * len(request.seeds) > self.max_sequences:
+                yield from self._wave(wave, decoding)
+                wave = []
+            wave.append(request)
+        if wave:
+            yield from self._wave(wave, decoding)
+
+    def _wave(self, wave: list[Request], decoding: Decoding) -> Iterator[Group]:
+        """Decode these requests together; yield a group when its last row has ended.
+
+        No-grad is entered per forward, never around a `yield`: the caller backpropagates between two
+        groups, and a suspended generator would leave gradients off for it.
+        """
+        device = self.model.get_input_embeddings().weight.device
+        repeats = len(wave[0].seeds)
+        cache, logits = self._prefill(wave, decoding, device)
+        logits = logits.repeat_interleave(repeats, 0)
+        random = self._uniforms(wave, decoding, device)
+        tokens: list[list[int]] = [[] for _ in range(len(wave) * repeats)]
+        logprobs: list[list[float]] = [[] for _ in tokens]
+        running = torch.arange(len(tokens), device=device)
+        left = [repeats] * len(wave)
+        lengths = torch.tensor([len(r.prompt.token_ids) for r in wave], device=device)
+        lengths = lengths.repeat_interleave(repeats)
+        for column in range(decoding.max_new_tokens):
+            uniform = None if random is None else random[running, column]
+            ids, picked = draw(logits, uniform)
+            going = []
+            rows = zip(running.tolist(), ids.tolist(), picked.tolist(), strict=True)
+            for place, (row, token, logprob) in enumerate(rows):
+                tokens[row].append(token)
+                logprobs[row].append(logprob)
+                if token in decoding.stop_ids or column + 1 == decoding.max_new_tokens:
+                    left[row // repeats] -= 1
+                    if left[row // repeats] == 0:
+                        number = row // repeats
+                        own = slice(number * repeats, (number + 1) * repeats)
+                        yield self._group(wave[number], tokens[own], logprobs[own], decoding)
+                else:
+                    going.append(place)
+            if not going:
+                return
+            if len(going) < len(running):
+                kept = torch.tensor(going, device=device)
+                running, ids = running[kept], ids[kept]
+                cache.keep(kept)
+            logits = self._next(cache, ids, lengths[running] + column, decoding)
+
+    def _group(
+        self, request: Request, tokens: list[list[int]], logprobs: list[list[float]], decoding: Decoding
+    ) -> Group:
+        completions = []
+        for ids, values in zip(tokens, logprobs, strict=True):
+            stopped = ids[-1] in decoding.stop_ids
+            completions.append(
+                Completion(
+                    tuple(ids), tuple(values), self.decode(ids),
+                    "stop" if stopped else "length", self.policy_version,
+                )  # fmt: skip
+            )
+        return Group(request.position, request.prompt, tuple(completions))
+
+    def _uniforms(
+        self, wave: list[Request], decoding: Decoding, device: torch.device
+    ) -> Tensor | None:
+        if decoding.temperature == 0:
+            return None
+        seeds = [seed for request in wave for seed in request.seeds]
+        numbers = np.stack([uniforms(seed, decoding.max_new_tokens) for seed in seeds])
+        return torch.from_numpy(numbers).to(device)
+
+    @torch.no_grad()
+    def _prefill(
+        self, wave: list[Request], decoding: Decoding, device: torch.device
+    ) -> tuple[DecodeCache, Tensor]:
+        prompts = [r.prompt.token_ids for r in wave]
+        width = max(map(len, prompts))
+        index = torch.zeros(len(prompts), width, dtype=torch.long)
+        present = torch.zeros(len(prompts), width, dtype=torch.bool)
+        start = 0
+        ends = []
+        for row, prompt in enumerate(prompts):
+            index[row, width - len(prompt) :] = torch.arange(start, start + len(prompt))
+            present[row, width - len(prompt) :] = True
+            start += len(prompt)
+            ends.append(start - 1)
+        cache = DecodeCache(
+            index.to(device), present.to(device),
+            self.model.config.num_hidden_layers, decoding.max_new_tokens,
+        )  # fmt: skip
+        flat = torch.tensor([t for p in prompts for t in p], device=device)
+        places = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
+        hidden = self._forward(cache, flat, places)[torch.tensor(ends, device=device)]
+        cache.spread(len(wave[0].seeds))
+        return cache, self._logits(hidden, decoding)
+
+    @torch.no_grad()
+    def _next(self, cache: DecodeCache, ids: Tensor, places: Tensor, decoding: Decoding) -> Tensor:
+        cache.step()
+        return self._logits(self._forward(cache, ids, places), decoding)
+
+    def _forward(self, cache: DecodeCache, ids: Tensor, places: Tensor) -> Tensor:
+        out: Tensor = self.model.get_decoder()(
+            input_ids=ids[None], position_ids=places[None], context=cache, use_cache=False
+        ).last_hidden_state[0]
+        return out
+
+    def _logits(self, hidden: Tensor, decoding: Decoding) -> Tensor:
+        head = self.model.get_output_embeddings().weight[: self.vocabulary]
+        logits = (hidden @ head.t()).float()
+        return logits if decoding.scale == 1.0 else logits.div_(decoding.scale)

@@ -1,0 +1,147 @@
+"""vLLM in this process, on a GPU or on CPU: the same tokens in, the same distribution out.
+
+The only module that imports vLLM. Weights are handed over in memory after every update and prefix
+caches are emptied, so no completion ever mixes two policies.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_exp.sampling.protocol import Decoding, Request
+from dash_exp.types import Completion, Group
+
+WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
+
+
+class VLLMSampler:
+    """Completions from an engine that is stepped here, so groups can be handed on as they finish.
+
+    One request per completion with a seed of its own; the group's prompt is computed once, by the
+    prefix cache. Log-probabilities are those of the distribution drawn from: after the temperature,
+    over the tokenizer's whole vocabulary.
+    """
+
+    def __init__(
+        self, folder: Path, weights: WeightSource, *, vocabulary: int, max_model_len: int,
+        max_sequences: int, dtype: str, kv_cache_gb: float, gpu_memory_utilization: float,
+        enforce_eager: bool,
+    ):  # fmt: skip
+        threads = torch.get_num_threads()
+        _prepare_environment(kv_cache_gb)
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        self._vllm, self._final = vllm, RequestOutputKind.FINAL_ONLY
+        memory = {"gpu_memory_utilization": gpu_memory_utilization} if torch.cuda.is_available() else {}
+        self.llm = vllm.LLM(
+            model=str(folder), dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_sequences,
+            enforce_eager=enforce_eager, enable_prefix_caching=True, disable_log_stats=True,
+            logprobs_mode="processed_logprobs", generation_config="vllm",
+            logits_processors=[_mask_class()],
+            additional_config={"dash_vocabulary": vocabulary}, **memory,
+        )  # fmt: skip
+        self.engine = self.llm.llm_engine
+        self.tokenizer = self.llm.get_tokenizer()
+        self.weights = weights
+        self.policy_version = 0
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+    def load_weights(self, version: int) -> None:
+        """Copy the learner's weights in, and forget every cached prefix computed with older ones."""
+        named = iter([(name, tensor) for name, tensor in self.weights()])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests were still running")
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self.engine.engine_core.shutdown()
+
+    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Group]:
+        waiting: dict[int, tuple[Request, list[Completion | None]]] = {}
+        for request in requests:
+            waiting[request.position] = (request, [None] * len(request.seeds))
+            self._submit(request, decoding)
+        while waiting:
+            if not self.engine.has_unfinished_requests():
+                raise RuntimeError(f"vLLM lost the groups {sorted(waiting)}")
+            for output in self.engine.step():
+                if not output.finished:
+                    continue
+                position, index = map(int, output.request_id.split("-")[:2])
+                request, completions = waiting[position]
+                completions[index] = self._completion(output.outputs[0], decoding)
+                done = [c for c in completions if c is not None]
+                if len(done) == len(completions):
+                    del waiting[position]
+                    yield Group(position, request.prompt, tuple(done))
+
+    def _submit(self, request: Request, decoding: Decoding) -> None:
+        prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
+        (rendered,) = self.engine.renderer.render_cmpl([prompt])
+        for index, seed in enumerate(request.seeds):
+            self.engine.add_request(
+                f"{request.position}-{index}",
+                rendered,
+                self._vllm.SamplingParams(
+                    max_tokens=decoding.max_new_tokens,
+                    temperature=decoding.temperature,
+                    seed=seed,
+                    logprobs=0,
+                    stop_token_ids=list(decoding.stop_ids),
+                    detokenize=False,
+                    skip_special_tokens=True,
+                    output_kind=self._final,
+                ),
+            )
+
+    def _completion(self, output: Any, decoding: Decoding) -> Completion:
+        ids = tuple(output.token_ids)
+        logprobs = tuple(
+            float(entry[token].logprob) for entry, token in zip(output.logprobs, ids, strict=True)
+        )
+        stopped = ids[-1] in decoding.stop_ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(ids, logprobs, text, "stop" if stopped else "length", self.policy_version)
+
+
+def _prepare_environment(kv_cache_gb: float) -> None:
+    """vLLM reads these when it is imported. An explicit choice of the user stays."""
+    for name, value in {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(kv_cache_gb))),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _mask_class() -> type:
+    """Ids from the tokenizer's length on are rows that only pad the output matrix: never drawn."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class MaskPadding(LogitsProcessor):  # type: ignore[misc,unused-ignore]
+        def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool):
+            self.vocabulary = int(vllm_config.additional_config["dash_vocabulary"])
+
+        def apply(self, logits: Tensor) -> Tensor:
+            logits[:, self.vocabulary :] = float("-inf")
+            return logits
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            """The same for every request."""
+
+    return MaskPadding

@@ -1,0 +1,167 @@
+"""What a person sees: live progress on a terminal, plain lines elsewhere, and the summary."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from dash_exp.ledger import PHASES
+from dash_exp.record import Row
+
+SHOWN_STEPS = 8
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds as 8s, 3m05s or 2h07m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def columns_of(row: Row, steps: int, left_s: float) -> list[tuple[str, str]]:
+    """The cells of a progress line: heading and text."""
+    return [
+        ("step", f"{row['step']}/{steps}"),
+        ("reward", f"{row['reward/mean']:.3f}"),
+        ("kept", f"{row['filter/kept_share']:.2f}"),
+        ("length", f"{row['length/mean_tokens']:.1f}"),
+        ("tok/s", f"{row['time/tokens_per_s']:.0f}"),
+        ("sample", f"{row['time/sample_s']:.2f}"),
+        ("verify", f"{row['time/verify_s']:.2f}"),
+        ("backp", f"{row['time/backprop_s']:.2f}"),
+        ("optim", f"{row['time/optimizer_s']:.2f}"),
+        ("s/step", f"{row['time/step_s']:.2f}"),
+        ("left", seconds_text(left_s)),
+    ]
+
+
+class Display:
+    """Progress of one run. `mode`: `auto` (live on a terminal, else plain), `plain` or `none`."""
+
+    def __init__(self, steps: int, mode: str, console: Console | None = None):
+        self.steps, self.mode = steps, mode
+        self.console = console or Console(highlight=False)
+        self.live = mode == "auto" and self.console.is_terminal
+        self._rows: deque[list[tuple[str, str]]] = deque(maxlen=SHOWN_STEPS)
+        self._seconds: list[float] = []
+        self._view: Live | None = None
+
+    def note(self, text: str) -> None:
+        if self.mode != "none":
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, row: Row) -> None:
+        """Show a step's row."""
+        if self.mode == "none":
+            return
+        self._seconds.append(float(row["time/step_s"]))
+        left = statistics.median(self._seconds[-10:]) * (self.steps - int(row["step"]))
+        cells = columns_of(row, self.steps, left)
+        if not self.live:
+            self.console.print(
+                " ".join(f"{name} {text}" for name, text in cells if name not in ("verify", "optim")),
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
+            return
+        self._rows.append(cells)
+        if self._view is None:
+            self._view = Live(console=self.console, refresh_per_second=4)
+            self._view.start()
+        self._view.update(self._picture(int(row["step"])))
+
+    def _picture(self, step: int) -> Group:
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+        for name, _ in self._rows[-1]:
+            table.add_column(name, justify="right", no_wrap=True)
+        for cells in self._rows:
+            table.add_row(*(text for _, text in cells))
+        bar = Progress(TextColumn("{task.percentage:3.0f} %"), BarColumn(bar_width=None), expand=True)
+        bar.add_task("steps", total=self.steps, completed=step)
+        return Group(table, bar)
+
+    def stop(self) -> None:
+        if self._view is not None:
+            self._view.stop()
+            self._view = None
+
+    def summary(self, folder: Path, steps: Sequence[Row], evals: Sequence[Row], reason: str) -> None:
+        """The end of a run: what was learned, where the time went, where the record is, what next."""
+        self.stop()
+        if self.mode == "none":
+            return
+        for line in summary_lines(folder, steps, evals, reason):
+            self.console.print(line, markup=False, soft_wrap=True)
+
+
+def summary_lines(
+    folder: Path, steps: Sequence[Row], evals: Sequence[Row], reason: str
+) -> list[str]:
+    """The summary as text, at most 80 columns but for paths."""
+    lines = ["", f"Finished after {len(steps)} steps ({reason})." if steps else "No steps."]
+    if steps:
+        first, last = steps[:5], steps[-5:]
+        start = statistics.fmean(r["reward/mean"] for r in first)
+        end = statistics.fmean(r["reward/mean"] for r in last)
+        lines.append(
+            f"  sampled reward   {start:.3f} (first {len(first)} steps) -> {end:.3f} (last {len(last)})"
+            f"  {end - start:+.3f}"
+        )
+    lines += accuracy_lines(evals)
+    if steps:
+        lines += time_lines(steps)
+    return [*lines, f"  record           {show(folder)}", *next_lines(folder)]
+
+
+def accuracy_lines(evals: Sequence[Row]) -> list[str]:
+    """Accuracy before and after, per set, with its 95 % interval over prompts."""
+    lines = []
+    rows = [r for r in evals if r["metric"] == "accuracy"]
+    for name in dict.fromkeys(r["dataset"] for r in rows):
+        mine = [r for r in rows if r["dataset"] == name]
+        texts = [f"{r['value']:.3f} [{r.get('low', float('nan')):.3f}, {r.get('high', float('nan')):.3f}]" for r in (mine[0], mine[-1])]
+        text = " -> ".join(texts if len(mine) > 1 else texts[:1])
+        lines.append(f"  {name:<16} {text}  n={mine[0]['n']}")
+    return lines
+
+
+def time_lines(steps: Sequence[Row]) -> list[str]:
+    total = sum(r["time/step_s"] for r in steps)
+    shares = {p: sum(r[f"time/{p}_s"] for r in steps) for p in PHASES}
+    largest = sorted(shares.items(), key=lambda pair: -pair[1])
+    parts = ", ".join(f"{name} {value / total:.0%}" for name, value in largest if value / total >= 0.005)
+    middle = statistics.median(r["time/step_s"] for r in steps)
+    return [f"  time             {seconds_text(total)}, median {middle:.2f} s a step", f"                   {parts}"]
+
+
+def next_lines(folder: Path) -> list[str]:
+    checkpoint = sorted((folder / "checkpoints").glob("step-*"))
+    weights = [f"  weights          {show(checkpoint[-1])}"] if checkpoint else []
+    return [
+        *weights,
+        "  next             python -m dash_exp algorithm=grpo   (another arm, same prompts)",
+        "                   python -m dash_exp seed=1           (another seed)",
+    ]
+
+
+def show(path: Path) -> str:
+    """A path relative to where the user stands, if it lies below."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def complain(text: str) -> None:
+    """Print an error for the user, on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,104 @@
+"""The records that travel through a training step, each wrapping the one before it. Torch-free.
+
+Axis legend, used in names and docstrings everywhere:
+P prompts of a step, G completions of one prompt (a group), N completions, T tokens, V vocabulary.
+A name ends in the axes of its value: `rewards_G` is one reward per completion of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: the completion ended by itself (an end token or a stop token); `length`: it was cut."""
+
+Outcome = Literal[
+    "correct", "wrong", "no_answer", "unparsed", "timeout", "crashed", "verifier_error"
+]
+"""What a verifier found. `verifier_error` means that our own code failed: never a silent 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question as the model sees it. `answer` is what the verifier compares with (gold)."""
+
+    id: str
+    task: str
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer. `token_ids` and `logprobs` have one entry per sampled token, the end
+    token included; nothing is padded. `logprobs` are log-probabilities of the sampled tokens under
+    the distribution they were drawn from (logits divided by the temperature, then log-softmax)."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(
+                f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities"
+            )
+        if not self.token_ids:
+            raise ValueError("a completion has at least one token")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All G completions of one prompt. `position` is the prompt's place in the step's batch."""
+
+    position: int
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A verdict: the reward, what was found, and a short reason for a person to read."""
+
+    value: float
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group with one score per completion."""
+
+    group: Group
+    scores: tuple[Score, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.scores) != len(self.group.completions):
+            raise ValueError(
+                f"{len(self.group.completions)} completions but {len(self.scores)} scores"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantagedGroup:
+    """A scored group with one advantage per completion, and which of them the filter keeps."""
+
+    scored: ScoredGroup
+    advantages: tuple[float, ...]
+    kept: tuple[bool, ...]
+
+    @property
+    def group(self) -> Group:
+        return self.scored.group
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One row of `steps.jsonl`. Names are `stage/quantity_unit`; an absent value is left out."""
+
+    step: int
+    values: dict[str, float]

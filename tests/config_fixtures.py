@@ -1,0 +1,38 @@
+"""Fixtures of the config tests: a config without faults, and a folder of one's own options."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from dash_exp.compose import compose
+from dash_exp.config import Config
+
+
+@cache
+def _tiny() -> Config:
+    return compose(["model=tiny", "paths.data=null"])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A config without faults: DASH on the tiny model. Composed once, copied for each test."""
+    fresh = copy.deepcopy(_tiny())
+    fresh.run.dir = str(tmp_path / "outputs")
+    return fresh
+
+
+@pytest.fixture
+def no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where DASH_DATA is not set."""
+    monkeypatch.delenv("DASH_DATA", raising=False)
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A folder of options of someone's own."""
+    (tmp_path / "algorithm").mkdir()
+    return tmp_path

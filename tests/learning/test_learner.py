@@ -1,0 +1,399 @@
+"""The learner against a plain autograd reference: every surrogate, aggregation, cut and packing.
+
+The reference below shares no code with the learner: transformers' own attention, one completion at a
+time, log-softmax over everything, one division at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dash_exp.learning import losses
+from dash_exp.learning.learner import Learner, Objective, Optimization, learning_rate, refuse_dropout
+from dash_exp.learning.packing import MicroBatch, Packer, Piece, pack
+from dash_exp.types import AdvantagedGroup
+from tests.conftest import make_groups
+
+LENGTHS = [[3, 5, 1, 4], [2, 2, 6, 1], [4, 1, 1, 3], [1, 7, 2, 2]]
+PROMPTS = [6, 3, 9, 4]
+MAX_NEW = 8
+VOCABULARY = 100
+OBJECTIVES = list(itertools.product(losses.SURROGATES, losses.AGGREGATIONS, [0.0, 0.04]))
+
+
+def objective(surrogate: str = "policy_gradient", beta: float = 0.0, temperature: float = 1.0) -> Objective:
+    return Objective(surrogate, 0.2, 0.2, beta, "k3", temperature)
+
+
+def setting(**changes: Any) -> Optimization:
+    values: dict[str, Any] = {
+        "lr": 1e-3, "schedule": "constant", "warmup_updates": 0, "total_updates": 10,
+        "weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 1e9,
+        "precision": "fp32", "freeze_embeddings": False,
+    }  # fmt: skip
+    return Optimization(**{**values, **changes})
+
+
+def learner_of(model: Any, goal: Objective, chunk: int = 512, **changes: Any) -> Learner:
+    return Learner(model, goal, setting(**changes), vocabulary=VOCABULARY, logit_chunk=chunk)
+
+
+def perturbed(model: Any, scale: float = 0.02) -> Any:
+    """Another policy near this one, so that KL and ratios are not trivial."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def reference_logprobs(model: Any, group: AdvantagedGroup, index: int, temperature: float) -> Tensor:
+    """Log-probabilities of one completion, alone, by transformers and log-softmax."""
+    prompt = group.group.prompt.token_ids
+    own = group.group.completions[index].token_ids
+    logits = model(input_ids=torch.tensor([[*prompt, *own]])).logits[0, len(prompt) - 1 : -1]
+    rows = torch.log_softmax(logits[:, :VOCABULARY] / temperature, dim=-1)
+    return rows.gather(1, torch.tensor(own)[:, None]).squeeze(1)
+
+
+def reference_gradient(
+    model: Any, frozen: Any, groups: list[AdvantagedGroup], goal: Objective, aggregation: str,
+    old: dict[tuple[int, int], Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Gradient of the whole objective, all completions counted in the denominator."""
+    total, lengths = torch.zeros(()), []
+    for p, group in enumerate(groups):
+        for i, completion in enumerate(group.group.completions):
+            lengths.append(len(completion.token_ids))
+            if not group.kept[i]:
+                continue
+            logprobs = reference_logprobs(model, group, i, goal.temperature)
+            before = logprobs.detach() if old is None else old[p, i]
+            ratio = torch.exp(logprobs - before)
+            a = group.advantages[i]
+            if goal.surrogate == "clipped":
+                loss = -torch.minimum(ratio * a, ratio.clamp(1 - goal.clip_low, 1 + goal.clip_high) * a)
+            else:
+                loss = -a * logprobs
+            if goal.beta:
+                with torch.no_grad():
+                    other = reference_logprobs(frozen, group, i, goal.temperature)
+                d = other - logprobs
+                loss = loss + goal.beta * (d.exp() - d - 1)
+            total = total + (loss.mean() if aggregation == "sequence_mean" else loss.sum())
+    divisor = {
+        "sequence_mean": len(lengths), "token_mean": sum(lengths), "constant": len(lengths) * MAX_NEW,
+    }[aggregation]  # fmt: skip
+    model.zero_grad()
+    (total / divisor).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def learner_gradient(
+    learner: Learner, batches: list[MicroBatch], groups: list[AdvantagedGroup], aggregation: str
+) -> dict[str, Tensor]:
+    for batch in batches:
+        learner.accumulate(batch)
+    lengths = [len(c.token_ids) for g in groups for c in g.group.completions]
+    divisor = losses.denominator(lengths, MAX_NEW, aggregation)
+    return {name: g / divisor for name, g in learner.gradients.items() if name in learner._touched}
+
+
+def batches_of(groups: list[AdvantagedGroup], max_tokens: int, aggregation: str) -> list[MicroBatch]:
+    packer = Packer(max_tokens, aggregation, keep_for_kl=False)
+    return [b for g in groups for b in packer.add(g)] + list(packer.flush())
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+    """Relative to the largest entry of each tensor, fp32 sums in another order."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = float(value.abs().max()) + 1e-8
+        assert float((actual[name] - value).abs().max()) <= tolerance * scale, name
+
+
+@pytest.mark.parametrize(("surrogate", "aggregation", "beta"), OBJECTIVES)
+def test_gradient_equals_the_reference_however_the_batch_is_cut(
+    tiny: Any, plain: Any, surrogate: str, aggregation: str, beta: float
+) -> None:
+    goal = objective(surrogate, beta, temperature=0.8)
+    groups = make_groups(LENGTHS, PROMPTS, kept=0.7)
+    expected = reference_gradient(
+        perturbed(copy.deepcopy(plain)), plain, groups, goal, aggregation
+    )
+    learner = learner_of(tiny, goal, chunk=7)
+    perturbed(learner.model)  # after the reference was frozen
+    cuts = [1000, 40, 20, 1]
+    for max_tokens, order in itertools.product(cuts, [1, -1]):
+        learner._touched.clear()
+        batches = batches_of(groups[::order], max_tokens, aggregation)
+        assert_close(learner_gradient(learner, batches, groups, aggregation), expected)
+    assert len(batches_of(groups, 1, aggregation)) > len(batches_of(groups, 1000, aggregation)) == 1
+
+
+@pytest.mark.parametrize("rows", ["group", "completion"])
+def test_packed_logprobs_equal_one_by_one(tiny: Any, plain: Any, rows: str) -> None:
+    """Nothing leaks between completions or groups, in either layout of attention."""
+    groups = make_groups(LENGTHS, PROMPTS)
+    learner = learner_of(tiny, objective())
+    pieces = [Piece(g, (0, 1, 2, 3)) for g in groups]
+    actual = learner.logprobs(pack(pieces, "constant", rows=rows))
+    expected = torch.cat([reference_logprobs(plain, g, i, 1.0) for g in groups for i in range(4)])
+    assert torch.allclose(actual, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", ["group", "completion"])
+def test_changing_one_completion_leaves_the_others_alone(tiny: Any, rows: str) -> None:
+    learner = learner_of(tiny, objective())
+    first = make_groups(LENGTHS, PROMPTS)
+    other = make_groups(LENGTHS, PROMPTS, seed=1)
+    mixed_group = AdvantagedGroup(
+        first[0].scored.__class__(
+            first[0].group.__class__(
+                0, first[0].group.prompt,
+                (other[0].group.completions[0], *first[0].group.completions[1:]),
+            ), first[0].scored.scores,
+        ), first[0].advantages, first[0].kept,
+    )  # fmt: skip
+    before = learner.logprobs(pack([Piece(g, (0, 1, 2, 3)) for g in first], "constant", rows=rows))
+    after = learner.logprobs(
+        pack([Piece(g, (0, 1, 2, 3)) for g in [mixed_group, *first[1:]]], "constant", rows=rows)
+    )
+    assert not torch.allclose(before[:3], after[:3])
+    assert torch.allclose(before[3:], after[3:], atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", ["group", "completion"])
+def test_gradients_of_both_layouts(tiny: Any, plain: Any, rows: str) -> None:
+    groups = make_groups(LENGTHS, PROMPTS)
+    learner = learner_of(tiny, objective())
+    batch = pack([Piece(g, (0, 1, 2, 3)) for g in groups], "constant", rows=rows)
+    expected = reference_gradient(plain, plain, groups, objective(), "constant")
+    assert_close(learner_gradient(learner, [batch], groups, "constant"), expected)
+
+
+@pytest.mark.parametrize(("surrogate", "aggregation", "beta"), OBJECTIVES)
+def test_filter_at_threshold_zero_changes_nothing(
+    tiny: Any, surrogate: str, aggregation: str, beta: float
+) -> None:
+    """`denominator: all`, and either beta = 0 or `filter.kl=keep`: dropping what has advantage 0 is
+    dropping nothing."""
+    groups = make_groups(LENGTHS, PROMPTS)
+    zeroed = [
+        AdvantagedGroup(g.scored, tuple(a * (i % 2) for i, a in enumerate(g.advantages)), g.kept)
+        for g in groups
+    ]
+    filtered = [
+        AdvantagedGroup(g.scored, g.advantages, tuple(abs(a) > 0 for a in g.advantages)) for g in zeroed
+    ]
+    learner = learner_of(tiny, objective(surrogate, beta))
+    perturbed(learner.model)
+    whole = learner_gradient(learner, batches_of(zeroed, 1000, aggregation), groups, aggregation)
+    learner._touched.clear()
+    packer = Packer(1000, aggregation, keep_for_kl=beta > 0)
+    batches = [b for g in filtered for b in packer.add(g)] + list(packer.flush())
+    assert sum(len(b.lengths) for b in batches) == (16 if beta else 8)
+    assert_close(learner_gradient(learner, batches, groups, aggregation), whole)
+
+
+def test_dropped_completions_owe_no_kl_by_default(tiny: Any) -> None:
+    """`filter.kl=drop` leaves their KL term out: another gradient, and fewer tokens forwarded."""
+    groups = make_groups(LENGTHS, PROMPTS, kept=0.5)
+    learner = learner_of(tiny, objective(beta=0.04))
+    perturbed(learner.model)
+    drop = learner_gradient(learner, batches_of(groups, 1000, "constant"), groups, "constant")
+    dropped_tokens = learner.take_sums()["tokens"]
+    learner._touched.clear()
+    packer = Packer(1000, "constant", keep_for_kl=True)
+    batches = [b for g in groups for b in packer.add(g)] + list(packer.flush())
+    keep = learner_gradient(learner, batches, groups, "constant")
+    assert learner.take_sums()["tokens"] > dropped_tokens
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(drop[name], keep[name], rtol=1e-3)
+
+
+def test_later_passes_have_a_ratio_and_a_clip(tiny: Any, plain: Any) -> None:
+    """PPO-Multi: old log-probabilities come from the first pass; at lr 0 the ratio stays 1."""
+    groups = make_groups(LENGTHS, PROMPTS)
+    (batch,) = batches_of(groups, 1000, "constant")
+    for lr, moved in [(0.0, False), (3e-3, True)]:
+        learner = learner_of(copy.deepcopy(tiny), objective("clipped"), lr=lr)
+        old = learner.accumulate(batch)
+        learner.update(100.0)
+        first = learner.take_sums()
+        assert first["ratio"] / first["tokens"] == pytest.approx(1.0, abs=1e-9)
+        assert first["clipped"] == 0
+        learner.accumulate(batch, old)
+        second = learner.take_sums()
+        change = abs(second["ratio"] / second["tokens"] - 1.0)
+        assert (change > 1e-3) == moved
+        assert (second["clipped"] > 0) == moved
+
+
+def test_second_pass_gradient_equals_the_reference(tiny: Any, plain: Any) -> None:
+    groups = make_groups(LENGTHS, PROMPTS)
+    goal = objective("clipped")
+    old = {
+        (p, i): reference_logprobs(plain, g, i, 1.0).detach()
+        for p, g in enumerate(groups) for i in range(4)
+    }  # fmt: skip
+    learner = learner_of(tiny, goal)
+    batches = batches_of(groups, 25, "constant")
+    stored = [learner.logprobs(b) for b in batches]
+    perturbed(learner.model)
+    expected = reference_gradient(perturbed(copy.deepcopy(plain)), plain, groups, goal, "constant", old)
+    for batch, before in zip(batches, stored, strict=True):
+        learner.accumulate(batch, before)
+    divisor = 16 * MAX_NEW
+    assert_close({n: g / divisor for n, g in learner.gradients.items()}, expected, 1e-4)
+
+
+def test_nothing_kept_moves_nothing(tiny: Any) -> None:
+    """Not by momentum, not by weight decay; bit by bit. The update is counted, and the schedule goes
+    on as planned."""
+    learner = learner_of(tiny, objective(), weight_decay=0.1, schedule="linear")
+    groups = make_groups(LENGTHS, PROMPTS)
+    for batch in batches_of(groups, 1000, "constant"):
+        learner.accumulate(batch)
+    assert not learner.update(100.0).skipped
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    moments = copy.deepcopy(learner.optimizer.state_dict())
+    nothing = [AdvantagedGroup(g.scored, g.advantages, (False,) * 4) for g in groups]
+    assert batches_of(nothing, 1000, "constant") == []
+    stats = learner.update(100.0)
+    assert stats.skipped and learner.updates == 2
+    assert all(torch.equal(before[n], p) for n, p in learner.model.named_parameters())
+    after = learner.optimizer.state_dict()
+    for key, state in moments["state"].items():
+        assert all(torch.equal(v, after["state"][key][k]) for k, v in state.items())
+    assert stats.lr == pytest.approx(1e-3 * 9 / 10)
+
+
+def test_update_is_adamw_on_the_divided_clipped_gradient(tiny: Any, plain: Any) -> None:
+    """The logged norm is a manual norm; the step is torch's own AdamW on the reference gradient."""
+    groups = make_groups(LENGTHS, PROMPTS)
+    expected = reference_gradient(plain, plain, groups, objective(), "constant")
+    norm = torch.sqrt(sum(g.square().sum() for g in expected.values()))
+    learner = learner_of(tiny, objective(), max_grad_norm=0.5 * float(norm))
+    for batch in batches_of(groups, 30, "constant"):
+        learner.accumulate(batch)
+    stats = learner.update(16 * MAX_NEW)
+    assert stats.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert stats.lr == learner.optimizer.param_groups[0]["lr"] == 1e-3
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5 * float(norm))
+    optimizer.step()
+    for name, parameter in plain.named_parameters():
+        gap = (dict(learner.model.named_parameters())[name] - parameter).abs().max()
+        assert gap < 2e-5, name  # one AdamW step moves an entry by up to 1e-3
+
+
+def test_tied_embedding_is_one_tensor(tiny: Any) -> None:
+    learner = learner_of(tiny, objective())
+    assert "lm_head.weight" not in learner.masters and "model.embed_tokens.weight" in learner.masters
+    for batch in batches_of(make_groups(LENGTHS, PROMPTS), 1000, "constant"):
+        learner.accumulate(batch)
+    learner.update(100.0)
+    assert learner.model.lm_head.weight is learner.model.model.embed_tokens.weight
+
+
+def test_frozen_embeddings_do_not_move(tiny: Any) -> None:
+    learner = learner_of(tiny, objective(), freeze_embeddings=True)
+    before = learner.model.model.embed_tokens.weight.clone()
+    for batch in batches_of(make_groups(LENGTHS, PROMPTS), 1000, "constant"):
+        learner.accumulate(batch)
+    learner.update(100.0)
+    assert torch.equal(before, learner.model.model.embed_tokens.weight)
+    assert "model.embed_tokens.weight" not in learner.masters
+
+
+def moved_share(model: Any, precision: str) -> float:
+    """Share of trainable numbers that changed after 5 updates with lr 1e-5."""
+    learner = learner_of(model, objective(), precision=precision, lr=1e-5)
+    before = {n: m.detach().clone() for n, m in learner.masters.items()}
+    groups = make_groups(LENGTHS, PROMPTS)
+    for _ in range(5):
+        for batch in batches_of(groups, 1000, "constant"):
+            learner.accumulate(batch)
+        learner.update(100.0)
+    changed = sum(int((before[n] != m).sum()) for n, m in learner.masters.items())
+    return changed / sum(m.numel() for m in before.values())
+
+
+def test_fp32_masters_take_updates_that_pure_bf16_loses(tiny: Any) -> None:
+    assert moved_share(copy.deepcopy(tiny), "bf16_mixed") > 0.95
+    assert moved_share(copy.deepcopy(tiny), "bf16") < 0.6
+
+
+def test_bf16_computes_with_rounded_masters(tiny: Any) -> None:
+    learner = learner_of(tiny, objective(), precision="bf16_mixed")
+    for batch in batches_of(make_groups(LENGTHS, PROMPTS), 1000, "constant"):
+        learner.accumulate(batch)
+    learner.update(100.0)
+    for name, parameter in learner.model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, learner.masters[name].bfloat16())
+        assert learner.gradients[name].dtype == torch.float32
+    assert learner.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_beta_zero_loads_no_reference_model(tiny: Any) -> None:
+    assert learner_of(copy.deepcopy(tiny), objective(beta=0.0)).reference is None
+    learner = learner_of(tiny, objective(beta=0.04))
+    assert learner.reference is not None
+    assert not any(p.requires_grad for p in learner.reference.parameters())
+    assert learner.reference.lm_head.weight.data_ptr() != learner.model.lm_head.weight.data_ptr()
+
+
+def test_two_scorings_are_identical_and_dropout_is_refused(tiny: Any) -> None:
+    learner = learner_of(tiny, objective())
+    (batch,) = batches_of(make_groups(LENGTHS, PROMPTS), 1000, "constant")
+    assert torch.equal(learner.logprobs(batch), learner.logprobs(batch))
+    tiny.model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"dropout 0\.1"):
+        refuse_dropout(tiny)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny: Any) -> None:
+    groups = make_groups(LENGTHS, PROMPTS)
+    one = learner_of(copy.deepcopy(tiny), objective())
+    two = Learner(
+        tiny, objective(), setting(), vocabulary=VOCABULARY, logit_chunk=512, gradient_checkpointing=True
+    )
+    batches = batches_of(groups, 1000, "constant")
+    expected = learner_gradient(one, batches, groups, "constant")
+    assert_close(learner_gradient(two, batches, groups, "constant"), expected)
+
+
+def test_snapshot_restores_bit_by_bit(tiny: Any, tiny_folder: Any) -> None:
+    groups = make_groups(LENGTHS, PROMPTS)
+    batches = batches_of(groups, 1000, "constant")
+
+    def advance(learner: Learner, updates: int) -> None:
+        for _ in range(updates):
+            for batch in batches:
+                learner.accumulate(batch)
+            learner.update(100.0)
+
+    whole = learner_of(copy.deepcopy(tiny), objective(), precision="bf16_mixed", schedule="linear")
+    advance(whole, 4)
+    half = learner_of(copy.deepcopy(tiny), objective(), precision="bf16_mixed", schedule="linear")
+    advance(half, 2)
+    snapshot = copy.deepcopy(half.snapshot(2))
+    fresh = learner_of(tiny, objective(), precision="bf16_mixed", schedule="linear")
+    fresh.restore(snapshot)
+    advance(fresh, 2)
+    assert all(torch.equal(whole.masters[n], m) for n, m in fresh.masters.items())
+    assert fresh.updates == 4
+
+
+def test_learning_rate_schedules() -> None:
+    linear = setting(lr=1.0, schedule="linear", warmup_updates=2, total_updates=6)
+    assert [learning_rate(u, linear) for u in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert {learning_rate(u, setting(lr=0.3)) for u in range(20)} == {0.3}

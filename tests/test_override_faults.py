@@ -1,0 +1,224 @@
+"""Every wrong override is found, with the place and what was meant, all of them at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dash_exp.compose import compose, conf_dir, find_faults
+from dash_exp.errors import Fault, UserError
+
+pytest_plugins = ["tests.config_fixtures"]
+pytestmark = pytest.mark.usefixtures("no_data_folder")
+
+
+def where(faults: list[Fault]) -> list[str]:
+    return [fault.where for fault in faults]
+
+
+def add_arm(outside: Path, text: str) -> list[str]:
+    """Overrides that choose an outside arm with this file."""
+    (outside / "algorithm" / "mine.yaml").write_text(text)
+    return [f"hydra.searchpath=[file://{outside}]", "algorithm=mine", "model=tiny"]
+
+
+def test_compose_raises_every_fault() -> None:
+    with pytest.raises(UserError) as raised:
+        compose(["algorithm.stepz=3", "learner.lr=fast"])
+    assert where(raised.value.faults) == ["algorithm.stepz", "learner.lr"]
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("seed=abc", Fault("seed", "got 'abc' (text), expected a whole number")),
+        ("seed=2.5", Fault("seed", "got 2.5 (number), expected a whole number")),
+        ("algorithm.steps=null", Fault("algorithm.steps", "got null, expected a whole number")),
+        ("learner.lr=fast", Fault("learner.lr", "got 'fast' (text), expected a number")),
+        ("run.force=maybe", Fault("run.force", "got 'maybe' (text), expected true or false")),
+        ("dataset.stop=x", Fault("dataset.stop", "got 'x' (text), expected a list like [a,b]")),
+        (
+            "dataset.limit=x",
+            Fault("dataset.limit", "got 'x' (text), expected a whole number or null"),
+        ),
+        ("learner={lr: x}", Fault("learner.lr", "got 'x' (text), expected a number")),
+        (
+            "model.random.heads=x",
+            Fault("model.random.heads", "got 'x' (text), expected a whole number"),
+        ),
+        (
+            "evaluation.sets.arithmetic.limit=x",
+            Fault(
+                "evaluation.sets.arithmetic.limit",
+                "got 'x' (text), expected a whole number or null",
+            ),
+        ),
+        (
+            "filter=of",
+            Fault("filter", "unknown option 'of'", "allowed: advantage, none, zero_variance"),
+        ),
+        (
+            "algorithm=grppo",
+            Fault(
+                "algorithm",
+                "unknown option 'grppo'",
+                "did you mean 'grpo'? (allowed: dash, grpo, no_gf, no_kl, pg, ppo_multi)",
+            ),
+        ),
+        (
+            "+experiment=demo/minute",
+            Fault("experiment", "already has an option", "write experiment=demo/minute, without +"),
+        ),
+        (
+            "experiment/demo=minute",
+            Fault("experiment/demo", "is a folder of options", "write experiment=demo/minute"),
+        ),
+        (
+            "~filter",
+            Fault(
+                "filter",
+                "a config group cannot be removed",
+                "did you mean 'none'? (allowed: advantage, none, zero_variance)",
+            ),
+        ),
+        ("~seed", Fault("seed", "a setting cannot be removed", "give it another value")),
+        (
+            "checkpoint.evry=3",
+            Fault(
+                "checkpoint.evry",
+                "unknown key",
+                "did you mean 'checkpoint.every'? (in checkpoint: every, keep)",
+            ),
+        ),
+        (
+            "+checkpoint.often=3",
+            Fault("checkpoint.often", "unknown key", "in checkpoint: every, keep"),
+        ),
+        ("dash", Fault("dash", "is not key=value", "see python -m dash_exp --help")),
+        ("hydra.searchpath=[/nope]", None),
+        ("hydra.foo=3", Fault("hydra.foo", "unknown key")),
+        ("evaluation.sets.other.limit=3", None),
+    ],
+)  # fmt: skip
+def test_one_wrong_override(override: str, fault: Fault | None) -> None:
+    found = find_faults(["model=tiny", override])
+    if fault is None:  # only the place is ours to say
+        assert where(found) == [override.split("=")[0]]
+    else:
+        assert found == [fault]
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("algorithm.stepz=3", "'algorithm.steps'"),
+        ("stepz=3", "'algorithm.steps'"),
+        ("lr=1e-3", "'learner.lr'"),
+        ("algorithm.lr=1e-3", "'learner.lr'"),
+        ("algoritm=dash", "'algorithm'"),
+        ("temperature=1", "'sampler.temperature' or 'evaluation.temperature'"),
+        ("evaluation.sets.arithmetic.limti=3", "'evaluation.sets.arithmetic.limit'"),
+        ("learner={lrr: 3}", "'learner.lr'"),
+    ],
+)
+def test_an_unknown_key_names_the_one_meant(override: str, meant: str) -> None:
+    [fault] = find_faults(["model=tiny", override])
+    assert fault.what == "unknown key"
+    assert fault.hint.startswith(f"did you mean {meant}? (")
+
+
+def test_all_faults_are_found_at_once() -> None:
+    overrides = [
+        "model=tiny", "algorithm.stepz=3", "sampler=hff", "learner.lr=x", "oops", "a=[",
+        "algorithm.group_size=1", "sampler.top_p=0.9",
+    ]  # fmt: skip
+    faults = find_faults(overrides)
+    assert sorted(where(faults)) == sorted([
+        "oops", "a", "algorithm.stepz", "sampler", "learner.lr", "algorithm.group_size",
+        "sampler.top_p",
+    ])  # fmt: skip
+
+
+def test_a_wrong_option_does_not_cause_faults_elsewhere() -> None:
+    # the default arm, chosen in place of the unknown one, would contradict filter=none
+    assert where(find_faults(["model=tiny", "algorithm=no_gff", "filter=none"])) == ["algorithm"]
+
+
+def test_several_values_need_a_sweep() -> None:
+    [fault] = find_faults(["model=tiny", "seed=0,1"])
+    assert (fault.where, fault.what) == ("seed", "got several values: seed=0,1")
+    assert "-m" in fault.hint
+    assert find_faults(["model=tiny", "seed=0,1"], sweep=True) == []
+
+
+def test_a_sweep_is_checked_in_every_value() -> None:
+    overrides = ["model=tiny", "seed=0,x,2", "algorithm.group_size=8,1", "recipe=small,smal"]
+    faults = find_faults(overrides, sweep=True)
+    assert sorted(where(faults)) == ["algorithm.group_size", "recipe", "seed"]
+
+
+def test_a_sweep_names_the_cells_that_contradict_themselves() -> None:
+    overrides = ["model=tiny", "algorithm=dash,no_gf", "filter=advantage,none", "seed=range(0,3)"]
+    faults = find_faults(overrides, sweep=True)
+    assert [fault.what for fault in faults] == [
+        "filter=none contradicts algorithm=dash, which is defined with filter=advantage or "
+        "zero_variance (in algorithm=dash filter=none)",
+        "filter=advantage contradicts algorithm=no_gf, which is defined with filter=none "
+        "(in algorithm=no_gf filter=advantage)",
+    ]
+
+
+def test_sweeps_over_all_options_and_over_intervals() -> None:
+    assert find_faults(["algorithm=glob(*)", "debug=fast"], sweep=True) == []
+    [fault] = find_faults(["model=tiny", "learner.lr=interval(0,1)"], sweep=True)
+    assert fault == Fault(
+        "learner.lr", "an interval has no list of values", "write learner.lr=a,b,c"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "where_and_what"),
+    [
+        ("betta: 1", ("algorithm.betta", "unknown key (in algorithm/mine.yaml)")),
+        (
+            "beta: x",
+            ("algorithm.beta", "got 'x' (text), expected a number (in algorithm/mine.yaml)"),
+        ),
+        ("beta: ${nope}", ("algorithm.beta", "Interpolation key 'nope' not found")),
+    ],
+)
+def test_a_wrong_line_in_a_file_of_ones_own(
+    outside: Path, line: str, where_and_what: tuple[str, str]
+) -> None:
+    [fault] = find_faults(add_arm(outside, f"defaults: [dash, _self_]\n{line}\n"))
+    assert (fault.where, fault.what) == where_and_what
+
+
+def test_a_wrong_default_in_a_file_of_ones_own(outside: Path) -> None:
+    [fault] = find_faults(add_arm(outside, "defaults: [dahs, _self_]\n"))
+    assert (fault.where, fault.what) == (
+        "algorithm", "unknown option 'dahs' (in algorithm/mine.yaml)",
+    )  # fmt: skip
+    assert fault.hint.startswith("did you mean 'dash'?")
+
+
+def test_broken_yaml_is_named_with_its_line(outside: Path) -> None:
+    [fault] = find_faults(add_arm(outside, "name: mine\n  beta: [\n"))
+    assert fault.where == f"{outside}/algorithm/mine.yaml:2"
+    assert fault.what == "not valid yaml: mapping values are not allowed here"
+
+
+def test_an_incomplete_arm_lists_all_it_lacks(outside: Path) -> None:
+    text = (conf_dir() / "algorithm" / "dash.yaml").read_text()
+    short = "\n".join(s for s in text.splitlines() if not s.startswith(("beta", "passes")))
+    assert find_faults(add_arm(outside, short)) == [
+        Fault("algorithm.beta", "has no value", "set algorithm.beta="),
+        Fault("algorithm.passes", "has no value", "set algorithm.passes="),
+    ]
+
+
+def test_showing_a_config_asks_for_no_files() -> None:
+    missing = ["model=tiny", "dataset=gsm8k", "dataset.path=/nowhere/x.jsonl"]
+    assert where(find_faults(missing)) == ["dataset.path"]
+    assert find_faults(missing, checked=False) == []

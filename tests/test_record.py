@@ -1,0 +1,139 @@
+"""The record: attempts, torn lines, atomic files, comparison; the ledger; statistics; seeds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dash_exp.ledger import PHASES, Ledger
+from dash_exp.record import (
+    CellBusy, Recorder, differences, finite, last_attempts, read_json, read_rows, write_json,
+)  # fmt: skip
+from dash_exp.seeding import permutation, seed_for, uniforms
+from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
+
+
+def test_rows_of_the_last_attempt_of_each_step() -> None:
+    rows = [
+        {"step": 1, "attempt": 1, "v": "a"}, {"step": 2, "attempt": 1, "v": "old"},
+        {"step": 2, "attempt": 1, "v": "old2"}, {"step": 2, "attempt": 3, "v": "new"},
+        {"step": 3, "attempt": 3, "v": "b"},
+    ]  # fmt: skip
+    assert [r["v"] for r in last_attempts(rows)] == ["a", "new", "b"]
+
+
+def test_a_torn_line_is_left_and_counted_and_the_next_row_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    path.write_text('{"step": 1, "attempt": 1}\n{"step": 2, "att')
+    with Recorder(tmp_path) as recorder:
+        recorder.append("steps", [{"step": 2}])
+    found = read_rows(path)
+    assert found.torn == 1
+    assert [r["step"] for r in found.rows] == [1, 2]
+    assert "torn" in (tmp_path / "log.txt").read_text()
+
+
+def test_attempts_count_up_and_one_process_holds_a_cell(tmp_path: Path) -> None:
+    with Recorder(tmp_path) as first:
+        first.status("running", 0)
+        with pytest.raises(CellBusy), Recorder(tmp_path):
+            pass
+    with Recorder(tmp_path) as second:
+        assert second.attempt == 2
+
+
+def test_absent_values_are_left_out(tmp_path: Path) -> None:
+    assert finite({"a": None, "b": math.nan, "c": math.inf, "d": 0.0}) == {"d": 0.0}
+    with Recorder(tmp_path) as recorder:
+        recorder.append("steps", [{"step": 1, "kl/mean": None}])
+    assert json.loads((tmp_path / "steps.jsonl").read_text()) == {"attempt": 1, "step": 1}
+
+
+def test_write_json_never_leaves_half_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": math.nan})
+    assert read_json(path) == {"a": 1}
+
+
+def test_comparison_ignores_time_and_attempt_only(tmp_path: Path) -> None:
+    for name, attempt, seconds, reward in [("a", 1, 1.0, 0.5), ("b", 4, 9.0, 0.5), ("c", 1, 1.0, 0.6)]:
+        (tmp_path / name).mkdir()
+        row = {"step": 1, "attempt": attempt, "time/step_s": seconds, "reward/mean": reward}
+        (tmp_path / name / "steps.jsonl").write_text(json.dumps(row) + "\n")
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert differences(tmp_path / "a", tmp_path / "c") == ["steps[0] reward/mean: 0.5 against 0.6"]
+
+
+def test_ledger_is_exclusive_and_sums_to_the_wall() -> None:
+    """A clock that counts 1, 2, 3, ...: every call costs one second."""
+    ticks = itertools.count(1)
+    ledger = Ledger(lambda: float(next(ticks)))  # opens at 1
+    with ledger.phase("sample"):  # other 1 (1-2)
+        with ledger.phase("verify"):  # sample 1 (2-3)
+            pass  # verify 1 (3-4)
+    # sample 1 (4-5)
+    wall, seconds = ledger.close_step()  # other 1 (5-6)
+    assert wall == 5.0 == sum(seconds.values())
+    assert {k: v for k, v in seconds.items() if v} == {"sample": 2.0, "verify": 1.0, "other": 2.0}
+    assert set(seconds) == set(PHASES)
+
+
+def test_ledger_counts_waiting_for_an_iterator_only() -> None:
+    ticks = itertools.count(1)
+    ledger = Ledger(lambda: float(next(ticks)))
+    items = list(ledger.waiting("sample", iter("ab")))
+    _, seconds = ledger.close_step()
+    assert items == ["a", "b"] and seconds["sample"] == 3.0  # two items and the end
+
+
+def brute_force_pass_at_k(n: int, correct: int, k: int) -> float:
+    draws = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
+    return sum(any(d) for d in draws) / len(draws)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_against_every_subset(n: int) -> None:
+    for correct in range(n + 1):
+        for k in range(1, n + 1):
+            expected = brute_force_pass_at_k(n, correct, k)
+            assert pass_at_k(n, correct, k) == pytest.approx(expected)
+    assert math.isnan(pass_at_k(n, n, n + 1))
+
+
+def test_pass_at_k_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="correct"):
+        pass_at_k(3, 4, 1)
+
+
+def test_wilson_interval() -> None:
+    # Wilson (1927) for 8 of 10: centre (.8 + .19207) / 1.38415, half-width from z = 1.95996
+    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson_interval(0, 5)[0] == 0.0 and wilson_interval(5, 5)[1] == 1.0
+    assert all(map(math.isnan, wilson_interval(0, 0)))
+
+
+def test_bootstrap_interval_covers_about_as_often_as_it_says() -> None:
+    hits = 0
+    for trial in range(200):
+        values = uniforms(seed_for(0, "trial", trial), 50)
+        low, high = bootstrap_interval(values, seed=trial, resamples=400)
+        hits += low <= 0.5 <= high
+    assert 0.88 <= hits / 200 <= 0.99
+    assert all(map(math.isnan, bootstrap_interval([1.0])))
+
+
+def test_seeds_depend_on_every_argument_and_nothing_else() -> None:
+    places = [(0, "sample", 1, "p", 0), (1, "sample", 1, "p", 0), (0, "order", 1, "p", 0),
+              (0, "sample", 2, "p", 0), (0, "sample", 1, "q", 0), (0, "sample", 1, "p", 1),
+              (0, "sample", 11, "p", 0), (0, "sample", 1, "1p", 0)]  # fmt: skip
+    seeds = [seed_for(*place) for place in places]  # type: ignore[arg-type]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds[0] == seed_for(0, "sample", 1, "p", 0) == 1743606167261203305
+    assert all(0 <= s < 2**63 for s in seeds)
+    assert sorted(permutation(3, 50).tolist()) == list(range(50))
