@@ -26,8 +26,9 @@ from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Decoding, Sampler
 from dash_exp.tasks.examples import ExampleSet, arithmetic, read_hub, read_jsonl
 from dash_exp.tasks.prompts import PromptSet, make_prompts
-from dash_exp.verifiers.integer import IntegerVerifier
-from dash_exp.verifiers.pool import MathVerifier, VerifierPool
+from dash_exp.verifiers.frontends import InlineVerifier, PooledMathVerifier
+from dash_exp.verifiers.integer import judge_integer
+from dash_exp.verifiers.pool import VerifierPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,10 @@ class Judges:
 
     def get(self, verifier: str, extraction: str) -> Judge:
         if verifier == "integer":
-            return IntegerVerifier()
+            return InlineVerifier(judge_integer, "integer")
         if self._pool is None:
             self._pool = VerifierPool(**self._settings)  # type: ignore[arg-type]
-        return MathVerifier(self._pool, extraction)
+        return PooledMathVerifier(self._pool, extraction)
 
     def close(self) -> None:
         if self._pool is not None:

@@ -10,9 +10,11 @@ found by its checksums.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -87,7 +89,8 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:  # its own error type, also for a full disk
-        raise OSError(f"{path}: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 

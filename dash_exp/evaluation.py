@@ -22,7 +22,8 @@ from dash_exp.types import Group, Score
 class Judge(Protocol):
     """Submits a completion to a verifier; see `verifiers`."""
 
-    version: str
+    @property
+    def version(self) -> str: ...
 
     def submit(self, text: str, answer: str) -> Future[Score]: ...
 

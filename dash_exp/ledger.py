@@ -23,6 +23,21 @@ class Ledger:
         self._since = clock()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._opened = self._since
+        self._beside: list[tuple[float, float]] = []
+
+    def beside(self, start: float, end: float) -> None:
+        """Somebody else worked from `start` to `end` (any one clock) while this process went on."""
+        self._beside.append((start, end))
+
+    def overlap(self, waited: float) -> float:
+        """Seconds in which others worked and this process did not wait for them: the union of their
+        intervals since the last call, less the `waited` seconds."""
+        total, reached = 0.0, float("-inf")
+        for start, end in sorted(self._beside):
+            total += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        self._beside = []
+        return max(0.0, total - waited)
 
     def _switch(self) -> None:
         now = self._clock()

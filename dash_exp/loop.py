@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dash_exp.evaluation import Judge
 from dash_exp.learning import losses
 from dash_exp.learning.filters import Filter
@@ -20,7 +22,7 @@ from dash_exp.learning.learner import Learner, UpdateStats
 from dash_exp.learning.packing import MicroBatch, Packer
 from dash_exp.ledger import Ledger
 from dash_exp.metrics import BatchFacts, sample_rows, step_row
-from dash_exp.record import Recorder, Row
+from dash_exp.record import Recorder, Row, timed_event
 from dash_exp.sampling.protocol import Decoding, Request, Sampler
 from dash_exp.tasks.prompts import PromptSet, batch, requests
 from dash_exp.types import AdvantagedGroup, Group, Score, ScoredGroup
@@ -99,7 +101,7 @@ def train(
                 hooks.checkpoint(step)
         wall, seconds = ledger.close_step()
         spent_s += wall - seconds["evaluate"] - seconds["checkpoint"]
-        row = step_row(step, facts, wall, seconds)
+        row = step_row(step, facts, wall, seconds, ledger.overlap(seconds["verify"]))
         recorder.append("steps", [row])
         recorder.status("running", step)
         hooks.progress(row)
@@ -119,14 +121,25 @@ def train_step(
     asked = requests(chosen, plan.seed, "sample", step, plan.group_size)
     groups: list[AdvantagedGroup] = []
     batches: list[MicroBatch] = []
+
+    def take(ready: MicroBatch) -> None:
+        """One-update arms backpropagate a micro-batch as soon as it is full and forget it; arms with
+        several updates wait for the whole batch."""
+        if plan.passes > 1:
+            batches.append(ready)
+        else:
+            backpropagate(parts, ledger, recorder, step, ready, None)
+
     for first in range(0, len(asked), plan.prompts_per_call):
         call = asked[first : first + plan.prompts_per_call]
         for group in advantaged_groups(plan, parts, ledger, recorder, step, call):
             groups.append(group)
-            learn_from(plan, parts, ledger, parts.packer.add(group), batches)
-        learn_from(plan, parts, ledger, parts.packer.flush(), batches)
-    updates = update(plan, parts, ledger, groups, batches)
-    with ledger.phase("sync"):
+            for ready in parts.packer.add(group):
+                take(ready)
+        for ready in parts.packer.flush():
+            take(ready)
+    updates = update(plan, parts, ledger, recorder, step, groups, batches)
+    with ledger.phase("sync"), timed_event(recorder, "sync", step=step, worker="learner"):
         parts.sampler.load_weights(step)
     sums = parts.learner.take_sums()
     return BatchFacts(tuple(groups), tuple(updates), sums, plan.passes, parts.learner.updates)
@@ -162,19 +175,24 @@ def judged_groups(
 ) -> Iterator[ScoredGroup]:
     """Judge while sampling goes on. Verdicts are taken in the order in which groups came, so how fast
     a verifier is never changes the order of anything."""
-    waiting: deque[tuple[Group, float, list[Future[Score]]]] = deque()
+    waiting: deque[tuple[Group, float, list[Future[Score]], list[float]]] = deque()
 
     def take() -> ScoredGroup:
-        group, start, futures = waiting.popleft()
+        group, start, futures, ends = waiting.popleft()
         with ledger.phase("verify"):
             scores = tuple(f.result() for f in futures)
-        recorder.event("judge", start, time.time(), step=step, worker="verifier", group=group.position)
+        end = max(ends, default=start)
+        ledger.beside(start, end)
+        recorder.event("judge", start, end, step=step, worker="verifier", group=group.position)
         return ScoredGroup(group, scores)
 
     for group in groups:
+        start, ends = time.time(), list[float]()
         with ledger.phase("verify"):
             futures = [parts.judge.submit(c.text, group.prompt.answer) for c in group.completions]
-        waiting.append((group, time.time(), futures))
+        for future in futures:
+            future.add_done_callback(lambda _, ends=ends: ends.append(time.time()))
+        waiting.append((group, start, futures, ends))
         while waiting and all(f.done() for f in waiting[0][2]):
             yield take()
     while waiting:
@@ -199,21 +217,20 @@ def weigh(parts: Parts, scored: ScoredGroup) -> AdvantagedGroup:
     return AdvantagedGroup(scored, advantages, parts.keep(advantages))
 
 
-def learn_from(
-    plan: Plan, parts: Parts, ledger: Ledger, ready: Iterator[MicroBatch], batches: list[MicroBatch]
-) -> None:
-    """One-update arms backpropagate a micro-batch as soon as it is full and forget it; arms with
-    several updates wait for the whole batch."""
-    for micro_batch in ready:
-        if plan.passes > 1:
-            batches.append(micro_batch)
-        else:
-            with ledger.phase("backprop"):
-                parts.learner.accumulate(micro_batch)
+def backpropagate(
+    parts: Parts, ledger: Ledger, recorder: Recorder, step: int,
+    ready: MicroBatch, old: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Forward and backward of one micro-batch; returns its log-probabilities."""
+    with (
+        ledger.phase("backprop"),
+        timed_event(recorder, "backprop", step=step, worker="learner", groups=ready.positions),
+    ):
+        return parts.learner.accumulate(ready, old)
 
 
 def update(
-    plan: Plan, parts: Parts, ledger: Ledger,
+    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int,
     groups: list[AdvantagedGroup], batches: list[MicroBatch],
 ) -> list[UpdateStats]:  # fmt: skip
     """The updates of a batch: one, or `passes` over all of it, where the first pass's
@@ -226,12 +243,12 @@ def update(
     ]
     divisor = losses.denominator(counted, parts.decoding.max_new_tokens, plan.aggregation)
     done: list[UpdateStats] = []
-    old = [None] * len(batches)
+    old: list[Tensor | None] = [None] * len(batches)
     for number in range(plan.passes):
-        if plan.passes > 1:
-            with ledger.phase("backprop"):
-                new = [parts.learner.accumulate(b, o) for b, o in zip(batches, old, strict=True)]
-                old = old if number else new
+        for place, ready in enumerate(batches):
+            logprobs = backpropagate(parts, ledger, recorder, step, ready, old[place])
+            if number == 0:
+                old[place] = logprobs
         with ledger.phase("optimizer"):
             done.append(parts.learner.update(divisor))
     return done

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,10 @@ class BatchFacts:
             yield from zip(g.group.completions, g.scored.scores, g.advantages, g.kept, strict=True)
 
 
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def mean(values: Iterable[float]) -> float | None:
+    """The mean of the finite values (a verdict that could not be reached is NaN), or None."""
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def batch_values(facts: BatchFacts) -> Row:
@@ -84,22 +87,26 @@ def learner_values(facts: BatchFacts) -> Row:
     return row
 
 
-def time_values(facts: BatchFacts, wall: float, seconds: Mapping[str, float]) -> Row:
-    """The ledger of a step. `overlap_s` is what ran beside the main process; an in-process sampler has
-    none but the verifier's."""
+def time_values(
+    facts: BatchFacts, wall: float, seconds: Mapping[str, float], overlap: float
+) -> Row:
+    """The ledger of a step. `overlap`: seconds in which others worked while the main process did too."""
     tokens = sum(len(c.token_ids) for c, _, _, _ in facts.samples())
     return {
         "time/step_s": round(wall, 6),
         **{f"time/{name}_s": round(value, 6) for name, value in seconds.items()},
+        "time/overlap_s": round(overlap, 6),
         "time/tokens_per_s": round(tokens / wall, 3),
         "memory/peak_mb": peak_memory_mb(),
     }
 
 
-def step_row(step: int, facts: BatchFacts, wall: float, seconds: Mapping[str, float]) -> Row:
+def step_row(
+    step: int, facts: BatchFacts, wall: float, seconds: Mapping[str, float], overlap: float
+) -> Row:
     """One row of steps.jsonl."""
-    values = {**batch_values(facts), **learner_values(facts), **time_values(facts, wall, seconds)}
-    return {"step": step, **values}
+    times = time_values(facts, wall, seconds, overlap)
+    return {"step": step, **batch_values(facts), **learner_values(facts), **times}
 
 
 def sample_rows(step: int, groups: Sequence[AdvantagedGroup]) -> list[Row]:

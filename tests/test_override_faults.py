@@ -116,6 +116,7 @@ def test_one_wrong_override(override: str, fault: Fault | None) -> None:
         ("stepz=3", "'algorithm.steps'"),
         ("lr=1e-3", "'learner.lr'"),
         ("algorithm.lr=1e-3", "'learner.lr'"),
+        ("learner.scale=std", "'algorithm.scale'"),  # though learner.schedule looks like it
         ("algoritm=dash", "'algorithm'"),
         ("temperature=1", "'sampler.temperature' or 'evaluation.temperature'"),
         ("evaluation.sets.arithmetic.limti=3", "'evaluation.sets.arithmetic.limit'"),
@@ -138,6 +139,13 @@ def test_all_faults_are_found_at_once() -> None:
         "oops", "a", "algorithm.stepz", "sampler", "learner.lr", "algorithm.group_size",
         "sampler.top_p",
     ])  # fmt: skip
+
+
+def test_faults_that_hydra_finds_are_told_one_by_one() -> None:
+    wrong = ["hydra.foo=3", "hydra/launcher=absent", "evaluation.sets.other.limit=3"]
+    faults = find_faults(["model=tiny", *wrong])
+    assert where(faults) == ["hydra.foo", "hydra/launcher", "evaluation.sets.other.limit"]
+    assert faults[1].what.startswith("unknown option 'absent'")
 
 
 def test_a_wrong_option_does_not_cause_faults_elsewhere() -> None:

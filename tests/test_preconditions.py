@@ -120,4 +120,5 @@ def test_outputs_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
         ("run.dir", f"{tmp_path}/file/outputs cannot be made: {tmp_path}/file is not a folder")
     ]
     config.run.dir = str(tmp_path / "new" / "one")
-    assert check(config) == [] and not (tmp_path / "new").exists()
+    assert check(config) == []
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,120 @@
+"""`python -m dash_exp [overrides]`: train and evaluate one cell, or a sweep with -m. Thin."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from argparse import Namespace
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+
+from dash_exp.compose import VERSION_BASE, conf_dir, find_faults, register
+from dash_exp.config import to_config
+from dash_exp.errors import Fault, UserError
+from dash_exp.validation import check
+
+INTERRUPTED = 128
+"""Exit codes from here on say that a signal ended the cell."""
+
+
+class CellFailedError(Exception):
+    """A cell of a sweep ended with an exit code other than 0. Hydra still runs the other cells."""
+
+
+def main() -> int:
+    """Run the command line. Returns the exit code: 0, 1 (a cell failed), 2 (the user can fix)."""
+    # Hydra would print a cell's failure, and its own hints, on top of what a run has said already.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    register()
+    try:
+        args, flags = parse_arguments()
+        faults = command_line_faults(args, flags)
+        if faults:
+            raise UserError(faults)
+        hydra.main(str(conf_dir()), "config", VERSION_BASE)(run_job)()
+    except CellFailedError:
+        return 1
+    except UserError as error:
+        return refuse(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return refuse(UserError(Fault("config", str(error))))
+    except KeyboardInterrupt:
+        return INTERRUPTED + 2
+    return 0
+
+
+def parse_arguments() -> tuple[Namespace, list[str]]:
+    """Hydra's own flags, and flags that are unknown. Overrides on both sides of a flag are brought
+    together in sys.argv, where Hydra would take only the first of them."""
+    args, unknown = get_args_parser().parse_known_args()
+    flags = [text for text in unknown if text.startswith("-")]
+    stray = [text for text in unknown if not text.startswith("-")]
+    if stray:
+        last = sys.argv.index(args.overrides[-1])
+        after = [text for text in sys.argv[last + 1 :] if text not in stray]
+        sys.argv[last + 1 :] = [*stray, *after]
+        args.overrides += stray
+    return args, flags
+
+
+def is_sweep(args: Namespace) -> bool:
+    return bool(args.multirun) or "hydra.mode=MULTIRUN" in args.overrides
+
+
+def command_line_faults(args: Namespace, flags: list[str]) -> list[Fault]:
+    """What is wrong before anything is run. A command that only shows the config is not asked
+    whether its files and packages are there."""
+    hint = "settings are written key=value, without dashes; see --help"
+    faults = [Fault(flag, "unknown flag", hint) for flag in flags]
+    shows = args.cfg is not None or args.info is not None
+    if args.multirun and shows:
+        faults.append(Fault("-m", "goes with neither --cfg nor --info", "leave one of them out"))
+    if args.resolve and args.cfg is None and not args.help:
+        faults.append(Fault("--resolve", "goes with --cfg only", "write --cfg job --resolve"))
+    elsewhere = args.config_name or args.config_path or args.config_dir or args.experimental_rerun
+    if elsewhere or args.help or args.hydra_help or args.shell_completion:
+        return faults
+    return faults + find_faults(args.overrides, sweep=is_sweep(args), checked=not shows)
+
+
+def run_job(composed: Any) -> None:
+    """What Hydra calls for each cell. Only a cell that a signal ended stops a sweep."""
+    try:
+        code = run_cell(composed)
+    except UserError as error:
+        code = refuse(error)
+    except Exception:  # noqa: BLE001  a bug in one cell, told in full; a sweep goes on
+        traceback.print_exc()
+        code = 1
+    if code == 0:
+        return
+    if code < INTERRUPTED and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise CellFailedError(code)
+    sys.exit(code)
+
+
+def run_cell(composed: Any) -> int:
+    """Check one composed config again (a launcher may run it elsewhere), then train."""
+    config = to_config(composed)
+    faults = check(config)
+    if faults:
+        raise UserError(faults)
+    from dash_exp.cell import run_config  # imports torch: only now that nothing is left to refuse
+
+    return run_config(config)
+
+
+def refuse(error: UserError) -> int:
+    print(error, file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

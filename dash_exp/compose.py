@@ -1,0 +1,273 @@
+"""The door to Hydra: composing a `Config` from overrides, and finding every fault in them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dash_exp.config import Config, to_config
+from dash_exp.errors import Fault, UserError
+from dash_exp.override_faults import Options, composition_fault, override_faults
+from dash_exp.validation import check
+
+VERSION_BASE = "1.3"
+MAX_CELLS = 64
+"""Cells of a sweep that are composed and checked before it starts, about 0.1 s each."""
+
+COMPOSITION_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    ValueError,
+    AssertionError,
+)
+
+
+def conf_dir() -> Path:
+    """The folder of yaml files: beside the package in a checkout, inside it once installed."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the name that conf/config.yaml asks for."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The config that these overrides make. Raises UserError with every override that is wrong.
+
+    Does not ask whether the config makes sense: that is `validation.check`.
+    """
+    with _opened():
+        try:
+            return _composed(overrides)
+        except COMPOSITION_ERRORS as error:
+            faults = find_faults(overrides, checked=False)
+            raise UserError(faults or Fault("config", str(error))) from None
+
+
+def find_faults(
+    overrides: Sequence[str], *, sweep: bool = False, checked: bool = True
+) -> list[Fault]:
+    """Every fault in a command line's overrides, in their order, then those of the cells they make.
+
+    `sweep`: several values for a key are allowed, and all combinations are looked at (up to
+    MAX_CELLS, with each value at least once). `checked=False` leaves out `validation.check`.
+    """
+    with _opened():
+        parsed, faults = _parse(overrides)
+        absent_places = _searchpath_faults(parsed)
+        if absent_places:
+            parsed = [o for o in parsed if o.key_or_group != "hydra.searchpath"]
+            faults += absent_places
+        options = _options(_search_dirs(parsed))
+        axes: list[list[Override]] = []
+        for override in parsed:
+            variants, variant_faults = _variants(override, sweep)
+            found = [override_faults(variant, options) for variant in variants]
+            faults += variant_faults + [fault for many in found for fault in many]
+            axes.append([v for v, many in zip(variants, found, strict=True) if not many])
+        good = [axis for axis in axes if axis]
+        wrong_choice = any(
+            not axis and parsed[place].key_or_group in options for place, axis in enumerate(axes)
+        )
+        later = _cells_faults(good, options, checked)
+    if wrong_choice:  # another option would have been chosen: only what was written out counts
+        written = {axis[0].key_or_group for axis in good}
+        later = [fault for fault in later if fault.where in written - set(options)]
+    return _unique(faults + later)
+
+
+def _cells_faults(axes: list[list[Override]], options: Options, checked: bool) -> list[Fault]:
+    """What is wrong with the cells themselves; a fault of some cells only says in which."""
+    cells = _cells(axes, options)
+    seen: dict[Fault, list[tuple[Override, ...]]] = {}
+    for cell in cells:
+        for fault in _cell_faults(cell, options, checked):
+            seen.setdefault(fault, []).append(cell)
+    varied = {axis[0].get_key_element(): axis[0].input_line for axis in axes if len(axis) > 1}
+    faults = []
+    for fault, found in seen.items():
+        label = " ".join(
+            str(override.input_line)
+            for override in found[0]
+            if override.get_key_element() in varied
+            and all(override in cell for cell in found)
+            and (override.key_or_group in options or override.input_line not in varied.values())
+        )
+        some = label and len(found) < len(cells)
+        faults.append(replace(fault, what=f"{fault.what} (in {label})") if some else fault)
+    return faults
+
+
+def _cell_faults(cell: Sequence[Override], options: Options, checked: bool) -> list[Fault]:
+    composed = _try(cell, "config", options)
+    if isinstance(composed, Config):
+        return check(composed) if checked else []
+    return _attributed(cell, options) or composed
+
+
+def _attributed(cell: Sequence[Override], options: Options) -> list[Fault]:
+    """Which overrides a cell cannot be composed with: each is tried alone, beside the search path
+    and (for a value) the options chosen."""
+    places = [o for o in cell if o.key_or_group == "hydra.searchpath"]
+    choices = [o for o in cell if o.key_or_group in options]
+    values = [o for o in cell if o not in choices and o not in places]
+    faults: list[Fault] = []
+    sound: list[Override] = []
+    for override in choices:
+        composed = _try([*places, override], override.get_key_element(), options)
+        if isinstance(composed, Config):
+            sound.append(override)
+        else:
+            faults += composed
+    for override in values:
+        composed = _try([*places, *sound, override], override.get_key_element(), options)
+        faults += [] if isinstance(composed, Config) else composed
+    return faults
+
+
+def _try(overrides: Sequence[Override], where: str, options: Options) -> Config | list[Fault]:
+    try:
+        return _composed([override.input_line or "" for override in overrides])
+    except UserError as error:
+        return error.faults
+    except COMPOSITION_ERRORS as error:
+        return [composition_fault(error, where, options)]
+
+
+def _composed(overrides: Sequence[str]) -> Config:
+    composed = hydra.compose("config", overrides=list(overrides))
+    absent = [Fault(key, "has no value", f"set {key}=") for key in _absent(composed)]
+    if absent:
+        raise UserError(absent)
+    return to_config(composed)
+
+
+def _absent(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys without a value. (OmegaConf.missing_keys raises where one is interpolated.)"""
+    for name in map(str, node):
+        if OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
+            yield f"{prefix}{name}"
+        elif not OmegaConf.is_interpolation(node, name) and OmegaConf.is_dict(node[name]):
+            yield from _absent(node[name], f"{prefix}{name}.")
+
+
+def _cells(axes: list[list[Override]], options: Options) -> list[tuple[Override, ...]]:
+    """Cells to look at: all combinations of options, since their settings may contradict each other
+    (up to MAX_CELLS), each with the first values of single keys; then every other value and option.
+    """
+    choices = [axis for axis in axes if axis[0].key_or_group in options]
+    values = [axis for axis in axes if axis[0].key_or_group not in options]
+    first = tuple(axis[0] for axis in values)
+    products = list(itertools.islice(itertools.product(*choices), MAX_CELLS + 1))
+    cells = [(*chosen, *first) for chosen in products[:MAX_CELLS]]
+    turning = axes if len(products) > MAX_CELLS else values
+    rest = range(1, max((len(axis) for axis in turning), default=0))
+    return cells + [
+        tuple(axis[min(turn, len(axis) - 1)] for axis in (*choices, *values)) for turn in rest
+    ]
+
+
+@contextmanager
+def _opened() -> Iterator[None]:
+    """Hydra's compose on our folder; whatever Hydra was doing before goes on afterwards."""
+    register()
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = before  # Hydra has put another instance in place
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed, faults = [], []
+    for text in overrides:
+        try:
+            override = parser.parse_overrides([text])[0]
+        except HydraException as error:
+            faults.append(_unreadable(text, error))
+            continue
+        if override.key_or_group:
+            parsed.append(override)
+        else:
+            faults.append(_unreadable(text, "there is no key"))
+    return parsed, faults
+
+
+def _unreadable(text: str, why: object) -> Fault:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return Fault(text, "is not key=value", "see python -m dash_exp --help")
+    quoted = f"quote a value that holds one of {{}}[](),=: '{key}=\"{value}\"'"
+    return Fault(key or text, f"cannot read {text!r}: {str(why).splitlines()[0]}", quoted)
+
+
+def _variants(override: Override, sweep: bool) -> tuple[list[Override], list[Fault]]:
+    """The override once for each of its values."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [override], []
+    if not sweep:
+        hint = f"add -m for one cell per value, or quote one value with commas: '{key}=\"a,b\"'"
+        return [], [Fault(key, f"got several values: {override.input_line}", hint)]
+    if not override.is_discrete_sweep():
+        return [], [Fault(key, "an interval has no list of values", f"write {key}=a,b,c")]
+    texts = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if not texts:
+        return [], [Fault(key, f"no value matches {override.input_line}")]
+    return OverridesParser.create().parse_overrides(texts), []
+
+
+def _search_dirs(overrides: Sequence[Override]) -> list[str]:
+    """Folders that options come from, ours first, none of Hydra's own."""
+    return [str(conf_dir()), *(path for path in _searchpath(overrides) if "://" not in path)]
+
+
+def _searchpath(overrides: Sequence[Override]) -> list[str]:
+    values: list[Any] = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath"]
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    return [str(entry).removeprefix("file://") for entries in lists for entry in entries]
+
+
+def _searchpath_faults(overrides: Sequence[Override]) -> list[Fault]:
+    folders = [path for path in _searchpath(overrides) if "://" not in path]
+    return [
+        Fault("hydra.searchpath", f"{folder} is not a folder", "write [file:///the/whole/path]")
+        for folder in folders
+        if not Path(folder).is_dir()
+    ]
+
+
+def _options(folders: Sequence[str]) -> dict[str, list[str]]:
+    """Each config group's options, in all folders; `demo/minute` is the file minute in demo."""
+    groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra"]
+    options: dict[str, list[str]] = {}
+    for group, folder in itertools.product(sorted(groups), folders):
+        top = Path(folder, group)
+        names = [file.relative_to(top).with_suffix("").as_posix() for file in top.rglob("*.yaml")]
+        options.setdefault(group, []).extend(sorted(names))
+    return options
+
+
+def _unique(faults: Sequence[Fault]) -> list[Fault]:
+    return list(dict.fromkeys(faults))

@@ -1,0 +1,112 @@
+"""Which values a setting may take: fixed names, and ranges of numbers. Torch-free tables."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dash_exp.learning.advantages import BASELINES, SCALES
+from dash_exp.verifiers.extraction import EXTRACTIONS
+
+SURROGATES = ("policy_gradient", "clipped")  # as in learning/losses.py, which imports torch
+KL_ESTIMATORS = ("k2", "k3")
+AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
+SCHEDULES = ("preemptive", "per_microbatch")
+
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "algorithm.baseline": BASELINES,
+    "algorithm.scale": SCALES,
+    "algorithm.surrogate": SURROGATES,
+    "algorithm.kl": KL_ESTIMATORS,
+    "algorithm.aggregation": AGGREGATIONS,
+    "algorithm.schedule": SCHEDULES,
+    "sampler.name": ("hf", "vllm"),
+    "sampler.schedule": SCHEDULES,
+    "sampler.dtype": ("bfloat16", "float32"),
+    "filter.name": ("none", "advantage", "zero_variance"),
+    "filter.kl": ("drop", "keep"),
+    "filter.denominator": ("all", "kept"),
+    "learner.schedule": ("linear", "constant"),
+    "learner.precision": ("bf16_mixed", "fp32", "bf16"),
+    "run.progress": ("auto", "plain", "none"),
+}
+DATASET_ALLOWED: dict[str, tuple[str, ...]] = {
+    "kind": ("jsonl", "arithmetic"),
+    "split": ("train", "test"),
+    "template": ("bare",),
+    "verifier": ("math", "integer"),
+}
+EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
+    "math": tuple(EXTRACTIONS),
+    "integer": ("first_integer",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An interval of finite numbers; `open_low` and `open_high` leave its ends out."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:g}"
+
+
+NATURAL = Range(0)
+COUNT = Range(1)
+POSITIVE = Range(0, open_low=True)
+INSIDE_UNIT = Range(0, 1, open_low=True, open_high=True)
+
+RANGES: dict[str, Range] = {
+    "seed": NATURAL,
+    "algorithm.steps": COUNT,
+    "algorithm.prompts_per_step": COUNT,
+    "algorithm.clip_low": INSIDE_UNIT,
+    "algorithm.clip_high": INSIDE_UNIT,
+    "algorithm.beta": NATURAL,
+    "algorithm.passes": COUNT,
+    "sampler.max_new_tokens": COUNT,
+    "sampler.temperature": POSITIVE,
+    "sampler.prompts_per_call": COUNT,
+    "sampler.max_sequences": COUNT,
+    "sampler.kv_cache_gb": POSITIVE,
+    "sampler.gpu_memory_utilization": Range(0, 1, open_low=True),
+    "filter.threshold": NATURAL,
+    "learner.lr": POSITIVE,
+    "learner.warmup_updates": NATURAL,
+    "learner.weight_decay": NATURAL,
+    "learner.beta1": Range(0, 1, open_high=True),
+    "learner.beta2": Range(0, 1, open_high=True),
+    "learner.eps": POSITIVE,
+    "learner.max_grad_norm": POSITIVE,
+    "learner.micro_batch_tokens": COUNT,
+    "learner.logit_chunk": COUNT,
+    "evaluation.every": NATURAL,
+    "evaluation.samples": COUNT,
+    "evaluation.temperature": NATURAL,
+    "evaluation.limit": COUNT,
+    "checkpoint.every": NATURAL,
+    "checkpoint.keep": COUNT,
+    "verifier.workers": COUNT,
+    "verifier.timeout_s": POSITIVE,
+    "verifier.memory_mb": COUNT,
+    "budget.seconds": POSITIVE,
+    "cluster.threads": COUNT,
+}
+DATASET_RANGES: dict[str, Range] = {
+    "limit": COUNT,
+    "max_prompt_tokens": COUNT,
+    "max_new_tokens": COUNT,
+}
+RANDOM_SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")

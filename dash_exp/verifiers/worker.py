@@ -1,0 +1,123 @@
+"""A judging process: JSON requests on stdin, JSON verdicts on a private descriptor.
+
+Started by the pool as `python -m dash_exp.verifiers.worker`. One request per line; the first line
+sent back says `ready`, every further line is one verdict. It may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import IO, Any
+
+from dash_exp.types import Score
+from dash_exp.verifiers.protocol import VerifyTask, score
+
+_PR_SET_PDEATHSIG = 1
+_MAX_DETAIL_CHARS = 400
+
+Judge = Callable[[VerifyTask], Score]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve requests until stdin ends."""
+    parser = argparse.ArgumentParser(description="judge answers sent as JSON lines on stdin")
+    parser.add_argument("--memory-mb", type=int, default=2048, help="limit of address space")
+    parser.add_argument("--deadline-s", type=float, default=60.0, help="leave after so long a task")
+    parser.add_argument("--parent", type=int, default=0, help="leave when this process is gone")
+    options = parser.parse_args(arguments)
+    channel = _private_channel()
+    _die_with(options.parent)
+    _limit_memory(options.memory_mb)
+    judges = _judges()
+    _send(channel, {"ready": True})
+    _silence()
+    for line in sys.stdin.buffer:
+        # a C-level hang holds the interpreter lock: this watchdog does not need it
+        faulthandler.dump_traceback_later(options.deadline_s, exit=True, file=2)
+        request = json.loads(line)
+        verdict, retire = _verdict(judges, VerifyTask(**request["task"]))
+        faulthandler.cancel_dump_traceback_later()
+        _send(channel, {"serial": request["serial"], "score": asdict(verdict), "retire": retire})
+    return 0
+
+
+def _private_channel() -> IO[bytes]:
+    """Verdicts get a copy of stdout's descriptor; whatever prints to stdout goes to stderr."""
+    channel = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return channel
+
+
+def _silence() -> None:
+    """After the start nothing is printed any more: stdout and stderr go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+def _die_with(parent: int) -> None:
+    """Ask Linux to kill this process when the pool's thread that started it ends."""
+    if sys.platform != "linux" or not parent:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it was gone before the request
+
+
+def _limit_memory(megabytes: int) -> None:
+    limit = megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _judges() -> Mapping[str, Judge]:
+    """Judges by name, warmed up: the first verdict should not pay for imports."""
+    from dash_exp.verifiers.integer import judge_integer
+    from dash_exp.verifiers.maths import judge_candidate, judge_math
+
+    judge_candidate("x + \\frac{1}{2}", "\\frac{1 + 2x}{2}")
+    return {
+        "math": lambda task: judge_math(task.text, task.answer, task.extraction),
+        "integer": lambda task: judge_integer(task.text, task.answer),
+    }
+
+
+def _verdict(judges: Mapping[str, Judge], task: VerifyTask) -> tuple[Score, bool]:
+    """The verdict, and whether this process should not be used again."""
+    try:
+        return judges[task.verifier](task), False
+    except RecursionError:
+        return score("unparsed", "nested too deeply"), False
+    except MemoryError:
+        return score("crashed", "out of memory"), True
+    except Exception as error:  # noqa: BLE001 (has to survive any fault of ours)
+        return score("verifier_error", _last_line(error)), False
+
+
+def _last_line(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}"
+    message = traceback.format_exception_only(error)[-1].strip()
+    return f"{message} ({place})"[:_MAX_DETAIL_CHARS]
+
+
+def _send(channel: IO[bytes], message: Mapping[str, Any]) -> None:
+    channel.write(json.dumps(message).encode() + b"\n")
+    channel.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

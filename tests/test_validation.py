@@ -1,0 +1,340 @@
+"""Names, ranges and contradictions: each is refused, with the place and the reason."""
+
+from __future__ import annotations
+
+import ast
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dash_exp.learning
+from dash_exp import limits
+from dash_exp.config import Config
+from dash_exp.errors import Fault
+from dash_exp.learning.advantages import group_advantages
+from dash_exp.learning.filters import make_filter
+from dash_exp.validation import check, largest_advantage
+
+pytest_plugins = ["tests.config_fixtures"]
+
+
+def put(config: Config, key: str, value: Any) -> None:
+    """Set a dotted key, through the dictionary of evaluation sets too."""
+    *parents, last = key.split(".")
+    place: Any = config
+    for name in parents:
+        place = place[name] if isinstance(place, dict) else getattr(place, name)
+    setattr(place, last, value)
+
+
+def test_the_base_has_no_faults(config: Config) -> None:
+    assert check(config) == []
+
+
+# --- names and ranges ------------------------------------------------------------------------
+
+NAMES = {
+    "algorithm.baseline": "group_mean, leave_one_out",
+    "algorithm.scale": "none, std",
+    "algorithm.surrogate": "clipped, policy_gradient",
+    "algorithm.kl": "k2, k3",
+    "algorithm.aggregation": "constant, sequence_mean, token_mean",
+    "sampler.name": "hf, vllm",
+    "sampler.dtype": "bfloat16, float32",
+    "filter.kl": "drop, keep",
+    "filter.denominator": "all, kept",
+    "learner.schedule": "constant, linear",
+    "learner.precision": "bf16, bf16_mixed, fp32",
+    "learner.device": "auto, cpu, cuda, cuda:0",
+    "run.progress": "auto, none, plain",
+    "dataset.kind": "arithmetic, jsonl",
+    "dataset.split": "test, train",
+    "dataset.template": "bare",
+    "dataset.verifier": "integer, math",
+    "dataset.extraction": "first_integer",
+    "evaluation.sets.arithmetic.kind": "arithmetic, jsonl",
+    "evaluation.sets.arithmetic.verifier": "integer, math",
+}
+
+
+@pytest.mark.parametrize(("key", "allowed"), NAMES.items())
+def test_an_unknown_name_lists_the_allowed_ones(config: Config, key: str, allowed: str) -> None:
+    put(config, key, "???-no")
+    assert check(config) == [Fault(key, "got '???-no'", f"allowed: {allowed}")]
+
+
+def test_a_name_almost_right(config: Config) -> None:
+    config.learner.precision = "bf16_mixd"
+    [fault] = check(config)
+    assert fault.hint.startswith("did you mean 'bf16_mixed'?")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3"])
+def test_devices(config: Config, device: str) -> None:
+    config.learner.device = device
+    assert check(config) == []
+
+
+OUT_OF_RANGE: list[tuple[str, float, str]] = [
+    ("seed", -1, "at least 0"),
+    ("algorithm.steps", 0, "at least 1"),
+    ("algorithm.prompts_per_step", 0, "at least 1"),
+    ("algorithm.clip_low", 0.0, "more than 0 and less than 1"),
+    ("algorithm.clip_low", 1.0, "more than 0 and less than 1"),
+    ("algorithm.clip_high", 1.5, "more than 0 and less than 1"),
+    ("algorithm.beta", -0.01, "at least 0"),
+    ("algorithm.passes", 0, "at least 1"),
+    ("sampler.max_new_tokens", 0, "at least 1"),
+    ("sampler.temperature", 0.0, "more than 0"),
+    ("sampler.prompts_per_call", 0, "at least 1"),
+    ("sampler.max_sequences", 0, "at least 1"),
+    ("sampler.kv_cache_gb", 0.0, "more than 0"),
+    ("sampler.gpu_memory_utilization", 1.1, "more than 0 and at most 1"),
+    ("filter.threshold", -0.1, "at least 0"),
+    ("learner.lr", 0.0, "more than 0"),
+    ("learner.lr", math.nan, "more than 0"),
+    ("learner.lr", math.inf, "more than 0"),
+    ("learner.warmup_updates", -1, "at least 0"),
+    ("learner.weight_decay", -1.0, "at least 0"),
+    ("learner.beta1", 1.0, "at least 0 and less than 1"),
+    ("learner.beta2", -0.1, "at least 0 and less than 1"),
+    ("learner.eps", 0.0, "more than 0"),
+    ("learner.max_grad_norm", 0.0, "more than 0"),
+    ("learner.micro_batch_tokens", 0, "at least 1"),
+    ("learner.logit_chunk", 0, "at least 1"),
+    ("evaluation.every", -1, "at least 0"),
+    ("evaluation.samples", 0, "at least 1"),
+    ("evaluation.temperature", -0.1, "at least 0"),
+    ("evaluation.limit", 0, "at least 1"),
+    ("evaluation.sets.arithmetic.max_prompt_tokens", 0, "at least 1"),
+    ("checkpoint.every", -1, "at least 0"),
+    ("checkpoint.keep", 0, "at least 1"),
+    ("verifier.workers", 0, "at least 1"),
+    ("verifier.timeout_s", 0.0, "more than 0"),
+    ("verifier.memory_mb", 0, "at least 1"),
+    ("budget.seconds", 0.0, "more than 0"),
+    ("cluster.threads", 0, "at least 1"),
+    ("dataset.limit", 0, "at least 1"),
+    ("dataset.max_prompt_tokens", 0, "at least 1"),
+    ("dataset.max_new_tokens", 0, "at least 1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), OUT_OF_RANGE)
+def test_out_of_range(config: Config, key: str, value: float, allowed: str) -> None:
+    put(config, key, value)
+    assert check(config) == [Fault(key, f"got {value:g}, must be {allowed}")]
+
+
+def test_every_range_is_tested_above() -> None:
+    tested = {key for key, _, _ in OUT_OF_RANGE}
+    assert set(limits.RANGES) <= tested
+    assert {f"dataset.{name}" for name in limits.DATASET_RANGES} <= tested
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("algorithm.beta", 0.0), ("algorithm.steps", 1), ("filter.threshold", 0.0),
+        ("sampler.gpu_memory_utilization", 1.0), ("learner.beta1", 0.0), ("budget.seconds", None),
+        ("checkpoint.every", 0), ("evaluation.limit", None), ("algorithm.group_size", 2),
+    ],
+)  # fmt: skip
+def test_the_ends_of_a_range_that_belong_to_it(config: Config, key: str, value: Any) -> None:
+    put(config, key, value)
+    assert check(config) == []
+
+
+def test_names_repeated_here_are_those_of_the_losses() -> None:
+    # losses.py imports torch, so limits.py repeats its tuples; read here without importing it
+    source = Path(dash_exp.learning.__path__[0], "losses.py").read_text()
+    tuples = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    for name in ("SURROGATES", "KL_ESTIMATORS", "AGGREGATIONS"):
+        assert getattr(limits, name) == tuples[name]
+
+
+def test_filter_names_are_those_that_can_be_made() -> None:
+    for name in limits.ALLOWED["filter.name"]:
+        assert len(make_filter(name, 0.1)([0.0, 1.0])) == 2
+
+
+# --- across fields ---------------------------------------------------------------------------
+
+
+def test_group_of_one(config: Config) -> None:
+    config.algorithm.group_size = 1
+    [fault] = check(config)
+    assert (fault.where, fault.what) == ("algorithm.group_size", "got 1, must be at least 2")
+    assert "alone it is always 0" in fault.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("sampler.top_p", 0.95, "got 0.95, must be 1 in training"),
+        ("sampler.top_p", 1.5, "got 1.5, must be 1 in training"),
+        ("sampler.top_k", 50, "got 50, must be 0 (off) in training"),
+        ("sampler.top_k", -1, "got -1, must be 0 (off) in training"),
+    ],
+)
+def test_truncated_sampling_is_refused_with_the_reason(
+    config: Config, key: str, value: float, what: str
+) -> None:
+    put(config, key, value)
+    [fault] = check(config)
+    assert (fault.where, fault.what) == (key, what)
+    assert "renormalised over the kept tokens" in fault.hint
+
+
+def test_calls_must_divide_the_batch_of_per_microbatch_arms(config: Config) -> None:
+    config.sampler.prompts_per_call = 3
+    assert check(config) == []  # not used by a preemptive arm
+    config.algorithm.schedule = config.sampler.schedule = "per_microbatch"
+    [fault] = check(config)
+    assert fault == Fault(
+        "sampler.prompts_per_call",
+        "got 3, which does not divide algorithm.prompts_per_step=16",
+        "allowed: 1, 2, 4, 8, 16",
+    )
+    config.sampler.prompts_per_call = 32
+    assert [f.where for f in check(config)] == ["sampler.prompts_per_call"]
+    config.sampler.prompts_per_call = 8
+    assert check(config) == []
+
+
+def test_an_arm_and_a_filter_that_contradict_each_other(config: Config) -> None:
+    config.algorithm.name, config.algorithm.filters = "no_gf", ["none"]
+    [fault] = check(config)
+    assert fault.where == "filter"
+    assert fault.what == (
+        "filter=advantage contradicts algorithm=no_gf, which is defined with filter=none"
+    )
+
+
+def test_an_arm_that_names_no_such_filter(config: Config) -> None:
+    config.algorithm.filters = ["advantage", "gradient"]
+    assert [(f.where, f.what) for f in check(config)] == [("algorithm.filters", "got 'gradient'")]
+
+
+def test_an_arm_and_a_schedule_that_contradict_each_other(config: Config) -> None:
+    config.sampler.schedule = "per_microbatch"
+    [fault] = check(config)
+    assert (fault.where, fault.what) == (
+        "sampler.schedule",
+        "sampler.schedule=per_microbatch contradicts algorithm=dash, which is defined with "
+        "preemptive",
+    )
+
+
+def test_k1_is_refused_with_the_reason(config: Config) -> None:
+    config.algorithm.kl = "k1"
+    [fault] = check(config)
+    assert (fault.where, fault.what) == ("algorithm.kl", "got 'k1', allowed: k2, k3")
+    assert "expected gradient is 0" in fault.hint
+
+
+def test_several_updates_need_the_clipped_ratio(config: Config) -> None:
+    config.algorithm.passes = 3
+    [fault] = check(config)
+    assert fault.where == "algorithm.surrogate"
+    assert fault.what == "got 'policy_gradient', must be 'clipped' when algorithm.passes=3"
+    config.algorithm.surrogate = "clipped"
+    assert check(config) == []
+
+
+def test_warmup_must_end_before_the_plan(config: Config) -> None:
+    config.learner.warmup_updates = 30
+    [fault] = check(config)
+    assert (fault.where, fault.what) == (
+        "learner.warmup_updates", "got 30, but only 30 updates are planned",
+    )  # fmt: skip
+    config.algorithm.passes, config.algorithm.surrogate = 2, "clipped"
+    assert check(config) == []
+
+
+def test_largest_advantages_of_the_paper() -> None:
+    # G = 4, one right of four: (1 - 1/4) / (1/2 + 1e-4) = 0.75 / 0.5001
+    assert largest_advantage(4, "group_mean", "std") == pytest.approx(0.75 / 0.5001)
+    assert largest_advantage(4, "group_mean", "none") == 0.75
+    assert largest_advantage(4, "leave_one_out", "none") == 1.0
+
+
+@given(
+    size=st.integers(2, 40),
+    baseline=st.sampled_from(["group_mean", "leave_one_out"]),
+    scale=st.sampled_from(["std", "none"]),
+)
+def test_no_group_has_a_larger_advantage(size: int, baseline: str, scale: str) -> None:
+    groups = ([1.0] * right + [0.0] * (size - right) for right in range(size + 1))
+    found = max(abs(a) for g in groups for a in group_advantages(g, baseline=baseline, scale=scale))
+    assert largest_advantage(size, baseline, scale) == pytest.approx(found, rel=1e-12)
+
+
+def test_a_threshold_that_would_drop_everything(config: Config) -> None:
+    config.algorithm.group_size = 4
+    config.filter.threshold = 1.49
+    assert check(config) == []
+    config.filter.threshold = 1.5  # 0.75 / 0.5001 = 1.4997
+    [fault] = check(config)
+    assert fault.where == "filter.threshold"
+    assert fault.what == (
+        "got 1.5, which drops every completion: with group_size=4, baseline=group_mean, scale=std "
+        "and rewards of 0 or 1, |advantage| is at most 1.4997"
+    )
+    config.filter.name = "zero_variance"  # has no threshold
+    assert check(config) == []
+
+
+def test_several_greedy_samples_would_all_be_equal(config: Config) -> None:
+    config.evaluation.samples = 8
+    assert [f.where for f in check(config)] == ["evaluation.samples"]
+    config.evaluation.temperature = 0.6
+    assert check(config) == []
+
+
+def test_extraction_belongs_to_the_verifier(config: Config) -> None:
+    config.dataset.verifier = "math"
+    [fault] = check(config)
+    assert fault.where == "dataset.extraction"
+    assert "boxed" in fault.hint
+    config.dataset.extraction = "boxed"
+    assert check(config) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "what"),
+    [
+        ({"hidden_size": 30}, "hidden_size", "got 30, must be a multiple of 2 x heads = 4"),
+        ({"kv_heads": 3}, "kv_heads", "got 3, must divide heads = 2"),
+        ({"layers": 0}, "layers", "got 0, must be at least 1"),
+    ],
+)
+def test_sizes_of_a_random_model(
+    config: Config, change: dict[str, int], where: str, what: str
+) -> None:
+    config.model.random.update(change)
+    assert [(f.where, f.what) for f in check(config)] == [(f"model.random.{where}", what)]
+
+
+def test_random_model_lacks_or_knows_no_size(config: Config) -> None:
+    del config.model.random["heads"]
+    config.model.random["head"] = 2
+    assert [f.what for f in check(config)] == ["got 'head'", "lacks heads"]
+
+
+def test_all_faults_at_once(config: Config) -> None:
+    wrong = {
+        "algorithm.group_size": 1, "sampler.top_p": 0.9, "learner.lr": -1.0, "filter.kl": "kep",
+        "algorithm.kl": "k1", "dataset.kind": "jsnl", "evaluation.samples": 4,
+    }  # fmt: skip
+    for key, value in wrong.items():
+        put(config, key, value)
+    assert {fault.where for fault in check(config)} == set(wrong)

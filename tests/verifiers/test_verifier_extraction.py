@@ -1,0 +1,169 @@
+"""Finding the answer in a completion, and staying linear on hostile text."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dash_exp.verifiers.extraction import EXTRACTIONS, MAX_CANDIDATE_CHARS, extract
+
+
+@pytest.mark.parametrize(
+    ("text", "candidate"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"first \boxed{1}, then \boxed{2}", "2"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed 5", "5"),
+        (r"$\boxed 12$.", "12"),
+        (r"\boxed {5}", "5"),
+        (r"\boxed{1}, no: \boxed 2", "2"),
+        (r"\boxed 1, no: \boxed{2}", "2"),
+        (r"\boxed{ \{1, 2\} }", r"\{1, 2\}"),
+        (r"\boxed{x = \boxed{3}}", "x = {3}"),
+        (r"\boxed{\boxed{1}, \boxed{2}}", "{1}, {2}"),
+        (r"\boxed{5} and then cut off \boxed{\frac{1", "5"),
+        (r"{ an open brace, then \boxed{5}", "5"),
+        (r"} a stray brace, then \boxed{5}", "5"),
+        ("\\boxed{5}\n1\n2\n3\n4\n5\n6", "5"),
+        ("\\boxed{a\nb}", "a\nb"),
+        (r"\boxed{}", None),
+        (r"\boxed{5", None),
+        (r"\boxedfoo{5}", None),
+        ("the answer is 5", None),
+        ("", None),
+    ],
+)
+def test_boxed(text: str, candidate: str | None) -> None:
+    assert extract(text, "boxed") == candidate
+
+
+@pytest.mark.parametrize(
+    ("text", "candidate"),
+    [
+        (r"The answer is 3. Or \boxed{4}.", "4"),
+        ("a = 3\n#### 1,234", "1,234"),
+        ("The answer is 3/4.", "3/4"),
+        ("The answer is $\\frac{3}{4}$.", r"\frac{3}{4}"),
+        ("Therefore, the final answer is: $x = 5$. I hope it is correct.", "x = 5"),
+        ("**Answer:** 18", "18"),
+        ("The answer is therefore 18.", "18"),
+        ("The answer is $1,234.50.", "$1,234.50"),
+        ("She earns $1,234.50", "1,234.50"),
+        ("The answer is \\(\\sqrt{2}\\).", r"\sqrt{2}"),
+        ("The answer is 18 dollars for the whole week.", "18"),
+        ("answer: east", "east"),
+        ("we get $x = 3$.", "x = 3"),
+        ("we get\n\\[x = 3\\]", "x = 3"),
+        ("we get $x = 3$ apples in 2 days", "2"),
+        ("first 5, then 7", "7"),
+        ("it falls to -3", "-3"),
+        ("it falls to −3", "-3"),
+        ("which is 20%", "20%"),
+        ("no idea", None),
+        ("", None),
+    ],
+)
+def test_boxed_or_last(text: str, candidate: str | None) -> None:
+    assert extract(text, "boxed_or_last") == candidate
+
+
+@pytest.mark.parametrize(
+    ("text", "candidate"),
+    [
+        ("3 cats and 1,234.50 dogs", "1,234.50"),
+        ("10-3", "3"),
+        ("x = -3", "-3"),
+        ("1, 2, 3", "3"),
+        ("about .5", ".5"),
+        ("3/4", "3/4"),
+        ("it costs $5.", "5"),
+        ("none", None),
+    ],
+)
+def test_last_number(text: str, candidate: str | None) -> None:
+    assert extract(text, "last_number") == candidate
+
+
+@pytest.mark.parametrize(
+    ("text", "candidate"),
+    [
+        ("#### 18", "18"),
+        ("#### 1\n#### 2\nrest", "2"),
+        ("####18", "18"),
+        ("18", None),
+        ("####", None),
+    ],
+)
+def test_hash(text: str, candidate: str | None) -> None:
+    assert extract(text, "hash") == candidate
+
+
+def test_whole_text() -> None:
+    assert extract("  3 + 4 ", "whole") == "3 + 4"
+    assert extract(" \n", "whole") is None
+
+
+def test_unknown_mode_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="boxed_or_last"):
+        extract("5", "boxd")
+
+
+CONTENT = st.recursive(
+    st.text("ab1+ ", max_size=5),
+    lambda inner: st.lists(inner, max_size=3).map(lambda parts: "{" + "".join(parts) + "}"),
+    max_leaves=8,
+)
+
+
+@given(st.text("ab {}$\n.", max_size=30), CONTENT, st.text("ab $\n.", max_size=30))
+def test_balanced_content_comes_back(before: str, content: str, after: str) -> None:
+    text = f"{before}\\boxed{{{content}}}{after}"
+    assert extract(text, "boxed") == (content.strip() or None)
+
+
+@given(st.text())
+def test_any_text_gives_a_bounded_candidate(text: str) -> None:
+    for mode in EXTRACTIONS:
+        candidate = extract(text, mode)
+        assert candidate is None or 0 < len(candidate) <= MAX_CANDIDATE_CHARS
+
+
+MEGABYTE = 1_000_000
+HOSTILE = {
+    "boxes that never close": r"\boxed{",
+    "open braces": "{",
+    "braces after a box": r"\boxed{}{",
+    "bare boxes": r"\boxed ",
+    "closed boxes": r"\boxed{1}",
+    "backslashes": "\\",
+    "opening parentheses": r"\(",
+    "opening brackets": r"\[",
+    "dollars": "$$ ",
+    "lone dollars": "$a\n",
+    "digits": "1",
+    "grouped digits": "123,",
+    "points": "1.",
+    "signs": "-",
+    "slashes": "1/",
+    "spaces": " ",
+    "answers": "answer is ",
+    "hashes": "#",
+    "stars": "**",
+}
+
+
+@pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize("head", ["", "\\boxed{"], ids=["", "in a box"])
+def test_time_is_linear_in_hostile_text(piece: str, head: str) -> None:
+    """Quadratic work on a megabyte would take hours, not seconds."""
+    text = head + piece * (MEGABYTE // len(piece))
+    start = time.perf_counter()
+    for mode in EXTRACTIONS:
+        candidate = extract(text, mode)
+        assert candidate is None or len(candidate) <= MAX_CANDIDATE_CHARS
+    assert time.perf_counter() - start < 60
