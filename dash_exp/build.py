@@ -137,10 +137,13 @@ def build_task(config: Config, tokenizer: Any, model_config: Any, judges: Judges
         if held_out is not None:
             sets.append(
                 EvalSet(
-                    label, held_out, judges.get(one.verifier, one.extraction),
-                    decoding(one, config.evaluation.temperature), config.evaluation.samples,
+                    label,
+                    held_out,
+                    judges.get(one.verifier, one.extraction),
+                    decoding(one, config.evaluation.temperature),
+                    config.evaluation.samples,
                     f"{one.verifier}/{one.extraction}",
-                )  # fmt: skip
+                )
             )
     if faults or train is None:
         raise UserError(faults)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
 import signal
 import sys
 import time
@@ -125,9 +124,7 @@ def tell_finished(folder: Path, display: Display) -> int:
     return OK
 
 
-def attempt(
-    folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop
-) -> int:
+def attempt(folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop) -> int:
     """One attempt at a cell, with every way it can end turned into a status and an exit code."""
     step = int(read_json(folder / "status.json").get("step", 0))
     recorder.status("running", step)
@@ -146,7 +143,7 @@ def attempt(
     except OSError as error:
         say_last(recorder, "failed", f"{type(error).__name__}: {error}")
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise UserError(disk_fault(error, folder)) from error
+            raise UserError(disk_fault(error, folder), "what was recorded is kept") from error
         raise
     except Exception as error:
         recorder.log(traceback.format_exc())
@@ -194,8 +191,9 @@ class Run:
         from dash_exp.loop import Hooks, train
 
         self.machine = machine
-        done, updates_seen = self.resume(machine)
+        done = self.resume(machine)
         self.note_provenance(machine, done)
+        self.preflight(machine)
         if self.config.evaluation.before:
             self.evaluate(0)
         self.stop.patient = True
@@ -209,8 +207,20 @@ class Run:
             self.evaluate(ending.step)
         return self.finish(ending.step, ending.reason)
 
-    def resume(self, machine: Any) -> tuple[int, int]:
-        """Go back to the newest whole checkpoint. Returns its step and its updates (0 without one)."""
+    def preflight(self, machine: Any) -> None:
+        """Fail now rather than in an hour, if the longest samples do not fit."""
+        from dash_exp.learning.preflight import largest_micro_batch, preflight
+
+        if not self.config.learner.preflight:
+            return
+        parts, longest = machine.parts, max(len(p.token_ids) for p in machine.parts.prompts.prompts)
+        preflight(parts.learner, largest_micro_batch(
+            longest, parts.decoding.max_new_tokens, machine.plan.group_size, parts.packer
+        ))  # fmt: skip
+        self.say("preflight: a micro-batch of the longest samples fits")
+
+    def resume(self, machine: Any) -> int:
+        """Go back to the newest whole checkpoint. Returns its step, 0 without one."""
         snapshot, damaged = checkpoint.latest(self.folder)
         for one in damaged:
             self.say(f"checkpoint {one.folder.name} is damaged ({one.reason}); using the one before")
@@ -218,18 +228,19 @@ class Run:
             self.recorder.event("fault", now, now, what="damaged checkpoint", where=one.folder.name)
             one.folder.rename(one.folder.with_name(f"damaged-{one.folder.name}-{int(now)}"))
         if snapshot is None:
-            return 0, 0
+            return 0
         machine.parts.learner.restore(snapshot)
         step = int(snapshot.state["step"])
         machine.parts.sampler.load_weights(step)
         self.say(f"resuming after step {step}")
-        return step, int(snapshot.state["updates"])
+        return step
 
     def spent_seconds(self, done: int) -> float:
         """Training seconds of the steps that count, over all attempts."""
         rows = last_attempts(read_rows(self.folder / "steps.jsonl").rows)
         out = ("time/evaluate_s", "time/checkpoint_s")
-        return sum(r["time/step_s"] - sum(r[k] for k in out) for r in rows if r["step"] <= done)
+        spent = [r["time/step_s"] - sum(r[k] for k in out) for r in rows if r["step"] <= done]
+        return float(sum(spent))
 
     def note_provenance(self, machine: Any, done: int) -> None:
         from dash_exp.build import thread_count
@@ -252,21 +263,12 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Evaluate every set now; the base model's result is shared through the cache."""
-        from dash_exp.build import engine_facts
-        from dash_exp.evaluation import base_key, cached, evaluate
-
         known = last_attempts(read_rows(self.folder / "evals.jsonl").rows)
-        sampler, seed = self.machine.parts.sampler, self.config.seed
         for one in self.machine.sets:
             if step == 0 and any(r["step"] == 0 and r["dataset"] == one.label for r in known):
                 continue
             start = time.time()
-            if step == 0:
-                weights = weights_hash(self.machine.source.folder, self.cache)
-                key = base_key(one, weights, engine_facts(self.config), seed)
-                result, hit = cached(key, self.cache / "base_results", lambda s=one: evaluate(s, sampler, seed))
-            else:
-                result, hit = evaluate(one, sampler, seed), False
+            result, hit = self.evaluate_one(one, step)
             took = time.time() - start
             self.recorder.event("evaluate", start, time.time(), step=step, worker="main", cached=hit)
             self.recorder.append("eval_samples", ({"step": step, **r} for r in result.prompts))
@@ -278,10 +280,25 @@ class Run:
                 f"at step {step}, n={first['n']} ({source})"
             )
 
-    def save(self, step: int) -> None:
-        """Write a resumable checkpoint, then drop the oldest."""
+    def evaluate_one(self, one: Any, step: int) -> tuple[Any, bool]:
+        """The result of one set, and whether it was known already (the base model's, from the cache)."""
+        from dash_exp.build import engine_facts
+        from dash_exp.evaluation import base_key, cached, evaluate
+
+        def compute() -> Any:
+            return evaluate(one, self.machine.parts.sampler, self.config.seed)
+
+        if step > 0:
+            return compute(), False
+        weights = weights_hash(self.machine.source.folder, self.cache)
+        key = base_key(one, weights, engine_facts(self.config), self.config.seed)
+        return cached(key, self.cache / "base_results", compute)
+
+    def save(self, step: int, last: bool) -> None:
+        """Write a checkpoint, then drop the oldest. After the last step no optimizer goes on, so its
+        moments, more than half of the bytes, are left out."""
         start = time.time()
-        snapshot = self.machine.parts.learner.snapshot(step)
+        snapshot = self.machine.parts.learner.snapshot(step, moments=not last)
         checkpoint.save(self.folder, step, snapshot, self.machine.source.folder)
         checkpoint.prune(self.folder, self.config.checkpoint.keep)
         self.recorder.event("checkpoint", start, time.time(), step=step, worker="main")

@@ -43,8 +43,7 @@ def make_cell(config: Config, cache: Path) -> Cell:
     identity["evaluation"] = {
         **frozen["evaluation"],
         "sets": {
-            label: _dataset_identity(one, asdict(one), cache)
-            for label, one in config.evaluation.sets.items()
+            label: _dataset_identity(one, asdict(one), cache) for label, one in config.evaluation.sets.items()
         },
     }
     text = json.dumps(identity, sort_keys=True)

@@ -130,7 +130,7 @@ def damage(folder: Path) -> str | None:
 
 def latest(cell: Path) -> tuple[Snapshot | None, list[Damage]]:
     """The newest resumable checkpoint that is whole, and those newer ones that are damaged."""
-    damaged = []
+    damaged: list[Damage] = []
     for folder in existing(cell):
         reason = damage(folder)
         if reason is None:

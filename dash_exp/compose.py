@@ -62,9 +62,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
             raise UserError(faults or Fault("config", str(error))) from None
 
 
-def find_faults(
-    overrides: Sequence[str], *, sweep: bool = False, checked: bool = True
-) -> list[Fault]:
+def find_faults(overrides: Sequence[str], *, sweep: bool = False, checked: bool = True) -> list[Fault]:
     """Every fault in a command line's overrides, in their order, then those of the cells they make.
 
     `sweep`: several values for a key are allowed, and all combinations are looked at (up to
@@ -180,9 +178,7 @@ def _cells(axes: list[list[Override]], options: Options) -> list[tuple[Override,
     cells = [(*chosen, *first) for chosen in products[:MAX_CELLS]]
     turning = axes if len(products) > MAX_CELLS else values
     rest = range(1, max((len(axis) for axis in turning), default=0))
-    return cells + [
-        tuple(axis[min(turn, len(axis) - 1)] for axis in (*choices, *values)) for turn in rest
-    ]
+    return cells + [tuple(axis[min(turn, len(axis) - 1)] for axis in (*choices, *values)) for turn in rest]
 
 
 @contextmanager

@@ -124,6 +124,8 @@ class DatasetConfig:
     verifier: str = MISSING
     extraction: str = MISSING
     max_prompt_tokens: int = MISSING
+    completion_tokens: int = MISSING
+    """Room for a short answer to this set; what `recipe=small` samples at most."""
     max_new_tokens: int | None = None
     """When evaluating on this set; null: as in training."""
 
@@ -154,6 +156,8 @@ class LearnerConfig:
     logit_chunk: int = MISSING
     """Rows of logits held at once: memory = chunk x V x 4 bytes, several times."""
     gradient_checkpointing: bool = MISSING
+    preflight: bool = MISSING
+    """First try the largest micro-batch of the longest samples: does it fit into memory?"""
     deterministic: bool = MISSING
     """Micro-batches in prompt order, whatever the order in which groups finish."""
     device: str = MISSING

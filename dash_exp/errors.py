@@ -22,14 +22,15 @@ class Fault:
 class UserError(Exception):
     """Raised with every fault found, never with the first only. Commands print it and exit 2."""
 
-    def __init__(self, faults: Sequence[Fault] | Fault):
+    def __init__(self, faults: Sequence[Fault] | Fault, consequence: str = "nothing was started"):
         self.faults = [faults] if isinstance(faults, Fault) else list(faults)
+        self.consequence = consequence
         super().__init__(str(self))
 
     def __str__(self) -> str:
         count = len(self.faults)
         head = "1 problem" if count == 1 else f"{count} problems"
-        return "\n".join([f"dash_exp: {head}, nothing was started", *(f"  {f}" for f in self.faults)])
+        return "\n".join([f"dash_exp: {head}, {self.consequence}", *(f"  {f}" for f in self.faults)])
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -114,9 +114,7 @@ def base_key(one: EvalSet, weights: str, engine: Mapping[str, Any], run_seed: in
         "weights": weights,
         "engine": dict(engine),
         "data": one.prompts.content_hash,
-        "prompts": hashlib.sha256(
-            "\x1e".join(p.text for p in one.prompts.prompts).encode()
-        ).hexdigest(),
+        "prompts": hashlib.sha256("\x1e".join(p.text for p in one.prompts.prompts).encode()).hexdigest(),
         "decoding": {
             "max_new_tokens": one.decoding.max_new_tokens,
             "temperature": one.decoding.temperature,

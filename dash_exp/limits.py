@@ -107,6 +107,7 @@ RANGES: dict[str, Range] = {
 DATASET_RANGES: dict[str, Range] = {
     "limit": COUNT,
     "max_prompt_tokens": COUNT,
+    "completion_tokens": COUNT,
     "max_new_tokens": COUNT,
 }
 RANDOM_SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")

@@ -1,8 +1,8 @@
 """The training loop: the one file that knows the order of things.
 
-    prompts -> sampler.stream -> Group -> verifier -> ScoredGroup -> advantages, filter
-            -> AdvantagedGroup -> micro-batches -> learner.accumulate ... learner.update
-            -> sampler.load_weights -> recorder
+prompts -> sampler.stream -> Group -> verifier -> ScoredGroup -> advantages, filter
+        -> AdvantagedGroup -> micro-batches -> learner.accumulate ... learner.update
+        -> sampler.load_weights -> recorder
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -64,11 +65,11 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the loop calls besides: evaluation and checkpoint of a step, progress, and whether a
-    signal asked to stop."""
+    """What the loop calls besides: evaluation and checkpoint of a step (and whether it is the last
+    one), progress, and whether a signal asked to stop."""
 
     evaluate: Callable[[int], None]
-    checkpoint: Callable[[int], None]
+    checkpoint: Callable[[int, bool], None]
     progress: Callable[[Row], None]
     stop_signal: Callable[[], int | None]
 
@@ -82,9 +83,7 @@ class Ending:
     signal: int | None = None
 
 
-def train(
-    plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float
-) -> Ending:
+def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float) -> Ending:
     """Run the steps after `done`; `spent_s` seconds of training time were used by them."""
     ledger = Ledger()
     for step in range(done + 1, plan.steps + 1):
@@ -98,7 +97,7 @@ def train(
         last = signal is not None or step == plan.steps
         if last or (plan.checkpoint_every and step % plan.checkpoint_every == 0):
             with ledger.phase("checkpoint"):
-                hooks.checkpoint(step)
+                hooks.checkpoint(step, step == plan.steps)
         wall, seconds = ledger.close_step()
         spent_s += wall - seconds["evaluate"] - seconds["checkpoint"]
         row = step_row(step, facts, wall, seconds, ledger.overlap(seconds["verify"]))
@@ -108,14 +107,12 @@ def train(
         if signal is not None:
             return Ending(step, "signal", signal)
         if plan.budget_s is not None and spent_s >= plan.budget_s and step < plan.steps:
-            hooks.checkpoint(step)
+            hooks.checkpoint(step, True)
             return Ending(step, "budget")
     return Ending(plan.steps, "planned")
 
 
-def train_step(
-    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int
-) -> BatchFacts:
+def train_step(plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int) -> BatchFacts:
     """Sample one batch, learn from it, and hand the new weights to the sampler."""
     chosen = batch(parts.prompts, plan.seed, step, plan.prompts_per_step)
     asked = requests(chosen, plan.seed, "sample", step, plan.group_size)
@@ -191,12 +188,16 @@ def judged_groups(
         with ledger.phase("verify"):
             futures = [parts.judge.submit(c.text, group.prompt.answer) for c in group.completions]
         for future in futures:
-            future.add_done_callback(lambda _, ends=ends: ends.append(time.time()))
+            future.add_done_callback(partial(_note_end, ends))
         waiting.append((group, start, futures, ends))
         while waiting and all(f.done() for f in waiting[0][2]):
             yield take()
     while waiting:
         yield take()
+
+
+def _note_end(ends: list[float], _: Future[Score]) -> None:
+    ends.append(time.time())
 
 
 def in_prompt_order(groups: Iterator[ScoredGroup], first: int) -> Iterator[ScoredGroup]:

@@ -87,9 +87,7 @@ def learner_values(facts: BatchFacts) -> Row:
     return row
 
 
-def time_values(
-    facts: BatchFacts, wall: float, seconds: Mapping[str, float], overlap: float
-) -> Row:
+def time_values(facts: BatchFacts, wall: float, seconds: Mapping[str, float], overlap: float) -> Row:
     """The ledger of a step. `overlap`: seconds in which others worked while the main process did too."""
     tokens = sum(len(c.token_ids) for c, _, _, _ in facts.samples())
     return {
@@ -101,9 +99,7 @@ def time_values(
     }
 
 
-def step_row(
-    step: int, facts: BatchFacts, wall: float, seconds: Mapping[str, float], overlap: float
-) -> Row:
+def step_row(step: int, facts: BatchFacts, wall: float, seconds: Mapping[str, float], overlap: float) -> Row:
     """One row of steps.jsonl."""
     times = time_values(facts, wall, seconds, overlap)
     return {"step": step, **batch_values(facts), **learner_values(facts), **times}

@@ -29,9 +29,7 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> bytes | None:
         try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=HERE, capture_output=True, timeout=20, check=False
-            )
+            done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout if done.returncode == 0 else None
@@ -72,9 +70,7 @@ def hardware(threads: int, gpus: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def collect(
-    known: dict[str, Any], attempt: int, resumed_from: int | None, **facts: Any
-) -> dict[str, Any]:
+def collect(known: dict[str, Any], attempt: int, resumed_from: int | None, **facts: Any) -> dict[str, Any]:
     """The provenance of a cell after this attempt began; earlier attempts are kept."""
     code = code_hash()
     here = {

@@ -133,8 +133,7 @@ class Recorder:
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to `<name>.jsonl`, each as one whole line, and hand them to the system."""
         text = "".join(
-            json.dumps(finite({"attempt": self.attempt, **row}), ensure_ascii=False) + "\n"
-            for row in rows
+            json.dumps(finite({"attempt": self.attempt, **row}), ensure_ascii=False) + "\n" for row in rows
         )
         stream = self._stream(f"{name}.jsonl")
         stream.write(text)
@@ -196,9 +195,11 @@ def differences(first: Path, second: Path, limit: int = 20) -> list[str]:
         if len(a) != len(b):
             found.append(f"{name}: {len(a)} rows against {len(b)}")
         for number, (x, y) in enumerate(zip(a, b, strict=False)):
-            for key in sorted({*x, *y}):
-                if not key.startswith(IGNORED_IN_COMPARISON) and x.get(key) != y.get(key):
-                    found.append(f"{name}[{number}] {key}: {x.get(key)!r} against {y.get(key)!r}")
+            found += [
+                f"{name}[{number}] {key}: {x.get(key)!r} against {y.get(key)!r}"
+                for key in sorted({*x, *y})
+                if not key.startswith(IGNORED_IN_COMPARISON) and x.get(key) != y.get(key)
+            ]
             if len(found) >= limit:
                 return found[:limit]
     return found

@@ -39,8 +39,6 @@ def bootstrap_interval(
     values = np.asarray(values_per_prompt, dtype=float)
     if len(values) < 2:
         return math.nan, math.nan
-    draws = np.random.Generator(np.random.Philox(key=seed)).integers(
-        0, len(values), (resamples, len(values))
-    )
+    draws = np.random.Generator(np.random.Philox(key=seed)).integers(0, len(values), (resamples, len(values)))
     low, high = np.quantile(values[draws].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

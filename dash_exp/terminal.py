@@ -104,9 +104,7 @@ class Display:
             self.console.print(line, markup=False, soft_wrap=True)
 
 
-def summary_lines(
-    folder: Path, steps: Sequence[Row], evals: Sequence[Row], reason: str
-) -> list[str]:
+def summary_lines(folder: Path, steps: Sequence[Row], evals: Sequence[Row], reason: str) -> list[str]:
     """The summary as text, at most 80 columns but for paths."""
     lines = ["", f"Finished after {len(steps)} steps ({reason})." if steps else "No steps."]
     if steps:
@@ -129,19 +127,22 @@ def accuracy_lines(evals: Sequence[Row]) -> list[str]:
     rows = [r for r in evals if r["metric"] == "accuracy"]
     for name in dict.fromkeys(r["dataset"] for r in rows):
         mine = [r for r in rows if r["dataset"] == name]
-        texts = [f"{r['value']:.3f} [{r.get('low', float('nan')):.3f}, {r.get('high', float('nan')):.3f}]" for r in (mine[0], mine[-1])]
-        text = " -> ".join(texts if len(mine) > 1 else texts[:1])
-        lines.append(f"  {name:<16} {text}  n={mine[0]['n']}")
+        ends = mine[:1] if len(mine) == 1 else [mine[0], mine[-1]]
+        texts = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in ends]
+        lines.append(f"  {name:<16} {' -> '.join(texts)}  n={mine[0]['n']}")
     return lines
 
 
 def time_lines(steps: Sequence[Row]) -> list[str]:
+    """Where the seconds went, largest phase first."""
     total = sum(r["time/step_s"] for r in steps)
-    shares = {p: sum(r[f"time/{p}_s"] for r in steps) for p in PHASES}
+    shares = {p: sum(r[f"time/{p}_s"] for r in steps) / total for p in PHASES}
     largest = sorted(shares.items(), key=lambda pair: -pair[1])
-    parts = ", ".join(f"{name} {value / total:.0%}" for name, value in largest if value / total >= 0.005)
     middle = statistics.median(r["time/step_s"] for r in steps)
-    return [f"  time             {seconds_text(total)}, median {middle:.2f} s a step", f"                   {parts}"]
+    return [
+        f"  time             {seconds_text(total)}, median {middle:.2f} s a step",
+        "                   " + ", ".join(f"{name} {x:.0%}" for name, x in largest if x >= 0.005),
+    ]
 
 
 def next_lines(folder: Path) -> list[str]:

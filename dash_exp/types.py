@@ -13,9 +13,7 @@ from typing import Literal
 FinishReason = Literal["stop", "length"]
 """`stop`: the completion ended by itself (an end token or a stop token); `length`: it was cut."""
 
-Outcome = Literal[
-    "correct", "wrong", "no_answer", "unparsed", "timeout", "crashed", "verifier_error"
-]
+Outcome = Literal["correct", "wrong", "no_answer", "unparsed", "timeout", "crashed", "verifier_error"]
 """What a verifier found. `verifier_error` means that our own code failed: never a silent 0."""
 
 
@@ -44,9 +42,7 @@ class Completion:
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(
-                f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities"
-            )
+            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} log-probabilities")
         if not self.token_ids:
             raise ValueError("a completion has at least one token")
 
@@ -78,9 +74,7 @@ class ScoredGroup:
 
     def __post_init__(self) -> None:
         if len(self.scores) != len(self.group.completions):
-            raise ValueError(
-                f"{len(self.group.completions)} completions but {len(self.scores)} scores"
-            )
+            raise ValueError(f"{len(self.group.completions)} completions but {len(self.scores)} scores")
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,7 @@ def make_groups(
     for p, own in enumerate(lengths):
         prompt = Prompt(f"p{p}", "test", "", tokens(prompts[p]), "")
         completions = tuple(
-            Completion(tokens(n), tuple(-rng.random() * 5 for _ in range(n)), "", "stop", 0)
-            for n in own
+            Completion(tokens(n), tuple(-rng.random() * 5 for _ in range(n)), "", "stop", 0) for n in own
         )
         scores = tuple(Score(float(rng.random() < 0.5), "correct") for _ in own)
         advantages = tuple(rng.uniform(-2, 2) for _ in own)

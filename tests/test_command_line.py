@@ -58,12 +58,8 @@ class Shell:
     def stand_in(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return self._run([sys.executable, str(self.folder / "stand_in.py"), *arguments], variables)
 
-    def _run(
-        self, command: list[str], variables: dict[str, str]
-    ) -> subprocess.CompletedProcess[str]:
-        inherited = {
-            k: v for k, v in os.environ.items() if k not in ("DASH_DATA", "HYDRA_FULL_ERROR")
-        }
+    def _run(self, command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("DASH_DATA", "HYDRA_FULL_ERROR")}
         env = {**inherited, "PYTHONPATH": str(ROOT), **variables}
         return subprocess.run(
             command, cwd=self.folder / "here", env=env, capture_output=True, text=True, timeout=60
@@ -231,9 +227,7 @@ def test_an_arm_of_ones_own_from_outside(shell: Shell) -> None:
     folder = shell.folder / "my conf" / "algorithm"
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("defaults: [grpo, _self_]\nname: mine\nbeta: 0.1\n")
-    done = shell.stand_in(
-        f"hydra.searchpath=[file://{folder.parent}]", "algorithm=mine", "model=tiny"
-    )
+    done = shell.stand_in(f"hydra.searchpath=[file://{folder.parent}]", "algorithm=mine", "model=tiny")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "cell 0 mine tiny arithmetic hf small arithmetic\n"
     done = shell.stand_in("--config-dir", str(folder.parent), "algorithm=mine", "model=tiny")
@@ -243,8 +237,6 @@ def test_an_arm_of_ones_own_from_outside(shell: Shell) -> None:
 def test_a_config_that_is_wrong_only_when_it_runs_is_still_refused(shell: Shell) -> None:
     # with --config-dir the early check is left out: Hydra alone knows that folder
     (shell.folder / "more").mkdir()
-    done = shell.stand_in(
-        "--config-dir", str(shell.folder / "more"), "model=tiny", "algorithm.group_size=1"
-    )
+    done = shell.stand_in("--config-dir", str(shell.folder / "more"), "model=tiny", "algorithm.group_size=1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "algorithm.group_size: got 1, must be at least 2" in done.stderr

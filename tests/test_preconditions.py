@@ -22,9 +22,7 @@ def jsonl(config: Config) -> DatasetConfig:
     return config.dataset
 
 
-def test_dataset_file_that_is_not_there(
-    config: Config, jsonl: DatasetConfig, tmp_path: Path
-) -> None:
+def test_dataset_file_that_is_not_there(config: Config, jsonl: DatasetConfig, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     jsonl.path = str(tmp_path / "trian.jsonl")
     assert check(config) == [
@@ -42,9 +40,7 @@ def test_dataset_file_that_is_not_there(
     assert "$HOME" in check(config)[0].hint
 
 
-def test_dataset_below_the_data_folder(
-    config: Config, jsonl: DatasetConfig, tmp_path: Path
-) -> None:
+def test_dataset_below_the_data_folder(config: Config, jsonl: DatasetConfig, tmp_path: Path) -> None:
     jsonl.file = "train.jsonl"
     assert [f.where for f in check(config)] == ["paths.data"]
     config.paths.data = str(tmp_path)
@@ -63,9 +59,7 @@ def test_dataset_without_any_source(config: Config, jsonl: DatasetConfig) -> Non
 
 def test_dataset_without_field_names(config: Config, jsonl: DatasetConfig) -> None:
     jsonl.hub, jsonl.fields = "someone/somewhere", {"problem": ["question"], "answer": []}
-    assert [(f.where, f.what) for f in check(config)] == [
-        ("dataset.fields", "no source is named for answer")
-    ]
+    assert [(f.where, f.what) for f in check(config)] == [("dataset.fields", "no source is named for answer")]
 
 
 def test_evaluation_sets_are_looked_for_only_when_used(config: Config) -> None:

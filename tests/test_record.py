@@ -11,7 +11,14 @@ import pytest
 
 from dash_exp.ledger import PHASES, Ledger
 from dash_exp.record import (
-    CellBusy, Recorder, differences, finite, last_attempts, read_json, read_rows, write_json,
+    CellBusy,
+    Recorder,
+    differences,
+    finite,
+    last_attempts,
+    read_json,
+    read_rows,
+    write_json,
 )  # fmt: skip
 from dash_exp.seeding import permutation, seed_for, uniforms
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
@@ -74,10 +81,8 @@ def test_ledger_is_exclusive_and_sums_to_the_wall() -> None:
     """A clock that counts 1, 2, 3, ...: every call costs one second."""
     ticks = itertools.count(1)
     ledger = Ledger(lambda: float(next(ticks)))  # opens at 1
-    with ledger.phase("sample"):  # other 1 (1-2)
-        with ledger.phase("verify"):  # sample 1 (2-3)
-            pass  # verify 1 (3-4)
-    # sample 1 (4-5)
+    with ledger.phase("sample"), ledger.phase("verify"):  # other 1 (1-2), sample 1 (2-3)
+        pass  # verify 1 (3-4), then sample 1 (4-5)
     wall, seconds = ledger.close_step()  # other 1 (5-6)
     assert wall == 5.0 == sum(seconds.values())
     assert {k: v for k, v in seconds.items() if v} == {"sample": 2.0, "verify": 1.0, "other": 2.0}

@@ -136,9 +136,7 @@ def model_folder(cell: Path) -> Path:
 
 
 @pytest.mark.parametrize("point", range(1, 6))
-def test_killed_at_any_step_and_resumed_equals_undisturbed(
-    whole: Path, tmp_path: Path, point: int
-) -> None:
+def test_killed_at_any_step_and_resumed_equals_undisturbed(whole: Path, tmp_path: Path, point: int) -> None:
     """kill -9 in the middle of training, then the same command."""
     process = start(tmp_path)
     wait_for_steps(tmp_path, point, process)
@@ -169,9 +167,7 @@ def test_a_signal_ends_the_step_saves_and_can_be_resumed(
     assert len(steps_of(folder)) == status["step"]
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for_steps(tmp_path, 5, process)
     process.kill()

@@ -214,9 +214,7 @@ def test_an_arm_and_a_filter_that_contradict_each_other(config: Config) -> None:
     config.algorithm.name, config.algorithm.filters = "no_gf", ["none"]
     [fault] = check(config)
     assert fault.where == "filter"
-    assert fault.what == (
-        "filter=advantage contradicts algorithm=no_gf, which is defined with filter=none"
-    )
+    assert fault.what == ("filter=advantage contradicts algorithm=no_gf, which is defined with filter=none")
 
 
 def test_an_arm_that_names_no_such_filter(config: Config) -> None:
@@ -229,8 +227,7 @@ def test_an_arm_and_a_schedule_that_contradict_each_other(config: Config) -> Non
     [fault] = check(config)
     assert (fault.where, fault.what) == (
         "sampler.schedule",
-        "sampler.schedule=per_microbatch contradicts algorithm=dash, which is defined with "
-        "preemptive",
+        "sampler.schedule=per_microbatch contradicts algorithm=dash, which is defined with preemptive",
     )
 
 
@@ -317,9 +314,7 @@ def test_extraction_belongs_to_the_verifier(config: Config) -> None:
         ({"layers": 0}, "layers", "got 0, must be at least 1"),
     ],
 )
-def test_sizes_of_a_random_model(
-    config: Config, change: dict[str, int], where: str, what: str
-) -> None:
+def test_sizes_of_a_random_model(config: Config, change: dict[str, int], where: str, what: str) -> None:
     config.model.random.update(change)
     assert [(f.where, f.what) for f in check(config)] == [(f"model.random.{where}", what)]
 

@@ -196,12 +196,13 @@ class Learner:
     def update(self, denominator: float) -> UpdateStats:
         """Divide the sums once, clip by global norm, move the weights, clear the sums.
 
-        Where nothing was accumulated (every completion dropped) nothing moves, not even by momentum
-        or weight decay; the update still counts for the learning-rate schedule.
+        Where nothing was accumulated (every completion dropped), or nothing is counted, nothing moves,
+        not even by momentum or weight decay; the update still counts for the schedule.
         """
         lr = learning_rate(self.updates, self.setting)
         self.updates += 1
-        if not self._touched:
+        if not self._touched or denominator == 0:
+            self._touched.clear()
             return UpdateStats(0.0, lr, skipped=True)
         gradients = [self.gradients[name] for name in self.masters]
         for name, gradient in self.gradients.items():
@@ -221,6 +222,11 @@ class Learner:
         self._touched.clear()
         return UpdateStats(norm, lr, skipped=False)
 
+    def discard(self) -> None:
+        """Forget what was accumulated, gradients and metrics alike."""
+        self._touched.clear()
+        self.sums = BatchSums()
+
     def _copy_masters(self) -> None:
         if self.setting.precision == "bf16_mixed":
             for name, parameter in self.model.named_parameters():
@@ -232,19 +238,17 @@ class Learner:
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()
 
-    def snapshot(self, step: int) -> Snapshot:
+    def snapshot(self, step: int, *, moments: bool = True) -> Snapshot:
         """Weights (fp32), optimizer moments and counters, not copied: save before the next update."""
         weights = {
             name: self.masters.get(name, parameter).detach().float()
             for name, parameter in self.model.named_parameters()  # a tied tensor comes once
         }
-        moments: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            state = self.optimizer.state.get(master, {})
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                if key in state:
-                    moments[f"{key}/{name}"] = state[key]
-        return Snapshot(weights, moments, {"step": step, "updates": self.updates})
+        kept: dict[str, Tensor] = {}
+        for name, master in self.masters.items() if moments else ():
+            for key, value in self.optimizer.state.get(master, {}).items():
+                kept[f"{key}/{name}"] = value
+        return Snapshot(weights, kept, {"step": step, "updates": self.updates})
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:

@@ -64,9 +64,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             grad_logits = torch.softmax(_logits(hidden[part], used, temperature), dim=1).neg_()
-            grad_logits.scatter_add_(
-                1, targets[part, None], torch.ones_like(upstream[part, None])
-            )
+            grad_logits.scatter_add_(1, targets[part, None], torch.ones_like(upstream[part, None]))
             grad_logits *= upstream[part, None] / temperature
             low = grad_logits.to(hidden.dtype)
             grad_hidden[part] = low @ used
@@ -104,7 +102,5 @@ def token_logprobs(
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     size = weight.shape[0] if vocabulary is None else min(vocabulary, weight.shape[0])
-    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(
-        hidden, weight, targets, temperature, size, chunk
-    )
+    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, weight, targets, temperature, size, chunk)
     return out

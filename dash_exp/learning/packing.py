@@ -162,9 +162,7 @@ Spans = list[tuple[int, int, list[tuple[int, int]]]]
 """Per piece: first and last+1 input token of the prompt, and of each completion."""
 
 
-def _attention(
-    spans: Spans, tokens: int, device: torch.device | str, rows: str
-) -> AttentionContext:
+def _attention(spans: Spans, tokens: int, device: torch.device | str, rows: str) -> AttentionContext:
     longest = max((owns[-1][1] if owns else stop) - start for start, stop, owns in spans)
     if rows == "auto":
         rows = "group" if len(spans) * longest**2 <= GROUP_ROW_CELLS else "completion"
@@ -173,9 +171,7 @@ def _attention(
     return _completion_rows(spans, tokens, device)
 
 
-def _group_rows(
-    spans: Spans, tokens: int, longest: int, device: torch.device | str
-) -> GroupRows:
+def _group_rows(spans: Spans, tokens: int, longest: int, device: torch.device | str) -> GroupRows:
     index = torch.zeros(len(spans), longest, dtype=torch.long)
     inverse = torch.empty(tokens, dtype=torch.long)
     segment = torch.full((len(spans), longest), -1)  # 0: prompt, n: n-th completion, -1: filler
@@ -190,9 +186,7 @@ def _group_rows(
     same = segment[:, :, None] == segment[:, None, :]
     prompt_key = (segment == 0)[:, None, :]
     visible = earlier & (same | (prompt_key & (segment >= 0)[:, :, None]))
-    return GroupRows(
-        index.to(device), inverse.to(device), additive_mask(visible[:, None]).to(device)
-    )
+    return GroupRows(index.to(device), inverse.to(device), additive_mask(visible[:, None]).to(device))
 
 
 def _completion_rows(spans: Spans, tokens: int, device: torch.device | str) -> CompletionRows:

@@ -163,9 +163,7 @@ class CompletionRows:
             cells(q, self.own_index), keys, values,
             attn_mask=self.own_visible, scale=scale, enable_gqa=True,
         )  # fmt: skip
-        both = torch.cat(
-            [out_prompt.transpose(1, 2).flatten(0, 1), out_own.transpose(1, 2).flatten(0, 1)]
-        )
+        both = torch.cat([out_prompt.transpose(1, 2).flatten(0, 1), out_own.transpose(1, 2).flatten(0, 1)])
         return both[self.inverse].view(1, -1, heads, dim)
 
 
@@ -198,9 +196,7 @@ class DecodeCache:
         values[:, :, self.column] = v[0].transpose(0, 1)
         seen = self.column + 1
         query = q[0].transpose(0, 1).unsqueeze(2)  # [N, Hq, 1, D]
-        mixed = attend_rows(
-            query, keys[:, :, :seen], values[:, :, :seen], self.bias[..., :seen], scale
-        )
+        mixed = attend_rows(query, keys[:, :, :seen], values[:, :, :seen], self.bias[..., :seen], scale)
         return mixed.view(1, rows, q.shape[1], q.shape[3])
 
     def _prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -138,15 +138,16 @@ class HFSampler:
             stopped = ids[-1] in decoding.stop_ids
             completions.append(
                 Completion(
-                    tuple(ids), tuple(values), self.decode(ids),
-                    "stop" if stopped else "length", self.policy_version,
-                )  # fmt: skip
+                    tuple(ids),
+                    tuple(values),
+                    self.decode(ids),
+                    "stop" if stopped else "length",
+                    self.policy_version,
+                )
             )
         return Group(request.position, request.prompt, tuple(completions))
 
-    def _uniforms(
-        self, wave: list[Request], decoding: Decoding, device: torch.device
-    ) -> Tensor | None:
+    def _uniforms(self, wave: list[Request], decoding: Decoding, device: torch.device) -> Tensor | None:
         if decoding.temperature == 0:
             return None
         seeds = [seed for request in wave for seed in request.seeds]

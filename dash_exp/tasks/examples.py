@@ -147,9 +147,7 @@ def read_hub(
         ) from error
     rows = []
     for number, row in enumerate(loaded):
-        made = to_example(
-            row, f"{repository}[{split}]:{number}", f"{name}-{number}", fields, answer_after
-        )
+        made = to_example(row, f"{repository}[{split}]:{number}", f"{name}-{number}", fields, answer_after)
         if isinstance(made, Fault):
             raise UserError(made)
         rows.append(made)

@@ -92,8 +92,7 @@ def requests(
             position,
             prompt,
             tuple(
-                seed_for(run_seed, purpose, step, position, prompt.id, index)
-                for index in range(group_size)
+                seed_for(run_seed, purpose, step, position, prompt.id, index) for index in range(group_size)
             ),
         )
         for position, prompt in enumerate(prompts)

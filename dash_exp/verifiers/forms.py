@@ -52,9 +52,7 @@ _MEMBER = re.compile(r"^\s*[A-Za-z](?:_\w)?(?:\([a-z]\))?\s*\\in(?![A-Za-z])\s*"
 _POINT_NAME = re.compile(r"^\(\s*[A-Za-z]\w?(?:\s*,\s*[^,()]{1,12})*\s*\)$")
 _UNION = re.compile(r"\\cup(?![A-Za-z])|(?<=[)\]}])\s*[Uu]\s*(?=[(\[\\])")
 _MINUS = re.compile(r"\\setminus(?![A-Za-z])")
-_MATRIX = re.compile(
-    r"^\\begin\{([pbvB]?matrix|array)\}(?:\{[clr|]+\})?(.*)\\end\{\1\}$", re.DOTALL
-)
+_MATRIX = re.compile(r"^\\begin\{([pbvB]?matrix|array)\}(?:\{[clr|]+\})?(.*)\\end\{\1\}$", re.DOTALL)
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 
 

@@ -65,9 +65,7 @@ _BASE = re.compile(
     r"_\s*(?:\{?\s*(?:\\text\{)?(\d{1,2})\}?\}?)"
 )
 _PLAIN = re.compile(r"([-+]?)\s*(\d+(?:\.\d*)?)")
-_FRAC = re.compile(
-    r"([-+]?)\s*(\d+)?\s*\\frac\s*(?:\{\s*(-?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))"
-)
+_FRAC = re.compile(r"([-+]?)\s*(\d+)?\s*\\frac\s*(?:\{\s*(-?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))")
 _SLASH = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
 _REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d*)\\overline\{(\d+)\}")
 _COLON = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")

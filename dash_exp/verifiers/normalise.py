@@ -66,9 +66,7 @@ _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _TRIG_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*\\text\{ degrees\}")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z]{2})")
 _CURRENCY = re.compile(r"\\?\$")
-_AND = (
-    r"(?:,\s*)?\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<![A-Za-z\\{])(?:,\s*)?(?:and|or)(?![A-Za-z}])"
-)
+_AND = r"(?:,\s*)?\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<![A-Za-z\\{])(?:,\s*)?(?:and|or)(?![A-Za-z}])"
 _CONNECTOR = re.compile(_AND)
 _WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 

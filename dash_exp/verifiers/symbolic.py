@@ -110,9 +110,7 @@ def same_relation(
         return False
     rest = list(right)
     for kind, difference in left:
-        twin = next(
-            (r for r in rest if r[0] == kind and _proportional(kind, difference, r[1])), None
-        )
+        twin = next((r for r in rest if r[0] == kind and _proportional(kind, difference, r[1])), None)
         if twin is None:
             return False
         rest.remove(twin)
@@ -169,9 +167,7 @@ def same_set(
     """Whether two sets, each (union of these, without those), have the same members."""
     try:
         first, second = (
-            sympy.Complement(sympy.Union(*parts), sympy.Union(*minus))
-            if minus
-            else sympy.Union(*parts)
+            sympy.Complement(sympy.Union(*parts), sympy.Union(*minus)) if minus else sympy.Union(*parts)
             for parts, minus in (gold, candidate)
         )
         return bool(first == second or ((first - second).is_empty and (second - first).is_empty))

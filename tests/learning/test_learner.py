@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dash_exp.errors import UserError
 from dash_exp.learning import losses
 from dash_exp.learning.learner import Learner, Objective, Optimization, learning_rate, refuse_dropout
 from dash_exp.learning.packing import MicroBatch, Packer, Piece, pack
+from dash_exp.learning.preflight import largest_micro_batch, preflight
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
 
@@ -124,9 +126,7 @@ def test_gradient_equals_the_reference_however_the_batch_is_cut(
 ) -> None:
     goal = objective(surrogate, beta, temperature=0.8)
     groups = make_groups(LENGTHS, PROMPTS, kept=0.7)
-    expected = reference_gradient(
-        perturbed(copy.deepcopy(plain)), plain, groups, goal, aggregation
-    )
+    expected = reference_gradient(perturbed(copy.deepcopy(plain)), plain, groups, goal, aggregation)
     learner = learner_of(tiny, goal, chunk=7)
     perturbed(learner.model)  # after the reference was frozen
     cuts = [1000, 40, 20, 1]
@@ -397,3 +397,33 @@ def test_learning_rate_schedules() -> None:
     linear = setting(lr=1.0, schedule="linear", warmup_updates=2, total_updates=6)
     assert [learning_rate(u, linear) for u in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert {learning_rate(u, setting(lr=0.3)) for u in range(20)} == {0.3}
+
+
+def test_preflight_takes_the_largest_micro_batch_and_leaves_no_trace(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = learner_of(tiny, objective())
+    before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+    packer = Packer(200, "constant", keep_for_kl=False)
+    largest = largest_micro_batch(20, 30, 4, packer)
+    assert 200 - (20 + 4 * 29) < len(largest.input_ids) <= 200
+    assert list(packer.flush()) == []
+    preflight(learner, largest)
+    assert learner.update(1.0).skipped and learner.take_sums() == {}
+    assert all(torch.equal(before[n], p) for n, p in learner.model.named_parameters())
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(learner, "_score", full)
+    with pytest.raises(UserError, match="micro_batch_tokens"):
+        preflight(learner, largest)
+
+
+def test_nothing_counted_is_a_skipped_update(tiny: Any) -> None:
+    """`filter.denominator=kept` with KL terms of dropped completions and none kept: no 0/0."""
+    learner = learner_of(tiny, objective())
+    for batch in batches_of(make_groups(LENGTHS, PROMPTS), 1000, "constant"):
+        learner.accumulate(batch)
+    assert learner.update(0.0).skipped
+    assert all(torch.isfinite(p).all() for p in learner.model.parameters())

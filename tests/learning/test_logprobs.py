@@ -30,9 +30,7 @@ def reference(
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("vocabulary", [V, 61])
-def test_value_and_gradient(
-    chunk: int, temperature: float, trainable: bool, vocabulary: int
-) -> None:
+def test_value_and_gradient(chunk: int, temperature: float, trainable: bool, vocabulary: int) -> None:
     hidden, weight, targets = tensors()
     upstream = torch.linspace(-1, 1, T, dtype=torch.float64)
     hidden.requires_grad_()

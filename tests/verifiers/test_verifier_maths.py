@@ -27,9 +27,7 @@ def test_equal(gold: str, candidate: str) -> None:
     assert (verdict.outcome, verdict.value) == ("correct", 1.0)
 
 
-@pytest.mark.parametrize(
-    ("gold", "candidate"), [*both_ways(tables.UNEQUAL), *tables.UNEQUAL_TO_GOLD]
-)
+@pytest.mark.parametrize(("gold", "candidate"), [*both_ways(tables.UNEQUAL), *tables.UNEQUAL_TO_GOLD])
 def test_unequal(gold: str, candidate: str) -> None:
     verdict = judge_candidate(candidate, gold)
     assert (verdict.outcome, verdict.value) == ("wrong", 0.0)

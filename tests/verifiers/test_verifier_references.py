@@ -98,9 +98,7 @@ def perturbed(answer: str) -> Iterator[str]:
 
 def test_perturbed_answers_are_wrong(rows: Rows) -> None:
     pairs = {
-        (row["answer"], other)
-        for row in rows("math500_test.jsonl")
-        for other in perturbed(row["answer"])
+        (row["answer"], other) for row in rows("math500_test.jsonl") for other in perturbed(row["answer"])
     }
     assert len(pairs) > 700
     verdicts = {pair: judge_candidate(pair[1], pair[0]).outcome for pair in pairs}

@@ -1,0 +1,1 @@
+"""Speed against a peer and memory against its limit; see README.md."""

@@ -1,0 +1,119 @@
+"""Real vLLM, in process, on the tiny model in fp32: the same distribution as the learner's."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_exp.learning.packing import Packer
+from dash_exp.sampling.protocol import Decoding
+from dash_exp.types import AdvantagedGroup, Group, Score, ScoredGroup
+from tests.learning.test_learner import learner_of, objective
+from tests.sampling.test_hf import EOS, ask, by_position, sampler_of
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own imports warn
+]
+
+SEEN = 90  # a vocabulary smaller than the model's 128 rows
+FREE = Decoding(max_new_tokens=8, temperature=1.0, stop_ids=(EOS,))
+GREEDY = dataclasses.replace(FREE, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder: Path) -> Iterator[Any]:
+    """One engine for all tests, and the model whose weights it follows."""
+    from dash_exp.modeling.attention import ATTENTION
+    from dash_exp.modeling.source import load_model
+    from dash_exp.sampling.vllm_engine import VLLMSampler
+
+    threads = torch.get_num_threads()
+    set_threads = torch.set_num_threads
+    model = load_model(tiny_folder, torch.float32, ATTENTION)
+    sampler = VLLMSampler(
+        tiny_folder, model.named_parameters, vocabulary=SEEN, max_model_len=64, max_sequences=64,
+        dtype="float32", kv_cache_gb=1, gpu_memory_utilization=0.5, enforce_eager=True,
+    )  # fmt: skip
+    yield sampler, model
+    sampler.close()
+    torch.set_num_threads = set_threads  # vLLM on CPU replaces it
+    torch.set_num_threads(threads)
+
+
+def learner_gap(model: Any, groups: list[Group], temperature: float) -> torch.Tensor:
+    """Learner's minus sampler's log-probability of every sampled token."""
+    learner = learner_of(model, objective(temperature=temperature))
+    learner.vocabulary = SEEN
+    packer = Packer(10_000, "constant", keep_for_kl=False)
+    for g in groups:
+        n = len(g.completions)
+        scored = ScoredGroup(g, (Score(0.0, "wrong"),) * n)
+        assert list(packer.add(AdvantagedGroup(scored, (1.0,) * n, (True,) * n))) == []
+    (batch,) = packer.flush()
+    return learner.logprobs(batch) - batch.sampler_logprobs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_the_learner_computes(engine: Any, temperature: float) -> None:
+    sampler, model = engine
+    decoding = dataclasses.replace(FREE, temperature=temperature)
+    groups = list(sampler.stream(ask([5, 11, 3, 8]), decoding))
+    gap = learner_gap(model, groups, temperature)
+    assert gap.abs().mean() < 1e-3
+    assert abs(float(gap.exp().mean()) - 1) < 0.02
+
+
+def test_groups_are_whole_and_seeds_differ_and_repeat(engine: Any) -> None:
+    sampler, _ = engine
+    first = by_position(sampler.stream(ask([5, 11], repeats=6), FREE))
+    again = by_position(sampler.stream(ask([5, 11], repeats=6), FREE))
+    assert sorted(first) == [0, 1]
+    for position, group in first.items():
+        assert len(group.completions) == 6
+        assert len({c.token_ids for c in group.completions}) > 3
+        assert [c.token_ids for c in group.completions] == [c.token_ids for c in again[position].completions]
+
+
+def test_greedy_equals_the_hf_sampler(engine: Any) -> None:
+    sampler, model = engine
+    requests = ask([5, 11, 3], repeats=1)
+    ours = by_position(sampler_of(model, vocabulary=SEEN).stream(requests, GREEDY))
+    theirs = by_position(sampler.stream(requests, GREEDY))
+    for position, group in ours.items():
+        (a,), (b,) = group.completions, theirs[position].completions
+        assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+def test_a_sync_is_complete_and_forgets_cached_prefixes(engine: Any) -> None:
+    """Every tensor perturbed, the tied one included; the same prompts are asked again, so a stale
+    prefix cache or a tensor left behind would show in the first token's log-probability."""
+    sampler, model = engine
+    before = by_position(sampler.stream(ask([17, 20], repeats=2), FREE))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    sampler.load_weights(3)
+    after = list(sampler.stream(ask([17, 20], repeats=2), FREE))
+    assert {c.policy_version for g in after for c in g.completions} == {3}
+    assert learner_gap(model, after, 1.0).abs().max() < 2e-3
+    changed = by_position(after)[0].completions[0].logprobs[0]
+    assert abs(changed - before[0].completions[0].logprobs[0]) > 1e-3
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(engine: Any) -> None:
+    sampler, model = engine
+    with torch.no_grad():
+        model.lm_head.weight[SEEN:] *= 50
+    sampler.load_weights(4)
+    groups = list(sampler.stream(ask([5, 7], repeats=8), dataclasses.replace(FREE, stop_ids=())))
+    assert max(t for g in groups for c in g.completions for t in c.token_ids) < SEEN
+    assert learner_gap(model, groups, 1.0).abs().mean() < 1e-3

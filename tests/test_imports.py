@@ -1,0 +1,98 @@
+"""The direction of imports, and what must stay importable without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "dash_exp"
+
+LAYERS = [
+    {"types", "errors", "seeding", "statistics", "config", "hashing", "cells", "ledger"},
+    {"tasks", "verifiers", "sampling.protocol", "learning.advantages", "learning.filters",
+     "learning.losses", "record", "validation", "preconditions", "provenance", "override_faults",
+     "compose", "metrics", "terminal", "limits"},
+    {"modeling", "learning.logprobs"},
+    {"checkpoint", "learning", "sampling", "evaluation"},
+    {"loop"},
+    {"build"},
+    {"cell"},
+    {"__main__"},
+]  # fmt: skip
+"""A module imports from its own layer and from earlier ones. The longest matching name counts."""
+
+TORCH_FREE = ["types", "errors", "seeding", "statistics", "config", "limits", "hashing", "cells",
+              "ledger", "record", "metrics", "terminal", "validation", "preconditions", "provenance",
+              "compose", "override_faults", "tasks.prompts", "tasks.examples", "verifiers.pool",
+              "verifiers.frontends", "sampling.protocol", "learning.advantages", "learning.filters",
+              "__main__", "evaluation"]  # fmt: skip
+ONE_PLACE = {"vllm": "sampling/vllm_engine.py"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by its name below `dash_exp`."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(p for p in parts if p != "__init__")] = path
+    return {name: path for name, path in found.items() if name}
+
+
+def layer_of(name: str) -> int:
+    best, layer = -1, None
+    for number, names in enumerate(LAYERS):
+        for known in names:
+            if (name == known or name.startswith(f"{known}.")) and len(known) > best:
+                best, layer = len(known), number
+    assert layer is not None, f"{name} is in no layer of tests/test_imports.py"
+    return layer
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of what a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_go_one_way(name: str) -> None:
+    known = modules()
+    for full in imported(known[name]):
+        if not full.startswith("dash_exp."):
+            continue
+        target = full.removeprefix("dash_exp.")
+        while target and target not in known:
+            target = target.rpartition(".")[0]
+        if target and not (name == "__main__" and target == "__main__"):
+            assert layer_of(target) <= layer_of(name), f"{name} imports {target}"
+
+
+def test_each_heavy_library_is_imported_in_one_place() -> None:
+    for library, place in ONE_PLACE.items():
+        users = {
+            str(path.relative_to(PACKAGE))
+            for path in modules().values()
+            if any(n == library or n.startswith(f"{library}.") for n in imported(path))
+        }
+        assert users == {place}
+
+
+def test_torch_free_modules_import_no_torch() -> None:
+    names = ", ".join(f"dash_exp.{n}" for n in TORCH_FREE)
+    heavy = "{'torch', 'transformers', 'vllm'}"
+    code = f"import sys; import {names}; sys.exit(str({heavy} & set(sys.modules)).replace('set()', '') or 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
