@@ -58,6 +58,7 @@ class VLLMSampler:
         """Copy the learner's weights in, and forget every cached prefix computed with older ones."""
         named = iter([(name, tensor) for name, tensor in self.weights()])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+        self.llm.apply_model(_repack_output)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running")
         self.policy_version = version
@@ -112,6 +113,13 @@ class VLLMSampler:
         stopped = ids[-1] in decoding.stop_ids
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Completion(ids, logprobs, text, "stop" if stopped else "length", self.policy_version)
+
+
+def _repack_output(model: Any) -> None:
+    """On CPU vLLM multiplies with a packed copy of the output matrix. One that is tied to the embedding
+    comes under the embedding's name, and reloading leaves its packed copy as it was (vLLM 0.32)."""
+    head = model.lm_head
+    head.quant_method.process_weights_after_loading(head)
 
 
 def _prepare_environment(kv_cache_gb: float) -> None:
