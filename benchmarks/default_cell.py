@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.report import describe, machine, print_table, write
 
-PHASES = ("sample", "verify", "backprop", "optimizer", "sync", "other")
+PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
 WARM_UP = 1
 
 
@@ -35,7 +35,7 @@ def take_turns(args: argparse.Namespace, beta: float, scratch: Path) -> dict[str
     from benchmarks.peer import Seen, Turns, make_trainer
     from dash_exp.tasks.prompts import batch
 
-    config = config_of(args.filter, beta, args.threads)
+    config = config_of(args.filter, beta, args.threads, args.override)
     ours = Ours(config, Path(config.run.dir) / "cache", scratch / "ours")
     rows: list[dict[str, Any]] = []
     seen, turns = Seen(), Turns(lambda: rows.append(ours.step()))
@@ -131,6 +131,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--startup", action="store_true", help="also measure start-up")
     parser.add_argument("--startup-repeats", type=int, default=3)
+    parser.add_argument("--override", nargs="*", default=[], help="key=value, for both sides")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

@@ -19,6 +19,7 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dash_exp.learning.learner import Learner
-    from dash_exp.learning.packing import Packer
+    from dash_exp.learning.packing import MicroBatch, Packer
     from dash_exp.types import AdvantagedGroup
 
 GOAL = 1.5
@@ -99,31 +100,37 @@ def held(learner: Learner) -> dict[str, int]:
     return parts
 
 
-def make_learner(setting: Setting) -> Learner:
-    """A learner as build.py makes it, on a model that is not loaded but drawn."""
+def save_random_model(folder: Path, vocabulary: int) -> None:
+    """An untrained Llama of SmolLM2-135M's shape, as a folder that the package loads."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
-    from dash_exp.learning.learner import Learner, Objective, Optimization
-    from dash_exp.modeling.attention import ATTENTION
-
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=setting.vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-        tie_word_embeddings=True, attn_implementation=ATTENTION,
+        tie_word_embeddings=True,
     )  # fmt: skip
-    return Learner(
-        LlamaForCausalLM(config),
-        Objective("policy_gradient", 0.2, 0.2, setting.beta, "k3", 1.0),
-        Optimization(
-            lr=3e-5, schedule="constant", warmup_updates=0, total_updates=2, weight_decay=0.0,
-            betas=(0.9, 0.99), eps=1e-8, max_grad_norm=1.0, precision="bf16_mixed",
-            freeze_embeddings=False,
-        ),
-        vocabulary=setting.vocabulary, logit_chunk=setting.logit_chunk,
-        gradient_checkpointing=setting.gradient_checkpointing,
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def load_learner(setting: Setting, folder: Path) -> Learner:
+    """A learner as any run makes it, from a config."""
+    import torch
+
+    from dash_exp.build import make_learner
+    from dash_exp.compose import compose
+
+    config = compose(
+        [
+            f"algorithm.beta={setting.beta}", "learner.precision=bf16_mixed",
+            "learner.freeze_embeddings=false", f"learner.logit_chunk={setting.logit_chunk}",
+            f"learner.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}",
+        ]
     )  # fmt: skip
+    return make_learner(config, folder, setting.vocabulary, torch.device("cpu"))
 
 
 def make_group(position: int, size: int, setting: Setting) -> AdvantagedGroup:
@@ -145,38 +152,40 @@ def make_group(position: int, size: int, setting: Setting) -> AdvantagedGroup:
     return AdvantagedGroup(ScoredGroup(group, scores), advantages, (True,) * size)
 
 
+def micro_batches(packer: Packer, groups: Iterable[AdvantagedGroup]) -> Iterator[MicroBatch]:
+    for group in groups:
+        yield from packer.add(group)
+    yield from packer.flush()
+
+
 def one_update(
-    learner: Learner, packer: Packer, groups: Iterator[AdvantagedGroup], denominator: float
+    learner: Learner, packer: Packer, groups: Iterable[AdvantagedGroup], denominator: float
 ) -> int:
     """What loop.py does with a batch: micro-batches as they fill, then the update. Their number."""
     count = 0
-    for group in groups:
-        for ready in packer.add(group):
-            learner.accumulate(ready)
-            count += 1
-    for ready in packer.flush():
-        learner.accumulate(ready)
+    for ready in micro_batches(packer, groups):
+        learner.accumulate(ready, learner.reference_logprobs(ready))
         count += 1
     learner.update(denominator)
     return count
 
 
-def measure(setting: Setting) -> dict[str, Any]:
+def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     """Build, warm up, then the update whose peak counts. Runs in a process of its own."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  code is not the update's memory
 
-    import dash_exp.learning.learner  # noqa: F401
-    from dash_exp.cell import keep_freed_memory
+    import dash_exp.build  # noqa: F401
+    from dash_exp.attempt import keep_freed_memory
     from dash_exp.learning.packing import Packer
 
     if setting.keep_freed_memory:
         keep_freed_memory()
     torch.set_num_threads(setting.threads)
     before = resident("VmRSS")
-    learner = make_learner(setting)
+    learner = load_learner(setting, folder)
     packer = Packer(setting.micro_batch_tokens, "constant", keep_for_kl=False)
-    one_update(learner, packer, iter([make_group(-1, 1, setting)]), setting.tokens)
+    one_update(learner, packer, [make_group(-1, 1, setting)], setting.tokens)
     building = resident("VmHWM") - before
     alone, after = forget_peak(), resident("VmRSS") - before
     completions = setting.groups * setting.group_size
@@ -194,11 +203,11 @@ def measure(setting: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def in_fresh_process(setting: Setting) -> dict[str, Any]:
+def in_fresh_process(setting: Setting, folder: Path) -> dict[str, Any]:
     """`measure` in a new process, whose memory nothing else has touched."""
     text = json.dumps(dataclasses.asdict(setting))
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", "--child", text],
+        [sys.executable, "-m", "benchmarks.memory", "--child", text, str(folder)],
         stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
@@ -249,20 +258,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=150_000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     if args.child:
-        print(json.dumps(measure(Setting(**json.loads(args.child)))))
+        text, folder = args.child
+        print(json.dumps(measure(Setting(**json.loads(text)), Path(folder))))
         return
     facts = machine(args.threads)
     print(describe(facts))
     names = {f.name for f in dataclasses.fields(Setting)} - {"beta"}
     shared = {name: value for name, value in vars(args).items() if name in names}
-    results = [in_fresh_process(Setting(beta=beta, **shared)) for beta in args.beta]
+    with tempfile.TemporaryDirectory() as name:
+        save_random_model(Path(name), args.vocabulary)
+        results = [in_fresh_process(Setting(beta=beta, **shared), Path(name)) for beta in args.beta]
     show(results)
     write(args.json, {"benchmark": "memory", "machine": facts, "goal": GOAL, "results": results})
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
 with warnings.catch_warnings():
@@ -109,7 +109,7 @@ def make_trainer(
     logging.disable_progress_bar()
     rows = {"prompt": [p.text for p in prompts], "answer": [p.answer for p in prompts]}
     updates = len(prompts) // config.algorithm.prompts_per_step
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         model=load_policy(source, stop_ids, attention),
         reward_funcs=seen,
         args=make_arguments(config, scratch, updates, micro_batch),
@@ -117,3 +117,5 @@ def make_trainer(
         processing_class=load_tokenizer(source),
         callbacks=[turns],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

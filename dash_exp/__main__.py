@@ -106,9 +106,9 @@ def run_cell(composed: Any) -> int:
     faults = check(config)
     if faults:
         raise UserError(faults)
-    from dash_exp.cell import run_config  # imports torch: only now that nothing is left to refuse
+    from dash_exp.cell import run_config
 
-    return run_config(config)
+    return run_config(config, apart=HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def refuse(error: UserError) -> int:

@@ -21,7 +21,7 @@ from dash_exp.learning.learner import Learner, Objective, Optimization
 from dash_exp.learning.packing import Packer
 from dash_exp.loop import Parts, Plan
 from dash_exp.modeling.attention import ATTENTION
-from dash_exp.modeling.source import ModelSource, load_model, load_tokenizer, locate
+from dash_exp.modeling.source import ModelSource, load_model, load_tokenizer, locate, position_limit
 from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Decoding, Sampler
 from dash_exp.tasks.examples import ExampleSet, arithmetic, read_hub, read_jsonl
@@ -54,7 +54,13 @@ class Machine:
 
 def device_of(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                Fault("learner.device", f"got {name!r}, but there are {torch.cuda.device_count()} GPUs here",
+                      "set learner.device=cpu or auto")
+            )  # fmt: skip
+        return device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -110,12 +116,12 @@ class Judges:
             self._pool.close()
 
 
-def build_task(config: Config, tokenizer: Any, model_config: Any, judges: Judges) -> Task:
+def build_task(config: Config, tokenizer: Any, positions: int, judges: Judges) -> Task:
     """Prompts and judges. Reads the data; UserError for whatever is wrong with them."""
     faults: list[Fault] = []
 
     def prompts_of(one: DatasetConfig, limit: int | None) -> PromptSet | None:
-        room = model_config.max_position_embeddings - (one.max_new_tokens or config.sampler.max_new_tokens)
+        room = positions - (one.max_new_tokens or config.sampler.max_new_tokens)
         try:
             return make_prompts(
                 load_examples(one), partial(_tokenize, tokenizer, config.model.add_bos),
@@ -132,7 +138,8 @@ def build_task(config: Config, tokenizer: Any, model_config: Any, judges: Judges
 
     train = prompts_of(config.dataset, config.dataset.limit)
     sets = []
-    for label, one in config.evaluation.sets.items():
+    wanted = config.evaluation.before or config.evaluation.after or config.evaluation.every
+    for label, one in config.evaluation.sets.items() if wanted else ():
         held_out = prompts_of(one, config.evaluation.limit)
         if held_out is not None:
             sets.append(
@@ -190,7 +197,7 @@ def make_learner(config: Config, folder: Path, vocabulary: int, device: torch.de
         model,
         Objective(a.surrogate, a.clip_low, a.clip_high, a.beta, a.kl, config.sampler.temperature),
         Optimization(
-            lr=opt.lr, schedule=opt.schedule, warmup_updates=opt.warmup_updates,
+            lr=opt.lr, schedule=opt.schedule, warmup_share=opt.warmup_share,
             total_updates=a.steps * a.passes, weight_decay=opt.weight_decay,
             betas=(opt.beta1, opt.beta2), eps=opt.eps, max_grad_norm=opt.max_grad_norm,
             precision=opt.precision, freeze_embeddings=opt.freeze_embeddings,
@@ -226,13 +233,12 @@ def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
     try:
         source = find_model(config, cache)
         tokenizer = load_tokenizer(source.folder)
-        task = build_task(config, tokenizer, model_limits(source.folder), judges)
+        task = build_task(config, tokenizer, position_limit(source.folder), judges)
         note_prompts(task, note)
         vocabulary = len(tokenizer)
         learner = make_learner(config, source.folder, vocabulary, device)
-        everything = [task.prompts, *(s.prompts for s in task.sets)]
-        new = max(task.decoding.max_new_tokens, *(s.decoding.max_new_tokens for s in task.sets), 0)
-        longest = max(len(p.token_ids) for ps in everything for p in ps.prompts) + new
+        asked = [(task.prompts, task.decoding), *((s.prompts, s.decoding) for s in task.sets)]
+        longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts)
         sampler = make_sampler(config, learner, source.folder, tokenizer, vocabulary, longest)
     except BaseException:
         judges.close()
@@ -256,12 +262,6 @@ def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
     return Machine(make_plan(config), parts, task.sets, source, close)
 
 
-def model_limits(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
-
-
 def note_prompts(task: Task, note: Callable[[str], None]) -> None:
     for label, prompts in [("training", task.prompts), *((s.label, s.prompts) for s in task.sets)]:
         dropped = f", {prompts.dropped} too long and dropped" if prompts.dropped else ""
@@ -272,4 +272,9 @@ def engine_facts(config: Config) -> Mapping[str, Any]:
     """What of the sampler can change a greedy answer: which program, and its precision."""
     s, opt = config.sampler, config.learner
     precision = s.dtype if s.name == "vllm" else re.sub("_mixed", "", opt.precision)
-    return {"sampler": s.name, "precision": precision, "device": str(device_of(opt.device))}
+    return {
+        "sampler": s.name,
+        "precision": precision,
+        "device": str(device_of(opt.device)),
+        "max_sequences": s.max_sequences,
+    }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import yaml
 
 from dash_exp.config import ACTIONS, Config, DatasetConfig, ModelConfig, to_config
-from dash_exp.hashing import file_hash, package_path, weights_hash
+from dash_exp.hashing import file_hash, model_hash, package_path
 
 FORMAT = 1
 """Raised when the meaning of a config changes, so that old records are not taken for new ones."""
@@ -83,7 +85,7 @@ def _dataset_identity(one: DatasetConfig, plain: dict[str, Any], cache: Path) ->
 def _model_identity(one: ModelConfig, plain: dict[str, Any], cache: Path) -> dict[str, Any]:
     kept = {"name": one.name, "add_bos": one.add_bos}
     if one.path:
-        return {**kept, "weights": weights_hash(Path(one.path), cache)}
+        return {**kept, "folder": model_hash(Path(one.path), cache)}
     if one.package and one.package_file:
         return {**kept, "weights": file_hash(package_path(one.package) / one.package_file, cache)}
     return {**kept, **{k: plain[k] for k in ("hub", "revision", "random")}}
@@ -94,18 +96,19 @@ def freeze(cell: Cell, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     if not path.exists():
-        temporary = folder / ".config.yaml"
+        temporary = folder / f".config.yaml.{os.getpid()}"
         temporary.write_text(yaml.safe_dump(cell.frozen, sort_keys=False, allow_unicode=True))
         temporary.replace(path)
 
 
-def read_frozen(folder: Path) -> Config:
-    """The config of a cell's folder, with `run.dir` set to its root and default actions."""
+def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
+    """The config of a cell's folder, with `run.dir` set to its root, and actions as `key=value`."""
     from omegaconf import OmegaConf
 
     loaded = OmegaConf.load(folder / "config.yaml")
-    actions = {
+    defaults = {
         "run": {"dir": str(folder.parent.parent), "force": False, "progress": "auto"},
         "tracking": {"name": "none"}, "cluster": {"name": "local"},
     }  # fmt: skip
-    return to_config(OmegaConf.merge(OmegaConf.create(actions), loaded))
+    given = OmegaConf.from_dotlist([a for a in actions if a.partition(".")[0] in ACTIONS])
+    return to_config(OmegaConf.merge(OmegaConf.create(defaults), loaded, given))

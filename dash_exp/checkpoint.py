@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dash_exp.record import write_json
+from dash_exp.record import read_json, write_json
 
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 CHECKSUMS = "checksums.json"
@@ -36,7 +36,8 @@ RESUME = "resume"
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """All that a later process needs to go on: weights and optimizer moments by name, and counters
-    (step, updates). Seeds and the data cursor are functions of the step."""
+    (step, updates), and the step's row of the record. Seeds and the data cursor are functions of the
+    step."""
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
@@ -74,7 +75,7 @@ def save(cell: Path, step: int, snapshot: Snapshot, model_folder: Path) -> Path:
         _save_tensors(snapshot.weights, fresh / "model.safetensors")
         (fresh / RESUME).mkdir()
         _save_tensors(snapshot.optimizer, fresh / RESUME / "optimizer.safetensors")
-        write_json(fresh / RESUME / "state.json", snapshot.state)
+        write_json(fresh / RESUME / "state.json", dict(snapshot.state))
         write_json(fresh / CHECKSUMS, checksums(fresh))
         if target.exists():
             shutil.rmtree(target)
@@ -133,6 +134,8 @@ def latest(cell: Path) -> tuple[Snapshot | None, list[Damage]]:
     damaged: list[Damage] = []
     for folder in existing(cell):
         reason = damage(folder)
+        if reason is None and not (folder / RESUME / "state.json").exists():
+            reason = "its state to resume is missing"
         if reason is None:
             return load(folder), damaged
         damaged.append(Damage(folder, reason))
@@ -154,9 +157,11 @@ def prune(cell: Path, keep: int) -> None:
 
 
 def finalise(cell: Path) -> None:
-    """A finished cell needs no state to resume: keep the newest checkpoint's weights only."""
+    """A finished cell needs no state to resume: keep the newest checkpoint's weights only. May be
+    stopped anywhere and repeated."""
     prune(cell, keep=1)
     for folder in existing(cell):
         if (folder / RESUME).exists():
+            sums = {k: v for k, v in read_json(folder / CHECKSUMS).items() if not k.startswith(RESUME)}
+            write_json(folder / CHECKSUMS, sums)
             shutil.rmtree(folder / RESUME)
-            write_json(folder / CHECKSUMS, checksums(folder))

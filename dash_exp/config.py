@@ -143,7 +143,8 @@ class LearnerConfig:
 
     lr: float = MISSING
     schedule: str = MISSING
-    warmup_updates: int = MISSING
+    warmup_share: float = MISSING
+    """Share of the planned updates over which the learning rate rises, rounded up to whole updates."""
     weight_decay: float = MISSING
     beta1: float = MISSING
     beta2: float = MISSING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -17,6 +18,9 @@ from dash_exp.sampling.protocol import Decoding, Sampler
 from dash_exp.statistics import bootstrap_interval, wilson_interval
 from dash_exp.tasks.prompts import PromptSet, requests
 from dash_exp.types import Group, Score
+
+UNRELIABLE = ("timeout", "crashed", "verifier_error")
+"""Outcomes that may be the machine's fault."""
 
 
 class Judge(Protocol):
@@ -64,7 +68,7 @@ def _prompt_row(label: str, group: Group, scores: Sequence[Score]) -> Row:
     return {
         "dataset": label,
         "prompt": group.prompt.id,
-        "scores": [s.value for s in scores],
+        "scores": [s.value if math.isfinite(s.value) else None for s in scores],
         "outcomes": [s.outcome for s in scores],
         "tokens": [len(c.token_ids) for c in group.completions],
         "truncated": [c.finish_reason == "length" for c in group.completions],
@@ -73,25 +77,33 @@ def _prompt_row(label: str, group: Group, scores: Sequence[Score]) -> Row:
 
 def summarise(label: str, rows: Sequence[Row]) -> list[Row]:
     """Accuracy with a 95 % interval over prompts (Wilson for one sample a prompt, else bootstrap),
-    mean length in tokens, and the share of truncated completions."""
-    means = [sum(r["scores"]) / len(r["scores"]) for r in rows]
+    mean length in tokens, and the share of truncated completions. A verdict that failed (None) counts
+    for nothing; `n` is the number of prompts with at least one verdict."""
+    judged = [[x for x in r["scores"] if x is not None] for r in rows]
+    means = [sum(scores) / len(scores) for scores in judged if scores]
     n = len(means)
-    value = sum(means) / n
-    single = all(len(r["scores"]) == 1 and r["scores"][0] in (0.0, 1.0) for r in rows)
+    value = sum(means) / n if n else None
+    single = all(len(scores) <= 1 and set(scores) <= {0.0, 1.0} for scores in judged)
     low, high = wilson_interval(round(sum(means)), n) if single else bootstrap_interval(means)
     lengths = [t for r in rows for t in r["tokens"]]
     cut = [t for r in rows for t in r["truncated"]]
-    return [
-        {"dataset": label, "metric": "accuracy", "value": value, "n": n, "low": low, "high": high},
-        {"dataset": label, "metric": "length/mean_tokens", "value": sum(lengths) / len(lengths), "n": n},
-        {"dataset": label, "metric": "length/truncated_share", "value": sum(cut) / len(cut), "n": n},
-    ]
+    accuracy = {"metric": "accuracy", "value": value, "n": n}
+    if math.isfinite(low):
+        accuracy |= {"low": low, "high": high}
+    plain = {
+        "length/mean_tokens": sum(lengths) / len(lengths),
+        "length/truncated_share": sum(cut) / len(cut),
+        "verdicts/failed": sum(o in UNRELIABLE for r in rows for o in r["outcomes"]),
+    }
+    metrics = [accuracy, *({"metric": k, "value": v, "n": len(rows)} for k, v in plain.items())]
+    return [{"dataset": label, **m} for m in metrics]
 
 
 def cached(
     key: Mapping[str, Any], folder: Path, compute: Callable[[], EvalResult]
 ) -> tuple[EvalResult, bool]:
-    """The result stored under this key, computed once even when several processes ask at a time.
+    """The result stored under this key, computed once even when several processes ask at a time. One
+    with verdicts that a busy machine may have spoilt is not stored.
 
     Returns the result and whether it was already there.
     """
@@ -103,7 +115,8 @@ def cached(
         if stored.get("key") == dict(key):
             return EvalResult(tuple(stored["metrics"]), tuple(stored["prompts"])), True
         result = compute()
-        write_json(path, {"key": dict(key), **asdict(result)})
+        if not any(o in UNRELIABLE for row in result.prompts for o in row["outcomes"]):
+            write_json(path, {"key": dict(key), **asdict(result)})
         return result, False
 
 
@@ -114,7 +127,7 @@ def base_key(one: EvalSet, weights: str, engine: Mapping[str, Any], run_seed: in
         "weights": weights,
         "engine": dict(engine),
         "data": one.prompts.content_hash,
-        "prompts": hashlib.sha256("\x1e".join(p.text for p in one.prompts.prompts).encode()).hexdigest(),
+        "prompts": hashlib.sha256(repr([p.token_ids for p in one.prompts.prompts]).encode()).hexdigest(),
         "decoding": {
             "max_new_tokens": one.decoding.max_new_tokens,
             "temperature": one.decoding.temperature,

@@ -43,6 +43,15 @@ def file_hash(path: Path, cache: Path | None = None) -> str:
     return digest
 
 
+def model_hash(folder: Path, cache: Path | None = None) -> str:
+    """One hash over everything in a model's folder that changes what it computes: weights, config,
+    tokenizer, templates."""
+    kinds = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
+    files = sorted(f for f in folder.iterdir() if f.suffix in kinds and f.name != "checksums.json")
+    lines = [f"{file.name}:{file_hash(file, cache)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def weights_hash(folder: Path, cache: Path | None = None) -> str:
     """One hash over a folder's weight files, in the order of their names."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

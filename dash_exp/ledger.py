@@ -29,15 +29,14 @@ class Ledger:
         """Somebody else worked from `start` to `end` (any one clock) while this process went on."""
         self._beside.append((start, end))
 
-    def overlap(self, waited: float) -> float:
-        """Seconds in which others worked and this process did not wait for them: the union of their
-        intervals since the last call, less the `waited` seconds."""
+    def overlap_s(self) -> float:
+        """Seconds of this step in which others worked and this process did not wait for them: the union
+        of their intervals, less the seconds in `verify`."""
         total, reached = 0.0, float("-inf")
         for start, end in sorted(self._beside):
             total += max(0.0, end - max(start, reached))
             reached = max(reached, end)
-        self._beside = []
-        return max(0.0, total - waited)
+        return max(0.0, total - self._seconds["verify"])
 
     def _switch(self) -> None:
         now = self._clock()
@@ -64,10 +63,15 @@ class Ledger:
                 return
             yield item
 
-    def close_step(self) -> tuple[float, dict[str, float]]:
-        """Wall seconds and seconds by phase since the last call, and start the next step."""
+    def so_far(self) -> tuple[float, dict[str, float]]:
+        """Wall seconds and seconds by phase of this step until now."""
         self._switch()
-        wall, seconds = self._since - self._opened, self._seconds
+        return self._since - self._opened, dict(self._seconds)
+
+    def close_step(self) -> tuple[float, dict[str, float]]:
+        """The same, and start the next step."""
+        wall, seconds = self.so_far()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._opened = self._since
+        self._beside = []
         return wall, seconds

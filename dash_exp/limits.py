@@ -84,7 +84,7 @@ RANGES: dict[str, Range] = {
     "sampler.gpu_memory_utilization": Range(0, 1, open_low=True),
     "filter.threshold": NATURAL,
     "learner.lr": POSITIVE,
-    "learner.warmup_updates": NATURAL,
+    "learner.warmup_share": Range(0, 1, open_high=True),
     "learner.weight_decay": NATURAL,
     "learner.beta1": Range(0, 1, open_high=True),
     "learner.beta2": Range(0, 1, open_high=True),
@@ -100,7 +100,7 @@ RANGES: dict[str, Range] = {
     "checkpoint.keep": COUNT,
     "verifier.workers": COUNT,
     "verifier.timeout_s": POSITIVE,
-    "verifier.memory_mb": COUNT,
+    "verifier.memory_mb": Range(512),
     "budget.seconds": POSITIVE,
     "cluster.threads": COUNT,
 }

@@ -7,15 +7,17 @@ prompts -> sampler.stream -> Group -> verifier -> ScoredGroup -> advantages, fil
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
+from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import Judge
 from dash_exp.learning import losses
 from dash_exp.learning.filters import Filter
@@ -65,11 +67,11 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the loop calls besides: evaluation and checkpoint of a step (and whether it is the last
-    one), progress, and whether a signal asked to stop."""
+    """What the loop calls besides: evaluation and checkpoint of a step (whether it is the last
+    one, and the step's row so far), progress, and whether a signal asked to stop."""
 
     evaluate: Callable[[int], None]
-    checkpoint: Callable[[int, bool], None]
+    checkpoint: Callable[[int, bool, Row], None]
     progress: Callable[[Row], None]
     stop_signal: Callable[[], int | None]
 
@@ -83,33 +85,63 @@ class Ending:
     signal: int | None = None
 
 
-def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float) -> Ending:
+def train(
+    plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float
+) -> Ending:  # fmt: skip
     """Run the steps after `done`; `spent_s` seconds of training time were used by them."""
     ledger = Ledger()
+    budget = math.inf if plan.budget_s is None else plan.budget_s
+    if done and spent_s >= budget:
+        return Ending(done, "budget")
     for step in range(done + 1, plan.steps + 1):
         facts = train_step(plan, parts, ledger, recorder, step)
+        refuse_hopeless(step, facts)
+        recorder.append("samples", sample_rows(step, facts.groups))
         signal = hooks.stop_signal()
-        if plan.evaluate_every and step % plan.evaluate_every == 0 and step < plan.steps:
+        if signal is None and evaluation_due(plan, step):
             with ledger.phase("evaluate"):
                 hooks.evaluate(step)
-        with ledger.phase("other"):
-            recorder.append("samples", sample_rows(step, facts.groups))
-        last = signal is not None or step == plan.steps
-        if last or (plan.checkpoint_every and step % plan.checkpoint_every == 0):
+        over = spent_s + training_seconds(*ledger.so_far()) >= budget
+        if checkpoint_due(plan, step) or over or signal is not None:
             with ledger.phase("checkpoint"):
-                hooks.checkpoint(step, step == plan.steps)
-        wall, seconds = ledger.close_step()
-        spent_s += wall - seconds["evaluate"] - seconds["checkpoint"]
-        row = step_row(step, facts, wall, seconds, ledger.overlap(seconds["verify"]))
+                row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
+                hooks.checkpoint(step, step == plan.steps, row)
+        row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
+        spent_s += training_seconds(*ledger.close_step())
         recorder.append("steps", [row])
         recorder.status("running", step)
         hooks.progress(row)
         if signal is not None:
             return Ending(step, "signal", signal)
-        if plan.budget_s is not None and spent_s >= plan.budget_s and step < plan.steps:
-            hooks.checkpoint(step, True)
+        if over and step < plan.steps:
             return Ending(step, "budget")
     return Ending(plan.steps, "planned")
+
+
+def evaluation_due(plan: Plan, step: int) -> bool:
+    """Whether a step within the run ends with an evaluation (the last one has its own)."""
+    return plan.evaluate_every > 0 and step % plan.evaluate_every == 0 and 0 < step < plan.steps
+
+
+def checkpoint_due(plan: Plan, step: int) -> bool:
+    every = plan.checkpoint_every
+    return step == plan.steps or (every > 0 and step % every == 0)
+
+
+def training_seconds(wall: float, seconds: Mapping[str, float]) -> float:
+    """Seconds that count against a budget: neither evaluation nor checkpoints."""
+    return wall - seconds["evaluate"] - seconds["checkpoint"]
+
+
+def refuse_hopeless(step: int, facts: BatchFacts) -> None:
+    """Stop where going on would only record nonsense."""
+    scores = [score for _, score, _, _ in facts.samples()]
+    if all(s.outcome == "verifier_error" for s in scores):
+        fault = Fault("verifier", f"every verdict of step {step} failed: {scores[0].detail}",
+                      "nothing was learned from it; mend the cause and run the same command")  # fmt: skip
+        raise UserError(fault, "what was recorded is kept")
+    if facts.updates and all(not u.finite for u in facts.updates):
+        raise FloatingPointError(f"the gradient of step {step} is infinite or not a number")
 
 
 def train_step(plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int) -> BatchFacts:
@@ -139,7 +171,8 @@ def train_step(plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, ste
     with ledger.phase("sync"), timed_event(recorder, "sync", step=step, worker="learner"):
         parts.sampler.load_weights(step)
     sums = parts.learner.take_sums()
-    return BatchFacts(tuple(groups), tuple(updates), sums, plan.passes, parts.learner.updates)
+    assert len(updates) == plan.passes, f"{len(updates)} updates in a batch of an arm with {plan.passes}"
+    return BatchFacts(tuple(groups), tuple(updates), sums, parts.learner.updates)
 
 
 def advantaged_groups(
@@ -222,12 +255,15 @@ def backpropagate(
     parts: Parts, ledger: Ledger, recorder: Recorder, step: int,
     ready: MicroBatch, old: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Forward and backward of one micro-batch; returns its log-probabilities."""
+    """Forward and backward of one micro-batch; returns its log-probabilities. The forward of the
+    reference model is an extra one, so it counts as `logprob`."""
+    with ledger.phase("logprob"):
+        reference = parts.learner.reference_logprobs(ready)
     with (
         ledger.phase("backprop"),
         timed_event(recorder, "backprop", step=step, worker="learner", groups=ready.positions),
     ):
-        return parts.learner.accumulate(ready, old)
+        return parts.learner.accumulate(ready, reference, old)
 
 
 def update(

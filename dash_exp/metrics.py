@@ -23,7 +23,6 @@ class BatchFacts:
     groups: tuple[AdvantagedGroup, ...]
     updates: tuple[Any, ...]
     sums: Mapping[str, float]
-    passes: int
     updates_total: int
 
     def samples(self) -> Iterator[tuple[Completion, Score, float, bool]]:
@@ -63,27 +62,37 @@ def batch_values(facts: BatchFacts) -> Row:
 
 
 def learner_values(facts: BatchFacts) -> Row:
-    """What the learner saw: per-token means over everything forwarded, and the updates."""
+    """What the learner saw: per-token means over everything forwarded, and the updates. The gap to the
+    sampler and the entropy are those at the sampling weights; ratio and clipping those of the later
+    passes, where an arm has any."""
     sums = facts.sums
     done = [u for u in facts.updates if not u.skipped]
+
+    def total(name: str) -> int:
+        return int(sums.get(f"first/{name}", 0) + sums.get(f"later/{name}", 0))
+
     row: Row = {
         "updates": len(done),
         "updates/skipped": len(facts.updates) - len(done),
+        "updates/nonfinite": sum(not u.finite for u in facts.updates),
         "updates/total": facts.updates_total,
         "optimizer/grad_norm": mean([u.grad_norm for u in done]),
         "optimizer/lr": facts.updates[-1].lr,
-        "completions/forwarded": int(sums.get("completions", 0)) // facts.passes,
-        "tokens/forwarded": int(sums.get("tokens", 0)),
-        "tokens/backpropagated": int(sums.get("tokens", 0)),
-        "tokens/computed": int(sums.get("computed", 0)),
+        "completions/forwarded": total("completions"),
+        "tokens/forwarded": total("tokens"),
+        "tokens/backpropagated": total("tokens"),
+        "tokens/computed": total("computed"),
     }
-    if tokens := sums.get("tokens"):
-        row["policy/entropy_nats"] = sums["entropy"] / tokens
-        row["policy/clip_share"] = sums["clipped"] / tokens
-        row["policy/ratio_mean"] = sums["ratio"] / tokens
-        row["policy/logprob_gap"] = sums["gap"] / tokens
-        if "kl" in sums:
-            row["kl/mean"] = sums["kl"] / tokens
+    if first := sums.get("first/tokens"):
+        row["policy/entropy_nats"] = sums["first/entropy"] / first
+        row["policy/logprob_gap"] = sums["first/gap"] / first
+        which = "later" if "later/tokens" in sums else "first"
+        row["policy/clip_share"] = sums[f"{which}/clipped"] / sums[f"{which}/tokens"]
+        row["policy/ratio_mean"] = sums[f"{which}/ratio"] / sums[f"{which}/tokens"]
+        if "first/kl" in sums:
+            row["kl/mean"] = sums["first/kl"] / first
+    if "gpu_peak_mb" in sums:
+        row["memory/gpu_peak_mb"] = sums["gpu_peak_mb"]
     return row
 
 
@@ -128,6 +137,6 @@ def sample_rows(step: int, groups: Sequence[AdvantagedGroup]) -> list[Row]:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process (and of the GPU allocator where one is used)."""
+    """Peak resident memory of this process since it began."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)

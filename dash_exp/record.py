@@ -13,17 +13,16 @@ rows of the last attempt. A line torn by a crash is left in place and counted.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-
-from filelock import FileLock, Timeout
 
 Row = dict[str, Any]
 
@@ -38,13 +37,16 @@ class CellBusy(RuntimeError):
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file so that a reader sees the old or the new one, never a part."""
+    text = json.dumps(value, indent=1, allow_nan=False, default=str) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, allow_nan=False, default=str)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Row:
@@ -87,16 +89,26 @@ def read_rows(path: Path) -> Rows:
 
 
 def last_attempts(rows: Iterable[Row]) -> list[Row]:
-    """Of every step, the rows written by the last attempt that wrote it; in order of steps."""
-    by_step: dict[int, list[Row]] = {}
-    newest: dict[int, int] = {}
+    """Of every step (and dataset, in evaluations) the rows of the last attempt that wrote it; in order
+    of steps."""
+    kept: dict[tuple[int, str], list[Row]] = {}
+    newest: dict[tuple[int, str], int] = {}
     for row in rows:
-        step, attempt = int(row["step"]), int(row["attempt"])
-        if attempt > newest.get(step, -1):
-            newest[step], by_step[step] = attempt, []
-        if attempt == newest[step]:
-            by_step[step].append(row)
-    return [row for step in sorted(by_step) for row in by_step[step]]
+        key, attempt = (int(row["step"]), str(row.get("dataset", ""))), int(row["attempt"])
+        if attempt > newest.get(key, -1):
+            newest[key], kept[key] = attempt, []
+        if attempt == newest[key]:
+            kept[key].append(row)
+    order = sorted(kept, key=lambda key: key[0])
+    return [row for key in order for row in kept[key]]
+
+
+def read_final(folder: Path, name: str) -> list[Row]:
+    """The rows of a cell's `<name>.jsonl` that count: of the last attempts, and not beyond the step at
+    which a finished cell ended."""
+    status = read_json(folder / "status.json")
+    end = status.get("step", 0) if status.get("state") == "finished" else math.inf
+    return [r for r in last_attempts(read_rows(folder / f"{name}.jsonl").rows) if r["step"] <= end]
 
 
 def finite(row: Mapping[str, Any]) -> Row:
@@ -107,6 +119,23 @@ def finite(row: Mapping[str, Any]) -> Row:
     }  # fmt: skip
 
 
+def lock(folder: Path) -> int:
+    """Take a cell's lock and return its descriptor; closing it, or dying, gives it back.
+
+    Raises CellBusy when another process holds it, or has moved the folder away meanwhile.
+    """
+    path = folder / ".lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    raise CellBusy(f"{folder} is being run by another process")
+
+
 class Recorder:
     """The one writer of a cell's folder. Use as a context manager: it holds the folder's lock."""
 
@@ -114,21 +143,19 @@ class Recorder:
         self.folder = folder
         self.attempt = int(read_json(folder / "status.json").get("attempt", 0)) + 1
         self._streams: dict[str, TextIO] = {}
-        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._lock = -1
 
     def __enter__(self) -> Recorder:
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise CellBusy(f"{self.folder} is being run by another process") from error
+        self._lock = lock(self.folder)
         self.attempt = int(read_json(self.folder / "status.json").get("attempt", 0)) + 1
         return self
 
     def __exit__(self, *exception: object) -> None:
         for stream in self._streams.values():
-            stream.close()
+            with suppress(OSError):  # a full disk has been reported by the write that met it
+                stream.close()
         self._streams.clear()
-        self._lock.release()
+        os.close(self._lock)
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to `<name>.jsonl`, each as one whole line, and hand them to the system."""
@@ -190,8 +217,7 @@ def differences(first: Path, second: Path, limit: int = 20) -> list[str]:
     """How two records differ, ignoring seconds, memory, attempts and hosts; empty when equal."""
     found: list[str] = []
     for name in ("steps", "samples", "evals", "eval_samples"):
-        a = last_attempts(read_rows(first / f"{name}.jsonl").rows)
-        b = last_attempts(read_rows(second / f"{name}.jsonl").rows)
+        a, b = read_final(first, name), read_final(second, name)
         if len(a) != len(b):
             found.append(f"{name}: {len(a)} rows against {len(b)}")
         for number, (x, y) in enumerate(zip(a, b, strict=False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections import deque
@@ -29,11 +30,15 @@ def seconds_text(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def columns_of(row: Row, steps: int, left_s: float) -> list[tuple[str, str]]:
     """The cells of a progress line: heading and text."""
     return [
         ("step", f"{row['step']}/{steps}"),
-        ("reward", f"{row['reward/mean']:.3f}"),
+        ("reward", number(row.get("reward/mean"))),
         ("kept", f"{row['filter/kept_share']:.2f}"),
         ("length", f"{row['length/mean_tokens']:.1f}"),
         ("tok/s", f"{row['time/tokens_per_s']:.0f}"),
@@ -90,6 +95,10 @@ class Display:
         bar.add_task("steps", total=self.steps, completed=step)
         return Group(table, bar)
 
+    def accuracy(self, row: Row) -> str:
+        """One evaluation as a line."""
+        return f"{row['dataset']}: accuracy {accuracy_text(row)}, n={row['n']},"
+
     def stop(self) -> None:
         if self._view is not None:
             self._view.stop()
@@ -108,9 +117,9 @@ def summary_lines(folder: Path, steps: Sequence[Row], evals: Sequence[Row], reas
     """The summary as text, at most 80 columns but for paths."""
     lines = ["", f"Finished after {len(steps)} steps ({reason})." if steps else "No steps."]
     if steps:
-        first, last = steps[:5], steps[-5:]
-        start = statistics.fmean(r["reward/mean"] for r in first)
-        end = statistics.fmean(r["reward/mean"] for r in last)
+        rewards = [r["reward/mean"] for r in steps if "reward/mean" in r] or [math.nan]
+        first, last = rewards[:5], rewards[-5:]
+        start, end = statistics.fmean(first), statistics.fmean(last)
         lines.append(
             f"  sampled reward   {start:.3f} (first {len(first)} steps) -> {end:.3f} (last {len(last)})"
             f"  {end - start:+.3f}"
@@ -128,9 +137,14 @@ def accuracy_lines(evals: Sequence[Row]) -> list[str]:
     for name in dict.fromkeys(r["dataset"] for r in rows):
         mine = [r for r in rows if r["dataset"] == name]
         ends = mine[:1] if len(mine) == 1 else [mine[0], mine[-1]]
-        texts = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in ends]
+        texts = [accuracy_text(r) for r in ends]
         lines.append(f"  {name:<16} {' -> '.join(texts)}  n={mine[0]['n']}")
     return lines
+
+
+def accuracy_text(row: Row) -> str:
+    """A share with its interval, or a dash for what could not be measured."""
+    return f"{number(row.get('value'))} [{number(row.get('low'))}, {number(row.get('high'))}]"
 
 
 def time_lines(steps: Sequence[Row]) -> list[str]:

@@ -165,12 +165,11 @@ def _kl_and_passes(config: Config) -> Iterator[Fault]:
             f"got {arm.surrogate!r}, must be 'clipped' when algorithm.passes={arm.passes}",
             "from the second update on the batch is off-policy: only the clipped ratio corrects it",
         )
-    planned = arm.steps * arm.passes
-    if config.learner.warmup_updates >= planned > 0:
+    if config.sampler.max_sequences < arm.group_size:
         yield Fault(
-            "learner.warmup_updates",
-            f"got {config.learner.warmup_updates}, but only {planned} updates are planned",
-            "lower it, or raise algorithm.steps",
+            "sampler.max_sequences",
+            f"got {config.sampler.max_sequences}, less than algorithm.group_size={arm.group_size}",
+            "a group is sampled together: raise it",
         )
 
 

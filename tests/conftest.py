@@ -17,6 +17,14 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and two spinning processes on two cores lose much."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     folder = Path(os.environ.get("DASH_DATA", REPOSITORY.parent / "shared" / "data"))

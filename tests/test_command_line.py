@@ -21,7 +21,7 @@ import importlib.machinery, os, sys, types
 
 cell = types.ModuleType("dash_exp.cell")
 
-def run_config(config):
+def run_config(config, apart=False):
     print("cell", config.seed, config.algorithm.name, config.model.name, config.dataset.name,
           config.sampler.name, config.recipe.name, config.evaluation.name, flush=True)
     what = os.environ.get("CELL_%d" % config.seed, "0")

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "dash_exp"
 
 LAYERS = [
-    {"types", "errors", "seeding", "statistics", "config", "hashing", "cells", "ledger"},
+    {"types", "errors", "seeding", "statistics", "config", "hashing", "cells", "ledger", "signals"},
     {"tasks", "verifiers", "sampling.protocol", "learning.advantages", "learning.filters",
      "learning.losses", "record", "validation", "preconditions", "provenance", "override_faults",
      "compose", "metrics", "terminal", "limits"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"checkpoint", "learning", "sampling", "evaluation"},
     {"loop"},
     {"build"},
+    {"attempt"},
     {"cell"},
     {"__main__"},
 ]  # fmt: skip
@@ -31,7 +32,7 @@ TORCH_FREE = ["types", "errors", "seeding", "statistics", "config", "limits", "h
               "ledger", "record", "metrics", "terminal", "validation", "preconditions", "provenance",
               "compose", "override_faults", "tasks.prompts", "tasks.examples", "verifiers.pool",
               "verifiers.frontends", "sampling.protocol", "learning.advantages", "learning.filters",
-              "__main__", "evaluation"]  # fmt: skip
+              "__main__", "evaluation", "cell", "signals"]  # fmt: skip
 ONE_PLACE = {"vllm": "sampling/vllm_engine.py"}
 
 

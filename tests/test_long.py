@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.record import Row, differences, last_attempts, read_json, read_rows
+from dash_exp.record import Row, differences, read_final, read_json, read_rows
 from tests.conftest import REPOSITORY
 
 pytestmark = [
@@ -52,7 +52,7 @@ def run(root: Path, cache: Path, *overrides: str) -> tuple[Path, str]:
 
 
 def steps_of(folder: Path) -> list[Row]:
-    return last_attempts(read_rows(folder / "steps.jsonl").rows)
+    return read_final(folder, "steps")
 
 
 def test_the_default_cell_learns(tmp_path: Path, cache: Path) -> None:
@@ -108,9 +108,7 @@ def test_killed_at_random_moments_the_record_is_that_of_an_undisturbed_run(
 
 @needs_vllm
 @pytest.mark.parametrize("dataset", ["gsm8k", "math"])
-def test_real_problems_with_real_vllm(
-    tmp_path: Path, cache: Path, data_folder: Path, dataset: str
-) -> None:
+def test_real_problems_with_real_vllm(tmp_path: Path, cache: Path, data_folder: Path, dataset: str) -> None:
     folder, output = run(
         tmp_path,
         cache,

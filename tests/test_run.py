@@ -16,7 +16,7 @@ import pytest
 from dash_exp.cell import run_config
 from dash_exp.compose import compose
 from dash_exp.errors import UserError
-from dash_exp.record import Row, differences, last_attempts, read_json, read_rows
+from dash_exp.record import Recorder, Row, differences, read_final, read_json, read_rows
 from tests.conftest import REPOSITORY
 
 SMALL = [
@@ -24,7 +24,7 @@ SMALL = [
     "checkpoint.every=2", "evaluation.limit=8", "run.progress=none", "learner.lr=1e-3",
     "dataset=gsm8k", f"dataset.path={Path(__file__).parent / 'digits.jsonl'}",
     "dataset.verifier=integer", "dataset.extraction=first_integer", "evaluation=arithmetic",
-    "cluster.threads=1",
+    "cluster.threads=1", "sampler.max_new_tokens=6",
 ]  # fmt: skip
 """Sums of one digit: a random model is right now and then, so there is something to learn from."""
 
@@ -39,7 +39,7 @@ def run_here(root: Path, *overrides: str) -> Path:
 
 
 def steps_of(folder: Path) -> list[Row]:
-    return last_attempts(read_rows(folder / "steps.jsonl").rows)
+    return read_final(folder, "steps")
 
 
 def start(root: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
@@ -85,7 +85,7 @@ def test_the_record_is_complete(whole: Path) -> None:
              "memory/peak_mb", "time/overlap_s"}  # fmt: skip
     for row in rows:
         assert names <= row.keys(), names - row.keys()
-    samples = last_attempts(read_rows(whole / "samples.jsonl").rows)
+    samples = read_final(whole, "samples")
     assert len(samples) == 6 * 64
     assert {"prompt", "index", "tokens", "reward", "outcome", "advantage", "kept"} <= samples[0].keys()
     evals = read_rows(whole / "evals.jsonl").rows
@@ -101,7 +101,7 @@ def test_the_record_is_complete(whole: Path) -> None:
 
 
 def test_ledger_sums_to_the_wall_and_rows_agree_with_samples(whole: Path) -> None:
-    samples = last_attempts(read_rows(whole / "samples.jsonl").rows)
+    samples = read_final(whole, "samples")
     phases = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "evaluate", "checkpoint",
               "other")  # fmt: skip
     for row in steps_of(whole):
@@ -147,7 +147,7 @@ def test_killed_at_any_step_and_resumed_equals_undisturbed(whole: Path, tmp_path
     assert again.returncode == 0, output
     (folder,) = (tmp_path / "cells").iterdir()
     assert differences(whole, folder) == []
-    assert read_json(folder / "status.json")["attempt"] >= 1
+    assert read_json(folder / "status.json")["attempt"] == 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -278,7 +278,7 @@ def test_a_frozen_cell_runs_from_its_folder(whole: Path, tmp_path: Path) -> None
     target.mkdir(parents=True)
     (target / "config.yaml").write_text((whole / "config.yaml").read_text())
     done = subprocess.run(
-        [sys.executable, "-m", "dash_exp.cell", str(target)], cwd=REPOSITORY,
+        [sys.executable, "-m", "dash_exp.cell", str(target), "cluster.threads=1"], cwd=REPOSITORY,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -318,3 +318,142 @@ def test_a_full_disk_is_said_plainly_and_what_was_recorded_stays(tmp_path: Path)
         assert all(not p.name.startswith(".saving") for p in (folder / "checkpoints").iterdir())
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing after it runs, no handler of ours catches it."""
+
+
+@pytest.mark.parametrize("where", ["prune", "save", "finalise", "write_finished"])
+def test_killed_between_two_file_operations(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Right before and after a checkpoint appears, and on either side of the last status."""
+    from dash_exp import checkpoint
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    status = Recorder.status
+
+    def status_then_kill(self: Recorder, state: str, *rest: Any, **more: Any) -> None:
+        if state == "finished":
+            raise Killed
+        status(self, state, *rest, **more)
+
+    if where == "write_finished":
+        monkeypatch.setattr(Recorder, "status", status_then_kill)
+    else:
+        monkeypatch.setattr(checkpoint, where, kill)
+    with pytest.raises(Killed):
+        run_here(tmp_path)
+    monkeypatch.undo()
+    (folder,) = (tmp_path / "cells").iterdir()
+    assert run_config(compose([*SMALL, f"run.dir={tmp_path}"])) == 0
+    assert differences(whole, folder) == []
+    assert not list(folder.glob("checkpoints/*/resume"))
+    assert checkpoint.damage(*(folder / "checkpoints").iterdir()) is None
+
+
+def test_two_processes_cannot_run_or_archive_one_cell(whole: Path) -> None:
+    config = [*SMALL, f"run.dir={whole.parents[1]}"]
+    with Recorder(whole), pytest.raises(UserError, match="being run by another process"):
+        run_config(compose(config))
+    with Recorder(whole), pytest.raises(UserError, match=r"run\.force"):
+        run_config(compose([*config, "run.force=true"]))
+    assert whole.exists()
+
+
+def test_a_verifier_that_always_fails_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dash_exp import build
+    from dash_exp.types import Score
+
+    failed = Score(float("nan"), "verifier_error", "no worker")
+    monkeypatch.setattr(build, "judge_integer", lambda text, answer: failed)
+    with pytest.raises(UserError, match="every verdict of step 1 failed: no worker"):
+        run_here(tmp_path)
+    (folder,) = (tmp_path / "cells").iterdir()
+    assert read_json(folder / "status.json")["state"] == "failed"
+    evals = read_final(folder, "evals")
+    assert [r["n"] for r in evals if r["metric"] == "accuracy"] == [0]
+    assert not list((tmp_path / "cache" / "base_results").glob("*.json"))
+
+
+def test_a_record_on_a_full_device_is_a_clear_error(tmp_path: Path) -> None:
+    run_here(tmp_path, "algorithm.steps=1")
+    (folder,) = (tmp_path / "cells").iterdir()
+    for name in ("samples.jsonl", "status.json"):
+        (folder / name).unlink()
+    (folder / "samples.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="no space left"):
+        run_config(compose([*SMALL, f"run.dir={tmp_path}", "algorithm.steps=1", "seed=0"]))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda f: (f / "model.safetensors").write_bytes(b"junk" * 10), "does not load"),
+        (lambda f: (f / "config.json").write_text("{}"), "config.json"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "does not load"),
+        (lambda f: _drop_tensor(f / "model.safetensors"), "lacks 1 tensors"),
+    ],
+)
+def test_a_broken_model_folder_is_a_clear_error(
+    tiny_folder: Path, tmp_path: Path, harm: Any, says: str
+) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    harm(folder)
+    with pytest.raises(UserError, match=says):
+        run_here(tmp_path / "out", f"model.path={folder}")
+
+
+def _drop_tensor(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_damaged_frozen_config_is_a_clear_error(whole: Path, tmp_path: Path) -> None:
+    from dash_exp.cell import main
+
+    text = (whole / "config.yaml").read_text()
+    broken = {"yaml": "a: [", "key": text + "nonsense: 1\n", "value": text.replace("seed: 0", "seed: 1", 1)}
+    for name, content in broken.items():
+        folder = tmp_path / "cells" / f"{name}-{whole.name}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(content)
+        assert main([str(folder)]) == 2
+    assert main([str(tmp_path)]) == 2
+
+
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> None:
+    process = start(tmp_path, "evaluation.every=1", "algorithm.steps=300", "checkpoint.every=0")
+    wait_for_steps(tmp_path, 2, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    (folder,) = (tmp_path / "cells").iterdir()
+    step = read_json(folder / "status.json")["step"]
+    assert step not in {r["step"] for r in read_final(folder, "evals")}
+    again = start(tmp_path, "evaluation.every=1", "algorithm.steps=300", "checkpoint.every=0")
+    wait_for_steps(tmp_path, step + 1, again)
+    again.kill()
+    again.communicate()
+    assert step in {r["step"] for r in read_final(folder, "evals")}
+
+
+def test_a_sweep_runs_each_cell_in_a_process_of_its_own(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "dash_exp", "-m", *SMALL, f"run.dir={tmp_path}", "algorithm.steps=1",
+         "evaluation=none", "algorithm=dash,pg"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout + process.stderr
+    folders = sorted((tmp_path / "cells").iterdir())
+    assert [f.name.split("-")[0] for f in folders] == ["dash", "pg"]
+    pids = {read_json(f / "provenance.json")["attempts"][0]["pid"] for f in folders}
+    assert len(pids) == 2

@@ -98,7 +98,7 @@ OUT_OF_RANGE: list[tuple[str, float, str]] = [
     ("learner.lr", 0.0, "more than 0"),
     ("learner.lr", math.nan, "more than 0"),
     ("learner.lr", math.inf, "more than 0"),
-    ("learner.warmup_updates", -1, "at least 0"),
+    ("learner.warmup_share", 1.0, "at least 0 and less than 1"),
     ("learner.weight_decay", -1.0, "at least 0"),
     ("learner.beta1", 1.0, "at least 0 and less than 1"),
     ("learner.beta2", -0.1, "at least 0 and less than 1"),
@@ -247,14 +247,12 @@ def test_several_updates_need_the_clipped_ratio(config: Config) -> None:
     assert check(config) == []
 
 
-def test_warmup_must_end_before_the_plan(config: Config) -> None:
-    config.learner.warmup_updates = 30
+def test_a_group_is_sampled_together(config: Config) -> None:
+    config.sampler.max_sequences = 7
     [fault] = check(config)
     assert (fault.where, fault.what) == (
-        "learner.warmup_updates", "got 30, but only 30 updates are planned",
+        "sampler.max_sequences", "got 7, less than algorithm.group_size=8",
     )  # fmt: skip
-    config.algorithm.passes, config.algorithm.surrogate = 2, "clipped"
-    assert check(config) == []
 
 
 def test_largest_advantages_of_the_paper() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dash_exp.checkpoint import Snapshot
+from dash_exp.errors import Fault, UserError
 from dash_exp.learning import losses
 from dash_exp.learning.logprobs import token_logprobs
 from dash_exp.learning.packing import MicroBatch
@@ -34,7 +36,7 @@ class Optimization:
 
     lr: float
     schedule: str
-    warmup_updates: int
+    warmup_share: float
     total_updates: int
     weight_decay: float
     betas: tuple[float, float]
@@ -46,33 +48,39 @@ class Optimization:
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
-    """One optimizer update. `skipped`: nothing was accumulated and nothing moved."""
+    """One optimizer update. `skipped`: nothing was accumulated, or (`finite` false) the gradient held an
+    infinity or NaN, and nothing moved."""
 
     grad_norm: float
     lr: float
     skipped: bool
+    finite: bool = True
 
 
 @dataclass(slots=True)
 class BatchSums:
-    """Sums over tokens since the last `take_sums`, for the metrics of a step."""
+    """Sums over tokens since the last `take_sums`, for the metrics of a step: `first/...` at the sampling
+    weights, `later/...` in the later passes over a batch."""
 
     values: dict[str, float] = field(default_factory=dict)
 
-    def add(self, **sums: float) -> None:
+    def add(self, which: str, **sums: float) -> None:
         for name, value in sums.items():
-            self.values[name] = self.values.get(name, 0.0) + value
+            key = f"{which}/{name}"
+            self.values[key] = self.values.get(key, 0.0) + value
 
 
 def learning_rate(update: int, setting: Optimization) -> float:
-    """The rate of update number `update` (from 0): linear warm-up, then constant or linear to 0 over
-    the planned updates. A skipped update counts, so a schedule depends on the plan alone."""
-    if update < setting.warmup_updates:
-        return setting.lr * (update + 1) / setting.warmup_updates
+    """The rate of update number `update` (from 0): linear warm-up over a share of the planned updates
+    (rounded up), then constant or linear to 0 over the rest. A skipped update counts, so a schedule
+    depends on the plan alone."""
+    warmup = math.ceil(setting.warmup_share * setting.total_updates)
+    if update < warmup:
+        return setting.lr * (update + 1) / warmup
     if setting.schedule == "constant":
         return setting.lr
     left = max(0, setting.total_updates - update)
-    return setting.lr * left / max(1, setting.total_updates - setting.warmup_updates)
+    return setting.lr * left / max(1, setting.total_updates - warmup)
 
 
 class Learner:
@@ -156,35 +164,41 @@ class Learner:
         """Log-probabilities [C] of the current policy, without gradient."""
         return self._score(self.model, batch)[0]
 
-    def accumulate(self, batch: MicroBatch, old_logprobs: Tensor | None = None) -> Tensor:
+    @torch.no_grad()
+    def reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        """Log-probabilities [C] of the initial model; None where the objective has no KL term."""
+        return None if self.reference is None else self._score(self.reference, batch)[0]
+
+    def accumulate(
+        self, batch: MicroBatch, reference: Tensor | None = None, old: Tensor | None = None
+    ) -> Tensor:
         """Forward and backward one micro-batch, adding to the gradient sums.
 
-        `old_logprobs` [C] are those of the sampling weights; None where the current weights are the
-        sampling weights (the first update of a batch), whose own detached values then serve. Returns
-        the log-probabilities [C], detached.
+        `reference` [C] is what `reference_logprobs` gave. `old` [C] are the log-probabilities at the
+        sampling weights; None where the current weights are those (the first update of a batch), whose
+        own detached values then serve. Returns the log-probabilities [C], detached.
         """
         goal = self.objective
         logprobs, entropy = self._score(self.model, batch)
         detached = logprobs.detach()
-        old = detached if old_logprobs is None else old_logprobs
+        before = detached if old is None else old
+        low, high = goal.clip_low, goal.clip_high
         if goal.surrogate == "clipped":
-            loss = losses.clipped_ratio(logprobs, old, batch.advantages, goal.clip_low, goal.clip_high)
+            loss = losses.clipped_ratio(logprobs, before, batch.advantages, low, high)
         else:
             loss = losses.policy_gradient(logprobs, batch.advantages)
-        if self.reference is not None:
-            with torch.no_grad():
-                reference, _ = self._score(self.reference, batch)
+        which = "first" if old is None else "later"
+        if goal.beta > 0:
+            assert reference is not None, "an objective with KL needs the reference's log-probabilities"
             penalty = losses.kl_penalty(logprobs, reference, goal.kl)
             loss = loss + goal.beta * penalty
-            self.sums.add(kl=float(penalty.detach().sum()))
-        total = (loss * batch.weights).sum()
-        total.backward()
-        clipped = losses.clip_share(detached, old, batch.advantages, goal.clip_low, goal.clip_high)
+            self.sums.add(which, kl=float(penalty.detach().sum()))
+        (loss * batch.weights).sum().backward()
         self.sums.add(
-            loss=float(total.detach()),
+            which,
             entropy=float(entropy.sum()),
-            clipped=float(clipped.sum()),
-            ratio=float(torch.exp(detached - old).sum()),
+            clipped=float(losses.clip_share(detached, before, batch.advantages, low, high).sum()),
+            ratio=float(torch.exp(detached - before).sum()),
             gap=float((detached - batch.sampler_logprobs).abs().sum()),
             tokens=len(batch.targets),
             completions=len(batch.lengths),
@@ -209,6 +223,9 @@ class Learner:
             if name not in self._touched:
                 gradient.zero_()
         norm = float(torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()) / denominator
+        if not math.isfinite(norm):
+            self._touched.clear()
+            return UpdateStats(norm, lr, skipped=True, finite=False)
         scale = min(1.0, self.setting.max_grad_norm / (norm + 1e-6)) / denominator
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
             gradient *= scale
@@ -238,8 +255,11 @@ class Learner:
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()
 
-    def snapshot(self, step: int, *, moments: bool = True) -> Snapshot:
-        """Weights (fp32), optimizer moments and counters, not copied: save before the next update."""
+    def snapshot(
+        self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None
+    ) -> Snapshot:  # fmt: skip
+        """Weights (fp32), optimizer moments and counters, not copied: save before the next update. `row`
+        is what the record will say of this step."""
         weights = {
             name: self.masters.get(name, parameter).detach().float()
             for name, parameter in self.model.named_parameters()  # a tied tensor comes once
@@ -248,7 +268,7 @@ class Learner:
         for name, master in self.masters.items() if moments else ():
             for key, value in self.optimizer.state.get(master, {}).items():
                 kept[f"{key}/{name}"] = value
-        return Snapshot(weights, kept, {"step": step, "updates": self.updates})
+        return Snapshot(weights, kept, {"step": step, "updates": self.updates, "row": row or {}})
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
@@ -264,19 +284,23 @@ class Learner:
                 state = {k: snapshot.optimizer[f"{k}/{name}"] for k in keys}
                 state["exp_avg"] = state["exp_avg"].to(master)
                 state["exp_avg_sq"] = state["exp_avg_sq"].to(master)
+                state["step"] = state["step"].to(master.device, torch.float32)
                 self.optimizer.state[master] = state
         self.updates = int(snapshot.state["updates"])
 
     def take_sums(self) -> dict[str, float]:
         """The sums since the last call, and start again from nothing."""
         sums, self.sums = self.sums.values, BatchSums()
+        if self.head.is_cuda:
+            sums["gpu_peak_mb"] = torch.cuda.max_memory_allocated(self.head.device) / 2**20
+            torch.cuda.reset_peak_memory_stats(self.head.device)
         return sums
 
 
 def refuse_dropout(model: Any) -> None:
-    """Raise ValueError if the model would drop anything out while training."""
+    """Raise UserError if the model would drop anything out while training."""
     for name, module in model.named_modules():
         rate = getattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else 0.0
         rate = max(rate, float(getattr(module, "attention_dropout", 0.0) or 0.0))
         if rate > 0:
-            raise ValueError(f"{name} has dropout {rate}; set it to 0 in the model's config.json")
+            raise UserError(Fault("model", f"{name} has dropout {rate}", "set it to 0 in its config.json"))

@@ -43,8 +43,10 @@ class _TokenLogprobs(torch.autograd.Function):
             weighted = torch.linalg.vecdot(powers, logits)
             entropy[start:stop] = log_total - weighted / total
             if direction is not None:
-                p = powers.div_(total[:, None]).to(hidden.dtype)
-                direction[start:stop] = (used[y] - p @ used) / temperature
+                # 1 - p_y has to be formed before rounding: bf16 cannot tell 0.998 from 1
+                error = powers.div_(total[:, None])
+                error.scatter_add_(1, y[:, None], torch.full_like(error[:, :1], -1.0))
+                direction[start:stop] = (error.to(hidden.dtype) @ used).div_(-temperature)
         ctx.save_for_backward(hidden, weight, targets, direction)
         ctx.settings = (temperature, vocabulary, chunk)
         ctx.mark_non_differentiable(entropy)
@@ -60,7 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
             return (upstream[:, None].to(direction.dtype) * direction, None, *none)
         used = weight[:vocabulary]
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             grad_logits = torch.softmax(_logits(hidden[part], used, temperature), dim=1).neg_()
@@ -69,7 +71,9 @@ class _TokenLogprobs(torch.autograd.Function):
             low = grad_logits.to(hidden.dtype)
             grad_hidden[part] = low @ used
             if grad_weight is not None:
-                grad_weight[:vocabulary].addmm_(low.t(), hidden[part])
+                grad_weight[:vocabulary] += low.t() @ hidden[part]  # summed over chunks in fp32
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
         return (grad_hidden, grad_weight, *none)
 
 

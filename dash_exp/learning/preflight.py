@@ -30,9 +30,13 @@ def largest_micro_batch(
 
 
 def preflight(learner: Learner, micro_batch: MicroBatch) -> None:
-    """Forward and backward, and forget the gradient. Raises UserError when memory runs out."""
+    """Forward and backward beside what the optimizer will need, and forget the gradient. Raises
+    UserError when memory runs out."""
     try:
-        learner.accumulate(micro_batch)
+        fresh = not learner.optimizer.state
+        moments = [torch.empty_like(m) for m in learner.masters.values() for _ in range(2) if fresh]
+        learner.accumulate(micro_batch, learner.reference_logprobs(micro_batch))
+        del moments
     except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's plain one
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
             raise

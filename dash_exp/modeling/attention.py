@@ -1,4 +1,5 @@
-"""Attention over groups that share their prompt, plugged into any transformers decoder.
+"""Attention over groups that share their prompt, plugged into transformers' decoders with plain causal
+attention (Llama, Qwen2 and their like).
 
 Everything but attention works token by token, so tokens of a whole micro-batch lie in one row
 [1, T] without padding. Only attention needs to know who sees whom, and it asks a *context* handed
@@ -38,10 +39,15 @@ def _dispatch(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     context: AttentionContext | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     if context is None:
         raise ValueError("this model was prepared for packed groups: call it with context=")
+    if sliding_window is not None or softcap is not None or s_aux is not None:
+        raise ValueError("packed groups know plain attention only: no sliding window, softcap or sink")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return context.attend(module.layer_idx, query, key, value, scale), None
 
@@ -152,6 +158,8 @@ class CompletionRows:
             return x[0].transpose(0, 1)[index].transpose(1, 2)
 
         attend = torch.nn.functional.scaled_dot_product_attention
+        if q.is_cuda:  # kernels that take a mask there know no shared key heads
+            k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
         k_prompt, v_prompt = cells(k, self.prompt_index), cells(v, self.prompt_index)
         out_prompt = attend(
             cells(q, self.prompt_index), k_prompt, v_prompt,

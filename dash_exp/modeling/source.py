@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -59,7 +59,9 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            fresh = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+            for leftover in folder.parent.glob(f".making-{folder.name}-*"):
+                shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
+            fresh = Path(tempfile.mkdtemp(prefix=f".making-{folder.name}-", dir=folder.parent))
             try:
                 make(fresh)
                 os.rename(fresh, folder)
@@ -87,17 +89,16 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 def _download(hub: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise UserError(
             Fault(
                 "model.hub",
-                f"{hub!r} could not be downloaded: {reason}",
+                f"{hub!r} could not be downloaded: {first_line(error)}",
                 "offline? set model.path=<folder with its config.json, safetensors and tokenizer>",
             )
         ) from error
@@ -143,25 +144,76 @@ def make_random(sizes: Mapping[str, int], folder: Path) -> None:
 
 
 def load_model(folder: Path, dtype: Any, attention: str) -> Any:
-    """The causal language model of a folder, with our attention. Raises UserError for a broken one."""
+    """The causal language model of a folder, with our attention.
+
+    Raises UserError for a folder that is broken, that lacks a tensor, or whose attention is of a kind
+    that packed groups do not know.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a local folder loads in a moment; downloads keep their bar
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+    model, facts = _understood(
+        folder,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        ),
+    )
+    if missing := sorted(facts["missing_keys"]):
+        raise UserError(
+            Fault("model", f"{folder} lacks {len(missing)} tensors, e.g. {missing[0]}", "is it whole?")
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(Fault("model", f"{folder} does not load: {reason}")) from error
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. Raises UserError for a broken one or one without an end token."""
     from transformers import AutoTokenizer
 
+    tokenizer = _understood(
+        folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            Fault("model", f"the tokenizer in {folder} has no end token", "set eos_token in its config")
+        )
+    return tokenizer
+
+
+def position_limit(folder: Path) -> int:
+    """Tokens that the model of a folder can take, prompt and completion together."""
+    from transformers import AutoConfig
+
+    config = _understood(folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        raise UserError(Fault("model", f"{folder}/config.json names no max_position_embeddings"))
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UserError(
+            Fault("model", f"{folder} uses a sliding window", "packed groups know full attention only")
+        )
+    return int(limit)
+
+
+Loaded = TypeVar("Loaded")
+
+
+def _understood(folder: Path, load: Callable[[], Loaded]) -> Loaded:
+    """What `load` gives, or a UserError for the ways in which a folder can be broken."""
+    from safetensors import SafetensorError
+
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(Fault("model", f"{folder} has no usable tokenizer: {reason}")) from error
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(Fault("model", f"{folder} does not load: {first_line(error)}")) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -112,8 +112,9 @@ def to_example(
         values[ours] = str(value)
     if answer_after and answer_after in values["answer"]:
         values["answer"] = values["answer"].rpartition(answer_after)[2].strip()
-    if not values["answer"].strip():
-        return Fault(where, "the answer is empty")
+    for ours in REQUIRED:
+        if not values[ours].strip():
+            return Fault(where, f"the {ours} is empty")
     return Example(values.get("id", fallback_id), values["problem"], values["answer"])
 
 

@@ -38,6 +38,9 @@ def make_prompts(
     if limit is not None:
         texts = texts[:limit]
     ids = tokenize(texts)
+    empty = [e.id for e, tokens in zip(examples.examples, ids, strict=False) if not tokens]
+    if empty:
+        raise UserError(Fault("dataset.template", f"{len(empty)} prompts have no tokens, e.g. {empty[0]}"))
     rows, dropped, too_long = [], 0, []
     for example, text, tokens in zip(examples.examples, texts, ids, strict=False):
         if len(tokens) > max_prompt_tokens:

@@ -80,3 +80,27 @@ def test_wrong_shapes_are_refused() -> None:
         token_logprobs(hidden, weight, targets[:-1])
     with pytest.raises(ValueError, match="positive"):
         token_logprobs(hidden, weight, targets, temperature=0.0)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("share", [0.9, 0.99, 0.998, 0.9995])
+def test_confident_tokens_keep_their_small_gradient_in_bf16(share: float, trainable: bool) -> None:
+    """1 - p is formed before rounding to bf16, whose spacing below 1 is 0.004."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, H, generator=generator).bfloat16()
+    hidden = torch.randn(1, H, generator=generator).double()
+    y = torch.tensor([7])
+    axis = weight[7].double() - weight.double().mean(0)
+    low, high = 0.0, 50.0
+    for _ in range(60):  # how far along the target's own direction its probability is `share`
+        middle = (low + high) / 2
+        p = torch.softmax((hidden + middle * axis) @ weight.double().t(), 1)[0, 7]
+        low, high = (middle, high) if p < share else (low, middle)
+    hidden = (hidden + low * axis).bfloat16()
+    exact = hidden.double().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.log_softmax(exact @ weight.double().t(), 1)[0, 7], exact)
+    ours = hidden.clone().requires_grad_()
+    logprobs, _ = token_logprobs(ours, weight.clone().requires_grad_(trainable), y)
+    (actual,) = torch.autograd.grad(logprobs.sum(), ours)
+    # the logits themselves are rounded to bf16: 1 - p is uncertain by the error of the largest logit
+    assert (actual.double() - expected).norm() < 0.15 * expected.norm()

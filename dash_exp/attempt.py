@@ -1,0 +1,210 @@
+"""One attempt at a cell: build, resume, evaluate before, train, evaluate after, finish."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dash_exp import checkpoint, provenance
+from dash_exp.build import build, engine_facts, thread_count
+from dash_exp.config import Config
+from dash_exp.evaluation import EvalResult, EvalSet, base_key, cached, evaluate
+from dash_exp.hashing import model_hash, weights_hash
+from dash_exp.learning.preflight import largest_micro_batch, preflight
+from dash_exp.loop import Ending, Hooks, evaluation_due, train, training_seconds
+from dash_exp.record import Recorder, Row, read_final, read_json, read_rows, write_json
+from dash_exp.signals import Interrupted, Stop
+from dash_exp.terminal import Display, seconds_text, show
+
+TRUNCATION_WARNING, CONSTANT_WARNING = 0.5, 0.9
+
+
+@dataclass
+class Attempt:
+    """What an attempt works with; `machine` exists once everything is built."""
+
+    folder: Path
+    config: Config
+    recorder: Recorder
+    display: Display
+    stop: Stop
+
+    def whole(self) -> None:
+        """All of it. Raises Interrupted after a signal, UserError for what the user can mend."""
+        keep_freed_memory()
+        self.cache = self.folder.parent.parent / "cache"
+        self.say(f"cell {show(self.folder)}")
+        self.machine = build(self.config, self.cache, self.say)
+        try:
+            self.train()
+        finally:
+            self.machine.close()
+
+    def say(self, text: str) -> None:
+        self.recorder.log(text)
+        self.display.note(text)
+
+    def train(self) -> None:
+        done = self.resume()
+        self.note_provenance(done)
+        self.preflight()
+        if self.config.evaluation.before:
+            self.evaluate(0)
+        if evaluation_due(self.machine.plan, done):  # a signal may have come before its evaluation
+            self.evaluate(done)
+        ending = self.loop(done)
+        if ending.signal is not None:
+            raise Interrupted(ending.signal)
+        if self.config.evaluation.after:
+            self.evaluate(ending.step)
+        self.finish(ending)
+
+    def loop(self, done: int) -> Ending:
+        """The training loop, in which a first signal waits for the end of a step."""
+        hooks = Hooks(self.evaluate, self.save, self.progress, lambda: self.stop.asked)
+        plan, parts = self.machine.plan, self.machine.parts
+        spent = self.spent_seconds(done)
+        self.stop.patient = True
+        try:
+            return train(plan, parts, hooks, self.recorder, done=done, spent_s=spent)
+        finally:
+            self.stop.patient = False
+
+    def resume(self) -> int:
+        """Go back to the newest whole checkpoint. Returns its step, 0 without one."""
+        snapshot, damaged = checkpoint.latest(self.folder)
+        for one in damaged:
+            self.say(f"checkpoint {one.folder.name} is damaged ({one.reason}); using the one before")
+            now = time.time()
+            self.recorder.event("fault", now, now, what="damaged checkpoint", where=one.folder.name)
+            one.folder.rename(one.folder.with_name(f"damaged-{one.folder.name}-{time.time_ns()}"))
+        if snapshot is None:
+            return 0
+        self.machine.parts.learner.restore(snapshot)
+        step = int(snapshot.state["step"])
+        self.machine.parts.sampler.load_weights(step)
+        rows = read_rows(self.folder / "steps.jsonl").rows
+        if all(row["step"] != step for row in rows):  # killed between the checkpoint and its row
+            self.recorder.append("steps", [snapshot.state["row"]])
+        self.say(f"resuming after step {step}")
+        return step
+
+    def spent_seconds(self, done: int) -> float:
+        """Training seconds of the steps that count, over all attempts."""
+        rows = [r for r in read_final(self.folder, "steps") if r["step"] <= done]
+        phases = ("evaluate", "checkpoint")
+        spent = [training_seconds(r["time/step_s"], {p: r[f"time/{p}_s"] for p in phases}) for r in rows]
+        return float(sum(spent))
+
+    def note_provenance(self, done: int) -> None:
+        path = self.folder / "provenance.json"
+        known, machine = read_json(path), self.machine
+        sets = [machine.parts.prompts, *(s.prompts for s in machine.sets)]
+        judges = {machine.parts.judge.version, *(s.judge.version for s in machine.sets)}
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts = provenance.collect(
+            known,
+            self.recorder.attempt,
+            done or None,
+            hardware=provenance.hardware(thread_count(self.config.cluster.threads), gpus),
+            model={
+                "origin": machine.source.origin,
+                "weights_hash": weights_hash(machine.source.folder, self.cache),
+            },
+            datasets={p.name: p.content_hash for p in sets},
+            verifiers=sorted(judges),
+        )
+        if known and known.get("code_hash") != facts["code_hash"]:
+            self.say("note: this cell was begun by other code; provenance.json lists both")
+        write_json(path, facts)
+
+    def preflight(self) -> None:
+        """Fail now rather than in an hour, if the longest samples do not fit."""
+        if not self.config.learner.preflight:
+            return
+        parts, plan = self.machine.parts, self.machine.plan
+        longest = max(len(p.token_ids) for p in parts.prompts.prompts)
+        new = parts.decoding.max_new_tokens
+        preflight(parts.learner, largest_micro_batch(longest, new, plan.group_size, parts.packer))
+        self.say("preflight: a micro-batch of the longest samples fits")
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate every set now; the base model's result is shared through the cache."""
+        known = {r["dataset"] for r in read_final(self.folder, "evals") if r["step"] == step == 0}
+        for one in self.machine.sets:
+            if one.label in known:
+                continue
+            start = time.time()
+            result, hit = self.evaluate_one(one, step)
+            end = time.time()
+            self.recorder.event("evaluate", start, end, step=step, worker="main", cached=hit)
+            self.recorder.append("eval_samples", ({"step": step, **r} for r in result.prompts))
+            self.recorder.append("evals", ({"step": step, **r} for r in result.metrics))
+            source = "known already" if hit else seconds_text(end - start)
+            self.say(f"{self.display.accuracy(result.metrics[0])} at step {step} ({source})")
+
+    def evaluate_one(self, one: EvalSet, step: int) -> tuple[EvalResult, bool]:
+        """The result of one set, and whether it was known already (the base model's, from the cache)."""
+        sampler, seed = self.machine.parts.sampler, self.config.seed
+        if step > 0:
+            return evaluate(one, sampler, seed), False
+        model = model_hash(self.machine.source.folder, self.cache)
+        key = base_key(one, model, engine_facts(self.config), seed)
+        return cached(key, self.cache / "base_results", lambda: evaluate(one, sampler, seed))
+
+    def save(self, step: int, last: bool, row: Row) -> None:
+        """Write a checkpoint, then drop the oldest. After the last step no optimizer goes on, so its
+        moments, more than half of the bytes, are left out."""
+        start = time.time()
+        snapshot = self.machine.parts.learner.snapshot(step, moments=not last, row=row)
+        checkpoint.save(self.folder, step, snapshot, self.machine.source.folder)
+        checkpoint.prune(self.folder, self.config.checkpoint.keep)
+        self.recorder.event("checkpoint", start, time.time(), step=step, worker="main")
+
+    def progress(self, row: Row) -> None:
+        self.display.step(row)
+        for text in warnings_of(row):
+            self.recorder.log(text)
+            if int(row["step"]) <= 3:
+                self.display.note(text)
+
+    def finish(self, ending: Ending) -> None:
+        """The status first, then the tidying: a kill in between is made good by the next launch."""
+        self.recorder.status("finished", ending.step, reason=ending.reason)
+        checkpoint.finalise(self.folder)
+        self.recorder.log(f"finished after step {ending.step} ({ending.reason})")
+        steps, evals = read_final(self.folder, "steps"), read_final(self.folder, "evals")
+        self.display.summary(self.folder, steps, evals, ending.reason)
+
+
+def warnings_of(row: Row) -> list[str]:
+    """What usually means a wrong setting rather than a hard task."""
+    found = []
+    if row["length/truncated_share"] > TRUNCATION_WARNING:
+        found.append(
+            f"warning: {row['length/truncated_share']:.0%} of completions were cut at "
+            "sampler.max_new_tokens; their answers may never have been reached"
+        )
+    if row["filter/zero_variance_share"] > CONSTANT_WARNING:
+        found.append(
+            f"warning: in {row['filter/zero_variance_share']:.0%} of groups all rewards are equal: "
+            "nothing to learn from; is the task too hard, too easy, or judged wrongly?"
+        )
+    if row["updates/nonfinite"]:
+        found.append("warning: a gradient was infinite or not a number; that update was skipped")
+    return found
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of returning it: on CPU, fresh pages for every large
+    temporary cost about a tenth of a step. Elsewhere nothing happens."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 256 << 20)):
+                libc.mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD

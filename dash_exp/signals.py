@@ -1,0 +1,64 @@
+"""Signals: the first lets a training step end and be saved, the second stops at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+"""Ctrl-C, a scheduler's end, and its warning before the end."""
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to stop. No `except Exception` of a library may swallow it."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+class Stop:
+    """Remembers the first signal while `patient`, so that the step can end and a checkpoint be written;
+    otherwise, and at the second signal, raises `Interrupted`."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.patient = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None or not self.patient:
+            raise Interrupted(number)
+        self.asked = number
+        print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def handling(handler: Handler) -> Iterator[None]:
+    """Let `handler` have the stopping signals meanwhile."""
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def run_forwarding(command: list[str]) -> tuple[int, int | None]:
+    """Run a command in a session of its own, handing on each stopping signal exactly once. Returns its
+    exit code and the signal handed on, if any."""
+    process = subprocess.Popen(command, start_new_session=True)
+    handed: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        handed.append(number)
+        process.send_signal(number)
+
+    with handling(forward):
+        code = process.wait()
+    return code, handed[0] if handed else None
