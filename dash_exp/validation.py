@@ -165,7 +165,7 @@ def _kl_and_passes(config: Config) -> Iterator[Fault]:
             f"got {arm.surrogate!r}, must be 'clipped' when algorithm.passes={arm.passes}",
             "from the second update on the batch is off-policy: only the clipped ratio corrects it",
         )
-    if config.sampler.max_sequences < arm.group_size:
+    if 0 < config.sampler.max_sequences < arm.group_size:
         yield Fault(
             "sampler.max_sequences",
             f"got {config.sampler.max_sequences}, less than algorithm.group_size={arm.group_size}",

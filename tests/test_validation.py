@@ -115,11 +115,12 @@ OUT_OF_RANGE: list[tuple[str, float, str]] = [
     ("checkpoint.keep", 0, "at least 1"),
     ("verifier.workers", 0, "at least 1"),
     ("verifier.timeout_s", 0.0, "more than 0"),
-    ("verifier.memory_mb", 0, "at least 1"),
+    ("verifier.memory_mb", 0, "at least 512"),
     ("budget.seconds", 0.0, "more than 0"),
     ("cluster.threads", 0, "at least 1"),
     ("dataset.limit", 0, "at least 1"),
     ("dataset.max_prompt_tokens", 0, "at least 1"),
+    ("dataset.completion_tokens", 0, "at least 1"),
     ("dataset.max_new_tokens", 0, "at least 1"),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +33,10 @@ from dash_exp.verifiers.integer import judge_integer
 def test_first_integer_decides(text: str, answer: str, outcome: str) -> None:
     verdict = judge_integer(text, answer)
     assert verdict.outcome == outcome
-    assert verdict.value == (1.0 if outcome == "correct" else 0.0)
+    if outcome == "verifier_error":
+        assert math.isnan(verdict.value)  # nothing is known of the answer: never a silent 0
+    else:
+        assert verdict.value == (1.0 if outcome == "correct" else 0.0)
     assert len(verdict.detail) < 200
 
 
