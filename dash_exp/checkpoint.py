@@ -77,12 +77,13 @@ def save(cell: Path, step: int, snapshot: Snapshot, model_folder: Path) -> Path:
         _save_tensors(snapshot.optimizer, fresh / RESUME / "optimizer.safetensors")
         write_json(fresh / RESUME / "state.json", dict(snapshot.state))
         write_json(fresh / CHECKSUMS, checksums(fresh))
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # of an earlier attempt at this step; never leave a moment without either
+            target.rename(target.with_name(f".saving-old-{target.name}"))
         os.rename(fresh, target)
         _sync_folder(target.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(target.with_name(f".saving-old-{target.name}"), ignore_errors=True)
     return target
 
 

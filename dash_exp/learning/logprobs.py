@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WEIGHT_ROWS = 1 << 14
+"""Rows of the output matrix whose gradient is formed at a time: bounds the temporaries."""
+
 
 class _TokenLogprobs(torch.autograd.Function):
     """See `token_logprobs`. Rows are independent, so with a frozen output matrix the gradient of
@@ -71,7 +74,9 @@ class _TokenLogprobs(torch.autograd.Function):
             low = grad_logits.to(hidden.dtype)
             grad_hidden[part] = low @ used
             if grad_weight is not None:
-                grad_weight[:vocabulary] += low.t() @ hidden[part]  # summed over chunks in fp32
+                for first in range(0, vocabulary, WEIGHT_ROWS):  # summed over chunks in fp32
+                    rows = slice(first, min(first + WEIGHT_ROWS, vocabulary))
+                    grad_weight[rows] += low[:, rows].t() @ hidden[part]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return (grad_hidden, grad_weight, *none)

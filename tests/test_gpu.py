@@ -1,0 +1,73 @@
+"""On a CUDA GPU: the same code trains, agrees with the CPU, and resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_exp.record import read_final
+from tests.conftest import make_groups
+from tests.learning.test_learner import (
+    LENGTHS,
+    PROMPTS,
+    assert_close,
+    batches_of,
+    learner_gradient,
+    learner_of,
+    objective,
+)
+from tests.test_run import run_here
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"),
+]
+
+
+def test_gradient_equals_that_of_the_cpu(tiny: Any, tiny_folder: Path) -> None:
+    from dash_exp.learning.packing import Piece, pack
+    from dash_exp.modeling.attention import ATTENTION
+    from dash_exp.modeling.source import load_model
+
+    groups = make_groups(LENGTHS, PROMPTS)
+    there = load_model(tiny_folder, torch.float32, ATTENTION).to("cuda")
+    expected = learner_gradient(
+        learner_of(tiny, objective()), batches_of(groups, 1000, "constant"), groups, "constant"
+    )
+    for rows in ("group", "completion"):
+        learner = learner_of(there, objective())
+        batch = pack([Piece(g, (0, 1, 2, 3)) for g in groups], "constant", "cuda", rows)
+        actual = learner_gradient(learner, [batch], groups, "constant")
+        assert_close({k: v.cpu() for k, v in actual.items()}, expected, 1e-3)
+
+
+def test_a_run_on_the_gpu_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dash_exp import attempt
+    from dash_exp.cell import run_config
+    from dash_exp.compose import compose
+    from tests.test_run import SMALL
+
+    options = [*SMALL, "learner.device=cuda", f"run.dir={tmp_path}", "learner.preflight=true"]
+    real = attempt.Attempt.progress
+
+    def stop_at_three(self: Any, row: Any) -> None:
+        real(self, row)
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(attempt.Attempt, "progress", stop_at_three)
+    assert run_config(compose(options)) == 130
+    monkeypatch.undo()
+    assert run_config(compose(options)) == 0
+    (folder,) = (tmp_path / "cells").iterdir()
+    rows = read_final(folder, "steps")
+    assert [r["step"] for r in rows] == list(range(1, 7))
+    assert all(r["memory/gpu_peak_mb"] > 0 for r in rows)
+
+
+def test_fp32_sampler_and_learner_agree_on_the_gpu(tmp_path: Path) -> None:
+    folder = run_here(tmp_path, "learner.device=cuda", "learner.precision=fp32", "algorithm=no_gf")
+    assert all(r["policy/logprob_gap"] < 1e-3 for r in read_final(folder, "steps"))
