@@ -33,8 +33,10 @@ test: setup ## the tests, under ten minutes on two cores
 test-long: setup ## the longer tests, under forty minutes on two cores
 	$(PY) -m pytest -m "long and not gpu"
 
-bench: setup ## measure; see benchmarks/README.md
-	$(PY) -m benchmarks.default_cell
+bench: setup ## measure speed beside TRL, start-up, and memory (a quarter of an hour)
+	$(PY) -m pip install --quiet --no-deps -r requirements/bench.txt
+	$(PY) -m benchmarks.default_cell --startup --json outputs/bench/default_cell.json
+	$(PY) -m benchmarks.memory --json outputs/bench/memory.json
 
 clean: ## remove caches, never outputs
 	rm -rf .pytest_cache .ruff_cache .mypy_cache build *.egg-info

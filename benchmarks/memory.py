@@ -247,9 +247,9 @@ def arguments() -> argparse.Namespace:
     )
     on_off = argparse.BooleanOptionalAction
     parser.add_argument("--beta", type=float, nargs="+", default=[0.0, 0.04])
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
     parser.add_argument("--logit-chunk", type=int, default=128)
-    parser.add_argument("--gradient-checkpointing", action=on_off, default=True)
+    parser.add_argument("--gradient-checkpointing", action=on_off, default=False)
     parser.add_argument("--keep-freed-memory", action=on_off, default=True, help="as real runs do")
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=4)

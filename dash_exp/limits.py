@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dash_exp.learning.advantages import BASELINES, SCALES
+from dash_exp.tasks.templates import TEMPLATES
 from dash_exp.verifiers.extraction import EXTRACTIONS
 
 SURROGATES = ("policy_gradient", "clipped")  # as in learning/losses.py, which imports torch
@@ -33,7 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 DATASET_ALLOWED: dict[str, tuple[str, ...]] = {
     "kind": ("jsonl", "arithmetic"),
     "split": ("train", "test"),
-    "template": ("bare",),
+    "template": tuple(TEMPLATES),
     "verifier": ("math", "integer"),
 }
 EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {

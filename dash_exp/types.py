@@ -88,11 +88,3 @@ class AdvantagedGroup:
     @property
     def group(self) -> Group:
         return self.scored.group
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """One row of `steps.jsonl`. Names are `stage/quantity_unit`; an absent value is left out."""
-
-    step: int
-    values: dict[str, float]

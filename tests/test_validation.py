@@ -53,7 +53,7 @@ NAMES = {
     "run.progress": "auto, none, plain",
     "dataset.kind": "arithmetic, jsonl",
     "dataset.split": "test, train",
-    "dataset.template": "bare",
+    "dataset.template": "bare, problem_solution",
     "dataset.verifier": "integer, math",
     "dataset.extraction": "first_integer",
     "evaluation.sets.arithmetic.kind": "arithmetic, jsonl",
