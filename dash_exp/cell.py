@@ -116,6 +116,7 @@ def tell_finished(folder: Path, display: Display) -> int:
 def run_locked(folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop) -> int:
     """One attempt at a cell, with every way it can end turned into a status and an exit code."""
     recorder.status("running", int(read_json(folder / "status.json").get("step", 0)))
+    share_cores()
     try:
         from dash_exp.attempt import Attempt  # heavy imports only once there is something to run
 
@@ -134,6 +135,14 @@ def run_locked(folder: Path, config: Config, recorder: Recorder, display: Displa
         say_last(recorder, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     return OK
+
+
+def share_cores() -> None:
+    """Before torch is imported: let its threads sleep soon when they wait for each other. GNU OpenMP
+    spins for milliseconds by default, which is no faster alone, and beside another busy process makes
+    a step many times slower. An explicit choice of the user stays."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def say_last(recorder: Recorder, state: str, failure: str, trace: str = "") -> None:
