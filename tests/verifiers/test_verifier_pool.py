@@ -169,7 +169,7 @@ def test_a_worker_that_never_gets_ready() -> None:
 
 
 def test_too_little_memory_to_start_is_said() -> None:
-    with VerifierPool(1, memory_mb=60, max_starts=1) as pool:
+    with VerifierPool(1, memory_mb=40, max_starts=1, start_timeout_s=20) as pool:
         assert pool.submit(task("1", "1")).result(GENEROUS_S).outcome == "verifier_error"
 
 
