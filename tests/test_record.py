@@ -28,9 +28,9 @@ def test_rows_of_the_last_attempt_of_each_step() -> None:
     rows = [
         {"step": 1, "attempt": 1, "v": "a"}, {"step": 2, "attempt": 1, "v": "old"},
         {"step": 2, "attempt": 1, "v": "old2"}, {"step": 2, "attempt": 3, "v": "new"},
-        {"step": 3, "attempt": 3, "v": "b"},
+        {"step": 3, "attempt": 3, "v": "b"}, {"step": 3, "attempt": 3, "v": "c"},
     ]  # fmt: skip
-    assert [r["v"] for r in last_attempts(rows)] == ["a", "new", "b"]
+    assert [r["v"] for r in last_attempts(rows)] == ["a", "new", "b", "c"]
 
 
 def test_a_torn_line_is_left_and_counted_and_the_next_row_is_whole(tmp_path: Path) -> None:

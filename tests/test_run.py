@@ -221,6 +221,8 @@ def test_every_arm_and_axis_runs(tmp_path: Path, overrides: list[str]) -> None:
     assert rows[-1]["updates/total"] == 2 * passes
     with_kl = overrides[0] not in ("algorithm=no_kl", "algorithm=pg")
     for row in rows:
+        if passes > 1 and row["completions/forwarded"] > 0:  # the later passes are off-policy
+            assert abs(row["policy/ratio_mean"] - 1) > 1e-6
         assert ("kl/mean" in row) == (with_kl and row["completions/forwarded"] > 0)
 
 

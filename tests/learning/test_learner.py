@@ -438,3 +438,22 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_told(tiny: Any) -> N
     stats = learner.update(100.0)
     assert stats.skipped and not stats.finite
     assert all(torch.equal(before[n], p) for n, p in learner.model.named_parameters())
+
+
+def test_completions_forwarded_for_their_kl_have_no_policy_term(tiny: Any) -> None:
+    """`filter.kl=keep`: a dropped completion's own, small but not zero, advantage is not used."""
+    groups = make_groups(LENGTHS, PROMPTS, kept=0.5)
+    zeroed = [
+        AdvantagedGroup(
+            g.scored, tuple(a if k else 0.0 for a, k in zip(g.advantages, g.kept, strict=True)), (True,) * 4
+        )
+        for g in groups
+    ]
+    learner = learner_of(tiny, objective(beta=0.04))
+    perturbed(learner.model)
+    packer = Packer(1000, "constant", keep_for_kl=True)
+    batches = [b for g in groups for b in packer.add(g)] + list(packer.flush())
+    actual = {k: v.clone() for k, v in learner_gradient(learner, batches, groups, "constant").items()}
+    learner._touched.clear()
+    expected = learner_gradient(learner, batches_of(zeroed, 1000, "constant"), groups, "constant")
+    assert_close(actual, expected)

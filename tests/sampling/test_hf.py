@@ -120,6 +120,15 @@ def test_a_group_differs_and_a_seed_repeats(tiny: Any) -> None:
     assert len({c.token_ids for c in first.completions}) > 4
 
 
+def test_every_token_has_a_random_number_of_its_own(tiny: Any) -> None:
+    """Under a uniform policy a completion that reused one number would repeat one token."""
+    with torch.no_grad():
+        tiny.lm_head.weight.zero_()
+    decoding = dataclasses.replace(FREE, stop_ids=())
+    (group,) = sampler_of(tiny).stream(ask([6], repeats=8), decoding)
+    assert all(len(set(c.token_ids)) > 8 for c in group.completions)
+
+
 def test_ends_are_kept_and_counted(tiny: Any) -> None:
     """The end token belongs to a completion and nothing follows it; a cut one is `length`."""
     stops = tuple(range(3, 30))
