@@ -41,16 +41,23 @@ class AlgorithmConfig:
     steps: int = MISSING
     prompts_per_step: int = MISSING
     group_size: int = MISSING
+    source: str = MISSING
+    """Where completions come from: `sampler` (the policy itself), `solutions` (the dataset's worked
+    ones: SFT-H), `traces` (`dataset.traces`: SFT-M)."""
     baseline: str = MISSING
     scale: str = MISSING
     surrogate: str = MISSING
     clip_low: float = MISSING
     clip_high: float = MISSING
     beta: float = MISSING
+    beta_schedule: str = MISSING
+    """`constant`, or `linear`: to 0 over the planned steps."""
     kl: str = MISSING
     aggregation: str = MISSING
     passes: int = MISSING
-    """Updates over the whole batch: 1, or K for PPO-Multi."""
+    """How often the sampled batch is gone through: 1, or K for PPO-Multi."""
+    mini_batch: int | None = MISSING
+    """Completions of one update, cut in prompt order before filtering (PPO-Mini); null: the batch."""
     schedule: str = MISSING
     """How the arm samples: `preemptive` or `per_microbatch`."""
     filters: list[str] = MISSING
@@ -102,7 +109,7 @@ class DatasetConfig:
 
     name: str = MISSING
     kind: str = MISSING
-    """`jsonl` (a file or the hub) or `arithmetic` (generated)."""
+    """`jsonl` (a file or the hub), or generated: `arithmetic`, `functions`, `reasoning_gym`."""
     path: str | None = None
     """One JSON-lines file; wins over `file` and `hub`."""
     file: str | None = None
@@ -114,11 +121,34 @@ class DatasetConfig:
     """Our field (`problem`, `answer`, `id`) to the names a source may use; the first present wins."""
     answer_after: str | None = None
     """The gold answer is what follows the last occurrence of this mark in the answer field."""
+    id_prefix: str = ""
+    """Put before ids that lack it, so that a file and the hub name a row alike."""
+    id_range: list[int] = field(default_factory=list)
+    """First and last number, inclusive, at the end of the ids that are used; empty: all."""
+    tests_call: str | None = None
+    """Code: put after the tests where the source leaves it out, with `{entry_point}` filled in."""
+    timeouts: dict[str, float] = field(default_factory=dict)
+    """Code: seconds for the tests of single ids, where `verifier.timeout_s` is too short."""
+    task: str | None = None
+    """`reasoning_gym`: which of its tasks."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """`reasoning_gym`: settings of that task."""
+    size: int | None = None
+    """Generated datasets: how many examples, where the option leaves it open."""
+    traces: str | None = None
+    """`algorithm=sft_m`: the file that `python -m dash_exp.traces` wrote for this dataset."""
+    weight: float = 1.0
+    """Share of the training prompts, relative to the other datasets of a mixture."""
+    mix: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Datasets mixed into this one, each with its own weight, template and verifier."""
     split: str = MISSING
     """`train` or `test`; generated datasets make disjoint ones."""
     limit: int | None = None
     """Use the first so many prompts (after the order of the file)."""
     template: str = MISSING
+    """Names of `tasks/templates.py`."""
+    shots: list[dict[str, str]] = field(default_factory=list)
+    """`template: few_shot`: worked examples, each with `problem` and `solution`."""
     stop: list[str] = field(default_factory=list)
     """A completion ends after one of these; each must be a single token."""
     verifier: str = MISSING
@@ -135,6 +165,22 @@ class RecipeConfig:
     """Sizes, lengths, learning rate and schedule; the values it sets are in the other groups."""
 
     name: str = MISSING
+    sft_steps: int = MISSING
+    sft_batch: int = MISSING
+    sft_lr: float = MISSING
+    """Steps, examples per step and learning rate of the supervised arms at this size."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters beside frozen weights (Hu et al. 2021), by peft."""
+
+    rank: int = 0
+    """0: off, all weights are trained."""
+    alpha: float = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    targets: list[str] = field(default_factory=list)
+    """Names of the linear layers that get adapters; empty: all but the output layer."""
 
 
 @dataclass
@@ -153,6 +199,7 @@ class LearnerConfig:
     precision: str = MISSING
     """`bf16_mixed`: fp32 master weights, bf16 compute. `fp32`. `bf16`: pure, for comparison."""
     freeze_embeddings: bool = MISSING
+    lora: LoraConfig = field(default_factory=LoraConfig)
     micro_batch_tokens: int = MISSING
     logit_chunk: int = MISSING
     """Rows of logits held at once: memory = chunk x V x 4 bytes, several times."""
@@ -176,6 +223,11 @@ class EvaluationConfig:
     samples: int = MISSING
     """Completions per prompt; 1 with temperature 0 is greedy accuracy."""
     temperature: float = MISSING
+    top_p: float = MISSING
+    k: list[int] = field(default_factory=list)
+    """pass@k for these k; no value where k > samples."""
+    template: str | None = None
+    """One template for every set, as the supervised arms want it; null: each set's own."""
     limit: int | None = None
     """Use the first so many prompts of each set."""
     sets: dict[str, DatasetConfig] = field(default_factory=dict)
@@ -214,6 +266,9 @@ class ClusterConfig:
 class BudgetConfig:
     seconds: float | None = None
     """Stop training after so many seconds of training time, between updates; null: no limit."""
+    match: str | None = None
+    """Instead: the training time of a finished partner, named by its cell id, or by the overrides
+    that make it from this cell (`algorithm=dash`), which become its id."""
 
 
 @dataclass

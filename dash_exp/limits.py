@@ -13,11 +13,14 @@ SURROGATES = ("policy_gradient", "clipped")  # as in learning/losses.py, which i
 KL_ESTIMATORS = ("k2", "k3")
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
 SCHEDULES = ("preemptive", "per_microbatch")
+SOURCES = ("sampler", "solutions", "traces")
 
 ALLOWED: dict[str, tuple[str, ...]] = {
+    "algorithm.source": SOURCES,
     "algorithm.baseline": BASELINES,
     "algorithm.scale": SCALES,
     "algorithm.surrogate": SURROGATES,
+    "algorithm.beta_schedule": ("constant", "linear"),
     "algorithm.kl": KL_ESTIMATORS,
     "algorithm.aggregation": AGGREGATIONS,
     "algorithm.schedule": SCHEDULES,
@@ -32,14 +35,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run.progress": ("auto", "plain", "none"),
 }
 DATASET_ALLOWED: dict[str, tuple[str, ...]] = {
-    "kind": ("jsonl", "arithmetic"),
+    "kind": ("jsonl", "arithmetic", "functions", "reasoning_gym"),
     "split": ("train", "test"),
     "template": tuple(TEMPLATES),
-    "verifier": ("math", "integer"),
+    "verifier": ("math", "integer", "code", "reasoning_gym"),
 }
 EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
     "math": tuple(EXTRACTIONS),
     "integer": ("first_integer",),
+    "code": ("program",),
+    "reasoning_gym": ("answer_tag", "boxed_or_last", "whole"),
 }
 
 
@@ -71,7 +76,11 @@ INSIDE_UNIT = Range(0, 1, open_low=True, open_high=True)
 
 RANGES: dict[str, Range] = {
     "seed": NATURAL,
-    "algorithm.steps": COUNT,
+    "algorithm.steps": NATURAL,
+    "algorithm.mini_batch": COUNT,
+    "recipe.sft_steps": NATURAL,
+    "recipe.sft_batch": COUNT,
+    "recipe.sft_lr": POSITIVE,
     "algorithm.prompts_per_step": COUNT,
     "algorithm.clip_low": INSIDE_UNIT,
     "algorithm.clip_high": INSIDE_UNIT,
@@ -91,11 +100,14 @@ RANGES: dict[str, Range] = {
     "learner.beta2": Range(0, 1, open_high=True),
     "learner.eps": POSITIVE,
     "learner.max_grad_norm": POSITIVE,
+    "learner.lora.rank": NATURAL,
+    "learner.lora.alpha": POSITIVE,
     "learner.micro_batch_tokens": COUNT,
     "learner.logit_chunk": COUNT,
     "evaluation.every": NATURAL,
     "evaluation.samples": COUNT,
     "evaluation.temperature": NATURAL,
+    "evaluation.top_p": Range(0, 1, open_low=True),
     "evaluation.limit": COUNT,
     "checkpoint.every": NATURAL,
     "checkpoint.keep": COUNT,
@@ -107,6 +119,8 @@ RANGES: dict[str, Range] = {
 }
 DATASET_RANGES: dict[str, Range] = {
     "limit": COUNT,
+    "size": COUNT,
+    "weight": POSITIVE,
     "max_prompt_tokens": COUNT,
     "completion_tokens": COUNT,
     "max_new_tokens": COUNT,

@@ -19,7 +19,8 @@ Outcome = Literal["correct", "wrong", "no_answer", "unparsed", "timeout", "crash
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question as the model sees it. `answer` is what the verifier compares with (gold)."""
+    """A question as the model sees it. `task` names its dataset. `answer` is gold, for the verifier
+    alone: the answer's text, or a JSON document where more is needed (`verifiers/gold.py`)."""
 
     id: str
     task: str

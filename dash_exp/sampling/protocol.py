@@ -11,11 +11,13 @@ from dash_exp.types import Group, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How tokens are drawn. Temperature 0 is greedy. `stop_ids` end a completion and belong to it."""
+    """How tokens are drawn. Temperature 0 is greedy. `stop_ids` end a completion and belong to it.
+    `top_p` below 1 is for evaluation and traces only: a training arm never cuts the distribution."""
 
     max_new_tokens: int
     temperature: float
     stop_ids: tuple[int, ...]
+    top_p: float = 1.0
 
     @property
     def scale(self) -> float:

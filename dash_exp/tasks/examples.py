@@ -18,9 +18,15 @@ MAX_FAULTS = 20
 
 @dataclass(frozen=True, slots=True)
 class Example:
+    """A question with its gold answer (see `Prompt.answer`). `solution` is a worked one, if there is
+    any: what SFT-H learns and the verifier is tried on. `first_test` is a code task's first assertion,
+    which its prompt may show."""
+
     id: str
     problem: str
     answer: str
+    solution: str = ""
+    first_test: str = ""
 
 
 @dataclass(frozen=True, slots=True)
