@@ -51,8 +51,9 @@ def before(ours: Ours, prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, i
     calls = requests(chosen, plan.seed, "sample", 1, plan.group_size)
     groups = list(parts.sampler.stream(calls, parts.decoding))
     sampled = [(c, g.prompt.answer) for g in groups for c in g.completions]
+    (judge,) = parts.judges.values()
     decoded = tokenizer.batch_decode([c.token_ids for c, _ in sampled], skip_special_tokens=True)
-    verdicts = [parts.judge.submit(c.text, gold).result().value for c, gold in sampled]
+    verdicts = [judge.submit(c.text, gold).result().value for c, gold in sampled]
     rewards = integer_rewards(decoded, [gold for _, gold in sampled])
     return {
         "prompts tokenized alike": require(tokens, "tokens of a prompt"),

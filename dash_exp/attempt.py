@@ -105,7 +105,10 @@ class Attempt:
         path = self.folder / "provenance.json"
         known, machine = read_json(path), self.machine
         sets = [machine.parts.prompts, *(s.prompts for s in machine.sets)]
-        judges = {machine.parts.judge.version, *(s.judge.version for s in machine.sets)}
+        judges = {
+            *(j.version for j in machine.parts.judges.values()),
+            *(s.judge.version for s in machine.sets),
+        }
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts = provenance.collect(
             known,

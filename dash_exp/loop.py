@@ -53,12 +53,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The concrete components of a run, chosen in build.py."""
+    """The concrete components of a run, chosen in build.py. `judges`: by the name of a prompt's task."""
 
     prompts: PromptSet
     sampler: Sampler
     decoding: Decoding
-    judge: Judge
+    judges: Mapping[str, Judge]
     advantages: Callable[[Sequence[float]], tuple[float, ...]]
     keep: Filter
     packer: Packer
@@ -217,9 +217,9 @@ def judged_groups(
         return ScoredGroup(group, scores)
 
     for group in groups:
-        start, ends = time.time(), list[float]()
+        start, ends, judge = time.time(), list[float](), parts.judges[group.prompt.task]
         with ledger.phase("verify"):
-            futures = [parts.judge.submit(c.text, group.prompt.answer) for c in group.completions]
+            futures = [judge.submit(c.text, group.prompt.answer) for c in group.completions]
         for future in futures:
             future.add_done_callback(partial(_note_end, ends))
         waiting.append((group, start, futures, ends))

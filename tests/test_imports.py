@@ -21,6 +21,7 @@ LAYERS = [
     {"modeling", "learning.logprobs"},
     {"checkpoint", "learning", "sampling", "evaluation"},
     {"loop"},
+    {"build_task"},
     {"build"},
     {"attempt"},
     {"cell"},
