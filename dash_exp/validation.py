@@ -12,7 +12,7 @@ from typing import Any
 
 from dash_exp.config import Config, DatasetConfig
 from dash_exp.errors import Fault, nearest
-from dash_exp.learning.advantages import BASELINES, SCALES, group_advantages
+from dash_exp.learning.advantages import group_advantages
 from dash_exp.limits import (
     ALLOWED,
     COUNT,
@@ -24,15 +24,15 @@ from dash_exp.limits import (
     RANGES,
     Range,
 )
-from dash_exp.preconditions import Installed, is_installed, missing
+from dash_exp.preconditions import TRACES_HINT, Installed, is_installed, missing
 
 
 def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
     """Every fault of a config; none means that it can be started. `installed` says whether a Python
     package can be imported, without importing it."""
     parts: tuple[Callable[[Config], Iterator[Fault]], ...] = (
-        _names, _numbers, _datasets, _group, _sampling, _arm, _filter, _kl_and_passes, _evaluation,
-        _random_model,
+        _names, _numbers, _datasets, _group, _sampling, _arm, _filter, _kl_and_passes, _supervised, _budget,
+        _evaluation, _random_model,
     )  # fmt: skip
     faults = [fault for part in parts for fault in part(config)]
     return faults + list(missing(config, installed))
@@ -79,8 +79,14 @@ def _datasets(config: Config) -> Iterator[Fault]:
 
 
 def _group(config: Config) -> Iterator[Fault]:
-    size = config.algorithm.group_size
-    if size < 2:
+    size, supervised = config.algorithm.group_size, config.algorithm.source != "sampler"
+    if supervised and size != 1:
+        yield Fault(
+            "algorithm.group_size",
+            f"got {size}, must be 1 with algorithm.source={config.algorithm.source}",
+            "a demonstration is shown once; algorithm.prompts_per_step sets the batch",
+        )
+    if size < 2 and not supervised:
         yield Fault(
             "algorithm.group_size",
             f"got {size}, must be at least 2",
@@ -90,6 +96,8 @@ def _group(config: Config) -> Iterator[Fault]:
 
 def _sampling(config: Config) -> Iterator[Fault]:
     sampler, prompts = config.sampler, config.algorithm.prompts_per_step
+    if config.algorithm.source != "sampler":
+        return
     why = (
         "the sampler's log-probabilities would be renormalised over the kept tokens, and would not "
         "be those the learner computes; use sampler.temperature instead"
@@ -131,24 +139,22 @@ def _arm(config: Config) -> Iterator[Fault]:
 
 def _filter(config: Config) -> Iterator[Fault]:
     arm, threshold = config.algorithm, config.filter.threshold
-    usable = arm.group_size >= 2 and arm.baseline in BASELINES and arm.scale in SCALES
-    if config.filter.name != "advantage" or not usable:
+    if config.filter.name != "advantage" or arm.group_size < 2:
         return
-    largest = largest_advantage(arm.group_size, arm.baseline, arm.scale)
+    largest = largest_deviation(arm.group_size)
     if threshold >= largest:
         yield Fault(
             "filter.threshold",
-            f"got {threshold:g}, which drops every completion: with group_size={arm.group_size}, "
-            f"baseline={arm.baseline}, scale={arm.scale} and rewards of 0 or 1, |advantage| is at "
-            f"most {largest:.6g}",
+            f"got {threshold:g}, which drops every completion: with group_size={arm.group_size} and "
+            f"rewards of 0 or 1, none is more than {largest:.6g} standard deviations from its group's mean",
             "lower it; 0 drops only advantages that are exactly 0",
         )
 
 
-def largest_advantage(group_size: int, baseline: str, scale: str) -> float:
-    """The largest |A| that rewards of 0 and 1 can give: one right answer among wrong ones."""
-    rewards = [1.0] + [0.0] * (group_size - 1)
-    return max(map(abs, group_advantages(rewards, baseline=baseline, scale=scale)))
+def largest_deviation(group_size: int) -> float:
+    """The largest distance from the group's mean, in its standard deviations, that rewards of 0 and 1 can
+    give: one right answer among wrong ones."""
+    return max(map(abs, group_advantages([1.0] + [0.0] * (group_size - 1))))
 
 
 def _kl_and_passes(config: Config) -> Iterator[Fault]:
@@ -157,12 +163,17 @@ def _kl_and_passes(config: Config) -> Iterator[Fault]:
         yield Fault(
             "algorithm.kl",
             f"got 'k1', allowed: {', '.join(KL_ESTIMATORS)}",
-            "as a term of the loss, k1's expected gradient is 0: it would regularise nothing",
+            "as a term of the loss, k1's expected gradient is 0: it would regularise nothing; k2's is "
+            "what k1 gives as a penalty on the reward",
         )
-    if arm.passes > 1 and arm.surrogate != "clipped":
+    if arm.mini_batch is not None and arm.group_size >= 1:
+        yield from _mini_batch(arm.mini_batch, arm.group_size, arm.prompts_per_step)
+    several = {"passes": arm.passes > 1, "mini_batch": arm.mini_batch is not None}
+    if any(several.values()) and arm.surrogate != "clipped":
+        key = next(name for name, found in several.items() if found)
         yield Fault(
             "algorithm.surrogate",
-            f"got {arm.surrogate!r}, must be 'clipped' when algorithm.passes={arm.passes}",
+            f"got {arm.surrogate!r}, must be 'clipped' when algorithm.{key}={getattr(arm, key)}",
             "from the second update on the batch is off-policy: only the clipped ratio corrects it",
         )
     if 0 < config.sampler.max_sequences < arm.group_size:
@@ -173,6 +184,31 @@ def _kl_and_passes(config: Config) -> Iterator[Fault]:
         )
 
 
+def _mini_batch(size: int, group_size: int, prompts: int) -> Iterator[Fault]:
+    allowed = [group_size * n for n in range(1, prompts + 1) if prompts % n == 0]
+    if size not in allowed:
+        yield Fault(
+            "algorithm.mini_batch",
+            f"got {size}; a mini-batch is whole groups of {group_size}, and the batch of "
+            f"{prompts} groups whole mini-batches",
+            f"allowed: {', '.join(map(str, allowed))}",
+        )
+
+
+def _supervised(config: Config) -> Iterator[Fault]:
+    if config.algorithm.source == "traces" and not config.dataset.traces:
+        yield Fault(
+            "dataset.traces", "not set, but algorithm.source=traces learns from that file", TRACES_HINT
+        )
+
+
+def _budget(config: Config) -> Iterator[Fault]:
+    budget = config.budget
+    if budget.seconds is not None and budget.match is not None:
+        yield Fault("budget.match", f"got {budget.match!r} beside budget.seconds={budget.seconds:g}",
+                    "a run has one budget: leave one of them out")  # fmt: skip
+
+
 def _evaluation(config: Config) -> Iterator[Fault]:
     evaluation = config.evaluation
     if evaluation.samples > 1 and evaluation.temperature == 0:
@@ -181,6 +217,17 @@ def _evaluation(config: Config) -> Iterator[Fault]:
             f"got {evaluation.samples} with evaluation.temperature=0: they would all be equal",
             "set evaluation.samples=1, or a temperature above 0",
         )
+    if evaluation.top_p < 1 and evaluation.temperature == 0:
+        yield Fault(
+            "evaluation.top_p",
+            f"got {evaluation.top_p:g} with evaluation.temperature=0: greedy decoding draws nothing",
+            "set evaluation.top_p=1, or a temperature above 0",
+        )
+    for k in evaluation.k:
+        yield from _outside("evaluation.k", k, COUNT)
+    repeated = sorted({k for k in evaluation.k if evaluation.k.count(k) > 1})
+    if repeated:
+        yield Fault("evaluation.k", f"names {', '.join(map(str, repeated))} more than once")
 
 
 def _random_model(config: Config) -> Iterator[Fault]:

@@ -16,10 +16,13 @@ PACKAGE = REPOSITORY / "dash_exp"
 LAYERS = [
     {"types", "errors", "seeding", "statistics", "config", "hashing", "cells", "ledger", "signals"},
     {"tasks", "verifiers", "sampling.protocol", "learning.advantages", "learning.filters",
-     "learning.losses", "record", "validation", "preconditions", "provenance", "override_faults",
+     "learning.losses", "learning.schedules", "record", "validation", "preconditions", "provenance",
+     "override_faults",
      "compose", "metrics", "terminal", "limits"},
     {"modeling", "learning.logprobs"},
     {"checkpoint", "learning", "sampling", "evaluation"},
+    {"plan"},
+    {"updates"},
     {"loop"},
     {"build_task"},
     {"build"},
@@ -33,8 +36,8 @@ TORCH_FREE = ["types", "errors", "seeding", "statistics", "config", "limits", "h
               "ledger", "record", "metrics", "terminal", "validation", "preconditions", "provenance",
               "compose", "override_faults", "tasks.prompts", "tasks.examples", "verifiers.pool",
               "verifiers.frontends", "sampling.protocol", "learning.advantages", "learning.filters",
-              "__main__", "evaluation", "cell", "signals"]  # fmt: skip
-ONE_PLACE = {"vllm": "sampling/vllm_engine.py"}
+              "learning.schedules", "__main__", "evaluation", "cell", "signals"]  # fmt: skip
+ONE_PLACE = {"vllm": "sampling/vllm_engine.py", "peft": "learning/adapters.py"}
 
 
 def modules() -> dict[str, Path]:

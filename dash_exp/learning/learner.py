@@ -14,25 +14,29 @@ from torch import Tensor
 from dash_exp.checkpoint import Snapshot
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning import losses
+from dash_exp.learning.adapters import Adapters, add_adapters, disabled, plain_weights
 from dash_exp.learning.logprobs import token_logprobs
 from dash_exp.learning.packing import MicroBatch
+from dash_exp.learning.schedules import kl_coefficient, learning_rate
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised per token: surrogate + beta x KL."""
+    """What is minimised per token: surrogate + beta x KL. `temperature` divides the logits, as it does
+    in the sampler (1 for text that no sampler drew)."""
 
     surrogate: str
     clip_low: float
     clip_high: float
     beta: float
+    beta_schedule: str
     kl: str
     temperature: float
 
 
 @dataclass(frozen=True, slots=True)
 class Optimization:
-    """How the weights move."""
+    """How the weights move. `adapters`: only these do."""
 
     lr: float
     schedule: str
@@ -44,15 +48,17 @@ class Optimization:
     max_grad_norm: float
     precision: str
     freeze_embeddings: bool
+    adapters: Adapters | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateStats:
     """One optimizer update. `skipped`: nothing was accumulated, or (`finite` false) the gradient held an
-    infinity or NaN, and nothing moved."""
+    infinity or NaN, and nothing moved. `beta`: the KL coefficient it was taken with."""
 
     grad_norm: float
     lr: float
+    beta: float
     skipped: bool
     finite: bool = True
 
@@ -60,7 +66,7 @@ class UpdateStats:
 @dataclass(slots=True)
 class BatchSums:
     """Sums over tokens since the last `take_sums`, for the metrics of a step: `first/...` at the sampling
-    weights, `later/...` in the later passes over a batch."""
+    weights, `later/...` after an update on the same batch, `scored/...` in forwards without gradient."""
 
     values: dict[str, float] = field(default_factory=dict)
 
@@ -68,19 +74,6 @@ class BatchSums:
         for name, value in sums.items():
             key = f"{which}/{name}"
             self.values[key] = self.values.get(key, 0.0) + value
-
-
-def learning_rate(update: int, setting: Optimization) -> float:
-    """The rate of update number `update` (from 0): linear warm-up over a share of the planned updates
-    (rounded up), then constant or linear to 0 over the rest. A skipped update counts, so a schedule
-    depends on the plan alone."""
-    warmup = math.ceil(setting.warmup_share * setting.total_updates)
-    if update < warmup:
-        return setting.lr * (update + 1) / warmup
-    if setting.schedule == "constant":
-        return setting.lr
-    left = max(0, setting.total_updates - update)
-    return setting.lr * left / max(1, setting.total_updates - warmup)
 
 
 class Learner:
@@ -98,7 +91,9 @@ class Learner:
         self.vocabulary, self.logit_chunk = vocabulary, logit_chunk
         self.model = model.eval()  # dropout is never on: two scorings of a sample are identical
         self.head: Tensor = model.get_output_embeddings().weight
-        if setting.freeze_embeddings:
+        if setting.adapters is not None:
+            add_adapters(model, setting.adapters)
+        elif setting.freeze_embeddings:
             model.get_input_embeddings().weight.requires_grad_(False)
             self.head.requires_grad_(False)
         self.masters: dict[str, Tensor] = {}
@@ -110,7 +105,8 @@ class Learner:
             model.train()  # transformers checkpoints in training mode only; dropout is refused below
             model.gradient_checkpointing_enable({"use_reentrant": False})
         refuse_dropout(model)
-        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if objective.beta > 0 else None
+        copied = objective.beta > 0 and setting.adapters is None  # else the base lies beneath the adapters
+        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if copied else None
         for master in self.masters.values():
             master.grad = None
         self.optimizer = torch.optim.AdamW(
@@ -159,15 +155,44 @@ class Learner:
             chunk=self.logit_chunk,
         )  # fmt: skip
 
+    @property
+    def beta(self) -> float:
+        """The KL coefficient of the update that is being accumulated."""
+        goal = self.objective
+        total = max(1, self.setting.total_updates)
+        return kl_coefficient(self.updates, beta=goal.beta, schedule=goal.beta_schedule, total=total)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the update that is being accumulated."""
+        plan = self.setting
+        return learning_rate(
+            self.updates, lr=plan.lr, schedule=plan.schedule, warmup_share=plan.warmup_share,
+            total=plan.total_updates,
+        )  # fmt: skip
+
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities [C] of the current policy, without gradient."""
-        return self._score(self.model, batch)[0]
+        logprobs, entropy = self._score(self.model, batch)
+        self.sums.add(
+            "scored",
+            entropy=float(entropy.sum()),
+            gap=float((logprobs - batch.sampler_logprobs).abs().sum()),
+            tokens=len(batch.targets),
+            completions=len(batch.lengths),
+        )
+        return logprobs
 
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
         """Log-probabilities [C] of the initial model; None where the objective has no KL term."""
-        return None if self.reference is None else self._score(self.reference, batch)[0]
+        if self.objective.beta == 0:
+            return None
+        if self.reference is not None:
+            return self._score(self.reference, batch)[0]
+        with disabled(self.model):
+            return self._score(self.model, batch)[0]
 
     def accumulate(
         self, batch: MicroBatch, reference: Tensor | None = None, old: Tensor | None = None
@@ -191,12 +216,13 @@ class Learner:
         if goal.beta > 0:
             assert reference is not None, "an objective with KL needs the reference's log-probabilities"
             penalty = losses.kl_penalty(logprobs, reference, goal.kl)
-            loss = loss + goal.beta * penalty
+            loss = loss + self.beta * penalty
             self.sums.add(which, kl=float(penalty.detach().sum()))
         (loss * batch.weights).sum().backward()
         self.sums.add(
             which,
             entropy=float(entropy.sum()),
+            logprob=float(detached.sum()),
             clipped=float(losses.clip_share(detached, before, batch.advantages, low, high).sum()),
             ratio=float(torch.exp(detached - before).sum()),
             gap=float((detached - batch.sampler_logprobs).abs().sum()),
@@ -213,11 +239,11 @@ class Learner:
         Where nothing was accumulated (every completion dropped), or nothing is counted, nothing moves,
         not even by momentum or weight decay; the update still counts for the schedule.
         """
-        lr = learning_rate(self.updates, self.setting)
+        lr, beta = self.lr, self.beta
         self.updates += 1
         if not self._touched or denominator == 0:
             self._touched.clear()
-            return UpdateStats(0.0, lr, skipped=True)
+            return UpdateStats(0.0, lr, beta, skipped=True)
         gradients = [self.gradients[name] for name in self.masters]
         for name, gradient in self.gradients.items():
             if name not in self._touched:
@@ -225,7 +251,7 @@ class Learner:
         norm = float(torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()) / denominator
         if not math.isfinite(norm):
             self._touched.clear()
-            return UpdateStats(norm, lr, skipped=True, finite=False)
+            return UpdateStats(norm, lr, beta, skipped=True, finite=False)
         scale = min(1.0, self.setting.max_grad_norm / (norm + 1e-6)) / denominator
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
             gradient *= scale
@@ -237,7 +263,7 @@ class Learner:
             master.grad = None
         self._copy_masters()
         self._touched.clear()
-        return UpdateStats(norm, lr, skipped=False)
+        return UpdateStats(norm, lr, beta, skipped=False)
 
     def discard(self) -> None:
         """Forget what was accumulated, gradients and metrics alike."""
@@ -252,19 +278,27 @@ class Learner:
 
     def compute_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights the policy computes with, by name, for a sampler that holds its own."""
+        if self.setting.adapters is not None:
+            yield from plain_weights(self.model)
+            return
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach()
 
     def snapshot(
         self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None
     ) -> Snapshot:  # fmt: skip
-        """Weights (fp32), optimizer moments and counters, not copied: save before the next update. `row`
-        is what the record will say of this step."""
-        weights = {
-            name: self.masters.get(name, parameter).detach().float()
-            for name, parameter in self.model.named_parameters()  # a tied tensor comes once
-        }
+        """Weights (fp32, adapters merged), optimizer moments and counters, not copied: save before the
+        next update. `row` is what the record will say of this step."""
         kept: dict[str, Tensor] = {}
+        if self.setting.adapters is not None:
+            weights = dict(plain_weights(self.model, torch.float32))
+            if moments:  # merged weights cannot be taken apart again
+                kept = {f"master/{name}": master.detach() for name, master in self.masters.items()}
+        else:
+            weights = {
+                name: self.masters.get(name, parameter).detach().float()
+                for name, parameter in self.model.named_parameters()  # a tied tensor comes once
+            }
         for name, master in self.masters.items() if moments else ():
             for key, value in self.optimizer.state.get(master, {}).items():
                 kept[f"{key}/{name}"] = value
@@ -274,7 +308,9 @@ class Learner:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of the same model and settings."""
         for name, parameter in self.model.named_parameters():
-            value = snapshot.weights[name]
+            value = snapshot.optimizer.get(f"master/{name}", snapshot.weights.get(name))
+            if value is None:  # frozen beneath an adapter, so as it was loaded
+                continue
             parameter.data.copy_(value)
             if name in self.masters:
                 self.masters[name].copy_(value)

@@ -1,8 +1,4 @@
-"""The learner against a plain autograd reference: every surrogate, aggregation, cut and packing.
-
-The reference below shares no code with the learner: transformers' own attention, one completion at a
-time, log-softmax over everything, one division at the end.
-"""
+"""The learner against a plain autograd reference: every surrogate, aggregation, cut and packing."""
 
 from __future__ import annotations
 
@@ -16,21 +12,20 @@ from torch import Tensor
 
 from dash_exp.errors import UserError
 from dash_exp.learning import losses
-from dash_exp.learning.learner import Learner, Objective, Optimization, learning_rate, refuse_dropout
+from dash_exp.learning.learner import Learner, Objective, Optimization, refuse_dropout
 from dash_exp.learning.packing import MicroBatch, Packer, Piece, pack
 from dash_exp.learning.preflight import largest_micro_batch, preflight
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
+from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, reference_gradient, reference_logprobs
 
 LENGTHS = [[3, 5, 1, 4], [2, 2, 6, 1], [4, 1, 1, 3], [1, 7, 2, 2]]
 PROMPTS = [6, 3, 9, 4]
-MAX_NEW = 8
-VOCABULARY = 100
 OBJECTIVES = list(itertools.product(losses.SURROGATES, losses.AGGREGATIONS, [0.0, 0.04]))
 
 
 def objective(surrogate: str = "policy_gradient", beta: float = 0.0, temperature: float = 1.0) -> Objective:
-    return Objective(surrogate, 0.2, 0.2, beta, "k3", temperature)
+    return Objective(surrogate, 0.2, 0.2, beta, "constant", "k3", temperature)
 
 
 def setting(**changes: Any) -> Optimization:
@@ -53,48 +48,6 @@ def perturbed(model: Any, scale: float = 0.02) -> Any:
         for parameter in model.parameters():
             parameter += scale * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-def reference_logprobs(model: Any, group: AdvantagedGroup, index: int, temperature: float) -> Tensor:
-    """Log-probabilities of one completion, alone, by transformers and log-softmax."""
-    prompt = group.group.prompt.token_ids
-    own = group.group.completions[index].token_ids
-    logits = model(input_ids=torch.tensor([[*prompt, *own]])).logits[0, len(prompt) - 1 : -1]
-    rows = torch.log_softmax(logits[:, :VOCABULARY] / temperature, dim=-1)
-    return rows.gather(1, torch.tensor(own)[:, None]).squeeze(1)
-
-
-def reference_gradient(
-    model: Any, frozen: Any, groups: list[AdvantagedGroup], goal: Objective, aggregation: str,
-    old: dict[tuple[int, int], Tensor] | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Gradient of the whole objective, all completions counted in the denominator."""
-    total, lengths = torch.zeros(()), []
-    for p, group in enumerate(groups):
-        for i, completion in enumerate(group.group.completions):
-            lengths.append(len(completion.token_ids))
-            if not group.kept[i]:
-                continue
-            logprobs = reference_logprobs(model, group, i, goal.temperature)
-            before = logprobs.detach() if old is None else old[p, i]
-            ratio = torch.exp(logprobs - before)
-            a = group.advantages[i]
-            if goal.surrogate == "clipped":
-                loss = -torch.minimum(ratio * a, ratio.clamp(1 - goal.clip_low, 1 + goal.clip_high) * a)
-            else:
-                loss = -a * logprobs
-            if goal.beta:
-                with torch.no_grad():
-                    other = reference_logprobs(frozen, group, i, goal.temperature)
-                d = other - logprobs
-                loss = loss + goal.beta * (d.exp() - d - 1)
-            total = total + (loss.mean() if aggregation == "sequence_mean" else loss.sum())
-    divisor = {
-        "sequence_mean": len(lengths), "token_mean": sum(lengths), "constant": len(lengths) * MAX_NEW,
-    }[aggregation]  # fmt: skip
-    model.zero_grad()
-    (total / divisor).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def learner_gradient(
@@ -239,10 +192,7 @@ def test_later_passes_have_a_ratio_and_a_clip(tiny: Any, plain: Any) -> None:
 def test_second_pass_gradient_equals_the_reference(tiny: Any, plain: Any) -> None:
     groups = make_groups(LENGTHS, PROMPTS)
     goal = objective("clipped")
-    old = {
-        (p, i): reference_logprobs(plain, g, i, 1.0).detach()
-        for p, g in enumerate(groups) for i in range(4)
-    }  # fmt: skip
+    old = old_logprobs(plain, groups)
     learner = learner_of(tiny, goal)
     batches = batches_of(groups, 25, "constant")
     stored = [learner.logprobs(b) for b in batches]
@@ -391,12 +341,6 @@ def test_snapshot_restores_bit_by_bit(tiny: Any, tiny_folder: Any) -> None:
     advance(fresh, 2)
     assert all(torch.equal(whole.masters[n], m) for n, m in fresh.masters.items())
     assert fresh.updates == 4
-
-
-def test_learning_rate_schedules() -> None:
-    linear = setting(lr=1.0, schedule="linear", warmup_share=0.3, total_updates=6)
-    assert [learning_rate(u, linear) for u in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    assert {learning_rate(u, setting(lr=0.3)) for u in range(20)} == {0.3}
 
 
 def test_preflight_takes_the_largest_micro_batch_and_leaves_no_trace(

@@ -1,0 +1,106 @@
+"""From a batch to updates: backpropagation of micro-batches, and how arms with several updates reuse one
+batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dash_exp.learning import losses
+from dash_exp.learning.learner import UpdateStats
+from dash_exp.learning.packing import MicroBatch
+from dash_exp.ledger import Ledger
+from dash_exp.plan import Parts, Plan
+from dash_exp.record import Recorder, timed_event
+from dash_exp.types import AdvantagedGroup
+
+
+def backpropagate(
+    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, ready: MicroBatch,
+    reference: Tensor | None = None, old: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Forward and backward of one micro-batch; returns its log-probabilities. The forward of the
+    reference model, unless its result is given, is an extra one, so it counts as `logprob`."""
+    if reference is None:
+        with ledger.phase("logprob"):
+            reference = parts.learner.reference_logprobs(ready)
+    with (
+        ledger.phase("backprop"),
+        timed_event(recorder, "backprop", step=step, worker="learner", groups=ready.positions),
+    ):
+        return parts.learner.accumulate(ready, reference, old)
+
+
+def update(parts: Parts, ledger: Ledger, by: float) -> UpdateStats:
+    with ledger.phase("optimizer"):
+        done: UpdateStats = parts.learner.update(by)
+    return done
+
+
+def divisor(plan: Plan, parts: Parts, groups: Sequence[AdvantagedGroup]) -> float:
+    """What the gradient sum of these groups is divided by: all of their completions, or the kept."""
+    counted = [
+        len(c.token_ids)
+        for g in groups
+        for c, kept in zip(g.group.completions, g.kept, strict=True)
+        if kept or plan.denominator == "all"
+    ]
+    return losses.denominator(counted, parts.decoding.max_new_tokens, plan.aggregation)
+
+
+@dataclass(slots=True)
+class Scored:
+    """A micro-batch of an arm with several updates, with log-probabilities that are computed once:
+    `old` at the sampling weights, `reference` of the initial model."""
+
+    batch: MicroBatch
+    old: Tensor | None = None
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """What one update sees, and what its gradient is divided by. Filtering may have emptied it."""
+
+    parts: tuple[Scored, ...]
+    divisor: float
+
+
+def mini_batches(plan: Plan, parts: Parts, groups: Sequence[AdvantagedGroup]) -> list[MiniBatch]:
+    """The whole batch cut in prompt order, dropped completions included in the cut."""
+    ordered = sorted(groups, key=lambda g: g.group.position)
+    size = plan.prompts_per_update
+    made = []
+    for first in range(0, len(ordered), size):
+        own = ordered[first : first + size]
+        packed = [ready for group in own for ready in parts.packer.add(group)]
+        packed += parts.packer.flush()
+        made.append(MiniBatch(tuple(Scored(ready) for ready in packed), divisor(plan, parts, own)))
+    return made
+
+
+def repeated_updates(
+    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int, minis: list[MiniBatch]
+) -> list[UpdateStats]:
+    """One update per mini-batch, `passes` times over. Old log-probabilities are those at the sampling
+    weights, with the packing of the update itself: the first mini-batch meets those weights anyway,
+    the others are scored before anything moves."""
+    with ledger.phase("logprob"):
+        for mini in minis[1:]:
+            for one in mini.parts:
+                one.old = parts.learner.logprobs(one.batch)
+        for one in (one for mini in minis for one in mini.parts):
+            one.reference = parts.learner.reference_logprobs(one.batch)
+    done: list[UpdateStats] = []
+    for _ in range(plan.passes):
+        for mini in minis:
+            for one in mini.parts:
+                logprobs = backpropagate(
+                    parts, ledger, recorder, step, one.batch, one.reference, one.old
+                )  # fmt: skip
+                if one.old is None:
+                    one.old = logprobs
+            done.append(update(parts, ledger, mini.divisor))
+    return done

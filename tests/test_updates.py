@@ -1,0 +1,226 @@
+"""Several updates on one batch, and demonstrations, against a plain loop with torch's own AdamW."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from dash_exp.learning.filters import keep_all
+from dash_exp.learning.learner import Learner, Objective, Optimization, UpdateStats
+from dash_exp.learning.packing import Packer
+from dash_exp.ledger import Ledger
+from dash_exp.loop import demonstrated, weigh
+from dash_exp.metrics import BatchFacts, learner_values
+from dash_exp.plan import Parts, Plan
+from dash_exp.record import Recorder
+from dash_exp.sampling.protocol import Decoding, Request
+from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, ScoredGroup
+from dash_exp.updates import mini_batches, repeated_updates
+from tests.conftest import make_groups
+from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, reference_gradient
+
+LENGTHS = [[3, 5, 1, 4], [2, 2, 6, 1], [4, 1, 1, 3], [1, 7, 2, 2]]
+PROMPTS = [6, 3, 9, 4]
+
+
+class NoRecord:
+    """Takes events and forgets them."""
+
+    def event(self, kind: str, start: float, end: float, **more: Any) -> None:
+        pass
+
+
+def optimization(**changes: Any) -> Optimization:
+    values: dict[str, Any] = {
+        "lr": 1e-3, "schedule": "linear", "warmup_share": 0.0, "total_updates": 6, "weight_decay": 0.1,
+        "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 0.05, "precision": "fp32",
+        "freeze_embeddings": False,
+    }  # fmt: skip
+    return Optimization(**{**values, **changes})
+
+
+def parts_of(learner: Learner, aggregation: str, max_tokens: int = 25, **more: Any) -> Parts:
+    values: dict[str, Any] = {
+        "prompts": None, "sampler": None, "decoding": Decoding(MAX_NEW, 1.0, (1,)), "judges": {},
+        "advantages": tuple, "keep": keep_all, "filter_advantages": tuple, "demonstrations": None,
+        "packer": Packer(max_tokens, aggregation, keep_for_kl=False), "learner": learner,
+    }  # fmt: skip
+    return Parts(**{**values, **more})
+
+
+def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
+    return Plan(
+        seed=0, steps=1, prompts_per_step=4, group_size=4, prompts_per_call=4, streaming=False,
+        in_prompt_order=True, passes=passes, prompts_per_update=prompts_per_update,
+        aggregation=aggregation, denominator="all", evaluate_every=0, checkpoint_every=0, budget_s=None,
+    )  # fmt: skip
+
+
+def ours(
+    model: Any, groups: list[AdvantagedGroup], goal: Objective, plan: Plan
+) -> tuple[Learner, list[UpdateStats]]:
+    learner = Learner(model, goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
+    parts = parts_of(learner, plan.aggregation)
+    arrived = [groups[i] for i in (2, 0, 3, 1)]  # finished in another order
+    minis = mini_batches(plan, parts, arrived)
+    return learner, repeated_updates(plan, parts, Ledger(), cast(Recorder, NoRecord()), 1, minis)
+
+
+def theirs(
+    model: Any, frozen: Any, groups: list[AdvantagedGroup], goal: Objective, plan: Plan
+) -> list[float]:
+    """The same updates, written as one would on paper; their gradient norms. Moves `model`."""
+    setting = optimization()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=setting.lr, betas=setting.betas, eps=setting.eps,
+        weight_decay=setting.weight_decay, foreach=False,
+    )  # fmt: skip
+    old = old_logprobs(model, groups, goal.temperature)
+    size, number, norms = plan.prompts_per_update, 0, []
+    for _ in range(plan.passes):
+        for first in range(0, len(groups), size):
+            gradient = reference_gradient(
+                model, frozen, groups[first : first + size], goal, plan.aggregation, old
+            )
+            optimizer.param_groups[0]["lr"] = setting.lr * (6 - number) / 6
+            number += 1
+            if not any(any(g.kept) for g in groups[first : first + size]):
+                continue
+            for name, parameter in model.named_parameters():
+                parameter.grad = gradient[name]
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), setting.max_grad_norm)))
+            optimizer.step()
+    return norms
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize(("passes", "prompts_per_update"), [(3, 4), (1, 1), (1, 2), (2, 2)])
+def test_repeated_updates_equal_a_plain_loop(
+    tiny: Any, plain: Any, passes: int, prompts_per_update: int, beta: float, aggregation: str
+) -> None:
+    goal = Objective("clipped", 0.2, 0.2, beta, "constant", "k3", 0.9)
+    plan = plan_of(passes, prompts_per_update, aggregation)
+    groups = make_groups(LENGTHS, PROMPTS, kept=0.8)
+    learner, done = ours(tiny, groups, goal, plan)
+    moved = copy.deepcopy(plain)
+    norms = theirs(moved, plain, groups, goal, plan)
+    assert len(done) == plan.updates_per_batch == passes * 4 // prompts_per_update
+    assert [u.grad_norm for u in done if not u.skipped] == pytest.approx(norms, rel=2e-3)
+    expected = dict(moved.named_parameters())
+    for name, value in learner.model.named_parameters():
+        assert torch.allclose(value, expected[name], atol=2e-4), name
+
+
+def test_an_emptied_mini_batch_is_a_counted_skipped_update(tiny: Any) -> None:
+    groups = make_groups(LENGTHS, PROMPTS)
+    groups[1] = replace(groups[1], kept=(False,) * 4)
+    goal = Objective("clipped", 0.2, 0.2, 0.0, "constant", "k3", 1.0)
+    learner, done = ours(tiny, groups, goal, plan_of(1, 1, "constant"))
+    assert [u.skipped for u in done] == [False, True, False, False]
+    assert learner.updates == 4
+    row = learner_values(BatchFacts(tuple(groups), tuple(done), learner.take_sums(), learner.updates))
+    assert (row["updates"], row["updates/skipped"], row["updates/total"]) == (3, 1, 4)
+
+
+def test_only_the_first_mini_batch_meets_the_sampling_weights(tiny: Any) -> None:
+    """Its log-probabilities serve as its old ones; the other three are forwarded once more, before."""
+    groups = make_groups(LENGTHS, PROMPTS)
+    goal = Objective("clipped", 0.2, 0.2, 0.0, "constant", "k3", 1.0)
+    learner, done = ours(tiny, groups, goal, plan_of(1, 1, "constant"))
+    sums = learner.take_sums()
+    tokens = [sum(own) for own in LENGTHS]
+    assert sums["first/tokens"] == tokens[0]
+    assert sums["scored/tokens"] == sums["later/tokens"] == sum(tokens[1:])
+    assert sums["first/ratio"] == tokens[0]  # exactly 1 each
+    assert sums["later/ratio"] != sum(tokens[1:])
+    row = learner_values(BatchFacts(tuple(groups), tuple(done), sums, 4))
+    assert row["tokens/backpropagated"] == sum(tokens)
+    assert row["tokens/forwarded"] == sum(tokens) + sum(tokens[1:])
+
+
+def test_one_pass_over_the_batch_forwards_nothing_twice(tiny: Any) -> None:
+    goal = Objective("clipped", 0.2, 0.2, 0.0, "constant", "k3", 1.0)
+    learner, _ = ours(tiny, make_groups(LENGTHS, PROMPTS), goal, plan_of(3, 4, "constant"))
+    sums = learner.take_sums()
+    assert "scored/tokens" not in sums
+    assert sums["later/tokens"] == 2 * sums["first/tokens"]
+
+
+def test_zero_learning_rate_keeps_every_ratio_at_one(tiny: Any) -> None:
+    """The old log-probabilities come from the update's own packing: nothing but the weights can move
+    the ratio."""
+    groups = make_groups(LENGTHS, PROMPTS)
+    goal = Objective("clipped", 1e-6, 1e-6, 0.0, "constant", "k3", 1.0)
+    learner = Learner(tiny, goal, optimization(lr=0.0), vocabulary=VOCABULARY, logit_chunk=16)
+    plan = plan_of(3, 2, "constant")
+    minis = mini_batches(plan, parts_of(learner, "constant"), groups)
+    repeated_updates(
+        plan, parts_of(learner, "constant"), Ledger(), cast(Recorder, NoRecord()), 1, minis
+    )  # fmt: skip
+    sums = learner.take_sums()
+    assert sums["later/ratio"] == sums["later/tokens"]
+    assert sums["later/clipped"] == 0
+
+
+def test_sft_is_cross_entropy(tiny: Any, plain: Any) -> None:
+    """Gradient and reported likelihood of a supervised batch, against transformers' own loss."""
+    prompts = [(5, 6, 7), (8, 9), (10, 11, 12, 13)]
+    targets = [(20, 21, 1), (22, 1), (23, 24, 25, 26, 1)]
+    shown = {f"p{n}": Completion(t, (math.nan,) * len(t), "", "stop", 0) for n, t in enumerate(targets)}
+    groups = [
+        demonstrated(Request(n, Prompt(f"p{n}", "t", "", ids, ""), (0,)), shown)
+        for n, ids in enumerate(prompts)
+    ]
+    goal = Objective("policy_gradient", 0.2, 0.2, 0.0, "constant", "k3", 1.0)
+    learner = Learner(tiny, goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
+    packer = Packer(1000, "token_mean", keep_for_kl=False)
+    for batch in [b for g in groups for b in packer.add(g)] + list(packer.flush()):
+        learner.accumulate(batch)
+    losses, counts = [], []
+    for ids, target in zip(prompts, targets, strict=True):
+        labels = torch.tensor([[-100] * len(ids) + list(target)])
+        logits = plain(input_ids=torch.tensor([[*ids, *target]])).logits[:, :, :VOCABULARY]
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum"
+            )
+        )
+        counts.append(len(target))
+    loss = torch.stack(losses).sum() / sum(counts)
+    loss.backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(learner.gradients[name] / sum(counts), parameter.grad, atol=1e-6), name
+    sums = learner.take_sums()
+    assert -sums["first/logprob"] / sums["first/tokens"] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def scored(rewards: list[float]) -> ScoredGroup:
+    completion = Completion((1,), (0.0,), "", "stop", 0)
+    group = Group(0, Prompt("p", "t", "", (1,), ""), (completion,) * len(rewards))
+    return ScoredGroup(group, tuple(Score(r, "wrong") for r in rewards))
+
+
+def test_a_filter_threshold_means_the_same_in_every_arm(tiny: Any) -> None:
+    """One right among four: 1.5 and 0.5 standard deviations from the mean, however the arm scales."""
+    from functools import partial
+
+    from dash_exp.learning.advantages import group_advantages
+    from dash_exp.learning.filters import keep_large
+
+    standard = partial(group_advantages, baseline="group_mean", scale="std")
+    for baseline in ("group_mean", "leave_one_out"):
+        for scale in ("std", "none"):
+            arm = partial(group_advantages, baseline=baseline, scale=scale)
+            made = weigh(
+                parts_of(cast(Learner, None), "constant", advantages=arm, keep=keep_large(0.6),
+                         filter_advantages=standard),
+                scored([1.0, 0.0, 0.0, 0.0]),
+            )  # fmt: skip
+            assert made.kept == (True, False, False, False), (baseline, scale)
+            assert made.advantages == arm([1.0, 0.0, 0.0, 0.0])
