@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -104,9 +105,13 @@ def run_cell(composed: Any) -> int:
     """Check one composed config again (a launcher may run it elsewhere), then train."""
     config = to_config(composed)
     faults = check(config)
+    overrides = list(HydraConfig.get().overrides.task)
     if faults:
         raise UserError(faults)
+    from dash_exp.budget import resolve_match
     from dash_exp.cell import run_config
+
+    resolve_match(config, overrides, Path(config.run.dir) / "cache")
 
     return run_config(config, apart=HydraConfig.get().mode == RunMode.MULTIRUN)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dash_exp import checkpoint, provenance
+from dash_exp.budget import Partner, check_hardware, spent_seconds
 from dash_exp.build import build, engine_facts, thread_count
 from dash_exp.config import Config
 from dash_exp.evaluation import EvalResult, EvalSet, base_key, evaluate, shared
 from dash_exp.hashing import model_hash, weights_hash
 from dash_exp.learning.preflight import largest_micro_batch, preflight
-from dash_exp.loop import evaluation_due, train, training_seconds
+from dash_exp.loop import evaluation_due, train
 from dash_exp.plan import Ending, Hooks
 from dash_exp.record import Recorder, Row, read_final, read_json, read_rows, write_json
 from dash_exp.signals import Interrupted, Stop
@@ -34,6 +35,7 @@ class Attempt:
     recorder: Recorder
     display: Display
     stop: Stop
+    partner: Partner | None = None
 
     def whole(self) -> None:
         """All of it. Raises Interrupted after a signal, UserError for what the user can mend."""
@@ -97,10 +99,7 @@ class Attempt:
 
     def spent_seconds(self, done: int) -> float:
         """Training seconds of the steps that count, over all attempts."""
-        rows = [r for r in read_final(self.folder, "steps") if r["step"] <= done]
-        phases = ("evaluate", "checkpoint")
-        spent = [training_seconds(r["time/step_s"], {p: r[f"time/{p}_s"] for p in phases}) for r in rows]
-        return float(sum(spent))
+        return spent_seconds([r for r in read_final(self.folder, "steps") if r["step"] <= done])
 
     def note_provenance(self, done: int) -> None:
         path = self.folder / "provenance.json"
@@ -110,12 +109,22 @@ class Attempt:
             *(j.version for j in machine.parts.judges.values()),
             *(s.judge.version for s in machine.sets),
         }
+        budget = known.get("budget")  # as read at the first start
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        hardware = provenance.hardware(thread_count(self.config.cluster.threads), gpus)
+        if self.partner is not None and budget is None:
+            check_hardware(self.partner, hardware)
+            budget = {"match": self.partner.name, "seconds": self.partner.seconds}
+        if budget is not None:
+            plan = replace(machine.plan, budget_s=float(budget["seconds"]))
+            self.machine = replace(machine, plan=plan)
+            self.say(f"budget: {budget['seconds']:.1f} s of training, as {budget['match']} had")
         facts = provenance.collect(
             known,
             self.recorder.attempt,
             done or None,
-            hardware=provenance.hardware(thread_count(self.config.cluster.threads), gpus),
+            hardware=hardware,
+            budget=budget,
             model={
                 "origin": machine.source.origin,
                 "weights_hash": weights_hash(machine.source.folder, self.cache),

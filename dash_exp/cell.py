@@ -18,6 +18,7 @@ import yaml
 from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp import provenance
+from dash_exp.budget import Blocked, find_partner
 from dash_exp.cells import freeze, make_cell, read_frozen
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
@@ -26,7 +27,7 @@ from dash_exp.signals import Interrupted, Stop, handling, run_forwarding
 from dash_exp.terminal import Display, complain, show
 from dash_exp.validation import check
 
-OK, FAILED, USER_ERROR, SIGNALLED = 0, 1, 2, 128
+OK, FAILED, USER_ERROR, BLOCKED, SIGNALLED = 0, 1, 2, 3, 128
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -118,9 +119,15 @@ def run_locked(folder: Path, config: Config, recorder: Recorder, display: Displa
     recorder.status("running", int(read_json(folder / "status.json").get("step", 0)))
     share_cores()
     try:
+        partner = find_partner(config, folder.parent) if config.budget.match else None
         from dash_exp.attempt import Attempt  # heavy imports only once there is something to run
 
-        Attempt(folder, config, recorder, display, stop).whole()
+        Attempt(folder, config, recorder, display, stop, partner).whole()
+    except Blocked as reason:
+        recorder.status("blocked", 0, reason=str(reason))
+        recorder.log(f"blocked: {reason}")
+        display.note(f"Blocked: {show(folder)} {reason}. Run the partner, then this command again.")
+        return BLOCKED
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
         name = signal.Signals(number).name

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dash_exp.config import Config, to_config
 from dash_exp.errors import Fault, UserError
 from dash_exp.override_faults import Options, composition_fault, override_faults
+from dash_exp.partners import CELL_ID, KEY, partner_of
 from dash_exp.validation import check
 
 VERSION_BASE = "1.3"
@@ -117,8 +118,23 @@ def _cells_faults(axes: list[list[Override]], options: Options, checked: bool) -
 def _cell_faults(cell: Sequence[Override], options: Options, checked: bool) -> list[Fault]:
     composed = _try(cell, "config", options)
     if isinstance(composed, Config):
-        return check(composed) if checked else []
+        return check(composed) + _partner_faults(composed, cell, options) if checked else []
     return _attributed(cell, options) or composed
+
+
+def _partner_faults(config: Config, cell: Sequence[Override], options: Options) -> list[Fault]:
+    match = config.budget.match
+    if match is None or CELL_ID.fullmatch(match):
+        return []
+
+    def compose_partner(overrides: Sequence[str]) -> Config:
+        parsed, faults = _parse(overrides)
+        made = faults or _try(parsed, KEY, options)
+        if isinstance(made, Config):
+            return made
+        raise UserError(made)
+
+    return partner_of(match, [o.input_line or "" for o in cell], compose_partner)[0]
 
 
 def _attributed(cell: Sequence[Override], options: Options) -> list[Fault]:

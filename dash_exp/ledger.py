@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -75,3 +75,8 @@ class Ledger:
         self._opened = self._since
         self._beside = []
         return wall, seconds
+
+
+def training_seconds(wall: float, seconds: Mapping[str, float]) -> float:
+    """Seconds of a step that count against a budget: neither evaluation nor checkpoints."""
+    return wall - seconds["evaluate"] - seconds["checkpoint"]

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.ledger import Ledger
+from dash_exp.ledger import Ledger, training_seconds
 from dash_exp.metrics import BatchFacts, sample_rows, step_row
 from dash_exp.plan import Ending, Hooks, Parts, Plan
 from dash_exp.record import Recorder, timed_event
@@ -66,11 +66,6 @@ def evaluation_due(plan: Plan, step: int) -> bool:
 def checkpoint_due(plan: Plan, step: int) -> bool:
     every = plan.checkpoint_every
     return step == plan.steps or (every > 0 and step % every == 0)
-
-
-def training_seconds(wall: float, seconds: Mapping[str, float]) -> float:
-    """Seconds that count against a budget: neither evaluation nor checkpoints."""
-    return wall - seconds["evaluate"] - seconds["checkpoint"]
 
 
 def refuse_hopeless(step: int, facts: BatchFacts) -> None:

@@ -1,0 +1,48 @@
+"""Who the partner of `budget.match` is, as a config of its own. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+from dash_exp.config import Config
+from dash_exp.errors import Fault, UserError
+from dash_exp.validation import check
+
+CELL_ID = re.compile(r"[0-9a-f]{8}")
+KEY = "budget.match"
+HINT = "name a cell id, an arm (dash), or overrides (experiment=...)"
+
+
+def partner_overrides(match: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides of the partner: this cell's, without its budget and what `match` sets anew."""
+    wanted = match.split() if "=" in match else [f"algorithm={match}"]
+    replaced = {text.partition("=")[0] for text in wanted}
+    kept = [
+        text for text in overrides
+        if (key := text.lstrip("+~").partition("=")[0]) not in replaced and not key.startswith("budget")
+    ]  # fmt: skip
+    return [*kept, *wanted]
+
+
+def partner_of(
+    match: str, overrides: Sequence[str], compose: Callable[[Sequence[str]], Config]
+) -> tuple[list[Fault], Config | None]:
+    """The partner's config without a budget, or everything that is wrong with it."""
+    try:
+        partner = without_budget(compose(partner_overrides(match, overrides)))
+        faults = check(partner)
+    except UserError as error:
+        faults = error.faults
+    if faults:
+        told = [Fault(KEY, f"its partner {match!r}: {f.where}: {f.what}", f.hint or HINT) for f in faults]
+        return told, None
+    return [], partner
+
+
+def without_budget(config: Config) -> Config:
+    """The same config with nothing to end it early."""
+    copied = deepcopy(config)
+    copied.budget.seconds = copied.budget.match = None
+    return copied

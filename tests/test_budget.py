@@ -1,0 +1,158 @@
+"""A budget taken from a partner: who it is, waiting for it, its failure, and being cut by it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dash_exp.budget import Blocked, check_hardware, find_partner, resolve_match, spent_seconds
+from dash_exp.cell import BLOCKED, OK, run_config
+from dash_exp.cells import make_cell
+from dash_exp.compose import compose, find_faults
+from dash_exp.config import Config
+from dash_exp.errors import UserError
+from dash_exp.partners import partner_overrides, without_budget
+from dash_exp.record import Row, read_final, read_json, write_json
+from tests.conftest import REPOSITORY
+from tests.test_run import SMALL
+
+MULTI = ["algorithm=ppo_multi", "algorithm.steps=60"]
+
+
+def composed(root: Path, *overrides: str) -> Config:
+    """A config with its partner resolved, as `python -m dash_exp` does it."""
+    everything = [*SMALL, f"run.dir={root}", *overrides]
+    config = compose(everything)
+    resolve_match(config, everything, root / "cache")
+    return config
+
+
+def folder_of(config: Config, root: Path) -> Path:
+    return make_cell(config, root / "cache").folder(root)
+
+
+def test_who_the_partner_is() -> None:
+    own = ["algorithm=ppo_mini", "seed=1", "learner.lr=1e-4", "budget.match=dash"]
+    assert partner_overrides("dash", own) == ["seed=1", "learner.lr=1e-4", "algorithm=dash"]
+    several = partner_overrides("experiment=demo/x seed=2", [*own, "experiment=demo/y"])
+    assert several == ["algorithm=ppo_mini", "learner.lr=1e-4", "experiment=demo/x", "seed=2"]
+
+
+def test_the_partners_id_is_in_the_identity_and_a_cell_is_no_partner_of_itself(tmp_path: Path) -> None:
+    dash = compose([*SMALL, f"run.dir={tmp_path}"])
+    theirs = make_cell(dash, tmp_path / "cache").id
+    multi = composed(tmp_path, *MULTI, 'budget.match="algorithm=dash algorithm.steps=6"')
+    assert multi.budget.match == theirs
+    other = composed(tmp_path, *MULTI, 'budget.match="algorithm=dash algorithm.steps=5"')
+    ids = {make_cell(c, tmp_path / "cache").id for c in (multi, other, without_budget(multi))}
+    assert len(ids) == 3
+    assert composed(tmp_path, "budget.match=dash").budget.match is None
+    assert make_cell(composed(tmp_path, "budget.match=dash"), tmp_path / "cache").id == theirs
+
+
+def test_a_wrong_partner_is_told_before_anything_starts() -> None:
+    def told(text: str) -> str:
+        return "\n".join(map(str, find_faults([*SMALL, *MULTI, f"budget.match={text}"])))
+
+    assert "its partner 'dahs': algorithm: unknown option 'dahs'" in told("dahs")
+    assert "must be at least 2" in told("'algorithm=dash algorithm.group_size=1'")
+    assert find_faults([*SMALL, *MULTI, "budget.match=0123abcd"]) == []
+    both = [*SMALL, *MULTI, "budget.match=dash", "budget.seconds=5"]
+    assert "a run has one budget" in "\n".join(map(str, find_faults(both)))
+
+
+def test_blocked_until_the_partner_is_finished_then_cut_at_its_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    match = 'budget.match="algorithm=dash algorithm.steps=6"'
+    multi = composed(tmp_path, *MULTI, match, "run.progress=plain")
+    folder = folder_of(multi, tmp_path)
+    assert run_config(multi) == BLOCKED
+    status = read_json(folder / "status.json")
+    assert status["state"] == "blocked" and "has not been started" in status["reason"]
+    assert "Run the partner, then this command again" in capsys.readouterr().out
+
+    dash = composed(tmp_path)
+    assert run_config(dash) == OK
+    seconds = spent_seconds(read_final(folder_of(dash, tmp_path), "steps"))
+    assert run_config(composed(tmp_path, *MULTI, match)) == OK
+    status, steps = read_json(folder / "status.json"), read_final(folder, "steps")
+    budget = read_json(folder / "provenance.json")["budget"]
+    assert budget["seconds"] == pytest.approx(seconds) and multi.budget.match in budget["match"]
+    assert status["state"] == "finished" and status["reason"] == "budget" and status["step"] < 60
+    assert spent_seconds(steps) >= seconds > spent_seconds(steps[:-1])
+    assert {r["step"] for r in read_final(folder, "evals")} == {0, status["step"]}
+    # the schedule runs over the planned updates, never over the budget
+    assert [r["optimizer/lr"] for r in steps] == pytest.approx(
+        [1e-3 * _linear(3 * s + 3, 180) for s in range(len(steps))]
+    )
+
+
+def _linear(updates: int, total: int) -> float:
+    """Share of the learning rate at the last of so many updates, with a fifth of them as warm-up."""
+    warmup = total // 5
+    return updates / warmup if updates <= warmup else (total - updates + 1) / (total - warmup)
+
+
+def pretend(pool: Path, state: str, **more: object) -> Path:
+    """A partner's folder with nothing but its status and config."""
+    folder = pool / "dash-tiny-gsm8k-s0-0123abcd"
+    folder.mkdir(parents=True)
+    write_json(folder / "status.json", {"state": state, "attempt": 1, "step": 4, **more})
+    (folder / "config.yaml").write_text(json.dumps({"seed": 0, "model": {"name": "tiny"}}))
+    return folder
+
+
+@pytest.mark.parametrize("state", ["pending", "blocked", "running", "interrupted"])
+def test_an_unfinished_partner_blocks(tmp_path: Path, state: str) -> None:
+    pretend(tmp_path / "cells", state)
+    config = composed(tmp_path, *MULTI, "budget.match=0123abcd")
+    with pytest.raises(Blocked, match=f"{state} \\(step 4\\)"):
+        find_partner(config, tmp_path / "cells")
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_a_failed_partner_fails_the_cell_with_its_reason(tmp_path: Path, state: str) -> None:
+    pretend(tmp_path / "cells", state, failure="CUDA out of memory")
+    config = composed(tmp_path, *MULTI, "budget.match=0123abcd")
+    with pytest.raises(UserError, match=f"{state}: CUDA out of memory"):
+        run_config(config)
+    status = read_json(folder_of(config, tmp_path) / "status.json")
+    assert status["state"] == "failed" and "CUDA out of memory" in status["failure"]
+
+
+def test_another_seed_model_or_machine_is_refused(tmp_path: Path) -> None:
+    folder = pretend(tmp_path / "cells", "finished")
+    config = composed(tmp_path, *MULTI, "budget.match=0123abcd", "seed=3")
+    with pytest.raises(UserError, match="equal seed, model and hardware"):
+        find_partner(config, tmp_path / "cells")
+    write_json(folder / "provenance.json", {"hardware": {"cpu": "A", "threads": 2, "gpus": []}})
+    partner = find_partner(composed(tmp_path, *MULTI, "budget.match=0123abcd"), tmp_path / "cells")
+    check_hardware(partner, {"cpu": "A", "threads": 2, "gpus": []})
+    with pytest.raises(UserError, match="threads 2 there, 1 here"):
+        check_hardware(partner, {"cpu": "A", "threads": 1, "gpus": []})
+
+
+def test_redone_steps_and_evaluations_are_not_counted() -> None:
+    def row(step: int, wall: float) -> Row:
+        return {"step": step, "time/step_s": wall, "time/evaluate_s": 0.5, "time/checkpoint_s": 0.25}
+
+    assert spent_seconds([row(1, 2.0), row(2, 1.75)]) == pytest.approx(1.25 + 1.0)
+
+
+@pytest.mark.long
+def test_one_sweep_holds_both(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dash_exp", "-m", *SMALL, f"run.dir={tmp_path}", "budget.match=dash",
+         "algorithm=dash,ppo_multi,ppo_mini", "algorithm.group_size=8", "run.progress=plain"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = {p.name.split("-")[0]: read_json(p / "status.json") for p in (tmp_path / "cells").iterdir()}
+    assert {name: s["state"] for name, s in states.items()} == dict.fromkeys(
+        ("dash", "ppo_multi", "ppo_mini"), "finished"
+    )
