@@ -200,12 +200,12 @@ class Attempt:
 def warnings_of(row: Row) -> list[str]:
     """What usually means a wrong setting rather than a hard task."""
     found = []
-    if row["length/truncated_share"] > TRUNCATION_WARNING:
+    if row.get("length/truncated_share", 0.0) > TRUNCATION_WARNING:
         found.append(
             f"warning: {row['length/truncated_share']:.0%} of completions were cut at "
             "sampler.max_new_tokens; their answers may never have been reached"
         )
-    if row["filter/zero_variance_share"] > CONSTANT_WARNING:
+    if row.get("filter/zero_variance_share", 0.0) > CONSTANT_WARNING:
         found.append(
             f"warning: in {row['filter/zero_variance_share']:.0%} of groups all rewards are equal: "
             "nothing to learn from; is the task too hard, too easy, or judged wrongly?"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dash_exp.record import Row
+from dash_exp.record import Row, finite
 from dash_exp.types import AdvantagedGroup, Completion, Score
 
 
@@ -37,9 +37,19 @@ def mean(values: Iterable[float]) -> float | None:
 
 
 def batch_values(facts: BatchFacts) -> Row:
-    """Reward, length, advantage, filter and outcome shares of the sampled batch."""
+    """Reward, length, advantage, filter and outcome shares of the sampled batch; of a batch of
+    demonstrations only its size, since nobody sampled, judged or dropped anything."""
     rows = list(facts.samples())
     lengths = [len(c.token_ids) for c, _, _, _ in rows]
+    if all(s.outcome == "shown" for _, s, _, _ in rows):
+        return {
+            "length/mean_tokens": mean(lengths),
+            "length/max_tokens": max(lengths),
+            "completions/shown": len(rows),
+            "completions/sampled": 0,
+            "tokens/shown": sum(lengths),
+            "tokens/sampled": 0,
+        }
     kept = [(c, a) for c, _, a, k in rows if k]
     outcomes = Counter(s.outcome for _, s, _, _ in rows)
     constant = [all(a == 0.0 for a in g.advantages) for g in facts.groups]
@@ -122,7 +132,7 @@ def time_values(facts: BatchFacts, wall: float, seconds: Mapping[str, float], ov
 def step_row(step: int, facts: BatchFacts, wall: float, seconds: Mapping[str, float], overlap: float) -> Row:
     """One row of steps.jsonl."""
     times = time_values(facts, wall, seconds, overlap)
-    return {"step": step, **batch_values(facts), **learner_values(facts), **times}
+    return finite({"step": step, **batch_values(facts), **learner_values(facts), **times})
 
 
 def sample_rows(step: int, groups: Sequence[AdvantagedGroup]) -> list[Row]:

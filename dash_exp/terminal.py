@@ -17,6 +17,7 @@ from rich.table import Table
 from dash_exp.ledger import PHASES
 from dash_exp.record import Row
 
+REWARD, LIKELIHOOD = "reward/mean", "policy/logprob_mean"
 SHOWN_STEPS = 8
 
 
@@ -38,8 +39,7 @@ def columns_of(row: Row, steps: int, left_s: float) -> list[tuple[str, str]]:
     """The cells of a progress line: heading and text."""
     return [
         ("step", f"{row['step']}/{steps}"),
-        ("reward", number(row.get("reward/mean"))),
-        ("kept", f"{row['filter/kept_share']:.2f}"),
+        *quality_columns(row),
         ("length", f"{row['length/mean_tokens']:.1f}"),
         ("tok/s", f"{row['time/tokens_per_s']:.0f}"),
         ("sample", f"{row['time/sample_s']:.2f}"),
@@ -49,6 +49,18 @@ def columns_of(row: Row, steps: int, left_s: float) -> list[tuple[str, str]]:
         ("s/step", f"{row['time/step_s']:.2f}"),
         ("left", seconds_text(left_s)),
     ]
+
+
+def is_supervised(row: Row) -> bool:
+    """Whether a step was shown its completions."""
+    return "completions/shown" in row
+
+
+def quality_columns(row: Row) -> list[tuple[str, str]]:
+    """What a batch was worth: reward and kept share, or the likelihood of what was shown."""
+    if is_supervised(row):
+        return [("log-lik.", number(row.get(LIKELIHOOD)))]
+    return [("reward", number(row.get(REWARD))), ("kept", f"{row['filter/kept_share']:.2f}")]
 
 
 class Display:
@@ -117,11 +129,12 @@ def summary_lines(folder: Path, steps: Sequence[Row], evals: Sequence[Row], reas
     """The summary as text, at most 80 columns but for paths."""
     lines = ["", f"Finished after {len(steps)} steps ({reason})." if steps else "No steps."]
     if steps:
-        rewards = [r["reward/mean"] for r in steps if "reward/mean" in r] or [math.nan]
-        first, last = rewards[:5], rewards[-5:]
+        name, key = ("log-likelihood", LIKELIHOOD) if is_supervised(steps[0]) else ("sampled reward", REWARD)
+        values = [r[key] for r in steps if key in r] or [math.nan]
+        first, last = values[:5], values[-5:]
         start, end = statistics.fmean(first), statistics.fmean(last)
         lines.append(
-            f"  sampled reward   {start:.3f} (first {len(first)} steps) -> {end:.3f} (last {len(last)})"
+            f"  {name:<16} {start:.3f} (first {len(first)} steps) -> {end:.3f} (last {len(last)})"
             f"  {end - start:+.3f}"
         )
     lines += accuracy_lines(evals)

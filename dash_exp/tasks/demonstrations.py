@@ -40,7 +40,8 @@ def demonstrate(
     kept: list[Prompt] = []
     completions: dict[str, Completion] = {}
     too_long = 0
-    for (prompt, number, text), tokens in zip(pairs, tokenize([t for _, _, t in pairs]), strict=True):
+    ids_of_all = tokenize([text for _, _, text in pairs]) if pairs else []
+    for (prompt, number, text), tokens in zip(pairs, ids_of_all, strict=True):
         ids = tokens if tokens and tokens[-1] in stop_ids else [*tokens, stop_ids[0]]
         if len(ids) > max_tokens:
             too_long += 1

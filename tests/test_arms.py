@@ -1,0 +1,209 @@
+"""Every arm and every preset, run for real on the tiny model: declared updates, record, resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dash_exp.budget import resolve_match
+from dash_exp.cell import run_config
+from dash_exp.compose import compose, conf_dir
+from dash_exp.errors import UserError
+from dash_exp.record import Row, differences, read_final, read_json
+from tests.test_run import SMALL, finish, run_here, start, steps_of, wait_for_steps
+
+HERE = Path(__file__).parent
+TINY = ["model=tiny", "cluster.threads=1", "run.progress=none", "evaluation.limit=4"]
+
+
+def arm(root: Path, *overrides: str) -> Path:
+    """Two steps of an arm on generated sums, without evaluation; its folder."""
+    return run_here(root, "algorithm.steps=2", "evaluation=none", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "updates", "kl"),
+    [
+        (["algorithm=dash"], 1, True), (["algorithm=no_gf"], 1, True), (["algorithm=no_kl"], 1, False),
+        (["algorithm=pg"], 1, False), (["algorithm=grpo", "sampler.prompts_per_call=2"], 1, True),
+        (["algorithm=rloo"], 1, False), (["algorithm=dr_grpo"], 1, False),
+        (["algorithm=ppo_multi"], 3, True), (["algorithm=ppo_mini", "algorithm.mini_batch=16"], 4, True),
+        (["algorithm=ppo_mini", "algorithm.mini_batch=32", "algorithm.passes=2"], 4, True),
+        (["filter=zero_variance"], 1, True), (["filter.kl=keep"], 1, True),
+        (["filter.denominator=kept"], 1, True), (["learner.precision=fp32"], 1, True),
+        (["learner.precision=bf16"], 1, True), (["sampler.streaming=false"], 1, True),
+        (["algorithm.aggregation=token_mean"], 1, True), (["algorithm.kl=k2"], 1, True),
+        (["algorithm.aggregation=sequence_mean"], 1, True), (["algorithm.scale=none"], 1, True),
+        (["learner.lora.rank=2"], 1, True), (["learner.lora.rank=2", "algorithm=ppo_multi"], 3, True),
+    ],
+)  # fmt: skip
+def test_every_arm_and_axis_runs(tmp_path: Path, overrides: list[str], updates: int, kl: bool) -> None:
+    rows = steps_of(arm(tmp_path, *overrides))
+    assert [r["updates"] + r["updates/skipped"] for r in rows] == [updates] * 2
+    assert rows[-1]["updates/total"] == 2 * updates
+    for row in rows:
+        learned = row["tokens/backpropagated"] > 0
+        if updates > 1 and row["updates"] > 1:  # later updates are off-policy
+            assert abs(row["policy/ratio_mean"] - 1) > 1e-6
+        assert ("kl/mean" in row) == ("kl/beta" in row)
+        assert learned or "kl/mean" not in row
+        assert kl or "kl/mean" not in row
+
+
+def test_beta_falls_over_the_planned_updates(tmp_path: Path) -> None:
+    folder = run_here(
+        tmp_path, "algorithm.beta_schedule=linear", "algorithm=no_gf", "evaluation=none", "algorithm.steps=4"
+    )
+    betas = [r["kl/beta"] for r in steps_of(folder)]
+    assert betas == pytest.approx([0.04, 0.03, 0.02, 0.01])
+
+
+def test_one_update_arms_never_forward_twice(tmp_path: Path) -> None:
+    for name in ("dash", "grpo", "rloo"):
+        for row in steps_of(arm(tmp_path / name, f"algorithm={name}")):
+            assert row["tokens/forwarded"] == row["tokens/backpropagated"]
+
+
+SUMS = ["dataset=arithmetic", "dataset.path=null", "dataset.verifier=integer", "sampler.max_new_tokens=8"]
+
+
+def test_sft_learns_what_it_is_shown(tmp_path: Path) -> None:
+    """The base model and the trained one are evaluated with the template of training; nothing is
+    sampled, judged or filtered in a step."""
+    folder = run_here(tmp_path, *SUMS, "algorithm=sft_h", "algorithm.group_size=1", "algorithm.steps=20",
+                      "learner.lr=1e-2", "learner.freeze_embeddings=false")  # fmt: skip
+    rows = steps_of(folder)
+    assert rows[-1]["policy/logprob_mean"] > rows[0]["policy/logprob_mean"] + 1.0
+    for row in rows:
+        assert row["completions/sampled"] == row["tokens/sampled"] == 0 and row["completions/shown"] == 4
+        assert not {"reward/mean", "filter/kept_share", "policy/logprob_gap"} & row.keys()
+    samples = read_final(folder, "samples")
+    assert {r["outcome"] for r in samples} == {"shown"} and len(samples) == 80
+    assert len({r["prompt"] for r in samples}) == 80  # an epoch without repetition
+    evals = [r for r in read_final(folder, "evals") if r["metric"] == "accuracy"]
+    assert [r["step"] for r in evals] == [0, 20]
+    other = run_here(tmp_path, *SUMS, "algorithm.steps=1")  # the bare template: another base result
+    cached = [json.loads(line).get("cached") for line in (other / "events.jsonl").read_text().splitlines()]
+    assert True not in cached
+
+
+@pytest.mark.parametrize("overrides", [
+    ["algorithm=ppo_mini", "algorithm.mini_batch=16"], ["learner.lora.rank=2"],
+    [*SUMS, "algorithm=sft_h", "algorithm.group_size=1"],
+])  # fmt: skip
+def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, overrides: list[str]) -> None:
+    whole = run_here(tmp_path / "whole", *overrides)
+    process = start(tmp_path / "cut", *overrides)
+    wait_for_steps(tmp_path / "cut", 3, process)
+    process.kill()
+    process.communicate()
+    again = start(tmp_path / "cut", *overrides)
+    output = finish(again)
+    assert again.returncode == 0, output
+    (folder,) = (tmp_path / "cut" / "cells").iterdir()
+    assert differences(whole, folder) == []
+
+
+def test_a_base_model_is_evaluated_and_not_trained(tmp_path: Path) -> None:
+    folder = run_here(tmp_path, "algorithm.steps=0")
+    assert read_json(folder / "status.json")["state"] == "finished"
+    assert steps_of(folder) == [] and {r["step"] for r in read_final(folder, "evals")} == {0}
+    assert not list((folder / "checkpoints").glob("*"))
+
+
+def test_a_lora_checkpoint_is_a_plain_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = arm(tmp_path, "learner.lora.rank=2", "algorithm=no_gf")
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    _, facts = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not facts["missing_keys"] and not facts["unexpected_keys"]
+
+
+def test_sft_m_reads_traces_and_its_identity_is_their_content(tmp_path: Path) -> None:
+    traces = tmp_path / "traces.jsonl"
+    rows = [{"id": "12+34", "solution": " 46"}, {"id": "12+34", "solution": " 46 it is"},
+            {"id": "55+5", "solution": "no such prompt"}, {"id": "55+15", "solution": " 70"}]  # fmt: skip
+    traces.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = [*SUMS, "algorithm=sft_m", "algorithm.group_size=1", f"dataset.traces={traces}",
+               "sampler.max_new_tokens=12", "algorithm.prompts_per_step=3", "algorithm.steps=2"]  # fmt: skip
+    folder = run_here(tmp_path, *options)
+    shown = {r["prompt"]: r["text"] for r in read_final(folder, "samples")}
+    assert shown == {
+        "arithmetic/12+34#0": " 46", "arithmetic/12+34#1": " 46 it is", "arithmetic/55+15#0": " 70"
+    }  # fmt: skip
+    moved = tmp_path / "elsewhere.jsonl"
+    traces.rename(moved)
+    same = run_here(tmp_path, *[o.replace(str(traces), str(moved)) for o in options])
+    assert same == folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["algorithm=sft_m"], "sample them first: python -m dash_exp.traces"),
+        (["algorithm=sft_h", "algorithm.group_size=4"], "must be 1 with algorithm.source=solutions"),
+        (["algorithm=ppo_mini", "algorithm.mini_batch=24"], "allowed: 16, 32, 64"),
+        (["algorithm=ppo_mini", "algorithm.mini_batch=16", "algorithm.surrogate=policy_gradient"],
+         "must be 'clipped' when algorithm.mini_batch=16"),
+        (["algorithm.kl=k1"], "k2's is what k1 gives as a penalty on the reward"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_told(overrides: list[str], told: str) -> None:
+    from dash_exp.compose import find_faults
+
+    assert told in "\n".join(map(str, find_faults([*SMALL, *overrides])))
+
+
+def test_a_dataset_without_solutions_is_refused_by_sft(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no demonstration"):
+        run_here(tmp_path, "algorithm=sft_h", "algorithm.group_size=1", "dataset.fields.solution=[none]")
+
+
+PRESETS = sorted(
+    p.relative_to(conf_dir() / "experiment").with_suffix("").as_posix()
+    for folder in ("paper", "demo") for p in (conf_dir() / "experiment" / folder).glob("*.yaml")
+)  # fmt: skip
+QUICK = ("paper/math_ppo_mini_0.5b", "paper/code_dash_0.5b", "demo/math_sft_m", "demo/code_sft_h")
+
+
+def presets() -> list[Any]:
+    """Each preset; most of them among the longer tests."""
+    return [p if p in QUICK else pytest.param(p, marks=pytest.mark.long) for p in PRESETS]
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_runs_two_updates(name: str, tmp_path: Path, data_folder: Path) -> None:
+    """On the tiny model, with the sampler of this process and short completions, the rest as it is."""
+    overrides = [
+        f"experiment={name}", "debug=fast", "sampler=hf", f"run.dir={tmp_path}", *TINY,
+        f"paths.data={data_folder}", "verifier.workers=1", "evaluation.samples=1",
+        "evaluation.temperature=0", "evaluation.k=[]", "learner.preflight=false",
+    ]  # fmt: skip
+    supervised = "sft" in name
+    overrides.append(f"sampler.max_new_tokens={400 if supervised else 12}")
+    if supervised:
+        overrides.append("evaluation=none")
+    if "sft_m" in name:
+        overrides.append(f"dataset.traces={write_traces(tmp_path, name)}")
+    config = compose(overrides)
+    if config.budget.match:
+        resolve_match(config, overrides, tmp_path / "cache")
+        assert config.budget.match is not None and len(config.budget.match) == 8
+        config.budget.match = None  # its partner is another preset
+    assert run_config(config) == 0
+    (folder,) = (tmp_path / "cells").iterdir()
+    assert read_json(folder / "status.json")["state"] == "finished"
+    rows: list[Row] = steps_of(folder)
+    assert [r["step"] for r in rows] == [1, 2]
+    assert rows[-1]["updates/total"] >= 2
+
+
+def write_traces(folder: Path, name: str) -> Path:
+    rows = {"demo/math_sft_m": ("12+34", " 46")}.get(name, ("math-train-00003", "The answer is 2."))
+    path = folder / "traces.jsonl"
+    path.write_text(json.dumps({"id": rows[0], "solution": rows[1]}) + "\n")
+    return path
