@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 PHASES = (
@@ -80,3 +81,22 @@ class Ledger:
 def training_seconds(wall: float, seconds: Mapping[str, float]) -> float:
     """Seconds of a step that count against a budget: neither evaluation nor checkpoints."""
     return wall - seconds["evaluate"] - seconds["checkpoint"]
+
+
+@dataclass(slots=True)
+class Budget:
+    """Seconds of training time that a run may use, over all its attempts; `limit_s` None: any."""
+
+    limit_s: float | None
+    spent_s: float
+    ledger: Ledger
+
+    def over(self) -> bool:
+        """Whether they are used up, the running step included."""
+        if self.limit_s is None:
+            return False
+        return self.spent_s + training_seconds(*self.ledger.so_far()) >= self.limit_s
+
+    def close_step(self) -> None:
+        """The step has ended: count it, and start the next."""
+        self.spent_s += training_seconds(*self.ledger.close_step())

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.ledger import Ledger, training_seconds
+from dash_exp.ledger import Budget, Ledger
 from dash_exp.metrics import BatchFacts, sample_rows, step_row
 from dash_exp.plan import Ending, Hooks, Parts, Plan
 from dash_exp.record import Recorder, timed_event
@@ -30,30 +30,31 @@ def train(
 ) -> Ending:  # fmt: skip
     """Run the steps after `done`; `spent_s` seconds of training time were used by them."""
     ledger = Ledger()
-    budget = math.inf if plan.budget_s is None else plan.budget_s
-    if done and spent_s >= budget:
+    budget = Budget(plan.budget_s, spent_s, ledger)
+    if done and plan.budget_s is not None and spent_s >= plan.budget_s:
         return Ending(done, "budget")
     for step in range(done + 1, plan.steps + 1):
-        facts = train_step(plan, parts, ledger, recorder, step)
+        facts = train_step(plan, parts, ledger, recorder, step, budget.over)
+        cut = len(facts.updates) < plan.updates_per_batch
         refuse_hopeless(step, facts)
         recorder.append("samples", sample_rows(step, facts.groups))
         signal = hooks.stop_signal()
         if signal is None and evaluation_due(plan, step):
             with ledger.phase("evaluate"):
                 hooks.evaluate(step)
-        over = spent_s + training_seconds(*ledger.so_far()) >= budget
+        over = cut or budget.over()
         if checkpoint_due(plan, step) or over or signal is not None:
             with ledger.phase("checkpoint"):
                 row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
                 hooks.checkpoint(step, step == plan.steps, row)
         row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
-        spent_s += training_seconds(*ledger.close_step())
+        budget.close_step()
         recorder.append("steps", [row])
         recorder.status("running", step)
         hooks.progress(row)
         if signal is not None:
             return Ending(step, "signal", signal)
-        if over and step < plan.steps:
+        if cut or (over and step < plan.steps):
             return Ending(step, "budget")
     return Ending(plan.steps, "planned")
 
@@ -79,8 +80,12 @@ def refuse_hopeless(step: int, facts: BatchFacts) -> None:
         raise FloatingPointError(f"the gradient of step {step} is infinite or not a number")
 
 
-def train_step(plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int) -> BatchFacts:
-    """Get one batch, learn from it, and hand the new weights to the sampler."""
+def train_step(
+    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int,
+    over: Callable[[], bool] = lambda: False,
+) -> BatchFacts:  # fmt: skip
+    """Get one batch, learn from it, and hand the new weights to the sampler. An arm with several updates
+    makes no further one when its budget is `over`."""
     chosen = batch(parts.prompts, plan.seed, step, plan.prompts_per_step)
     asked = requests(chosen, plan.seed, "sample", step, plan.group_size)
     groups: list[AdvantagedGroup] = []
@@ -96,9 +101,10 @@ def train_step(plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, ste
     if at_once:
         updates = [update(parts, ledger, divisor(plan, parts, groups))]
     else:
-        updates = repeated_updates(plan, parts, ledger, recorder, step, mini_batches(plan, parts, groups))
+        minis = mini_batches(plan, parts, groups)
+        updates = repeated_updates(plan, parts, ledger, recorder, step, minis, over)
     declared = plan.updates_per_batch
-    assert len(updates) == declared, f"{len(updates)} updates in a batch of an arm with {declared}"
+    assert len(updates) == declared or over(), f"{len(updates)} updates where the arm declares {declared}"
     if parts.demonstrations is None:  # else the sampler is not asked before the next evaluation
         with ledger.phase("sync"), timed_event(recorder, "sync", step=step, worker="learner"):
             parts.sampler.load_weights(step)

@@ -3,7 +3,7 @@ batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -82,11 +82,12 @@ def mini_batches(plan: Plan, parts: Parts, groups: Sequence[AdvantagedGroup]) ->
 
 
 def repeated_updates(
-    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int, minis: list[MiniBatch]
-) -> list[UpdateStats]:
+    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int, minis: list[MiniBatch],
+    over: Callable[[], bool] = lambda: False,
+) -> list[UpdateStats]:  # fmt: skip
     """One update per mini-batch, `passes` times over. Old log-probabilities are those at the sampling
     weights, with the packing of the update itself: the first mini-batch meets those weights anyway,
-    the others are scored before anything moves."""
+    the others are scored before anything moves. Stops after an update when the budget is `over`."""
     with ledger.phase("logprob"):
         for mini in minis[1:]:
             for one in mini.parts:
@@ -103,4 +104,6 @@ def repeated_updates(
                 if one.old is None:
                     one.old = logprobs
             done.append(update(parts, ledger, mini.divisor))
+            if over():
+                return done
     return done

@@ -16,7 +16,7 @@ from dash_exp.record import Row, differences, read_final, read_json
 from tests.test_run import SMALL, finish, run_here, start, steps_of, wait_for_steps
 
 HERE = Path(__file__).parent
-TINY = ["model=tiny", "cluster.threads=1", "run.progress=none", "evaluation.limit=4"]
+TINY = ["cluster.threads=1", "run.progress=none", "evaluation.limit=4"]
 
 
 def arm(root: Path, *overrides: str) -> Path:
@@ -176,14 +176,20 @@ def presets() -> list[Any]:
 
 
 @pytest.mark.parametrize("name", presets())
-def test_every_preset_runs_two_updates(name: str, tmp_path: Path, data_folder: Path) -> None:
-    """On the tiny model, with the sampler of this process and short completions, the rest as it is."""
+def test_every_preset_runs_two_updates(
+    name: str, tmp_path: Path, data_folder: Path, tiny_folder: Path
+) -> None:
+    """With the tiny model's weights, the sampler of this process and short completions; the rest as it
+    is. A base model is evaluated and not trained."""
     overrides = [
-        f"experiment={name}", "debug=fast", "sampler=hf", f"run.dir={tmp_path}", *TINY,
+        f"experiment={name}", f"model.path={tiny_folder}", "sampler=hf", f"run.dir={tmp_path}", *TINY,
         f"paths.data={data_folder}", "verifier.workers=1", "evaluation.samples=1",
         "evaluation.temperature=0", "evaluation.k=[]", "learner.preflight=false",
     ]  # fmt: skip
-    supervised = "sft" in name
+    supervised, steps = "sft" in name, 0 if "base" in name else 2
+    overrides.append(f"algorithm.steps={steps}")
+    if "confounded" not in name:
+        overrides.append("algorithm.prompts_per_step=4")
     overrides.append(f"sampler.max_new_tokens={400 if supervised else 12}")
     if supervised:
         overrides.append("evaluation=none")
@@ -198,8 +204,12 @@ def test_every_preset_runs_two_updates(name: str, tmp_path: Path, data_folder: P
     (folder,) = (tmp_path / "cells").iterdir()
     assert read_json(folder / "status.json")["state"] == "finished"
     rows: list[Row] = steps_of(folder)
-    assert [r["step"] for r in rows] == [1, 2]
-    assert rows[-1]["updates/total"] >= 2
+    assert [r["step"] for r in rows] == [1, 2][:steps]
+    assert all(r["updates/total"] >= r["step"] for r in rows)
+    data = {row["dataset"] for row in read_final(folder, "evals")}
+    expected = {"paper/math": "math500", "demo/math": "arithmetic", "paper/code": "mbppplus",
+                "demo/minute": "arithmetic"}  # fmt: skip
+    assert supervised or expected.get(name.partition("_")[0], "functions") in data
 
 
 def write_traces(folder: Path, name: str) -> Path:

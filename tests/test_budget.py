@@ -88,7 +88,7 @@ def test_blocked_until_the_partner_is_finished_then_cut_at_its_time(
     assert {r["step"] for r in read_final(folder, "evals")} == {0, status["step"]}
     # the schedule runs over the planned updates, never over the budget
     assert [r["optimizer/lr"] for r in steps] == pytest.approx(
-        [1e-3 * _linear(3 * s + 3, 180) for s in range(len(steps))]
+        [1e-3 * _linear(r["updates/total"], 180) for r in steps]
     )
 
 
@@ -142,6 +142,16 @@ def test_redone_steps_and_evaluations_are_not_counted() -> None:
         return {"step": step, "time/step_s": wall, "time/evaluate_s": 0.5, "time/checkpoint_s": 0.25}
 
     assert spent_seconds([row(1, 2.0), row(2, 1.75)]) == pytest.approx(1.25 + 1.0)
+
+
+def test_an_arm_with_several_updates_is_cut_between_them(tmp_path: Path) -> None:
+    config = composed(tmp_path, *MULTI, "algorithm.passes=50", "budget.seconds=1e-6", "algorithm=ppo_multi")
+    assert run_config(config) == OK
+    folder = folder_of(config, tmp_path)
+    (row,) = read_final(folder, "steps")
+    assert row["updates/total"] == row["updates"] + row["updates/skipped"] == 1
+    assert read_json(folder / "status.json")["reason"] == "budget"
+    assert {r["step"] for r in read_final(folder, "evals")} == {0, 1}
 
 
 @pytest.mark.long
