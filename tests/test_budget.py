@@ -98,6 +98,22 @@ def _linear(updates: int, total: int) -> float:
     return updates / warmup if updates <= warmup else (total - updates + 1) / (total - warmup)
 
 
+def test_the_machine_of_the_partner_counts_and_what_was_read_once_stays(tmp_path: Path) -> None:
+    dash = composed(tmp_path)
+    assert run_config(dash) == OK
+    path = folder_of(dash, tmp_path) / "provenance.json"
+    match = 'budget.match="algorithm=dash algorithm.steps=6"'
+    write_json(path, {**read_json(path), "hardware": {"cpu": "another"}})
+    with pytest.raises(UserError, match="ran on other hardware: cpu 'another' there"):
+        run_config(composed(tmp_path, *MULTI, match))
+    multi = composed(tmp_path, *MULTI, match)
+    folder = folder_of(multi, tmp_path)
+    assert read_json(folder / "status.json")["state"] == "failed"
+    write_json(folder / "provenance.json", {"budget": {"match": "dash-0", "seconds": 1e-6}, "attempts": []})
+    assert run_config(multi) == OK  # its first attempt knew the seconds already
+    assert len(read_final(folder, "steps")) == 1
+
+
 def pretend(pool: Path, state: str, **more: object) -> Path:
     """A partner's folder with nothing but its status and config."""
     folder = pool / "dash-tiny-gsm8k-s0-0123abcd"

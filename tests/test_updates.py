@@ -117,6 +117,25 @@ def test_repeated_updates_equal_a_plain_loop(
         assert torch.allclose(value, expected[name], atol=2e-4), name
 
 
+def test_a_falling_beta_weighs_the_kl_term(tiny: Any, plain: Any) -> None:
+    """At update 3 of 6 half of it is left."""
+    groups = make_groups(LENGTHS, PROMPTS)
+    goal = Objective("policy_gradient", 0.2, 0.2, 0.5, "linear", "k3", 1.0)
+    moved = copy.deepcopy(plain)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter += 0.02
+    learner = Learner(tiny, goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
+    learner.model.load_state_dict(moved.state_dict())
+    learner.updates = 3
+    packer = Packer(1000, "constant", keep_for_kl=False)
+    for batch in [b for g in groups for b in packer.add(g)] + list(packer.flush()):
+        learner.accumulate(batch, learner.reference_logprobs(batch))
+    expected = reference_gradient(moved, plain, groups, replace(goal, beta=0.25), "constant")
+    for name, value in expected.items():
+        assert torch.allclose(learner.gradients[name] / (16 * MAX_NEW), value, atol=2e-5), name
+
+
 def test_an_emptied_mini_batch_is_a_counted_skipped_update(tiny: Any) -> None:
     groups = make_groups(LENGTHS, PROMPTS)
     groups[1] = replace(groups[1], kept=(False,) * 4)
