@@ -243,3 +243,16 @@ def write_traces(folder: Path, name: str) -> Path:
     path = folder / "traces.jsonl"
     path.write_text(json.dumps({"id": rows[0], "solution": rows[1]}) + "\n")
     return path
+
+
+@pytest.mark.long
+def test_vllm_samples_from_merged_adapters(tmp_path: Path) -> None:
+    """The engine holds weights of its own, without adapters: after each sync its log-probabilities are
+    the learner's."""
+    rows = steps_of(arm(
+        tmp_path, "sampler=vllm", "sampler.dtype=float32", "learner.precision=fp32", "algorithm=no_gf",
+        "learner.lora.rank=4", "learner.lr=3e-2", "learner.schedule=constant", "learner.warmup_share=0",
+        "algorithm.beta=10", "algorithm.steps=3",
+    ))  # fmt: skip
+    assert rows[-1]["kl/mean"] > 1e-3  # it has moved
+    assert all(r["policy/logprob_gap"] < 1e-5 for r in rows)
