@@ -104,7 +104,7 @@ class Attempt:
     def note_provenance(self, done: int) -> None:
         path = self.folder / "provenance.json"
         known, machine = read_json(path), self.machine
-        sets = [machine.parts.prompts, *(s.prompts for s in machine.sets)]
+        data = {"training": machine.parts.prompts, **{s.label: s.prompts for s in machine.sets}}
         judges = {
             *(j.version for j in machine.parts.judges.values()),
             *(s.judge.version for s in machine.sets),
@@ -129,7 +129,7 @@ class Attempt:
                 "origin": machine.source.origin,
                 "weights_hash": weights_hash(machine.source.folder, self.cache),
             },
-            datasets={p.name: p.content_hash for p in sets},
+            datasets={label: p.content_hash for label, p in data.items()},
             verifiers=sorted(judges),
         )
         if known and known.get("code_hash") != facts["code_hash"]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from dash_exp.config import ACTIONS, Config, DatasetConfig, ModelConfig, to_config
-from dash_exp.hashing import file_hash, model_hash, package_path
+from dash_exp.config import ACTIONS, Config, DatasetConfig, ModelConfig, dataset_places, parts_of, to_config
+from dash_exp.hashing import file_hash, model_hash, package_path, package_version
 
 FORMAT = 1
 """Raised when the meaning of a config changes, so that old records are not taken for new ones."""
@@ -41,24 +41,25 @@ def make_cell(config: Config, cache: Path) -> Cell:
     frozen = {k: v for k, v in asdict(config).items() if k not in ACTIONS}
     identity = {**frozen, "format": FORMAT}
     identity["model"] = _model_identity(config.model, frozen["model"], cache)
-    identity["dataset"] = _dataset_identity(config.dataset, frozen["dataset"], cache)
+    identity["dataset"] = _dataset_identity(config.dataset, cache)
     identity["evaluation"] = {
         **frozen["evaluation"],
-        "sets": {
-            label: _dataset_identity(one, asdict(one), cache) for label, one in config.evaluation.sets.items()
-        },
+        "sets": {label: _dataset_identity(one, cache) for label, one in config.evaluation.sets.items()},
     }
     text = json.dumps(identity, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    name = f"{config.algorithm.name}-{config.model.name}-{config.dataset.name}-s{config.seed}"
-    return Cell(digest, "".join(c if c.isalnum() or c in "-_." else "_" for c in name), frozen)
+    data = "+".join(one.name for one in parts_of(config.dataset).values())
+    name = f"{config.algorithm.name}-{config.model.name}-{data}-s{config.seed}"
+    return Cell(digest, "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name), frozen)
 
 
 def resolve_paths(config: Config) -> None:
     """Put the file each dataset is read from into its `path`, absolute, and drop the other names."""
-    for one in (config.dataset, *config.evaluation.sets.values()):
+    for one in dataset_places(config).values():
         found = dataset_file(one, config.paths.data)
         one.path = str(found) if found else None
+        if one.traces:
+            one.traces = str(Path(one.traces).expanduser().resolve())
     if config.model.path:
         config.model.path = str(Path(config.model.path).expanduser().resolve())
 
@@ -73,8 +74,14 @@ def dataset_file(one: DatasetConfig, data_folder: str | None) -> Path | None:
     return None
 
 
-def _dataset_identity(one: DatasetConfig, plain: dict[str, Any], cache: Path) -> dict[str, Any]:
-    kept = dict(plain)
+def _dataset_identity(one: DatasetConfig, cache: Path) -> dict[str, Any]:
+    """A dataset's settings with its files, and those of what is mixed in, replaced by what they hold."""
+    kept = asdict(one)
+    kept["mix"] = {label: _dataset_identity(part, cache) for label, part in one.mix.items()}
+    if one.kind == "reasoning_gym":
+        kept["generator"] = package_version("reasoning-gym")
+    if one.traces and Path(one.traces).is_file():
+        kept["traces"] = file_hash(Path(one.traces), cache)
     if one.path:
         for key in ("file", "hub", "hub_config", "hub_split"):
             kept.pop(key)

@@ -29,6 +29,9 @@ VERSION_BASE = "1.3"
 MAX_CELLS = 64
 """Cells of a sweep that are composed and checked before it starts, about 0.1 s each."""
 
+OPEN_MAPPINGS = ("fields", "timeouts", "task_options")
+"""Of a dataset."""
+
 COMPOSITION_ERRORS = (
     HydraException,
     OmegaConfBaseException,
@@ -46,8 +49,12 @@ def conf_dir() -> Path:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, under the name that conf/config.yaml asks for."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Make the schema known to Hydra, under the name that conf/config.yaml asks for. Mappings whose keys
+    are the user's to choose take new ones without Hydra's `+`."""
+    schema = OmegaConf.structured(Config)
+    for name in OPEN_MAPPINGS:
+        OmegaConf.set_struct(schema.dataset[name], False)
+    ConfigStore.instance().store(name="schema", node=schema)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

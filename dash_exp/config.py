@@ -118,11 +118,15 @@ class DatasetConfig:
     hub_config: str | None = None
     hub_split: str | None = None
     fields: dict[str, list[str]] = field(default_factory=dict)
-    """Our field (`problem`, `answer`, `id`) to the names a source may use; the first present wins."""
+    """Our field to the names a source may use; the first present wins, and a field left out goes by its
+    own name. All: `id`, `problem`, `solution`. Maths: `answer`. Code: `tests`, `test_list`,
+    `test_imports`, `entry_point`."""
     answer_after: str | None = None
     """The gold answer is what follows the last occurrence of this mark in the answer field."""
+    solution_drop: str | None = None
+    """What is left out of worked solutions: a regular expression."""
     id_prefix: str = ""
-    """Put before ids that lack it, so that a file and the hub name a row alike."""
+    """An id that lacks it becomes this and its number, so that a file and the hub name a row alike."""
     id_range: list[int] = field(default_factory=list)
     """First and last number, inclusive, at the end of the ids that are used; empty: all."""
     tests_call: str | None = None
@@ -134,7 +138,7 @@ class DatasetConfig:
     task_options: dict[str, Any] = field(default_factory=dict)
     """`reasoning_gym`: settings of that task."""
     size: int | None = None
-    """Generated datasets: how many examples, where the option leaves it open."""
+    """`reasoning_gym`: how many different questions."""
     traces: str | None = None
     """`algorithm=sft_m`: the file that `python -m dash_exp.traces` wrote for this dataset."""
     weight: float = 1.0
@@ -307,6 +311,21 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def dataset_places(config: Config) -> dict[str, DatasetConfig]:
+    """The datasets of a run by the key that holds them: what it trains on, then what it is evaluated on."""
+    return {**parts_of(config.dataset), **evaluation_places(config)}
+
+
+def parts_of(data: DatasetConfig) -> dict[str, DatasetConfig]:
+    """The training datasets: the dataset itself, then what is mixed in, by label, so that the order in
+    which a config names them changes nothing."""
+    return {"dataset": data, **{f"dataset.mix.{label}": data.mix[label] for label in sorted(data.mix)}}
+
+
+def evaluation_places(config: Config) -> dict[str, DatasetConfig]:
+    return {f"evaluation.sets.{label}": data for label, data in config.evaluation.sets.items()}
 
 
 ACTIONS = ("run", "tracking", "cluster", "paths")

@@ -1,4 +1,9 @@
-"""Evaluation: the training sampler's own code asks held-out prompts; intervals are over prompts."""
+"""Evaluation: the training sampler's own code asks held-out prompts; intervals are over prompts.
+
+A prompt asked n times has one value, its mean verdict; accuracy is the mean of these values (greedy
+accuracy for n = 1, avg@n beyond). pass@k is estimated per prompt from all n samples, so the samples of a
+prompt are never taken for independent observations. docs/evaluation.md says more.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,15 @@ from filelock import FileLock
 
 from dash_exp.record import Row, read_json, write_json
 from dash_exp.sampling.protocol import Decoding, Sampler
-from dash_exp.statistics import bootstrap_interval, wilson_interval
+from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet, requests
 from dash_exp.types import Group, Score
 
 UNRELIABLE = ("timeout", "crashed", "verifier_error")
 """Outcomes that may be the machine's fault."""
+HERE = Path(__file__).parent
+SAMPLING_CODE = ("sampling", "modeling", "evaluation.py", "seeding.py", "tasks/prompts.py")
+"""What of the package decides which tokens an untrained model answers with, beside the prompts."""
 
 
 class Judge(Protocol):
@@ -34,7 +42,8 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EvalSet:
-    """One held-out set, and how it is asked and judged. `judging` names verifier and extraction."""
+    """One held-out set, and how it is asked and judged. `judging` names verifier and extraction; pass@k
+    is reported for each of `k`."""
 
     label: str
     prompts: PromptSet
@@ -42,6 +51,7 @@ class EvalSet:
     decoding: Decoding
     samples: int
     judging: str
+    k: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,7 @@ def evaluate(one: EvalSet, sampler: Sampler, run_seed: int) -> EvalResult:
         waiting.append((group, futures))
     waiting.sort(key=lambda pair: pair[0].position)
     rows = tuple(_prompt_row(one.label, g, [f.result() for f in fs]) for g, fs in waiting)
-    return EvalResult(tuple(summarise(one.label, rows)), rows)
+    return EvalResult(tuple(summarise(one.label, rows, one.k)), rows)
 
 
 def _prompt_row(label: str, group: Group, scores: Sequence[Score]) -> Row:
@@ -75,28 +85,51 @@ def _prompt_row(label: str, group: Group, scores: Sequence[Score]) -> Row:
     }
 
 
-def summarise(label: str, rows: Sequence[Row]) -> list[Row]:
-    """Accuracy with a 95 % interval over prompts (Wilson for one sample a prompt, else bootstrap),
-    mean length in tokens, and the share of truncated completions. A verdict that failed (None) counts
-    for nothing; `n` is the number of prompts with at least one verdict."""
+def summarise(label: str, rows: Sequence[Row], k: Sequence[int] = ()) -> list[Row]:
+    """Accuracy and pass@k with 95 % intervals over prompts, mean length in tokens, the share of truncated
+    completions, and how many verdicts failed.
+
+    A verdict that could not be reached (None) counts for nothing, neither right nor wrong. `n` is the
+    number of prompts a value comes from: for accuracy those with at least one verdict, for pass@k those
+    with at least k. Where there are none the row has no value.
+    """
     judged = [[x for x in r["scores"] if x is not None] for r in rows]
-    means = [sum(scores) / len(scores) for scores in judged if scores]
-    n = len(means)
-    value = sum(means) / n if n else None
-    single = all(len(scores) <= 1 and set(scores) <= {0.0, 1.0} for scores in judged)
-    low, high = wilson_interval(round(sum(means)), n) if single else bootstrap_interval(means)
     lengths = [t for r in rows for t in r["tokens"]]
     cut = [t for r in rows for t in r["truncated"]]
-    accuracy = {"metric": "accuracy", "value": value, "n": n}
-    if math.isfinite(low):
-        accuracy |= {"low": low, "high": high}
     plain = {
         "length/mean_tokens": sum(lengths) / len(lengths),
         "length/truncated_share": sum(cut) / len(cut),
         "verdicts/failed": sum(o in UNRELIABLE for r in rows for o in r["outcomes"]),
     }
-    metrics = [accuracy, *({"metric": k, "value": v, "n": len(rows)} for k, v in plain.items())]
+    metrics = [
+        _over_prompts("accuracy", [sum(scores) / len(scores) for scores in judged if scores]),
+        *(_over_prompts(f"pass@{size}", _pass_values(rows, size)) for size in k),
+        *({"metric": name, "value": value, "n": len(rows)} for name, value in plain.items()),
+    ]
     return [{"dataset": label, **m} for m in metrics]
+
+
+def _pass_values(rows: Sequence[Row], k: int) -> list[float]:
+    """pass@k of each prompt that has at least k verdicts; `correct` alone passes, whatever fraction of
+    the reward another answer was given."""
+    counts = []
+    for row in rows:
+        pairs = zip(row["scores"], row["outcomes"], strict=True)
+        outcomes = [outcome for value, outcome in pairs if value is not None]
+        counts.append((len(outcomes), outcomes.count("correct")))
+    return [pass_at_k(n, correct, k) for n, correct in counts if n >= k]
+
+
+def _over_prompts(metric: str, values: Sequence[float]) -> Row:
+    """The mean over prompts with its interval: Wilson's where every prompt is right or wrong (which the
+    bootstrap would give no width when all are), else by resampling prompts."""
+    n = len(values)
+    if n == 0:
+        return {"metric": metric, "n": 0}
+    binary = set(values) <= {0.0, 1.0}
+    low, high = wilson_interval(round(sum(values)), n) if binary else bootstrap_interval(values)
+    ends = {"low": low, "high": high} if math.isfinite(low) else {}
+    return {"metric": metric, "value": sum(values) / n, "n": n, **ends}
 
 
 def cached(
@@ -120,20 +153,46 @@ def cached(
         return result, False
 
 
+def shared(
+    one: EvalSet, key: Mapping[str, Any], folder: Path, compute: Callable[[], EvalResult]
+) -> tuple[EvalResult, bool]:
+    """`cached`, for a set that another cell may have stored under another label, or with other k: what
+    is shared is the verdicts, and they are summed up here."""
+    stored, hit = cached(key, folder, compute)
+    rows = tuple({**row, "dataset": one.label} for row in stored.prompts)
+    return EvalResult(tuple(summarise(one.label, rows, one.k)), rows), hit
+
+
 def base_key(one: EvalSet, weights: str, engine: Mapping[str, Any], run_seed: int) -> dict[str, Any]:
-    """What the result of the untrained model depends on. Greedy results do not depend on a seed."""
+    """What the verdicts on an untrained model depend on. Greedy answers do not depend on a seed; sampled
+    ones do, and on the set's label, which is part of their seeds. The hash of the prompts' tokens stands
+    for template and tokenizer."""
     greedy = one.decoding.temperature == 0
     return {
         "weights": weights,
         "engine": dict(engine),
+        "code": sampling_code_hash(),
         "data": one.prompts.content_hash,
-        "prompts": hashlib.sha256(repr([p.token_ids for p in one.prompts.prompts]).encode()).hexdigest(),
+        "prompts": hashlib.sha256(
+            repr([(p.id, p.token_ids) for p in one.prompts.prompts]).encode()
+        ).hexdigest(),
         "decoding": {
             "max_new_tokens": one.decoding.max_new_tokens,
             "temperature": one.decoding.temperature,
+            "top_p": one.decoding.top_p,
             "stop_ids": list(one.decoding.stop_ids),
         },
         "samples": one.samples,
         "judging": f"{one.judging}/{one.judge.version}",
-        "seed": None if greedy else run_seed,
+        "seed": None if greedy else [run_seed, one.label],
     }
+
+
+def sampling_code_hash() -> str:
+    """SHA-256 over the code that turns prompts into completions: a result of other code is not shared."""
+    digest = hashlib.sha256()
+    for part in SAMPLING_CODE:
+        place = HERE / part
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{file.relative_to(HERE)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dash_exp.errors import Fault, UserError
@@ -22,6 +23,14 @@ def package_path(package: str) -> Path:
             )
         )
     return Path(spec.origin).parent
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution; None when it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def file_hash(path: Path, cache: Path | None = None) -> str:

@@ -1,11 +1,14 @@
-"""Which values a setting may take: fixed names, and ranges of numbers. Torch-free tables."""
+"""Which values a setting may take: fixed names, and ranges of numbers. Torch-free."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dash_exp.errors import Fault, nearest
 from dash_exp.learning.advantages import BASELINES, SCALES
+from dash_exp.learning.schedules import BETA_SCHEDULES, LR_SCHEDULES
 from dash_exp.tasks.templates import TEMPLATES
 from dash_exp.verifiers.extraction import EXTRACTIONS
 
@@ -20,7 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "algorithm.baseline": BASELINES,
     "algorithm.scale": SCALES,
     "algorithm.surrogate": SURROGATES,
-    "algorithm.beta_schedule": ("constant", "linear"),
+    "algorithm.beta_schedule": BETA_SCHEDULES,
     "algorithm.kl": KL_ESTIMATORS,
     "algorithm.aggregation": AGGREGATIONS,
     "algorithm.schedule": SCHEDULES,
@@ -30,7 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "filter.name": ("none", "advantage", "zero_variance"),
     "filter.kl": ("drop", "keep"),
     "filter.denominator": ("all", "kept"),
-    "learner.schedule": ("linear", "constant"),
+    "learner.schedule": LR_SCHEDULES,
     "learner.precision": ("bf16_mixed", "fp32", "bf16"),
     "run.progress": ("auto", "plain", "none"),
 }
@@ -46,6 +49,13 @@ EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
     "code": ("program",),
     "reasoning_gym": ("answer_tag", "boxed_or_last", "whole"),
 }
+VERIFIERS_OF: dict[str, tuple[str, ...]] = {
+    "jsonl": ("math", "integer", "code"),
+    "arithmetic": ("integer", "math"),
+    "functions": ("code",),
+    "reasoning_gym": ("reasoning_gym",),
+}
+"""Which verifiers understand the gold of a kind of dataset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,3 +136,17 @@ DATASET_RANGES: dict[str, Range] = {
     "max_new_tokens": COUNT,
 }
 RANDOM_SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+
+
+def outside(key: str, value: float | None, allowed: Range) -> Iterator[Fault]:
+    """A fault where a number is out of its range; None is no number."""
+    if value is not None and not allowed.holds(value):
+        yield range_fault(key, value, allowed)
+
+
+def range_fault(key: str, value: float, allowed: Range) -> Fault:
+    return Fault(key, f"got {value:g}, must be {allowed}")
+
+
+def unknown(key: str, value: object, allowed: tuple[str, ...]) -> Fault:
+    return Fault(key, f"got {value!r}", nearest(str(value), allowed))

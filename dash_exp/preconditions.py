@@ -7,9 +7,11 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from dash_exp.config import Config, DatasetConfig
+from dash_exp.config import Config, DatasetConfig, evaluation_places, parts_of
 from dash_exp.errors import Fault
+from dash_exp.tasks.gym import PACKAGE, setting_faults
 
 Installed = Callable[[str], bool]
 
@@ -41,14 +43,18 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
             f"{config.paths.data} is not a folder",
             "it is set by paths.data= or the variable DASH_DATA",
         )
-    yield from _dataset("dataset", config.dataset, config.paths.data)
+    for place, data in parts_of(config.dataset).items():
+        yield from _dataset(place, data, config.paths.data)
+        yield from _gym(place, data, installed)
     traces = config.dataset.traces
     if config.algorithm.source == "traces" and traces and not os.path.isfile(traces):
         yield Fault("dataset.traces", f"{traces} is not a file", TRACES_HINT)
     evaluation = config.evaluation
     if evaluation.before or evaluation.after or evaluation.every:
-        for label, data in evaluation.sets.items():
-            yield from _dataset(f"evaluation.sets.{label}", data, config.paths.data)
+        for place, data in evaluation_places(config).items():
+            yield from _dataset(place, data, config.paths.data)
+            if gym_settings(data) not in map(gym_settings, parts_of(config.dataset).values()):
+                yield from _gym(place, data, installed)
     yield from _writable(Path(config.run.dir))
 
 
@@ -112,6 +118,24 @@ def _dataset(place: str, data: DatasetConfig, folder: str | None) -> Iterator[Fa
         file = Path(folder, data.file)
         if not os.path.isfile(file):
             yield Fault(f"{place}.file", f"{file} is not a file", _neighbour(file))
+
+
+def gym_settings(data: DatasetConfig) -> tuple[str, str | None, dict[str, Any]]:
+    """What `_gym` looks at: a test set with the settings of the training set has the same faults."""
+    return data.kind, data.task, data.task_options
+
+
+def _gym(place: str, data: DatasetConfig, installed: Installed) -> Iterator[Fault]:
+    """The package of generated reasoning tasks, then the task's name and settings."""
+    if data.kind != "reasoning_gym":
+        return
+    if not installed(PACKAGE):
+        yield Fault(
+            place, f"{data.name} needs the package {PACKAGE}, which is not installed",
+            "pip install 'dash-exp[gym]'",
+        )  # fmt: skip
+    elif data.task is not None:
+        yield from setting_faults(place, data.task, data.task_options)
 
 
 def _neighbour(path: Path) -> str:

@@ -10,19 +10,19 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dash_exp.config import Config, DatasetConfig
-from dash_exp.errors import Fault, nearest
+from dash_exp.config import Config
+from dash_exp.dataset_faults import dataset_faults
+from dash_exp.errors import Fault
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.limits import (
     ALLOWED,
     COUNT,
-    DATASET_ALLOWED,
-    DATASET_RANGES,
-    EXTRACTIONS_OF,
     KL_ESTIMATORS,
     RANDOM_SIZES,
     RANGES,
-    Range,
+    outside,
+    range_fault,
+    unknown,
 )
 from dash_exp.preconditions import TRACES_HINT, Installed, is_installed, missing
 
@@ -31,8 +31,8 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
     """Every fault of a config; none means that it can be started. `installed` says whether a Python
     package can be imported, without importing it."""
     parts: tuple[Callable[[Config], Iterator[Fault]], ...] = (
-        _names, _numbers, _datasets, _group, _sampling, _arm, _filter, _kl_and_passes, _supervised, _budget,
-        _evaluation, _random_model,
+        _names, _numbers, dataset_faults, _group, _sampling, _arm, _filter, _kl_and_passes,
+        _supervised, _budget, _evaluation, _random_model,
     )  # fmt: skip
     faults = [fault for part in parts for fault in part(config)]
     return faults + list(missing(config, installed))
@@ -42,40 +42,15 @@ def _names(config: Config) -> Iterator[Fault]:
     for key, allowed in ALLOWED.items():
         value = _value(config, key)
         if value not in allowed and not (key == "algorithm.kl" and value == "k1"):
-            yield _unknown(key, value, allowed)
+            yield unknown(key, value, allowed)
     device = config.learner.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        yield _unknown("learner.device", device, ("auto", "cpu", "cuda", "cuda:0"))
+        yield unknown("learner.device", device, ("auto", "cpu", "cuda", "cuda:0"))
 
 
 def _numbers(config: Config) -> Iterator[Fault]:
     for key, allowed in RANGES.items():
-        yield from _outside(key, _value(config, key), allowed)
-
-
-def dataset_places(config: Config) -> dict[str, DatasetConfig]:
-    """The datasets of a run by the key that holds them."""
-    sets = {f"evaluation.sets.{label}": data for label, data in config.evaluation.sets.items()}
-    return {"dataset": config.dataset, **sets}
-
-
-def _datasets(config: Config) -> Iterator[Fault]:
-    for place, data in dataset_places(config).items():
-        for key, allowed in DATASET_ALLOWED.items():
-            if getattr(data, key) not in allowed:
-                yield _unknown(f"{place}.{key}", getattr(data, key), allowed)
-        for key, interval in DATASET_RANGES.items():
-            yield from _outside(f"{place}.{key}", getattr(data, key), interval)
-        modes = EXTRACTIONS_OF.get(data.verifier)
-        if modes and data.extraction not in modes:
-            yield _unknown(f"{place}.extraction", data.extraction, modes)
-        absent = {"problem", "answer"} - {name for name, sources in data.fields.items() if sources}
-        if data.kind == "jsonl" and absent:
-            yield Fault(
-                f"{place}.fields",
-                f"no source is named for {' and '.join(sorted(absent))}",
-                "name them, e.g. dataset.fields.problem=[question]",
-            )
+        yield from outside(key, _value(config, key), allowed)
 
 
 def _group(config: Config) -> Iterator[Fault]:
@@ -118,9 +93,9 @@ def _sampling(config: Config) -> Iterator[Fault]:
 
 def _arm(config: Config) -> Iterator[Fault]:
     arm, name = config.algorithm, config.filter.name
-    unknown = [f for f in arm.filters if f not in ALLOWED["filter.name"]]
-    if unknown:
-        yield _unknown("algorithm.filters", unknown[0], ALLOWED["filter.name"])
+    strange = [f for f in arm.filters if f not in ALLOWED["filter.name"]]
+    if strange:
+        yield unknown("algorithm.filters", strange[0], ALLOWED["filter.name"])
     elif name in ALLOWED["filter.name"] and name not in arm.filters:
         yield Fault(
             "filter",
@@ -166,9 +141,9 @@ def _kl_and_passes(config: Config) -> Iterator[Fault]:
             "as a term of the loss, k1's expected gradient is 0: it would regularise nothing; k2's is "
             "what k1 gives as a penalty on the reward",
         )
-    if arm.mini_batch is not None and arm.group_size >= 1:
+    if arm.mini_batch is not None and arm.mini_batch >= 1 and arm.group_size >= 1:
         yield from _mini_batch(arm.mini_batch, arm.group_size, arm.prompts_per_step)
-    several = {"passes": arm.passes > 1, "mini_batch": arm.mini_batch is not None}
+    several = {"passes": arm.passes > 1, "mini_batch": (arm.mini_batch or 0) > 0}
     if any(several.values()) and arm.surrogate != "clipped":
         key = next(name for name, found in several.items() if found)
         yield Fault(
@@ -217,14 +192,14 @@ def _evaluation(config: Config) -> Iterator[Fault]:
             f"got {evaluation.samples} with evaluation.temperature=0: they would all be equal",
             "set evaluation.samples=1, or a temperature above 0",
         )
-    if evaluation.top_p < 1 and evaluation.temperature == 0:
+    if 0 < evaluation.top_p < 1 and evaluation.temperature == 0:
         yield Fault(
             "evaluation.top_p",
             f"got {evaluation.top_p:g} with evaluation.temperature=0: greedy decoding draws nothing",
             "set evaluation.top_p=1, or a temperature above 0",
         )
     for k in evaluation.k:
-        yield from _outside("evaluation.k", k, COUNT)
+        yield from outside("evaluation.k", k, COUNT)
     repeated = sorted({k for k in evaluation.k if evaluation.k.count(k) > 1})
     if repeated:
         yield Fault("evaluation.k", f"names {', '.join(map(str, repeated))} more than once")
@@ -235,12 +210,12 @@ def _random_model(config: Config) -> Iterator[Fault]:
     if not model.random or model.path or model.package or model.hub:
         return
     sizes, known = model.random, (*RANDOM_SIZES, "seed")
-    yield from (_unknown("model.random", name, known) for name in sizes if name not in known)
+    yield from (unknown("model.random", name, known) for name in sizes if name not in known)
     absent = [name for name in RANDOM_SIZES if name not in sizes]
     if absent:
         yield Fault("model.random", f"lacks {', '.join(absent)}", f"it has {', '.join(known)}")
     wrong = [name for name in RANDOM_SIZES if name in sizes and sizes[name] < 1]
-    yield from (_fault(f"model.random.{name}", sizes[name], COUNT) for name in wrong)
+    yield from (range_fault(f"model.random.{name}", sizes[name], COUNT) for name in wrong)
     if absent or wrong:
         return
     hidden, heads, kv_heads = sizes["hidden_size"], sizes["heads"], sizes["kv_heads"]
@@ -259,16 +234,3 @@ def _value(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def _outside(key: str, value: float | None, allowed: Range) -> Iterator[Fault]:
-    if value is not None and not allowed.holds(value):
-        yield _fault(key, value, allowed)
-
-
-def _fault(key: str, value: float, allowed: Range) -> Fault:
-    return Fault(key, f"got {value:g}, must be {allowed}")
-
-
-def _unknown(key: str, value: object, allowed: tuple[str, ...]) -> Fault:
-    return Fault(key, f"got {value!r}", nearest(str(value), allowed))

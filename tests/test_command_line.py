@@ -92,8 +92,8 @@ def test_help_tells_what_it_is_the_commands_the_groups_and_common_keys(shell: Sh
     for part in (
         "dash_exp trains a small language model",
         "python -m dash_exp -m key=a,b",
-        "algorithm: dash, grpo, no_gf, no_kl, pg, ppo_multi",
-        "model: llama8b, qwen0.5b, qwen1.5b, qwen3b, smollm2_135m, tiny",
+        "algorithm: dash, dr_grpo, grpo, no_gf, no_kl, pg, ppo_mini, ppo_multi, rloo, sft_h, sft_m",
+        "model: llama8b, qwen0.5b, qwen1.5b, qwen3b, qwen7b_instruct, smollm2_135m, tiny",
         "sampler: hf, vllm",
         "run.force=true",
         'eval "$(dash-exp -sc install=bash)"',

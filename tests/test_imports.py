@@ -17,27 +17,31 @@ LAYERS = [
     {"types", "errors", "seeding", "statistics", "config", "hashing", "cells", "ledger", "signals"},
     {"tasks", "verifiers", "sampling.protocol", "learning.advantages", "learning.filters",
      "learning.losses", "learning.schedules", "record", "validation", "preconditions", "provenance",
-     "override_faults",
-     "compose", "metrics", "terminal", "limits"},
+     "override_faults", "dataset_faults",
+     "partners", "compose", "metrics", "terminal", "limits"},
     {"modeling", "learning.logprobs"},
-    {"checkpoint", "learning", "sampling", "evaluation"},
+    {"checkpoint", "learning", "sampling", "evaluation", "trace_file", "trace_settings", "subject"},
     {"plan"},
     {"updates"},
     {"loop"},
+    {"budget"},
     {"build_task"},
-    {"build"},
-    {"attempt"},
+    {"build", "judge"},
+    {"attempt", "inference"},
     {"cell"},
-    {"__main__"},
+    {"__main__", "evaluate", "traces"},
 ]  # fmt: skip
 """A module imports from its own layer and from earlier ones. The longest matching name counts."""
 
 TORCH_FREE = ["types", "errors", "seeding", "statistics", "config", "limits", "hashing", "cells",
               "ledger", "record", "metrics", "terminal", "validation", "preconditions", "provenance",
               "compose", "override_faults", "tasks.prompts", "tasks.examples", "verifiers.pool",
+              "tasks.sources", "tasks.rows", "tasks.generated", "tasks.gym", "dataset_faults",
               "verifiers.frontends", "sampling.protocol", "learning.advantages", "learning.filters",
-              "learning.schedules", "__main__", "evaluation", "cell", "signals"]  # fmt: skip
-ONE_PLACE = {"vllm": "sampling/vllm_engine.py", "peft": "learning/adapters.py"}
+              "learning.schedules", "__main__", "evaluation", "cell", "signals", "budget", "partners",
+              "judge", "evaluate", "traces", "trace_file", "trace_settings", "subject"]  # fmt: skip
+ONE_PLACE = {"vllm": "sampling/vllm_engine.py", "peft": "learning/adapters.py",
+             "reasoning_gym": "tasks/gym.py"}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

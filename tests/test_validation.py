@@ -17,7 +17,8 @@ from dash_exp.config import Config
 from dash_exp.errors import Fault
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
-from dash_exp.validation import check, largest_advantage
+from dash_exp.tasks.templates import TEMPLATES
+from dash_exp.validation import check, largest_deviation
 
 pytest_plugins = ["tests.config_fixtures"]
 
@@ -51,13 +52,14 @@ NAMES = {
     "learner.precision": "bf16, bf16_mixed, fp32",
     "learner.device": "auto, cpu, cuda, cuda:0",
     "run.progress": "auto, none, plain",
-    "dataset.kind": "arithmetic, jsonl",
+    "dataset.kind": "arithmetic, functions, jsonl, reasoning_gym",
     "dataset.split": "test, train",
-    "dataset.template": "bare, problem_solution",
-    "dataset.verifier": "integer, math",
+    "dataset.template": ", ".join(sorted(TEMPLATES)),
+    "dataset.verifier": "code, integer, math, reasoning_gym",
     "dataset.extraction": "first_integer",
-    "evaluation.sets.arithmetic.kind": "arithmetic, jsonl",
-    "evaluation.sets.arithmetic.verifier": "integer, math",
+    "evaluation.sets.arithmetic.kind": "arithmetic, functions, jsonl, reasoning_gym",
+    "evaluation.sets.arithmetic.verifier": "code, integer, math, reasoning_gym",
+    "evaluation.template": ", ".join(sorted(TEMPLATES)),
 }
 
 
@@ -81,7 +83,13 @@ def test_devices(config: Config, device: str) -> None:
 
 OUT_OF_RANGE: list[tuple[str, float, str]] = [
     ("seed", -1, "at least 0"),
-    ("algorithm.steps", 0, "at least 1"),
+    ("algorithm.steps", -1, "at least 0"),
+    ("algorithm.mini_batch", 0, "at least 1"),
+    ("recipe.sft_steps", -1, "at least 0"),
+    ("recipe.sft_batch", 0, "at least 1"),
+    ("recipe.sft_lr", 0.0, "more than 0"),
+    ("learner.lora.rank", -1, "at least 0"),
+    ("learner.lora.alpha", 0.0, "more than 0"),
     ("algorithm.prompts_per_step", 0, "at least 1"),
     ("algorithm.clip_low", 0.0, "more than 0 and less than 1"),
     ("algorithm.clip_low", 1.0, "more than 0 and less than 1"),
@@ -110,6 +118,8 @@ OUT_OF_RANGE: list[tuple[str, float, str]] = [
     ("evaluation.samples", 0, "at least 1"),
     ("evaluation.temperature", -0.1, "at least 0"),
     ("evaluation.limit", 0, "at least 1"),
+    ("evaluation.top_p", 0.0, "more than 0 and at most 1"),
+    ("evaluation.top_p", 1.1, "more than 0 and at most 1"),
     ("evaluation.sets.arithmetic.max_prompt_tokens", 0, "at least 1"),
     ("checkpoint.every", -1, "at least 0"),
     ("checkpoint.keep", 0, "at least 1"),
@@ -119,6 +129,9 @@ OUT_OF_RANGE: list[tuple[str, float, str]] = [
     ("budget.seconds", 0.0, "more than 0"),
     ("cluster.threads", 0, "at least 1"),
     ("dataset.limit", 0, "at least 1"),
+    ("dataset.size", 0, "at least 1"),
+    ("dataset.weight", 0.0, "more than 0"),
+    ("dataset.weight", math.inf, "more than 0"),
     ("dataset.max_prompt_tokens", 0, "at least 1"),
     ("dataset.completion_tokens", 0, "at least 1"),
     ("dataset.max_new_tokens", 0, "at least 1"),
@@ -256,22 +269,16 @@ def test_a_group_is_sampled_together(config: Config) -> None:
     )  # fmt: skip
 
 
-def test_largest_advantages_of_the_paper() -> None:
+def test_largest_deviations_of_the_paper() -> None:
     # G = 4, one right of four: (1 - 1/4) / (1/2 + 1e-4) = 0.75 / 0.5001
-    assert largest_advantage(4, "group_mean", "std") == pytest.approx(0.75 / 0.5001)
-    assert largest_advantage(4, "group_mean", "none") == 0.75
-    assert largest_advantage(4, "leave_one_out", "none") == 1.0
+    assert largest_deviation(4) == pytest.approx(0.75 / 0.5001)
 
 
-@given(
-    size=st.integers(2, 40),
-    baseline=st.sampled_from(["group_mean", "leave_one_out"]),
-    scale=st.sampled_from(["std", "none"]),
-)
-def test_no_group_has_a_larger_advantage(size: int, baseline: str, scale: str) -> None:
+@given(size=st.integers(2, 40))
+def test_no_group_has_a_larger_deviation(size: int) -> None:
     groups = ([1.0] * right + [0.0] * (size - right) for right in range(size + 1))
-    found = max(abs(a) for g in groups for a in group_advantages(g, baseline=baseline, scale=scale))
-    assert largest_advantage(size, baseline, scale) == pytest.approx(found, rel=1e-12)
+    found = max(abs(a) for g in groups for a in group_advantages(g))
+    assert largest_deviation(size) == pytest.approx(found, rel=1e-12)
 
 
 def test_a_threshold_that_would_drop_everything(config: Config) -> None:
@@ -282,8 +289,8 @@ def test_a_threshold_that_would_drop_everything(config: Config) -> None:
     [fault] = check(config)
     assert fault.where == "filter.threshold"
     assert fault.what == (
-        "got 1.5, which drops every completion: with group_size=4, baseline=group_mean, scale=std "
-        "and rewards of 0 or 1, |advantage| is at most 1.4997"
+        "got 1.5, which drops every completion: with group_size=4 and rewards of 0 or 1, none is "
+        "more than 1.4997 standard deviations from its group's mean"
     )
     config.filter.name = "zero_variance"  # has no threshold
     assert check(config) == []
@@ -294,6 +301,26 @@ def test_several_greedy_samples_would_all_be_equal(config: Config) -> None:
     assert [f.where for f in check(config)] == ["evaluation.samples"]
     config.evaluation.temperature = 0.6
     assert check(config) == []
+
+
+def test_greedy_decoding_draws_from_no_nucleus(config: Config) -> None:
+    config.evaluation.top_p = 0.95
+    [fault] = check(config)
+    assert (fault.where, fault.what) == (
+        "evaluation.top_p", "got 0.95 with evaluation.temperature=0: greedy decoding draws nothing",
+    )  # fmt: skip
+    config.evaluation.temperature = 0.7
+    assert check(config) == []
+
+
+def test_pass_at_k_is_for_positive_k_named_once(config: Config) -> None:
+    config.evaluation.k = [1, 8]  # 8 is more than the samples: a row without a value, no fault
+    assert check(config) == []
+    config.evaluation.k = [0, 4, 4]
+    assert check(config) == [
+        Fault("evaluation.k", "got 0, must be at least 1"),
+        Fault("evaluation.k", "names 4 more than once"),
+    ]
 
 
 def test_extraction_belongs_to_the_verifier(config: Config) -> None:

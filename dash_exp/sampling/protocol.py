@@ -12,7 +12,8 @@ from dash_exp.types import Group, Prompt
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How tokens are drawn. Temperature 0 is greedy. `stop_ids` end a completion and belong to it.
-    `top_p` below 1 is for evaluation and traces only: a training arm never cuts the distribution."""
+    `top_p` below 1 is for evaluation and traces only: a training arm never cuts the distribution. The
+    log-probabilities of completions are then those of the cut distribution, renormalised."""
 
     max_new_tokens: int
     temperature: float

@@ -96,6 +96,7 @@ class VLLMSampler:
                 self._vllm.SamplingParams(
                     max_tokens=decoding.max_new_tokens,
                     temperature=decoding.temperature,
+                    top_p=decoding.top_p,
                     seed=seed,
                     logprobs=0,
                     stop_token_ids=list(decoding.stop_ids),

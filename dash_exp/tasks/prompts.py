@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dash_exp.errors import Fault, UserError
 from dash_exp.sampling.protocol import Request
-from dash_exp.seeding import permutation, seed_for
-from dash_exp.tasks.examples import ExampleSet
-from dash_exp.tasks.templates import TEMPLATES
+from dash_exp.seeding import permutation, seed_for, uniforms
+from dash_exp.tasks.examples import Example, ExampleSet
 from dash_exp.types import Prompt
 
 Tokenize = Callable[[list[str]], list[list[int]]]
@@ -17,32 +20,33 @@ Tokenize = Callable[[list[str]], list[list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts ready for a sampler. `dropped`: how many were longer than `max_prompt_tokens`."""
+    """Prompts ready for a sampler. `dropped`: how many were longer than `max_prompt_tokens`. `weights`:
+    in a mixture the share of each part, by the task its prompts name; else empty."""
 
     name: str
     prompts: tuple[Prompt, ...]
     dropped: int
     content_hash: str
+    weights: tuple[tuple[str, float], ...] = ()
 
 
 def make_prompts(
-    examples: ExampleSet, tokenize: Tokenize, *,
-    template: str, max_prompt_tokens: int, model_limit: int, limit: int | None = None,
+    examples: ExampleSet, render: Callable[[Example], str], tokenize: Tokenize, *,
+    max_prompt_tokens: int, model_limit: int, limit: int | None = None,
 ) -> PromptSet:  # fmt: skip
-    """Template, tokenize, and drop what is longer than `max_prompt_tokens` (counted).
+    """Put into the template, tokenize, and drop what is longer than `max_prompt_tokens` (counted).
 
     `model_limit`: tokens of prompt the model has room for. Raises UserError when the setting admits
-    a prompt that the model cannot take, or when nothing is left.
+    a prompt that the model cannot take, or when nothing is left; its faults name the dataset's key.
     """
-    texts = [TEMPLATES[template](e.problem) for e in examples.examples]
-    if limit is not None:
-        texts = texts[:limit]
+    used = examples.examples[:limit]
+    texts = [render(e) for e in used]
     ids = tokenize(texts)
-    empty = [e.id for e, tokens in zip(examples.examples, ids, strict=False) if not tokens]
+    empty = [e.id for e, tokens in zip(used, ids, strict=True) if not tokens]
     if empty:
-        raise UserError(Fault("dataset.template", f"{len(empty)} prompts have no tokens, e.g. {empty[0]}"))
+        raise UserError(Fault("template", f"{len(empty)} prompts have no tokens, e.g. {empty[0]}"))
     rows, dropped, too_long = [], 0, []
-    for example, text, tokens in zip(examples.examples, texts, ids, strict=False):
+    for example, text, tokens in zip(used, texts, ids, strict=True):
         if len(tokens) > max_prompt_tokens:
             dropped += 1
         elif len(tokens) > model_limit:
@@ -53,37 +57,88 @@ def make_prompts(
         worst = max(too_long, key=lambda pair: pair[1])
         raise UserError(
             Fault(
-                "dataset.max_prompt_tokens",
+                "max_prompt_tokens",
                 f"{len(too_long)} prompts are longer than the {model_limit} tokens this model has "
                 f"room for beside the completion (longest: {worst[0]}, {worst[1]} tokens)",
-                f"set dataset.max_prompt_tokens={model_limit} to drop them",
+                f"set it to {model_limit} to drop them" if model_limit > 0 else "shorten the completion",
             )
         )
     if not rows:
         raise UserError(
             Fault(
-                "dataset.max_prompt_tokens",
+                "max_prompt_tokens",
                 f"all {dropped} prompts of {examples.name} are longer than {max_prompt_tokens} tokens",
-                "raise it, or look at dataset.template",
+                "raise it, or look at the template",
             )
         )
     return PromptSet(examples.name, tuple(rows), dropped, examples.content_hash)
 
 
+def mixture(parts: Sequence[tuple[PromptSet, float]]) -> PromptSet:
+    """Prompt sets with their weights as one; a single set is itself. Their names must differ."""
+    if len(parts) == 1:
+        return parts[0][0]
+    sets = [one for one, _ in parts]
+    hashes = "".join(f"{one.name}:{one.content_hash}\n" for one in sets)
+    return PromptSet(
+        "+".join(one.name for one in sets),
+        tuple(prompt for one in sets for prompt in one.prompts),
+        sum(one.dropped for one in sets),
+        hashlib.sha256(hashes.encode()).hexdigest(),
+        tuple((one.name, weight) for one, weight in parts),
+    )
+
+
 def batch(prompts: PromptSet, run_seed: int, step: int, prompts_per_step: int) -> list[Prompt]:
-    """The prompts of a step (from 1). Epoch after epoch of shuffled prompts, cut into batches; a
-    function of its arguments alone, so nothing has to be saved to resume, and cells of equal seed
-    see the same prompts in the same order."""
-    count = len(prompts.prompts)
+    """The prompts of a step (from 1): places (step - 1) x prompts_per_step and on of an endless order
+    that depends on prompts and seed alone, so nothing has to be saved to resume, and cells of equal
+    seed see the same prompts in the same order.
+
+    The order is epoch after epoch of shuffled prompts. In a mixture each part has such an order of its
+    own, and `_parts_of` says whose turn it is."""
+    first, last = (step - 1) * prompts_per_step, step * prompts_per_step
+    if not prompts.weights:
+        return _in_order(prompts.name, prompts.prompts, run_seed, first, prompts_per_step)
+    pools = {name: [p for p in prompts.prompts if p.task == name] for name, _ in prompts.weights}
+    weights = [(name, weight) for name, weight in prompts.weights if pools[name]]
+    turns = _parts_of(np.arange(last), [weight for _, weight in weights], run_seed)
+    chosen: dict[int, Prompt] = {}
+    for number, (name, _) in enumerate(weights):
+        places = np.flatnonzero(turns[first:] == number).tolist()
+        before = int((turns[:first] == number).sum())
+        own = _in_order(name, pools[name], run_seed, before, len(places))
+        chosen.update(zip(places, own, strict=True))
+    return [chosen[place] for place in range(prompts_per_step)]
+
+
+def _in_order(name: str, prompts: Sequence[Prompt], run_seed: int, place: int, wanted: int) -> list[Prompt]:
+    """`wanted` prompts from this place of the endless order on."""
+    count = len(prompts)
     chosen: list[Prompt] = []
-    place = (step - 1) * prompts_per_step
-    while len(chosen) < prompts_per_step:
+    while len(chosen) < wanted:
         epoch, offset = divmod(place, count)
-        order = permutation(seed_for(run_seed, "order", prompts.name, epoch), count)
-        wanted = order[offset : offset + prompts_per_step - len(chosen)]
-        chosen += [prompts.prompts[i] for i in wanted]
-        place += len(wanted)
+        order = permutation(seed_for(run_seed, "order", name, epoch), count)
+        taken = order[offset : offset + wanted - len(chosen)]
+        chosen += [prompts[i] for i in taken]
+        place += len(taken)
     return chosen
+
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def _parts_of(places: np.ndarray, weights: Sequence[float], run_seed: int) -> np.ndarray:
+    """Whose turn each place is: the number of a part, shape of `places`.
+
+    Place p falls on u_p = (u_0 + p x golden ratio) mod 1, which fills the unit interval as evenly as a
+    sequence can; the parts are its pieces, as long as their weights. So every stretch of the order has
+    each part in proportion, within one or two prompts.
+    """
+    start = uniforms(seed_for(run_seed, "mixture"), 1)[0]
+    points = (start + places * GOLDEN) % 1.0
+    edges = np.cumsum(weights) / np.sum(weights)
+    turns: np.ndarray = np.searchsorted(edges[:-1], points, side="right")
+    return turns
 
 
 def requests(

@@ -2,19 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-Template = Callable[[str], str]
+from dash_exp.errors import Fault, UserError
+from dash_exp.tasks.examples import Example
+
+Chat = Callable[[str], str]
+"""The text of a conversation that begins with this message and has the model answer next."""
 
 
-def bare(problem: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Style:
+    """What a template may use beside the example: worked examples (problem, solution), and the
+    tokenizer's chat form, None where it has none."""
+
+    shots: Sequence[tuple[str, str]] = ()
+    chat: Chat | None = None
+
+
+def bare(example: Example, style: Style) -> str:
     """The question alone: the paper's maths prompt."""
-    return problem
+    return example.problem
 
 
-def problem_solution(problem: str) -> str:
+def problem_solution(example: Example, style: Style) -> str:
     """`Problem: ... Solution: ...`, the paper's form for supervised fine-tuning."""
-    return f"Problem:\n{problem}\n\nSolution:\n"
+    return f"Problem:\n{example.problem}\n\nSolution:\n"
 
 
-TEMPLATES: dict[str, Template] = {"bare": bare, "problem_solution": problem_solution}
+def docstring(example: Example, style: Style) -> str:
+    """A docstring with the description and the first assertion: the paper's code prompt. Raises UserError
+    where there is no assertion."""
+    if not example.first_test:
+        raise UserError(
+            Fault("template", f"'docstring' shows the first assertion of a test_list; {example.id} has none",
+                  "choose bare or problem_solution")
+        )  # fmt: skip
+    return f'"""\n{example.problem.strip()}\n{example.first_test}\n"""\n'
+
+
+def few_shot(example: Example, style: Style) -> str:
+    """Worked examples in the form of `problem_solution`, then the question in the same form."""
+    worked = (f"Problem:\n{problem}\n\nSolution:\n{solution}\n\n" for problem, solution in style.shots)
+    return "".join(worked) + problem_solution(example, style)
+
+
+def answer_tag(example: Example, style: Style) -> str:
+    """The question, and where the answer is looked for by `extraction: answer_tag`."""
+    return f"{example.problem.rstrip()}\n\nWrite the final answer as <answer>...</answer>.\n"
+
+
+def chat(example: Example, style: Style) -> str:
+    """The question as a user's message, in the tokenizer's chat form."""
+    assert style.chat is not None
+    return style.chat(example.problem)
+
+
+def chat_boxed(example: Example, style: Style) -> str:
+    """As `chat`, asking for the final answer in a box."""
+    assert style.chat is not None
+    return style.chat(f"{example.problem}\n\nThink it through, then give the final answer in \\boxed{{}}.")
+
+
+TEMPLATES: dict[str, Callable[[Example, Style], str]] = {
+    "bare": bare,
+    "problem_solution": problem_solution,
+    "docstring": docstring,
+    "few_shot": few_shot,
+    "answer_tag": answer_tag,
+    "chat": chat,
+    "chat_boxed": chat_boxed,
+}
+CHATS = ("chat", "chat_boxed")
+"""Their text holds all special tokens: the tokenizer must not add more."""
+
+
+def renderer(name: str, style: Style) -> Callable[[Example], str]:
+    """The template as a function of the example. Raises UserError for a chat that the tokenizer has no
+    form for."""
+    if name in CHATS and style.chat is None:
+        others = ", ".join(other for other in TEMPLATES if other not in CHATS)
+        raise UserError(
+            Fault("template", f"{name!r} needs the tokenizer's chat template, and this one has none",
+                  f"choose another: {others}; or an instruct model")
+        )  # fmt: skip
+    template = TEMPLATES[name]
+    return lambda example: template(example, style)

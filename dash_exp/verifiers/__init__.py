@@ -2,3 +2,6 @@
 
 VERIFIER_VERSION = "1"
 """Raised whenever a judge could answer differently for the same text and gold answer."""
+
+CODE_VERSION = "1"
+"""The same for judges of programs and of reasoning-gym's answers."""

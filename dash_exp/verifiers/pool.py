@@ -18,6 +18,7 @@ from dash_exp.verifiers.process import (
     WorkerTimeoutError,
 )
 from dash_exp.verifiers.protocol import VerifyTask, score
+from dash_exp.verifiers.sandbox import Confinement
 
 _JOIN_S = 10.0
 
@@ -31,6 +32,7 @@ class VerifierPool:
     `timeout`, one whose worker dies `crashed`; the worker is killed with its process group and
     replaced. Workers start in the background; `submit` never waits. When no worker can be started
     (`max_starts` failures in a row, in every slot), tasks get `verifier_error` with the reason.
+    `module` is what a worker runs, with `arguments`, inside `sandbox` where one is given.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class VerifierPool:
         max_starts: int = 3,
         tasks_per_worker: int = 10_000,
         module: str = "dash_exp.verifiers.worker",
+        sandbox: Confinement | None = None,
+        arguments: tuple[str, ...] = (),
     ):
         if workers < 1 or timeout_s <= 0 or memory_mb < 1 or max_starts < 1:
             raise ValueError("workers, timeout_s, memory_mb and max_starts have to be positive")
-        self._limits = WorkerLimits(timeout_s, memory_mb, start_timeout_s, module)
+        self._limits = WorkerLimits(timeout_s, memory_mb, start_timeout_s, module, sandbox, arguments)
         self._max_starts = max_starts
         self._tasks_per_worker = tasks_per_worker
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
@@ -182,12 +186,13 @@ class VerifierPool:
         return False
 
     def _ask(self, worker: WorkerProcess, task: VerifyTask) -> tuple[Score, bool]:
+        limit = self._limits.of(task)
         try:
-            verdict, retire = worker.ask(task, self._limits.timeout_s)
+            verdict, retire = worker.ask(task, limit + self._limits.patience_s)
             return verdict, not retire
         except WorkerTimeoutError:
             worker.kill()
-            return score("timeout", f"no verdict within {self._limits.timeout_s:g} s"), False
+            return score("timeout", f"no verdict within {limit:g} s"), False
         except WorkerDiedError as error:
             return score("crashed", f"the worker failed, {error} ({worker.obituary()})"), False
 

@@ -19,11 +19,19 @@ from typing import Any
 import dash_exp
 from dash_exp.types import Score
 from dash_exp.verifiers.protocol import VerifyTask
+from dash_exp.verifiers.sandbox import Confinement
 
 _MAX_VERDICT_BYTES = 65_536
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR")
+_SANDBOX_VARIABLES = {
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "1",  # threads of numpy's library would count as the program's
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
 _WATCHDOG_GRACE_S = 5.0
 _ENDING_S = 1.0
+_SANDBOX_PATIENCE_S = 5.0
 
 
 class WorkerTimeoutError(Exception):
@@ -36,12 +44,23 @@ class WorkerDiedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLimits:
-    """What one worker may use. `module` is the program that is run."""
+    """What one worker may use. `module` is the program that is run, in `sandbox` where one is given:
+    such a worker keeps the time itself, so the pool grants it a little more before it steps in."""
 
     timeout_s: float
     memory_mb: int
     start_timeout_s: float
     module: str
+    sandbox: Confinement | None = None
+    arguments: tuple[str, ...] = ()
+
+    def of(self, task: VerifyTask) -> float:
+        """Seconds for one task."""
+        return max(self.timeout_s, task.timeout_s or 0.0)
+
+    @property
+    def patience_s(self) -> float:
+        return 0.0 if self.sandbox is None else _SANDBOX_PATIENCE_S
 
 
 class WorkerProcess:
@@ -54,7 +73,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=_environment(),
+            env=_environment(limits.sandbox is not None),
             cwd="/",
             bufsize=0,
             start_new_session=True,
@@ -179,25 +198,35 @@ class WorkerProcess:
 
 
 def _command(limits: WorkerLimits) -> list[str]:
-    return [
+    python = [
         sys.executable,
         "-P",  # nothing in the working directory can stand in for a library
         "-m",
         limits.module,
         f"--memory-mb={limits.memory_mb}",
-        f"--deadline-s={limits.timeout_s + _WATCHDOG_GRACE_S}",
-        f"--parent={os.getpid()}",
+        *limits.arguments,
     ]
+    if limits.sandbox is None:
+        deadline_s, parent = limits.timeout_s + _WATCHDOG_GRACE_S, os.getpid()
+        return [*python, f"--deadline-s={deadline_s}", f"--parent={parent}"]
+    # in a namespace of processes the parent has no number; bubblewrap watches it there
+    parent = 0 if limits.sandbox.prefix else os.getpid()
+    own = [f"--deadline-s={limits.timeout_s}", f"--parent={parent}", *limits.sandbox.worker_arguments()]
+    return [*limits.sandbox.prefix, *python, *own]
 
 
-def _environment() -> dict[str, str]:
+def _environment(sandboxed: bool) -> dict[str, str]:
     """Only what Python needs: no tokens or keys reach a worker. Hash order is fixed."""
     root = str(Path(dash_exp.__file__).resolve().parent.parent)
     path = [root, *(entry for entry in sys.path if entry and os.path.isdir(entry))]
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    return kept | {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
-        "PYTHONHASHSEED": "0",
-        "PYTHONNOUSERSITE": "1",
-        "LANG": "C.UTF-8",
-    }
+    return (
+        kept
+        | {
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
+            "PYTHONHASHSEED": "0",
+            "PYTHONNOUSERSITE": "1",
+            "LANG": "C.UTF-8",
+        }
+        | (_SANDBOX_VARIABLES if sandboxed else {})
+    )

@@ -12,14 +12,16 @@ from dash_exp.types import Outcome, Score
 
 @dataclass(frozen=True, slots=True)
 class VerifyTask:
-    """One verdict to reach. `verifier` names a judge (`math`, `integer`); `extraction` names how
-    that judge finds the answer inside `text`; `answer` is gold."""
+    """One verdict to reach. `verifier` names a judge (`math`, `integer`, `code`, `reasoning_gym`);
+    `extraction` names how that judge finds the answer inside `text`; `answer` is gold. `timeout_s`:
+    seconds for this task, where they are more than the pool's own limit."""
 
     task_id: str | int
     verifier: str
     extraction: str
     text: str
     answer: str
+    timeout_s: float | None = None
 
 
 class Verifier(Protocol):

@@ -36,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--deadline-s", type=float, default=60.0, help="leave after so long a task")
     parser.add_argument("--parent", type=int, default=0, help="leave when this process is gone")
     options = parser.parse_args(arguments)
-    channel = _private_channel()
-    _die_with(options.parent)
+    channel = private_channel()
+    die_with(options.parent)
     _limit_memory(options.memory_mb)
     judges = _judges()
     _send(channel, {"ready": True})
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _private_channel() -> IO[bytes]:
+def private_channel() -> IO[bytes]:
     """Verdicts get a copy of stdout's descriptor; whatever prints to stdout goes to stderr."""
     channel = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -67,7 +67,7 @@ def _silence() -> None:
     os.close(nowhere)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Ask Linux to kill this process when the pool's thread that started it ends."""
     if sys.platform != "linux" or not parent:
         return

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dash_exp.learning.packing import Packer
-from dash_exp.sampling.hf import HFSampler, draw
+from dash_exp.sampling.hf import LIKELY, HFSampler, draw, nucleus
 from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.types import AdvantagedGroup, Group, Prompt, Score, ScoredGroup
 from tests.learning.test_learner import VOCABULARY, learner_of, objective
@@ -66,6 +66,90 @@ def test_draw_never_lands_where_there_is_no_mass(value: float) -> None:
     assert int(tokens) in (255, 256, 700)
     tokens, _ = draw(torch.where(logits == 0, 5.0, -1e9), torch.tensor([value], dtype=torch.float64))
     assert int(tokens) == 700
+
+
+def nucleus_of(logits: Any, top_p: float) -> set[int]:
+    """Plain numpy in float64: the fewest most likely tokens with at least `top_p` of the mass, and those
+    as likely as the last of them."""
+    values = np.asarray(logits, dtype=np.float64)
+    shares = np.exp(values - values.max())
+    shares /= shares.sum()
+    held, least = 0.0, np.inf
+    for token in np.argsort(-values):
+        if held >= top_p:
+            break
+        held, least = held + shares[token], values[token]
+    return set(np.flatnonzero(values >= least).tolist())
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 20.0])
+def test_the_nucleus_is_that_of_plain_numpy(top_p: float, spread: float) -> None:
+    """From one token to nearly all of 2,000: within the first look and beyond it."""
+    logits = torch.randn(6, 2000, generator=torch.Generator().manual_seed(7)) * spread
+    cut = nucleus(logits, top_p)
+    sizes = []
+    for before, after in zip(logits, cut, strict=True):
+        kept = set(torch.isfinite(after).nonzero().flatten().tolist())
+        assert kept == nucleus_of(before.numpy(), top_p)
+        assert torch.equal(after[sorted(kept)], before[sorted(kept)])
+        sizes.append(len(kept))
+    if (top_p, spread) == (0.95, 0.1):
+        assert min(sizes) > LIKELY
+    if (top_p, spread) == (0.1, 20.0):
+        assert set(sizes) == {1}
+
+
+def test_tokens_as_likely_as_the_last_of_the_nucleus_belong_to_it() -> None:
+    """Shares 0.4, 0.3, 0.15, 0.15 and top_p 0.75: the third is needed, so is its equal."""
+    logits = torch.tensor([[0.15, 0.4, 0.15, 0.3]]).log()
+    assert torch.isfinite(nucleus(logits, 0.75)).all()
+    assert torch.isfinite(nucleus(logits, 0.69)).tolist() == [[False, True, False, True]]
+    assert torch.isfinite(nucleus(logits, 1e-9)).tolist() == [[False, True, False, False]]
+    flat = torch.zeros(1, 3 * LIKELY)
+    assert torch.isfinite(nucleus(flat, 0.01)).all()
+
+
+def test_draws_from_the_nucleus_follow_its_renormalised_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, generator=generator) * 2
+    n = 100_000
+    cut = nucleus(logits[None], 0.8).expand(n, -1)
+    tokens, logprobs = draw(cut, torch.rand(n, generator=generator, dtype=torch.float64))
+    kept = sorted(nucleus_of(logits.numpy(), 0.8))
+    exact = torch.full((300,), float("-inf"))
+    exact[kept] = torch.log_softmax(logits[kept], 0)
+    assert torch.allclose(logprobs, exact[tokens], atol=1e-5)
+    expected = exact.exp() * n
+    counts = torch.bincount(tokens, minlength=300)
+    assert int(counts[expected == 0].sum()) == 0
+    common = expected >= 5
+    statistic = float(((counts - expected)[common] ** 2 / expected[common]).sum())
+    assert abs(statistic - int(common.sum())) < 5 * (2 * int(common.sum())) ** 0.5
+
+
+def test_a_sampler_cuts_by_top_p_after_the_temperature(tiny: Any, plain: Any) -> None:
+    """Every sampled token lies in the nucleus of its own distribution, which transformers computes."""
+    decoding = dataclasses.replace(FREE, temperature=0.7, top_p=0.6, stop_ids=())
+    groups = list(sampler_of(tiny).stream(ask([5, 8], repeats=6), decoding))
+    for prompt, c in ((g.prompt, c) for g in groups for c in g.completions):
+        ids = torch.tensor([[*prompt.token_ids, *c.token_ids]])
+        with torch.no_grad():
+            logits = plain(ids).logits[0, len(prompt.token_ids) - 1 : -1, :VOCABULARY] / 0.7
+        for row, token, logprob in zip(logits, c.token_ids, c.logprobs, strict=True):
+            kept = sorted(nucleus_of(row.numpy(), 0.6))
+            assert token in kept
+            share = torch.log_softmax(row[kept], 0)[kept.index(token)]
+            assert logprob == pytest.approx(float(share), abs=1e-4)
+    wide = dataclasses.replace(decoding, top_p=1.0)
+    free = by_position(sampler_of(tiny).stream(ask([5, 8], repeats=6), wide))
+    assert any(g.completions != free[g.position].completions for g in groups)
+
+
+def test_greedy_is_not_cut(tiny: Any) -> None:
+    greedy = dataclasses.replace(GREEDY, top_p=0.3)
+    (cut,), (plain,) = (sampler_of(tiny).stream(ask([6], 1), d) for d in (greedy, GREEDY))
+    assert cut == plain
 
 
 def test_greedy_equals_generate(tiny: Any, plain: Any) -> None:

@@ -15,7 +15,7 @@ from dash_exp.learning.packing import Packer
 from dash_exp.sampling.protocol import Decoding
 from dash_exp.types import AdvantagedGroup, Group, Score, ScoredGroup
 from tests.learning.test_learner import learner_of, objective
-from tests.sampling.test_hf import EOS, ask, by_position, sampler_of
+from tests.sampling.test_hf import EOS, ask, by_position, nucleus_of, sampler_of
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -90,6 +90,37 @@ def test_greedy_equals_the_hf_sampler(engine: Any) -> None:
         (a,), (b,) = group.completions, theirs[position].completions
         assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+def test_top_p_draws_from_the_same_nucleus_as_the_hf_sampler(engine: Any) -> None:
+    """Tokens and log-probabilities are those of the cut distribution, renormalised: one meaning in both
+    engines. Tokens at the very edge may differ by rounding, and by ties, so the edge is left out."""
+    sampler, model = engine
+    decoding = dataclasses.replace(FREE, temperature=0.7, top_p=0.6, stop_ids=())
+    checked = 0
+    for group in sampler.stream(ask([5, 8], repeats=6), decoding):
+        for c in group.completions:
+            ids = [*group.prompt.token_ids, *c.token_ids]
+            for place, (token, logprob) in enumerate(zip(c.token_ids, c.logprobs, strict=True)):
+                row = next_logits(model, ids[: len(group.prompt.token_ids) + place]) / 0.7
+                kept = sorted(nucleus_of(row.numpy(), 0.6))
+                if kept != sorted(nucleus_of(row.numpy(), 0.6 - 1e-3)):
+                    continue
+                checked += 1
+                assert token in kept
+                share = torch.log_softmax(row[kept], 0)[kept.index(token)]
+                assert logprob == pytest.approx(float(share), abs=2e-3)
+    assert checked > 60
+
+
+def next_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """Logits after these tokens, by the hf sampler's own forward of a single prompt."""
+    from dash_exp.sampling.protocol import Request
+    from dash_exp.types import Prompt
+
+    request = Request(0, Prompt("p", "t", "", tuple(ids), ""), (0,))
+    _, logits = sampler_of(model, vocabulary=SEEN)._prefill([request], FREE, torch.device("cpu"))
+    return logits[0]
 
 
 def test_a_sync_is_complete_and_forgets_cached_prefixes(engine: Any) -> None:

@@ -30,6 +30,44 @@ POISON = (
     "(" * 10_000 + "1" + ")" * 10_000,
     r"\sqrt{" * 150 + "2" + "}" * 150,
     r"\frac{1}{" * 300 + "2" + "}" * 300,
+    "7^{7^{7^{7^7}}}",
+    "2^{2^{2^{2^{2^{2}}}}}",
+    "(10^9)!",
+    "((10^4)!)!",
+    r"\binom{10^9}{10^8}",
+    r"\sqrt[10^9]{2^{10^9}}",
+    r"\log_{2}(3^{10^{10}})",
+    r"\sum_{k=1}^{10^8} k^{10^3}",
+    r"\sum_{n=1}^{\infty} \frac{1}{n^{\sqrt{n}}}",
+    r"\int_{-\infty}^{\infty} e^{-x^4 + \sin x} dx",
+    r"\int \sqrt{\tan(x)^{\sin x}} dx",
+    r"\lim_{x \to 0} \frac{\sin(\tan x) - \tan(\sin x)}{x^{700}}",
+    r"(x+1)^{10^6}",
+    r"(a+b+c+d+e)^{200}",
+    r"\prod_{i=1}^{10^7} (x+i)",
+    "1" * 50_000,
+    "9" * 1_999 + "!",
+    "0." + "3" * 30_000,
+    "1+" * 5_000 + "1",
+    "-" * 5_000 + "1",
+    "x^" * 500 + "2",
+    "{" * 5_000,
+    "}" * 5_000,
+    r"\left(" * 2_000,
+    r"\frac" * 2_000,
+    r"\begin{pmatrix}" * 500,
+    r"\begin{pmatrix}" + "1 & " * 900 + r"1 \end{pmatrix}",
+    r"\{" + ",".join(map(str, range(400))) + r"\}",
+    "[" * 3_000 + "]" * 3_000,
+    r"\text{" * 1_000,
+    "=".join("x" * 900),
+    r"\cos(" * 200 + "1" + ")" * 200,
+    "\0" * 100,
+    "\ud7ff\u202e" * 200,
+    "__import__('os')._exit(0)",
+    r"\input{/etc/passwd}",
+    "10^{-10^{10^{10}}}",
+    r"\overline{9}" * 500,
 )
 HANGS = POISON[:3]
 
@@ -51,6 +89,10 @@ def test_poison_never_scores(pool: VerifierPool, text: str) -> None:
     assert verdict.value == 0.0
     assert verdict.outcome in named
     assert verdict.detail
+
+
+def test_there_are_forty_kinds_of_poison() -> None:
+    assert len(set(POISON)) >= 40
 
 
 def test_good_answers_beside_twice_as_much_poison(wait_gone: WaitGone) -> None:

@@ -1,0 +1,210 @@
+"""Evaluate a checkpoint of a cell, or a base model:
+
+    python -m dash_exp.evaluate cell=<folder> [checkpoint=<step or folder>] [key=value ...]
+    python -m dash_exp.evaluate model=<option> [key=value ...]
+
+A cell's frozen config is where its evaluation starts from: `evaluation=math` and keys of evaluation,
+sampler and verifier are put on top. What the cell recorded is never touched: results lie in a folder of
+their own, `<cell>/evaluations/` or `outputs/evaluations/`, named by a hash of weights, prompts, decoding,
+engine and judge, so that the same question is not asked twice. `run=` means the same as `cell=`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dash_exp import provenance
+from dash_exp.cell import archive, disk_fault, share_cores
+from dash_exp.cells import Cell, freeze, resolve_paths
+from dash_exp.config import ACTIONS
+from dash_exp.errors import Fault, UserError
+from dash_exp.evaluation import EvalSet, base_key, evaluate, shared
+from dash_exp.hashing import model_hash, weights_hash
+from dash_exp.record import CellBusy, Recorder, Row, read_final, read_json, write_json
+from dash_exp.signals import Interrupted, Stop, handling
+from dash_exp.subject import USAGE, Subject, parse, subject_of
+from dash_exp.terminal import Display, accuracy_text, complain, number, seconds_text, show
+
+if TYPE_CHECKING:
+    from dash_exp.inference import Answerer
+
+OK, USER_ERROR, SIGNALLED = 0, 2, 128
+
+
+def run(subject: Subject) -> int:
+    """Evaluate, or show what is known. Returns an exit code."""
+    share_cores()
+    from dash_exp.inference import Answerer
+
+    config = subject.config
+    root = Path(config.run.dir)
+    cache = root / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    resolve_paths(config)
+    if config.model.path:
+        _refuse_damage(Path(config.model.path))
+    display = Display(0, config.run.progress)
+    with Answerer.of(config, cache) as answerer:
+        sets = answerer.questions.held_out()
+        keys = {one.label: _key(answerer, one, cache) for one in sets}
+        digest = _digest({"keys": keys, "k": list(config.evaluation.k), "step": subject.step})
+        frozen = {key: value for key, value in asdict(config).items() if key not in ACTIONS}
+        folder = subject.place / f"{_readable(subject.name)}-{digest}"
+        if config.run.force:
+            archive(folder)
+        freeze(Cell(digest, folder.name, frozen), folder)
+        with Recorder(folder) as recorder:
+            if read_json(folder / "status.json").get("state") == "finished":
+                display.note(f"{show(folder)} is known; run.force=true archives it and asks again.")
+            else:
+                job = Job(subject, answerer, sets, keys, cache, recorder, display)
+                code = job.run()
+                if code != OK:
+                    return code
+        display.console.print("\n".join(table(subject, folder)), markup=False, soft_wrap=True)
+    return OK
+
+
+def _key(answerer: Answerer, one: EvalSet, cache: Path) -> dict[str, Any]:
+    from dash_exp.inference import engine_facts
+
+    weights = model_hash(answerer.source.folder, cache)
+    return base_key(one, weights, engine_facts(answerer.config), answerer.config.seed)
+
+
+def _refuse_damage(folder: Path) -> None:
+    """A checkpoint that has changed since it was written is not evaluated."""
+    from dash_exp.checkpoint import CHECKSUMS, damage
+
+    if (folder / CHECKSUMS).exists() and (reason := damage(folder)):
+        raise UserError(Fault("checkpoint", f"{show(folder)} is damaged: {reason}", "choose another one"))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _readable(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One evaluation at work, in its folder."""
+
+    subject: Subject
+    answerer: Answerer
+    sets: tuple[EvalSet, ...]
+    keys: Mapping[str, dict[str, Any]]
+    cache: Path
+    recorder: Recorder
+    display: Display
+
+    def run(self) -> int:
+        step = max(0, self.subject.step)
+        recorder = self.recorder
+        try:
+            with handling(Stop()):
+                recorder.status("running", step)
+                self.note_provenance()
+                for one in self.sets:
+                    self.ask(one, step)
+                recorder.status("finished", step, reason="evaluated")
+        except (Interrupted, KeyboardInterrupt) as error:
+            code = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
+            name = signal.Signals(code).name
+            recorder.status("interrupted", step, failure=name)
+            self.say(f"Interrupted by {name}; the same command goes on with the next set.")
+            return SIGNALLED + code
+        except Exception as error:
+            recorder.status("failed", step, failure=f"{type(error).__name__}: {error}")
+            recorder.log(traceback.format_exc())
+            raise
+        return OK
+
+    def ask(self, one: EvalSet, step: int) -> None:
+        """One set. A base model's result comes from the cache that all cells share, or goes there; unless it
+        was asked for again by force."""
+        if any(row["dataset"] == one.label for row in read_final(self.recorder.folder, "evals")):
+            return
+        asked = [(s.prompts, s.decoding) for s in self.sets]
+        start = time.time()
+
+        def compute() -> Any:
+            return evaluate(one, self.answerer.sampler(asked), self.subject.config.seed)
+
+        if self.subject.step == 0 and not self.subject.config.run.force:
+            result, hit = shared(one, self.keys[one.label], self.cache / "base_results", compute)
+        else:
+            result, hit = compute(), False
+        self.recorder.append("eval_samples", ({"step": step, **row} for row in result.prompts))
+        self.recorder.append("evals", ({"step": step, **row} for row in result.metrics))
+        source = "known already" if hit else seconds_text(time.time() - start)
+        accuracy = result.metrics[0]
+        self.say(f"{one.label}: accuracy {accuracy_text(accuracy)}, n={accuracy['n']} ({source})")
+
+    def say(self, text: str) -> None:
+        self.recorder.log(text)
+        self.display.note(text)
+
+    def note_provenance(self) -> None:
+        from dash_exp.inference import hardware_facts
+
+        path, source = self.recorder.folder / "provenance.json", self.answerer.source
+        facts = provenance.collect(
+            read_json(path), self.recorder.attempt, None,
+            hardware=hardware_facts(self.subject.config), evaluated=dict(self.subject.facts),
+            model={"origin": source.origin, "weights_hash": weights_hash(source.folder, self.cache)},
+            datasets={one.label: one.prompts.content_hash for one in self.sets},
+            verifiers=sorted({one.judge.version for one in self.sets}), keys=dict(self.keys),
+        )  # fmt: skip
+        write_json(path, facts)
+
+
+def table(subject: Subject, folder: Path) -> list[str]:
+    """Results as text of at most 80 columns but for paths. A dash: there is no such value."""
+    asked = subject.config.evaluation
+    how = "greedy" if asked.temperature == 0 else f"T {asked.temperature:g}, top_p {asked.top_p:g}"
+    each = "one completion" if asked.samples == 1 else f"{asked.samples} completions"
+    lines = ["", f"{each} a prompt, {how}", ""]
+    head = f"{'set':<18} {'metric':<22} {'value':>8}   {'95 % interval':<16} {'n':>6}"
+    lines += [head, "-" * len(head)]
+    seen = ""
+    for row in read_final(folder, "evals"):
+        name, seen = ("" if row["dataset"] == seen else row["dataset"]), row["dataset"]
+        ends = f"[{number(row['low'])}, {number(row['high'])}]" if "low" in row else "-"
+        lines.append(f"{name[:18]:<18} {row['metric']:<22} {_value(row):>8}   {ends:<16} {row['n']:>6}")
+    return [*lines, "", f"record  {show(folder)}"]
+
+
+def _value(row: Row) -> str:
+    value = row.get("value")
+    return str(value) if isinstance(value, int) else number(value)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if any(text in ("-h", "--help") for text in arguments):
+        print(f"usage: {USAGE}\n\n{__doc__}")
+        return OK
+    try:
+        return run(subject_of(parse(arguments)))
+    except UserError as error:
+        complain(str(error))
+    except CellBusy as error:
+        complain(str(UserError(Fault("evaluation", str(error), "wait for it, or stop it first"))))
+    except OSError as error:
+        complain(str(UserError(disk_fault(error, Path("outputs")))))
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""A model that only answers: an engine over the weights of one folder, without a learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from dash_exp.build import device_of, engine_facts, find_model, make_sampler, thread_count
+from dash_exp.build_task import Judges, Questions
+from dash_exp.config import Config
+from dash_exp.modeling.attention import ATTENTION
+from dash_exp.modeling.source import ModelSource, load_model, load_tokenizer, position_limit
+from dash_exp.provenance import hardware
+from dash_exp.sampling.protocol import Decoding, Sampler
+from dash_exp.tasks.prompts import PromptSet
+
+__all__ = ["Answerer", "engine_facts", "hardware_facts"]
+
+Asked = Sequence[tuple[PromptSet, Decoding]]
+
+
+@dataclass
+class Answerer:
+    """A model's folder and tokenizer, judges, and an engine that starts when it is first needed: a result
+    that is known already costs no loading of weights. Use as a context manager."""
+
+    config: Config
+    source: ModelSource
+    tokenizer: Any
+    judges: Judges
+    _sampler: Sampler | None = field(default=None, init=False)
+
+    @classmethod
+    def of(cls, config: Config, cache: Path) -> Self:
+        """Find the model of a config. Raises UserError when it cannot be had."""
+        torch.set_num_threads(thread_count(config.cluster.threads))
+        source = find_model(config, cache)
+        v = config.verifier
+        judges = Judges(v.workers, v.timeout_s, v.memory_mb)
+        return cls(config, source, load_tokenizer(source.folder), judges)
+
+    @property
+    def questions(self) -> Questions:
+        return Questions(self.config, self.tokenizer, position_limit(self.source.folder), self.judges)
+
+    def sampler(self, asked: Asked) -> Sampler:
+        """The engine, large enough for everything in `asked`; the same one when called again."""
+        if self._sampler is None:
+            longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts)
+            self._sampler = make_sampler(
+                self.config, self.source.folder, self.tokenizer,
+                model=self._model, weights=lambda: iter(()), longest=longest,
+            )  # fmt: skip
+        return self._sampler
+
+    def _model(self) -> Any:
+        """Rounded as the learner rounds: from fp32, the parameters alone (position tables stay exact), so
+        that on CPU a checkpoint answers to the bit as it did in training."""
+        model = load_model(self.source.folder, torch.float32, ATTENTION).eval().requires_grad_(False)
+        if self.config.learner.precision != "fp32":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return model.to(device_of(self.config.learner.device))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        closing: list[Callable[[], None]] = [self.judges.close]
+        if self._sampler is not None:
+            closing.insert(0, self._sampler.close)
+        for close in closing:
+            close()
+
+
+def hardware_facts(config: Config) -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return hardware(thread_count(config.cluster.threads), gpus)

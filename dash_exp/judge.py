@@ -1,0 +1,254 @@
+"""Judge completions with a dataset's own verifier: a check of data and verifier before hours are spent.
+
+    python -m dash_exp.judge dataset=<option> [dataset.path=<file>] [completions=<jsonl>] [key=value ...]
+
+Without `completions` the dataset's reference solutions are judged: each should be correct. A file of
+completions has one JSON object per line, with `id` or `prompt` (an example's id) and `completion`, `text`
+or `solution`, so a cell's samples.jsonl and a file of traces work as they are. No model is loaded, no
+torch. Exit code 0 whatever the verdicts; the last line is one JSON object: dataset, n, outcomes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dash_exp.build_task import Judges, load_examples, parts_of
+from dash_exp.cells import resolve_paths
+from dash_exp.compose import compose, find_faults
+from dash_exp.config import Config, DatasetConfig
+from dash_exp.errors import Fault, UserError
+from dash_exp.evaluation import Judge
+from dash_exp.record import Row, last_attempts
+from dash_exp.tasks.examples import Example
+from dash_exp.terminal import complain, seconds_text
+from dash_exp.types import Score
+from dash_exp.validation import check
+from dash_exp.verifiers.extraction import extract
+
+USAGE = "python -m dash_exp.judge dataset=<option> [completions=<jsonl>] [key=value ...]"
+OK, USER_ERROR, INTERRUPTED = 0, 2, 130
+ID_FIELDS = ("id", "prompt")
+TEXT_FIELDS = ("completion", "text", "solution")
+USED = ("dataset", "verifier", "paths", "config", "hydra")
+"""Where a fault of the whole config matters here."""
+SHOWN = 20
+"""Verdicts other than `correct` that are listed, and faulty lines that are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """An example of a dataset, with its judge."""
+
+    example: Example
+    data: DatasetConfig
+    judge: Judge
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A text to be judged as the answer to one example."""
+
+    gold: Gold
+    text: str
+
+
+def reference(example: Example, data: DatasetConfig) -> str:
+    """The dataset's own solution; where it has none, or one in which the answer is not marked as the
+    extraction wants it, the gold answer alone: an integer as it is, anything else in a box."""
+    if example.solution and not unmarked(example, data):
+        return example.solution
+    return example.answer if data.verifier == "integer" else f"\\boxed{{{example.answer}}}"
+
+
+def unmarked(example: Example, data: DatasetConfig) -> bool:
+    """Whether a worked solution states no answer that the extraction finds: some are written by people
+    who put no box around it."""
+    return (
+        bool(example.solution) and data.verifier == "math" and not extract(example.solution, data.extraction)
+    )
+
+
+def config_of(overrides: Sequence[str]) -> Config:
+    """The config, of which the dataset and the verifier are used. Raises UserError with their faults."""
+    stand_ins = ["evaluation=none", "model=tiny"]  # nothing of theirs is needed
+    written = {text.partition("=")[0] for text in overrides}
+    overrides = [*(s for s in stand_ins if s.partition("=")[0] not in written), *overrides]
+    faults = find_faults(overrides, checked=False)
+    if not faults:
+        config = compose(overrides)
+        faults = [f for f in check(config) if f.where.split(".")[0] in USED]
+    if faults:
+        raise UserError(faults)
+    resolve_paths(config)
+    return config
+
+
+def load_golds(config: Config, judges: Judges) -> list[Gold]:
+    """Every example of the dataset, and of what is mixed into it."""
+    faults: list[Fault] = []
+    golds: list[Gold] = []
+    for data in parts_of(config.dataset).values():
+        try:
+            examples = load_examples(data).examples[: data.limit]
+        except UserError as error:
+            faults.extend(error.faults)
+            continue
+        judge = judges.get(data.verifier, data.extraction)
+        golds += [Gold(example, data, judge) for example in examples]
+    if faults:
+        raise UserError(faults)
+    return golds
+
+
+def read_answers(path: Path, golds: Sequence[Gold]) -> list[Answer]:
+    """The completions of a file, each beside its example. Of a cell's samples the rows of the last attempt
+    count, and lines torn by a crash are left out. Raises UserError with every faulty line (the first 20).
+    """
+    rows, faults = _read_lines(path)
+    if rows and all("attempt" in row for _, row in rows):  # a record: its torn lines are known to it
+        faults = []
+        if all("step" in row for _, row in rows):
+            kept = {id(row) for row in last_attempts(row for _, row in rows)}
+            rows = [(where, row) for where, row in rows if id(row) in kept]
+    by_id: dict[str, list[Gold]] = {}
+    for gold in golds:
+        by_id.setdefault(gold.example.id, []).append(gold)
+    answers = []
+    for where, row in rows:
+        made = _answer(where, row, by_id)
+        if isinstance(made, Fault):
+            faults.append(made)
+        else:
+            answers.append(made)
+    if not rows and not faults:
+        faults.append(Fault(str(path), "has no rows", "one JSON object per line is expected"))
+    if faults:
+        more = len(faults) - SHOWN
+        raise UserError(
+            faults[:SHOWN] + ([Fault(str(path), f"and {more} more faulty lines")] if more > 0 else [])
+        )
+    return answers
+
+
+def _read_lines(path: Path) -> tuple[list[tuple[str, Row]], list[Fault]]:
+    rows: list[tuple[str, Row]] = []
+    faults: list[Fault] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        return [], [Fault("completions", f"{path} cannot be read: {reason}")]
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            faults.append(Fault(where, f"is not JSON: {error}"))
+            continue
+        if isinstance(row, dict):
+            rows.append((where, row))
+        else:
+            faults.append(Fault(where, f"expected an object, got {type(row).__name__}"))
+    return rows, faults
+
+
+def _answer(where: str, row: Row, by_id: Mapping[str, Sequence[Gold]]) -> Answer | Fault:
+    name, text = _first(row, ID_FIELDS), _first(row, TEXT_FIELDS)
+    lacking = [
+        " or ".join(map(repr, fields))
+        for fields, value in ((ID_FIELDS, name), (TEXT_FIELDS, text))
+        if value is None
+    ]
+    if lacking:
+        return Fault(where, f"lacks {' and '.join(lacking)} as text", f"it has {', '.join(map(repr, row))}")
+    found = by_id.get(str(name), ())
+    if not found:
+        return Fault(where, f"the dataset has no example {name!r}", "is it another dataset, or split?")
+    if len(found) > 1:
+        return Fault(where, f"{name!r} is in several parts of the mixture", "judge one dataset at a time")
+    return Answer(found[0], str(text))
+
+
+def _first(row: Row, names: Sequence[str]) -> str | None:
+    return next((row[name] for name in names if isinstance(row.get(name), str)), None)
+
+
+def judge_all(answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:
+    """Each answer with its verdict, in their order."""
+    waiting = [(a, a.gold.judge.submit(a.text, a.gold.example.answer)) for a in answers]
+    for answer, future in waiting:
+        yield answer, future.result()
+
+
+def report(name: str, verdicts: Sequence[tuple[Answer, Score]]) -> list[str]:
+    """The exceptions, a table of outcomes, and the JSON line."""
+    counts = Counter(score.outcome for _, score in verdicts)
+    odd = [(a.gold.example.id, s) for a, s in verdicts if s.outcome != "correct"]
+    lines = [f"  {where}: {s.outcome}, {' '.join(s.detail.split())}".rstrip(", ") for where, s in odd[:SHOWN]]
+    if len(odd) > SHOWN:
+        lines.append(f"  and {len(odd) - SHOWN} more")
+    n = len(verdicts)
+    lines += ["", f"  {'outcome':<16} {'n':>8} {'share':>8}"]
+    lines += [f"  {outcome:<16} {count:>8} {count / n:>8.3f}" for outcome, count in counts.most_common()]
+    partial = [s.value for _, s in verdicts if 0 < s.value < 1]
+    if partial:
+        lines.append(f"  {len(partial)} of them earn a fraction of the reward")
+    summary = {"dataset": name, "n": n, "outcomes": dict(sorted(counts.items()))}
+    return [*lines, "", json.dumps(summary)]
+
+
+def run(overrides: Sequence[str], completions: str | None) -> int:
+    config = config_of(overrides)
+    v = config.verifier
+    judges = Judges(v.workers, v.timeout_s, v.memory_mb)
+    start = time.monotonic()
+    try:
+        golds = load_golds(config, judges)
+        answers = (
+            [Answer(gold, reference(gold.example, gold.data)) for gold in golds]
+            if completions is None
+            else read_answers(Path(completions).expanduser(), golds)
+        )
+        what = "reference solutions" if completions is None else "completions"
+        odd = [g.example.id for g in golds if completions is None and unmarked(g.example, g.data)]
+        versions = ", ".join(dict.fromkeys(gold.judge.version for gold in golds))
+        print(f"{config.dataset.name}: {len(answers)} {what}, judged by {versions}", flush=True)
+        if odd:
+            shown = ", ".join(odd[:SHOWN]) + (", ..." if len(odd) > SHOWN else "")
+            print(f"note: the gold answer stands for {len(odd)} of them, which mark none: {shown}")
+        verdicts = list(judge_all(answers))
+        for warning in judges.warnings:
+            print(f"note: {warning}")
+    finally:
+        judges.close()
+    lines = report(config.dataset.name, verdicts)
+    lines[-1:] = [f"  in {seconds_text(time.monotonic() - start)}", "", lines[-1]]
+    print("\n".join(lines), flush=True)
+    return OK
+
+
+def main(arguments: Sequence[str]) -> int:
+    if any(text in ("-h", "--help") for text in arguments):
+        print(f"usage: {USAGE}\n\n{__doc__}")
+        return OK
+    own = [text.partition("=")[2] for text in arguments if text.startswith("completions=")]
+    rest = [text for text in arguments if not text.startswith("completions=")]
+    try:
+        return run(rest, own[-1] if own else None)
+    except UserError as error:
+        complain(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,71 @@
+"""Generated datasets for two CPU cores: sums, and one-line functions. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dash_exp.seeding import permutation, seed_for
+from dash_exp.tasks.examples import Example, ExampleSet
+from dash_exp.verifiers.gold import CodeGold
+
+HELD_OUT_SUMS = 500
+SPLIT_SEED = 20250518  # fixed for good: the split must be the same in every run
+
+
+def arithmetic(split: str) -> ExampleSet:
+    """Two-digit additions x + y, x and y in 10..99, after two worked examples.
+
+    All 8,100 pairs in one fixed random order: the first 500 are `test`, the rest `train`.
+    """
+    order = permutation(SPLIT_SEED, 90 * 90)
+    chosen = order[:HELD_OUT_SUMS] if split == "test" else order[HELD_OUT_SUMS:]
+    rows = []
+    for code in chosen.tolist():
+        x, y = 10 + code // 90, 10 + code % 90
+        problem = f"12 + 37 = 49\n58 + 24 = 82\n{x} + {y} ="
+        rows.append(Example(f"{x}+{y}", problem, str(x + y), f" {x + y}\n"))
+    return ExampleSet("arithmetic", tuple(rows), f"generated:arithmetic/{split}")
+
+
+FORMS: tuple[tuple[str, str, Callable[[int, int, int], int]], ...] = (
+    ("x plus {b}", "x + {b}", lambda x, a, b: x + b),
+    ("x minus {b}", "x - {b}", lambda x, a, b: x - b),
+    ("x times {b}", "x * {b}", lambda x, a, b: x * b),
+    ("x times {a} plus {b}", "x * {a} + {b}", lambda x, a, b: x * a + b),
+    ("x times {a} minus {b}", "x * {a} - {b}", lambda x, a, b: x * a - b),
+    ("the square of x plus {b}", "x * x + {b}", lambda x, a, b: x * x + b),
+    ("the square of x minus {b}", "x * x - {b}", lambda x, a, b: x * x - b),
+    ("{b} minus x", "{b} - x", lambda x, a, b: b - x),
+)
+"""Descriptions of functions, their Python, and what they compute."""
+FACTORS, TERMS = range(2, 10), range(10, 100)
+TRAIN_PER_FORM, TEST_PER_FORM = 70, 20
+HEADER = "def f(x):\n    return"
+SHOTS = (("x times 5 minus 1", "x * 5 - 1"), ("x plus 3", "x + 3"))
+INPUTS = (-7, 0, 1, 5, 12)
+
+
+def functions(split: str) -> ExampleSet:
+    """One-line functions from a description, after two worked examples: 560 to train on, 160 held out.
+
+    Each form of description gives 90 functions of its own, in one fixed random order: the first 20 are
+    `test`, the next 70 `train`. No two have the same values. The completion is the line's rest, so the
+    header is the gold's prefix, as in HumanEval; the blank at its end lets a stripped completion parse.
+    """
+    rows: list[Example] = []
+    for number, (words, python, compute) in enumerate(FORMS):
+        order = permutation(seed_for(SPLIT_SEED, "functions", words), len(TERMS)).tolist()
+        kept = order[:TEST_PER_FORM] if split == "test" else order[TEST_PER_FORM:][:TRAIN_PER_FORM]
+        for place in kept:
+            a, b = FACTORS[(place + number) % len(FACTORS)], TERMS[place]
+            values = [(x, compute(x, a, b)) for x in INPUTS]
+            rows.append(_function(words.format(a=a, b=b), python.format(a=a, b=b), values))
+    mixed = permutation(seed_for(SPLIT_SEED, "functions", split), len(rows)).tolist()
+    return ExampleSet("functions", tuple(rows[i] for i in mixed), f"generated:functions/{split}")
+
+
+def _function(words: str, python: str, values: Sequence[tuple[int, int]]) -> Example:
+    worked = "".join(f"# {text}\n{HEADER} {code}\n\n" for text, code in SHOTS)
+    tests = [f"assert f({x}) == {y}" for x, y in values]
+    gold = CodeGold("\n".join(tests) + "\n", "f", f"{HEADER} ")
+    return Example(words, f"{worked}# {words}\n{HEADER}", gold.to_text(), f" {python}\n", tests[0])

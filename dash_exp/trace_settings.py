@@ -1,0 +1,127 @@
+"""The settings of `python -m dash_exp.traces`, and a command line made into them. Torch-free."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dash_exp.compose import compose, find_faults
+from dash_exp.config import Config
+from dash_exp.errors import Fault, UserError, nearest
+from dash_exp.limits import COUNT, NATURAL, Range
+from dash_exp.override_faults import describe
+from dash_exp.validation import check
+
+TEACHER = "qwen7b_instruct"
+USED = ("dataset", "model", "sampler", "verifier", "cluster", "paths", "run", "seed", "learner.device",
+        "learner.precision", "config")  # fmt: skip
+"""Where a fault of the whole config matters: nothing is trained or evaluated."""
+
+
+@dataclass
+class TracesConfig:
+    """How a teacher is sampled; the paper's values for SFT-M. Keys of the command line: `traces.samples`
+    and so on."""
+
+    samples: int = 10
+    """Completions per prompt."""
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new_tokens: int = 1024
+    out: str | None = None
+    """The file written; null: `<run.dir>/traces/<dataset>-<model>.jsonl`."""
+    limit: int | None = None
+    """Use the first so many prompts of the dataset."""
+    chunk: int = 256
+    """Prompts asked at a time: what a kill can cost at most."""
+
+
+RANGES: Mapping[str, Range] = {
+    "samples": COUNT,
+    "temperature": NATURAL,
+    "top_p": Range(0, 1, open_low=True),
+    "max_new_tokens": COUNT,
+    "limit": COUNT,
+    "chunk": COUNT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command line that can be started."""
+
+    config: Config
+    traces: TracesConfig
+
+    @property
+    def out(self) -> Path:
+        if self.traces.out:
+            return Path(self.traces.out).expanduser()
+        name = f"{self.config.dataset.name}-{self.config.model.name}.jsonl"
+        return Path(self.config.run.dir, "traces", name)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Raises UserError with every fault of a command line."""
+    own = [text.removeprefix("traces.") for text in arguments if text.startswith("traces.")]
+    rest = [text for text in arguments if not text.startswith("traces.")]
+    traces, faults = settings_of(own)
+    written = {text.partition("=")[0] for text in rest}
+    defaults = [f"model={TEACHER}", "evaluation=none"]
+    overrides = [*(d for d in defaults if d.partition("=")[0] not in written), *rest]
+    found = find_faults(overrides, checked=False)
+    if found:
+        raise UserError(faults + found)
+    config = compose(overrides)
+    config.algorithm.source = "sampler"  # the dataset's `traces` are what is made here
+    faults += [f for f in check(config) if any(f.where == k or f.where.startswith(f"{k}.") for k in USED)]
+    if config.dataset.mix:
+        faults.append(Fault("dataset.mix", "traces are sampled for one dataset at a time"))
+    if config.sampler.name == "hf" and traces.samples > config.sampler.max_sequences:
+        what = f"got {config.sampler.max_sequences}, less than traces.samples={traces.samples}"
+        faults.append(Fault("sampler.max_sequences", what, "a group is sampled together: raise it"))
+    if faults:
+        raise UserError(faults)
+    config.sampler.max_new_tokens, config.dataset.max_new_tokens = traces.max_new_tokens, None
+    return Command(config, traces)
+
+
+def settings_of(texts: Sequence[str]) -> tuple[TracesConfig, list[Fault]]:
+    """The settings of these `name=value`, and what is wrong with them."""
+    settings = OmegaConf.structured(TracesConfig)
+    types = typing.get_type_hints(TracesConfig)
+    faults = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        where = f"traces.{name}"
+        if not equals:
+            faults.append(Fault(where, "is not key=value"))
+        elif name not in types:
+            faults.append(Fault(where, "unknown key", nearest(name, types)))
+        else:
+            try:
+                settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([text]))
+            except OmegaConfBaseException:
+                faults.append(Fault(where, f"got {value!r}, expected {describe(types[name])}"))
+    made: Any = OmegaConf.to_object(settings)
+    assert isinstance(made, TracesConfig)
+    return made, faults + list(_setting_faults(made))
+
+
+def _setting_faults(made: TracesConfig) -> Iterator[Fault]:
+    for name, allowed in RANGES.items():
+        value = getattr(made, name)
+        if value is not None and not allowed.holds(value):
+            yield Fault(f"traces.{name}", f"got {value:g}, must be {allowed}")
+    if made.temperature == 0 and made.samples > 1:
+        what = f"got {made.samples} with traces.temperature=0: they would all be equal"
+        yield Fault("traces.samples", what, "set traces.samples=1, or a temperature above 0")
+    if made.temperature == 0 and made.top_p < 1:
+        what = f"got {made.top_p:g} with traces.temperature=0: greedy decoding draws nothing"
+        yield Fault("traces.top_p", what, "set traces.top_p=1, or a temperature above 0")

@@ -1,0 +1,138 @@
+"""The process that runs a stranger's program: it loads it, and calls what the tests ask for.
+
+It never holds the tests, knows no verdict, and was forked before either was read. Whatever the program
+does to this process, all it can do is answer calls, rightly or wrongly, or not at all.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import os
+import random
+import sys
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dash_exp.verifiers.confine import limit_cpu
+from dash_exp.verifiers.values import Channel, ChannelClosedError, encode
+
+MODULE_NAME = "program"
+"""`__name__` inside the program: what stands under `if __name__ == "__main__"` does not run."""
+
+_MUTABLE = (list, dict, set, bytearray)
+_MAX_DETAIL_CHARS = 300
+
+Reply = tuple[Any, ...]
+
+
+class Candidate:
+    """The loaded program and the objects of it that the tests hold by number."""
+
+    def __init__(self) -> None:
+        self._objects: list[Any] = []
+        self._globals: dict[str, Any] = {}
+
+    def to_handle(self, value: Any) -> int:
+        """A new number for an object that stays here."""
+        self._objects.append(value)
+        return len(self._objects) - 1
+
+    def from_handle(self, number: int) -> Any:
+        return self._objects[number]
+
+    def answer(self, request: tuple[Any, ...]) -> Reply:
+        """What is sent back: `ok` with a value, or the exception as text."""
+        try:
+            return getattr(self, f"_do_{request[0]}")(*request[1:])  # type: ignore[no-any-return]
+        except BaseException as error:  # noqa: BLE001 (the program may raise anything)
+            return ("raised", *_describe(error))
+
+    def _do_load(self, source: str, cpu_s: int) -> Reply:
+        limit_cpu(cpu_s)
+        try:
+            code = compile(source, "<program>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+            return ("unparsed", *_describe(error))
+        module = types.ModuleType(MODULE_NAME)
+        sys.modules[MODULE_NAME] = module  # dataclasses and typing look a class's module up
+        self._globals = module.__dict__
+        random.seed(0)  # a fork seeds anew; the same program gets the same verdict
+        exec(code, module.__dict__)  # noqa: S102 (this is what the process is for)
+        return ("ok", None, None)
+
+    def _do_score(self, answer: str, gold: str, cpu_s: int) -> Reply:
+        from dash_exp.verifiers import gym
+
+        limit_cpu(cpu_s)
+        verdict = gym.judge(answer, gold)
+        return ("ok", (verdict.value, verdict.outcome, verdict.detail), None)
+
+    def _do_globals(self, names: list[str]) -> Reply:
+        return ("ok", {name: self._globals[name] for name in names if name in self._globals}, None)
+
+    def _do_call(self, function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Reply:
+        mutable = [a for a in (*arguments, *named.values()) if _can_change(a)]
+        before = self._bytes(mutable)
+        value = function(*arguments, **named)
+        changed = mutable if mutable and self._bytes(mutable) != before else None
+        return ("ok", value, changed)
+
+    def _do_apply(self, operation: str, operands: list[Any]) -> Reply:
+        return ("ok", OPERATIONS[operation](*operands), None)
+
+    def _bytes(self, values: list[Any]) -> bytes:
+        """To see whether arguments were changed in place; a handle's own state does not count."""
+        return encode(values, lambda value: 0) if values else b""
+
+
+def _can_change(value: Any) -> bool:
+    return isinstance(value, _MUTABLE) or type(value).__name__ in ("ndarray", "deque")
+
+
+OPERATIONS: Mapping[str, Callable[..., Any]] = {
+    "attribute": lambda value, name: getattr(value, name),
+    "assign": lambda value, name, new: setattr(value, name, new),
+    "iterate": iter,
+    "next": next,
+    "length": len,
+    "item": lambda value, key: value[key],
+    "contains": lambda value, item: item in value,
+    "true": bool,
+    "equal": lambda value, other: bool(value == other),
+    "less": lambda value, other: bool(value < other),
+    "text": str,
+    "representation": repr,
+}
+"""What tests may do with an object that stays here."""
+
+
+def _describe(error: BaseException) -> tuple[list[str], str]:
+    """Names of the exception's built-in classes, its own first, and its message."""
+    kinds = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
+    try:
+        message = str(error)[:_MAX_DETAIL_CHARS]
+    except BaseException:  # noqa: BLE001 (its own __str__ is the program's too)
+        message = ""
+    return [type(error).__name__, *kinds], message
+
+
+def serve(channel: Channel, candidate: Candidate) -> None:
+    """Answer requests until the other side goes; never returns."""
+    warnings.simplefilter("ignore")
+    sys.argv = ["program"]
+    gc.enable()
+    while True:
+        try:
+            request = channel.receive()
+        except ChannelClosedError:
+            os._exit(0)
+        reply = candidate.answer(request)
+        try:
+            channel.send(reply)
+        except ChannelClosedError:
+            os._exit(0)
+        except BaseException as error:  # noqa: BLE001 (a value that cannot be read is the program's)
+            channel.send(("raised", *_describe(error)))

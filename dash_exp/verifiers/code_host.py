@@ -1,0 +1,323 @@
+"""The process inside the sandbox that judges programs, one verdict at a time, in forked processes.
+
+Started by the pool as `python -m dash_exp.verifiers.code_host`, in a sandbox where there is one. It
+imports once what programs usually import, and never reads a request itself. The examiner, forked from it,
+does: it holds the tests, runs them, and tells this process the verdict over a socket that only those two
+hold. A fresh candidate, forked from this process for each program, runs the program and answers the
+examiner's calls; so its memory never held any tests. Answers for reasoning-gym's scorers, some of which
+evaluate them, are scored in such a process too. This process watches the time, ends the candidate
+(and an examiner that hangs), and passes the verdict on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import random
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from dash_exp.types import Score
+from dash_exp.verifiers import candidate as candidates
+from dash_exp.verifiers.candidate import Candidate
+from dash_exp.verifiers.confine import (
+    Limits,
+    adopt_orphans,
+    can_read_library,
+    confine,
+    filter_host,
+    filter_supported,
+    hide,
+)
+from dash_exp.verifiers.examiner import Examiner
+from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.protocol import VerifyTask, score
+from dash_exp.verifiers.values import Channel
+from dash_exp.verifiers.worker import die_with, private_channel
+
+_USUAL = (
+    "abc", "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum",
+    "fractions", "functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "random", "re",
+    "statistics", "string", "sys", "textwrap", "time", "typing", "unicodedata", "numpy",
+)  # fmt: skip
+"""Imported once, before anything is forked."""
+
+_USES = 200
+"""Verdicts of one examiner. Tests are the dataset's, and what reaches them is plain data."""
+_EXAMINERS_MEMORY = 2
+"""Times a program's: a result lies there beside the expected one, and in transit."""
+_MAX_LINE = 2**20
+_EXTRA_CPU_S = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    judge: str
+    limits: Limits
+    timeout_s: float
+
+
+@dataclass(slots=True)
+class Child:
+    """A forked process, and this process's end of a socket to it (or of one passed on)."""
+
+    pid: int
+    end: socket.socket
+    uses: int = 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve requests until stdin ends."""
+    parser = argparse.ArgumentParser(description="judge programs sent as JSON lines on stdin")
+    parser.add_argument("--judge", choices=("code", "reasoning_gym"), default="code")
+    parser.add_argument("--memory-mb", type=int, default=2048, help="limit of a program's address space")
+    parser.add_argument("--deadline-s", type=float, default=10.0, help="limit of a verdict")
+    parser.add_argument("--uid", type=int, default=0, help="user that programs become")
+    parser.add_argument("--parent", type=int, default=0, help="leave when this process is gone")
+    parser.add_argument("--read-only", action="store_true", help="the filter refuses to write files")
+    parser.add_argument("--own-namespace", action="store_true", help="all processes in sight are ours")
+    options = parser.parse_args(arguments)
+    channel = private_channel()
+    die_with(options.parent)
+    adopt_orphans()
+    hide()
+    _warm(options.judge)
+    limits = Limits(
+        memory_mb=options.memory_mb,
+        uid=options.uid,
+        read_only=options.read_only,
+        filtered=filter_supported(),
+        threads=64 if options.uid or options.own_namespace else 64 + _tasks_of_user(),
+        keep_reading=bool(options.uid) and not can_read_library(options.uid),
+    )
+    errors = _redirect()
+    if limits.filtered:
+        filter_host(options.read_only)
+    try:
+        _serve(channel, Options(options.judge, limits, options.deadline_s))
+    except Exception:  # noqa: BLE001 (said where the pool reads it; children do not have this file)
+        traceback.print_exc(file=errors)
+        return 1
+    return 0
+
+
+def _warm(judge: str) -> None:
+    for name in _USUAL:
+        with contextlib.suppress(ImportError):
+            __import__(name)
+    if judge == "reasoning_gym":
+        from dash_exp.verifiers import gym
+
+        gym.prepare()
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy every page it looks at
+
+
+def _tasks_of_user() -> int:
+    """Threads of this process's user now: a limit of tasks counts them all."""
+    count = 0
+    for status in Path("/proc").glob("[0-9]*/task"):
+        with contextlib.suppress(OSError):
+            if status.stat().st_uid == os.getuid():
+                count += len(os.listdir(status))
+    return count
+
+
+def _redirect() -> IO[str]:
+    """stdout and stderr go nowhere from here on; stdin stays, for the examiners. Returns the old stderr."""
+    errors = os.fdopen(os.dup(2), "w")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    return errors
+
+
+def _serve(channel: IO[bytes], options: Options) -> None:
+    examiner = _start_examiner(options)
+    spare = _start_candidate(options)
+    _introduce(spare, examiner)
+    _send(channel, {"ready": True})
+    while True:
+        candidate = spare
+        began = _line_of(examiner.end, None)
+        if began is None:
+            return
+        limit = max(options.timeout_s, float(began.get("timeout_s") or 0.0))
+        deadline = time.monotonic() + limit
+        spare = _start_candidate(options)  # beside the tests, so that the next program need not wait
+        verdict, healthy = _watch(examiner, limit, deadline)
+        _kill(candidate.pid)
+        examiner.uses += 1
+        spent = not healthy or examiner.uses >= _USES
+        if spent:
+            _kill(examiner.pid)
+        if not options.limits.filtered:
+            _kill_others((spare.pid, *(() if spent else (examiner.pid,))))
+        if spent:  # before the next request can come: one that is dying could still read it
+            _wait(examiner.pid)
+            examiner.end.close()
+            examiner = _start_examiner(options)
+        _send(channel, {"serial": began["serial"], "score": asdict(verdict), "retire": False})
+        _introduce(spare, examiner)
+        _wait(candidate.pid)
+
+
+def _send(channel: IO[bytes], message: dict[str, Any]) -> None:
+    channel.write(json.dumps(message).encode() + b"\n")
+    channel.flush()
+
+
+def _watch(examiner: Child, limit_s: float, deadline: float) -> tuple[Score, bool]:
+    """The verdict, and whether the examiner can reach another."""
+    try:
+        message = _line_of(examiner.end, deadline)
+    except TimeoutError:
+        return score("timeout", f"no verdict within {limit_s:g} s"), False
+    if message is None:
+        return score("crashed", "the tests' process ended: out of memory?"), False
+    return Score(**message["score"]), True
+
+
+def _line_of(end: socket.socket, deadline: float | None) -> dict[str, Any] | None:
+    """One line from an examiner; None when it has ended. Raises TimeoutError."""
+    line = bytearray()
+    poller = select.poll()
+    poller.register(end, select.POLLIN)
+    while not line.endswith(b"\n"):
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and (left <= 0 or not poller.poll(left * 1000)):
+            raise TimeoutError
+        piece = end.recv(1 if deadline is None else 65_536)
+        if not piece or len(line) > _MAX_LINE:
+            return None
+        line += piece
+    message = json.loads(line)
+    return message if isinstance(message, dict) else None
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _wait(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+def _kill_others(kept: tuple[int, ...]) -> None:
+    """Without a filter of system calls a program can leave processes: whatever loses its parent below
+    this process becomes its child, and is killed, until there is none."""
+    while others := [pid for pid in _children() if pid not in kept]:
+        for pid in others:
+            _kill(pid)
+            _wait(pid)
+
+
+def _children() -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
+def _start_examiner(options: Options) -> Child:
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        _run_alone(theirs, (1, 2), lambda end: _examine(end, options))
+    theirs.close()
+    return Child(pid, ours)
+
+
+def _start_candidate(options: Options) -> Child:
+    """A process for one program, and the end of its socket that an examiner is to get."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        _run_alone(theirs, (0, 1, 2), lambda end: _be_candidate(end, options.limits))
+    theirs.close()
+    return Child(pid, ours)
+
+
+def _introduce(candidate: Child, examiner: Child) -> None:
+    """Give the examiner its line to the next candidate."""
+    socket.send_fds(examiner.end, [b"c"], [candidate.end.fileno()])
+    candidate.end.close()
+
+
+def _run_alone(end: socket.socket, silent: tuple[int, ...], run: Callable[[socket.socket], None]) -> None:
+    """In a forked child: keep one socket, close everything else, run, and never return."""
+    try:
+        for standard in silent:
+            os.dup2(1, standard)  # the host's own goes nowhere
+        os.dup2(end.fileno(), 3)
+        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+        run(socket.socket(fileno=3))
+    finally:
+        os._exit(1)
+
+
+def _be_candidate(end: socket.socket, limits: Limits) -> None:
+    confine(limits)
+    candidate = Candidate()
+    candidates.serve(Channel(end, candidate.to_handle, candidate.from_handle), candidate)
+
+
+# What follows runs in the examiner.
+
+
+def _examine(host: socket.socket, options: Options) -> None:
+    """Serve requests from stdin until it ends: two lines to the host for each."""
+    limits = options.limits
+    uid, memory_mb = limits.uid + 1 if limits.uid else 0, limits.memory_mb * _EXAMINERS_MEMORY
+    confine(replace(limits, uid=uid, memory_mb=memory_mb))
+    while line := sys.stdin.buffer.readline():
+        request = json.loads(line)
+        task = VerifyTask(**request["task"])
+        _tell(host, {"serial": request["serial"], "timeout_s": task.timeout_s})
+        limit = max(options.timeout_s, task.timeout_s or 0.0)
+        try:
+            verdict = _judge(task, host, int(limit) + _EXTRA_CPU_S, options)
+        except BaseException as error:  # noqa: BLE001 (a fault of ours is said, never a silent 0)
+            verdict = score("verifier_error", f"{type(error).__name__}: {error}"[:300])
+        _tell(host, {"score": asdict(verdict)})
+
+
+def _tell(host: socket.socket, message: dict[str, Any]) -> None:
+    host.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _judge(task: VerifyTask, host: socket.socket, cpu_s: int, options: Options) -> Score:
+    _, descriptors, _, _ = socket.recv_fds(host, 1, 1)
+    with socket.socket(fileno=descriptors[0]) as end:
+        examiner = Examiner()
+        examiner.connect(Channel(end, examiner.to_handle, examiner.from_handle))
+        if options.judge == "reasoning_gym":
+            return examiner.score_answer(task.text, task.answer, cpu_s)
+        try:
+            gold = CodeGold.from_text(task.answer)
+        except (ValueError, TypeError) as error:
+            return score("verifier_error", f"the gold is broken: {error}")
+        random.seed(0)
+        return examiner.examine(task.text, gold, cpu_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The program inside a completion. Pure functions, linear in the length of the text."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dash_exp.verifiers.gold import CodeGold
+
+_FENCE = re.compile(r"[ \t]*(`{3,})[ \t]*([^\s`]*)[^`]*")
+_PYTHON = ("python", "py", "python3")
+_FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import\b", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    language: str
+    lines: tuple[str, ...]
+    closed: bool
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def find_program(text: str) -> str:
+    """The last Python block of a completion; else its last block; else all of it.
+
+    Closed blocks go before one that the end of the text cuts off: what was cut off cannot run, and
+    what stands before it may be whole. Leading white space is kept: a function's body needs it.
+    """
+    blocks = [block for block in _blocks(text) if block.text.strip()]
+    python = [block for block in blocks if block.language in _PYTHON]
+    for candidates in (python, blocks):
+        closed = [block for block in candidates if block.closed]
+        if candidates:
+            return (closed or candidates)[-1].text
+    return "" if blocks or _only_fences(text) else text
+
+
+def _blocks(text: str) -> list[_Block]:
+    found: list[_Block] = []
+    lines: list[str] = []
+    fence, language, indent = "", "", ""
+    for line in text.replace("\r\n", "\n").split("\n"):
+        match = _FENCE.fullmatch(line)
+        if fence and match and len(match[1]) >= len(fence) and line.strip() == match[1]:
+            found.append(_Block(language, tuple(lines), True))
+            fence = ""
+        elif fence:
+            lines.append(line.removeprefix(indent))  # a block inside a list item is indented
+        elif match:
+            fence, language = match[1], match[2].lower().strip("{}.:")
+            indent = line[: len(line) - len(line.lstrip())]
+            lines = []
+    if fence:
+        found.append(_Block(language, tuple(lines), False))
+    return found
+
+
+def _only_fences(text: str) -> bool:
+    return all(_FENCE.fullmatch(line) or not line.strip() for line in text.splitlines())
+
+
+def defines(program: str, name: str) -> bool:
+    """Whether the program defines or assigns `name` at top level. It is not parsed: the caller's
+    process must survive whatever the program is."""
+    name = re.escape(name)
+    pattern = rf"^(?:(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))"
+    return re.search(pattern, program, re.MULTILINE) is not None
+
+
+def complete(program: str, gold: CodeGold) -> str:
+    """The program with what the prompt had begun.
+
+    Where it does not define the entry point itself it is the function's body: the whole prefix goes
+    before it. Where it does, only what stands above the entry point in the prefix (imports and helpers
+    that the task gave) goes before it.
+    """
+    if not gold.prefix:
+        return program
+    if not gold.entry_point or not defines(program, gold.entry_point):
+        return gold.prefix + program
+    if _FUTURE.search(program):  # has to stay first
+        return program
+    start = re.search(
+        rf"^(?:async[ \t]+)?def[ \t]+{re.escape(gold.entry_point)}\b", gold.prefix, re.MULTILINE
+    )
+    return program if start is None else gold.prefix[: start.start()] + program

@@ -1,0 +1,165 @@
+"""How the host of programs is confined from outside: bubblewrap where it works, and what is missing."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import dash_exp
+
+_PROBE_S = 20.0
+_SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/etc/ld.so.cache", "/etc/localtime")
+_HOST_RIGHTS = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_DAC_READ_SEARCH")
+_FIRST_UID, _UIDS = 1_600_000_000, 2**28
+
+Kind = Literal["bwrap", "limits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    """What is put before the host's command, what the host is told, and what is not covered."""
+
+    kind: Kind
+    prefix: tuple[str, ...]
+    arguments: tuple[str, ...]
+    warnings: tuple[str, ...]
+    may_change_user: bool
+
+    def with_scratch(self) -> Confinement:
+        """The same with a temporary folder for the host's own imports; the filter that it installs after
+        them refuses to write there."""
+        scratch = ("--tmpfs", "/tmp") if self.prefix else ()
+        arguments = tuple(dict.fromkeys((*self.arguments, "--read-only")))
+        return replace(self, prefix=(*self.prefix, *scratch), arguments=arguments)
+
+    def worker_arguments(self) -> tuple[str, ...]:
+        """For one worker: each gets a user of its own, so that limits per user are limits per program."""
+        return (*self.arguments, f"--uid={spare_uid()}") if self.may_change_user else self.arguments
+
+
+def confinement(wanted: Literal["auto", "bwrap", "limits"] = "auto") -> Confinement:
+    """The best confinement that works on this machine. Raises RuntimeError where there is none that keeps
+    a program from the run's own processes, or where `bwrap` was asked for by name and does not work."""
+    if platform.system() != "Linux":
+        raise RuntimeError("programs are judged on Linux only")
+    prefix, reason = _probe() if wanted != "limits" else ((), "the fallback was asked for")
+    if prefix:
+        inside_root = os.geteuid() == 0 and "--unshare-user" not in prefix
+        return Confinement("bwrap", prefix, ("--own-namespace",), _filter_warnings(), inside_root)
+    if wanted == "bwrap":
+        raise RuntimeError(reason)
+    root = os.geteuid() == 0
+    if not root and not _filtered():
+        raise RuntimeError(f"programs would run with this user's own rights: {reason}, {_NO_FILTER}")
+    return Confinement("limits", (), ("--read-only",), (_fallback_warning(reason), *_filter_warnings()), root)
+
+
+def _fallback_warning(reason: str) -> str:
+    return (
+        f"Programs run without bubblewrap ({reason}). They are limited in memory, time and processes, and "
+        "a filter of system calls keeps them from the network, from writing files and from other "
+        "processes, but they can read every file that their user can. Install bubblewrap, or run where "
+        "user namespaces are allowed."
+    )
+
+
+_NO_FILTER = "and there is no filter of system calls for this kind of processor"
+
+
+def _filtered() -> bool:
+    return platform.machine() == "x86_64"
+
+
+def _filter_warnings() -> tuple[str, ...]:
+    if _filtered():
+        return ()
+    return (
+        f"No filter of system calls for {platform.machine()}: programs can start processes (killed with the "
+        "verdict) and, without bubblewrap, use the network and write where everybody may.",
+    )
+
+
+@functools.cache
+def _probe() -> tuple[tuple[str, ...], str]:
+    """The first form of bubblewrap that runs this Python here, or why none does."""
+    program = shutil.which("bwrap")
+    if program is None:
+        return (), "it is not installed"
+    reason = "it does not run"
+    for prefix in _forms(program):
+        code = "import ctypes, select, socket"
+        try:
+            done = subprocess.run(
+                [*prefix, sys.executable, "-I", "-c", code],
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PROBE_S, check=False,
+                env={}, cwd="/",
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = f"it does not run: {error}"
+            continue
+        if done.returncode == 0:
+            return prefix, ""
+        reason = "it is forbidden here: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return (), reason
+
+
+def _forms(program: str) -> list[tuple[str, ...]]:
+    """As root first without a user namespace, so that programs can be other users than their host."""
+    unshare = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    rights = ["--cap-drop", "ALL", *(word for right in _HOST_RIGHTS for word in ("--cap-add", right))]
+    as_root = [program, *unshare, *rights, *_mounts()]
+    as_user = [program, "--unshare-user", *unshare, "--cap-drop", "ALL", *_mounts()]
+    forms = [as_root, as_user] if os.geteuid() == 0 else [as_user]
+    return [tuple(form) for form in forms]
+
+
+def _mounts() -> list[str]:
+    """A root of its own, all of it read-only: the system's libraries, Python, and this package."""
+    words = ["--die-with-parent"]
+    needed = _needed()
+    for folder in _folders_above(needed):
+        words += ["--dir", folder]  # open to every user; those that bubblewrap makes by itself are not
+    for path in needed:
+        words += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
+    words += ["--proc", "/proc", "--dev", "/dev", "--dir", "/tmp"]
+    return [*words, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/"]
+
+
+def _folders_above(paths: list[str]) -> list[str]:
+    """Every folder above these paths, outer ones first, that none of them brings along."""
+    above = {str(parent) for path in paths for parent in Path(path).parents} - {"/"}
+    return sorted(f for f in above if not any(Path(f).is_relative_to(path) for path in paths))
+
+
+def _needed() -> list[str]:
+    package = Path(dash_exp.__file__).resolve().parent
+    libraries = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    linked = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    python = [sys.base_prefix, sys.prefix, *libraries, *linked, str(package)]
+    wanted = [*_SYSTEM, *(str(Path(p).resolve()) for p in python if p), *(p for p in python if p)]
+    kept: list[str] = []
+    for path in dict.fromkeys(wanted):
+        covered = any(Path(path).is_relative_to(known) for known in kept if not os.path.islink(known))
+        if os.path.exists(path) and path != "/" and not covered:
+            kept.append(path)
+    return kept
+
+
+def spare_uid(uid_map: str | None = None, pick: random.Random | None = None) -> int:
+    """A user id that nobody has: one of many above all real ones, or, where this process may only use
+    the ids of a container, one of the upper half of those. 0 where there is none to spare."""
+    text = Path("/proc/self/uid_map").read_text() if uid_map is None else uid_map
+    extents = [tuple(map(int, line.split())) for line in text.splitlines() if line.strip()]
+    choose = pick or random.SystemRandom()
+    if any(start <= _FIRST_UID and start + size >= _FIRST_UID + _UIDS for start, _, size in extents):
+        return _FIRST_UID + choose.randrange(_UIDS)
+    start, _, size = max(extents, key=lambda extent: extent[2])
+    return start + size // 2 + choose.randrange(size // 2) if size >= 1000 else 0

@@ -1,0 +1,142 @@
+"""From config to prompts and judges: mixtures, templates with their own tokens, verifiers on demand."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dash_exp.build_task import Judges, build_task, note_prompts
+from dash_exp.compose import compose
+from dash_exp.config import Config
+from dash_exp.errors import UserError
+from dash_exp.modeling.source import load_tokenizer
+from dash_exp.preconditions import is_installed
+from dash_exp.tasks.generated import HEADER, functions
+from dash_exp.tasks.gym import PACKAGE, gym_examples
+from dash_exp.tasks.prompts import batch
+from dash_exp.verifiers.frontends import PooledMathVerifier
+
+
+@pytest.fixture
+def tokenizer(tiny_folder: Path) -> Any:
+    return load_tokenizer(tiny_folder)
+
+
+@pytest.fixture
+def judges() -> Iterator[Judges]:
+    made = Judges(workers=1, timeout_s=20, memory_mb=2048)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Config:
+    """Two datasets of single letters, three to one, each with a template and a verifier of its own."""
+    config = copy.deepcopy(compose(["dataset=math_gsm8k", "model=tiny", "evaluation=arithmetic"]))
+    for one, letter in ((config.dataset, "m"), (config.dataset.mix["gsm8k"], "g")):
+        rows = [{"id": f"{n}", "problem": f"{letter}{n}", "answer": n} for n in range(20)]
+        one.path = str(tmp_path / f"{letter}.jsonl")
+        Path(one.path).write_text("\n".join(map(json.dumps, rows)))
+    part = config.dataset.mix["gsm8k"]
+    part.template, part.verifier, part.extraction = "problem_solution", "integer", "first_integer"
+    return config
+
+
+def test_a_mixture_has_the_parts_templates_and_judges(mixed: Config, tokenizer: Any, judges: Judges) -> None:
+    task = build_task(mixed, tokenizer, 2048, judges)
+    texts = {p.text for p in task.prompts.prompts}
+    assert "m3" in texts and "Problem:\ng3\n\nSolution:\n" in texts
+    asked = [p for step in range(1, 5) for p in batch(task.prompts, 0, step, 16)]
+    assert Counter(p.task for p in asked)["math"] in range(46, 51)  # 48 of 64
+    assert set(task.judges) == {"math", "gsm8k"}
+    assert isinstance(task.judges["math"], PooledMathVerifier)
+    assert task.judges["gsm8k"].submit("It is 7.", "7").result().outcome == "correct"
+    notes: list[str] = []
+    note_prompts(task, notes.append)
+    assert notes[0] == "training: 40 prompts of math+gsm8k"
+
+
+def test_every_fault_of_the_data_at_once_with_its_place(
+    mixed: Config, tokenizer: Any, judges: Judges
+) -> None:
+    mixed.dataset.max_prompt_tokens = 1
+    part = mixed.dataset.mix["gsm8k"]
+    part.template = "chat"
+    mixed.evaluation.sets["arithmetic"].stop = ["two"]
+    with pytest.raises(UserError) as caught:
+        build_task(mixed, tokenizer, 2048, judges)
+    assert [f.where for f in caught.value.faults] == [
+        "dataset.max_prompt_tokens", "dataset.mix.gsm8k.template", "evaluation.sets.arithmetic.stop",
+    ]  # fmt: skip
+
+
+def test_one_template_for_all_evaluation_sets(mixed: Config, tokenizer: Any, judges: Judges) -> None:
+    mixed.evaluation.template = "problem_solution"
+    [held_out] = build_task(mixed, tokenizer, 2048, judges).sets
+    assert held_out.prompts.prompts[0].text.startswith("Problem:\n12 + 37")
+
+
+class Marking:
+    """A tokenizer with a chat form, that puts a begin token before a text when asked to."""
+
+    chat_template = "present"
+    eos_token_id = 1
+
+    def __call__(self, texts: list[str] | str, add_special_tokens: bool) -> Any:
+        begin = [0] if add_special_tokens else []
+        ids = [[*begin, *map(ord, text)] for text in ([texts] if isinstance(texts, str) else texts)]
+
+        class Encoded:
+            input_ids = ids[0] if isinstance(texts, str) else ids
+
+        return Encoded()
+
+    def apply_chat_template(self, turns: Any, tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize and add_generation_prompt
+        return f"\0<{turns[0]['role']}>{turns[0]['content']}<assistant>"
+
+
+def test_a_chat_gets_no_second_begin_token(mixed: Config, judges: Judges) -> None:
+    mixed.model.add_bos = True
+    mixed.dataset.template = "chat"
+    task = build_task(mixed, Marking(), 2048, judges)
+    first = {p.task: p for p in task.prompts.prompts if p.id == "3"}
+    assert first["math"].text == "\0<user>m3<assistant>"
+    assert first["math"].token_ids == tuple(map(ord, first["math"].text))  # one begin token: its own
+    assert first["gsm8k"].token_ids[:2] == (0, ord("P"))
+
+
+# --- judges ----------------------------------------------------------------------------------------
+
+
+def test_judges_are_made_once(judges: Judges) -> None:
+    assert judges.warnings == ()
+    assert judges.get("math", "boxed") is judges.get("math", "boxed")
+    assert judges.get("math", "boxed") is not judges.get("math", "last_number")
+    assert judges.get("integer", "first_integer").submit("4", "4").result().value == 1
+
+
+def test_functions_are_judged_by_running_them(judges: Judges) -> None:
+    judge = judges.get("code", "program")
+    examples = functions("test").examples[:6]
+    right = [judge.submit(e.solution, e.answer) for e in examples]
+    stripped = [judge.submit(e.solution.strip(), e.answer) for e in examples]
+    whole = [judge.submit(f"{HEADER}{e.solution}", e.answer) for e in examples]
+    wrong = [judge.submit(" x - 1000\n", e.answer) for e in examples]
+    assert {f.result().outcome for f in (*right, *stripped, *whole)} == {"correct"}
+    assert {f.result().outcome for f in wrong} == {"wrong"}
+    assert isinstance(judges.warnings, tuple)
+
+
+@pytest.mark.skipif(not is_installed(PACKAGE), reason="pip install 'dash-exp[gym]'")
+@pytest.mark.parametrize("extraction", ["answer_tag", "boxed_or_last", "whole"])
+def test_gym_solutions_score_full(judges: Judges, extraction: str) -> None:
+    judge = judges.get("reasoning_gym", extraction)
+    made = gym_examples("g", "chain_sum", {}, split="test", size=3, extraction=extraction)
+    assert [judge.submit(e.solution, e.answer).result().value for e in made.examples] == [1.0] * 3

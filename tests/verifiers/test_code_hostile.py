@@ -1,0 +1,99 @@
+"""Hostile programs: no score, bounded time, nothing left running, nothing changed, in each confinement."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from code_fixtures import CONFINEMENTS, WORKERS, descendants, verifier_in
+from hostile_programs import HOSTILE, RIGHT, TESTS
+
+from dash_exp.verifiers.confine import filter_supported
+from dash_exp.verifiers.frontends import PooledCodeVerifier, Wanted
+from dash_exp.verifiers.gold import CodeGold
+
+TIMEOUT_S = 0.6
+GENEROUS_S = 60.0
+GOLD = CodeGold(TESTS, "f").to_text()
+PROCESSES = {"bwrap": 5, "limits": 3}
+"""Of one idle worker: bubblewrap twice, then host, examiner and the next candidate."""
+
+
+@pytest.fixture(scope="module")
+def canary() -> Iterator[Path]:
+    """A folder that anybody may write to, as far as its permissions go; pytest's own is private."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        (folder / "canary").write_text("alive")
+        (folder / "canary").chmod(0o666)
+        yield folder
+
+
+@pytest.fixture(scope="module", params=CONFINEMENTS)
+def judge(request: pytest.FixtureRequest) -> Iterator[tuple[Wanted, PooledCodeVerifier]]:
+    os.environ["DASH_SECRET"] = "hunter2"
+    try:
+        before = descendants()
+        with verifier_in(request.param, TIMEOUT_S) as verifier:
+            yield request.param, verifier
+        assert descendants() <= before
+    finally:
+        del os.environ["DASH_SECRET"]
+
+
+def state_of(folder: Path) -> list[tuple[str, bytes, int, int]]:
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*"))]
+    return [(p.name, p.read_bytes(), status.st_mode, status.st_mtime_ns) for p, status in files]
+
+
+def skip_unpromised(kind: Wanted, needs: str) -> None:
+    """What this confinement does not promise on this machine."""
+    if needs == "filter" and not filter_supported():
+        pytest.skip("not promised without a filter of system calls, which is written for x86-64 alone")
+    if needs == "bwrap" and kind == "limits":
+        pytest.skip("not promised without bubblewrap: every file that the user may read can be read")
+    if needs == "user" and kind == "limits" and os.geteuid() != 0:
+        pytest.skip("not promised without bubblewrap to an ordinary user: the program is that user")
+
+
+def the_right_one_passes(verifier: PooledCodeVerifier, name: str) -> bool:
+    """On a busy machine perhaps not within the short limit at the first try."""
+    tries = (verifier.submit(RIGHT + f"# after {name}, {i}", GOLD).result(GENEROUS_S) for i in range(3))
+    return any(verdict.outcome == "correct" for verdict in tries)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs(judge: tuple[Wanted, PooledCodeVerifier], canary: Path, name: str) -> None:
+    kind, verifier = judge
+    hostile = HOSTILE[name]
+    skip_unpromised(kind, hostile.needs)
+    source = hostile.source.replace("@CANARY@", str(canary)).replace("@PARENT@", str(os.getpid()))
+    before = state_of(canary)
+    start = time.monotonic()
+    verdict = verifier.submit(f"```python\n{source}\n```", GOLD).result(GENEROUS_S)
+    elapsed = time.monotonic() - start
+    assert verdict.value == 0.0, verdict
+    assert verdict.outcome in (*hostile.outcomes, "timeout"), verdict  # on a busy machine
+    assert verdict.detail
+    assert elapsed < TIMEOUT_S + 8
+    assert state_of(canary) == before
+    assert the_right_one_passes(verifier, name)
+    patience = time.monotonic() + 10
+    while len(descendants()) > WORKERS * PROCESSES[kind] and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert len(descendants()) <= WORKERS * PROCESSES[kind]
+
+
+def test_there_are_more_than_forty_of_them() -> None:
+    assert len(HOSTILE) > 100
+    assert len({h.source for h in HOSTILE.values()}) == len(HOSTILE)
+
+
+def test_the_attacks_would_pay(judge: tuple[Wanted, PooledCodeVerifier]) -> None:
+    """What every attack is after: the plain answer scores."""
+    assert the_right_one_passes(judge[1], "all")

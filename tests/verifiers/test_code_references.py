@@ -1,0 +1,60 @@
+"""Reference programs of the code datasets pass their tests; a stub that returns an object fails them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from dash_exp.verifiers.frontends import PooledCodeVerifier
+from dash_exp.verifiers.gold import CodeGold
+
+FILES = ("mbppplus_train.jsonl", "mbppplus_test.jsonl", "mbpp_sanitized.jsonl", "humaneval_test.jsonl")
+SAMPLE = 25
+SLOW = {"mbppplus-599": 90.0, "mbppplus-255": 60.0, "mbppplus-392": 40.0}
+"""Seconds that tasks with long tests are given."""
+
+Rows = Callable[[str], list[dict[str, str]]]
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[PooledCodeVerifier]:
+    shared = PooledCodeVerifier(2, 20.0, 2048)
+    yield shared
+    shared.close()
+
+
+def judge(verifier: PooledCodeVerifier, rows: list[dict[str, str]], name: str) -> None:
+    header = name.startswith("humaneval")  # its solutions are bodies
+    pairs = []
+    for row in rows:
+        prefix = row["prompt"] if header else ""
+        gold = CodeGold(row["tests"], row["entry_point"], prefix, SLOW.get(row["id"])).to_text()
+        stub = f"def {row['entry_point']}(*a, **k): return object()"
+        pairs.append(
+            (row["id"], verifier.submit(row["canonical_solution"], gold), verifier.submit(stub, gold))
+        )
+    failed = {i: good.result(600) for i, good, _ in pairs if good.result(600).outcome != "correct"}
+    passed = {i: stub.result(600) for i, _, stub in pairs if stub.result(600).outcome != "wrong"}
+    assert (failed, passed) == ({}, {})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_sample_of_reference_programs(verifier: PooledCodeVerifier, rows: Rows, name: str) -> None:
+    every = [row for row in rows(name) if row["id"] not in SLOW]
+    judge(verifier, every[:: max(1, len(every) // SAMPLE)][:SAMPLE], name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FILES)
+def test_all_reference_programs(verifier: PooledCodeVerifier, rows: Rows, name: str) -> None:
+    judge(verifier, rows(name), name)
+
+
+def test_a_whole_function_beside_its_header(verifier: PooledCodeVerifier, rows: Rows) -> None:
+    """Chat models repeat the header: imports and helpers of the prompt still stand above it."""
+    for row in rows("humaneval_test.jsonl")[:40]:
+        start = row["prompt"].rindex(f"def {row['entry_point']}(")
+        whole = f"```python\n{row['prompt'][start:]}{row['canonical_solution']}\n```"
+        gold = CodeGold(row["tests"], row["entry_point"], row["prompt"]).to_text()
+        assert verifier.submit(whole, gold).result(60).outcome == "correct", row["id"]

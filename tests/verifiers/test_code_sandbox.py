@@ -1,0 +1,117 @@
+"""How the host is confined: what is tried, what is said, and which users are spare."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import subprocess
+import sys
+
+import pytest
+from code_fixtures import skip_without
+
+from dash_exp.verifiers import sandbox
+from dash_exp.verifiers.frontends import PooledCodeVerifier
+from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.pool import VerifierPool
+from dash_exp.verifiers.protocol import VerifyTask
+from dash_exp.verifiers.sandbox import Confinement, confinement, spare_uid
+
+
+@pytest.fixture
+def fresh_probe() -> object:
+    sandbox._probe.cache_clear()
+    yield
+    sandbox._probe.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_probe")
+def test_without_bubblewrap_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    found = confinement()
+    assert (found.kind, found.prefix) == ("limits", ())
+    assert len([text for text in found.warnings if "not installed" in text]) == 1
+    with pytest.raises(RuntimeError, match="not installed"):
+        confinement("bwrap")
+
+
+@pytest.mark.usefixtures("fresh_probe")
+def test_a_bubblewrap_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sandbox, "_forms", lambda program: [("sh", "-c", "echo no new namespaces >&2; exit 1")]
+    )
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: "/bin/sh")
+    found = confinement()
+    assert found.kind == "limits"
+    assert "forbidden here: no new namespaces" in found.warnings[0]
+
+
+def test_another_machine_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 0)
+    assert any("No filter of system calls for riscv64" in text for text in confinement("limits").warnings)
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 1000)
+    with pytest.raises(RuntimeError, match="this user's own rights"):
+        confinement("limits")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    with pytest.raises(RuntimeError, match="Linux only"):
+        confinement()
+
+
+@pytest.mark.parametrize(
+    ("uid_map", "low", "high"),
+    [
+        ("         0          0 4294967295\n", 1_600_000_000, 1_600_000_000 + 2**28),
+        ("0 100000 65536\n", 32_768, 65_536),  # a container's users
+        ("0 1000 1\n1 100000 65536\n", 32_769, 65_537),
+        ("1000 1000 1\n", 0, 1),  # nobody else to become
+    ],
+)
+def test_spare_users(uid_map: str, low: int, high: int) -> None:
+    pick = random.Random(0)
+    assert all(low <= spare_uid(uid_map, pick) < high for _ in range(100))
+
+
+def test_the_sandbox_shows_little() -> None:
+    skip_without("bwrap")
+    words = [*confinement("bwrap").prefix, sys.executable, "-I", "-c", "import os; print(*os.listdir('/'))"]
+    seen = subprocess.run(words, env={}, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"home", "mnt", "srv", "var", "run", "sys", "boot", "opt"} & set(seen)
+
+
+def test_a_sandbox_that_cannot_start_is_our_fault() -> None:
+    broken = Confinement("bwrap", ("sh", "-c", "echo out of namespaces >&2; exit 1"), (), (), False)
+    with VerifierPool(
+        1, 5.0, 512, max_starts=1, module="dash_exp.verifiers.code_host", sandbox=broken
+    ) as pool:
+        verdict = pool.submit(VerifyTask("", "code", "", "def f(): 0", CodeGold("f()").to_text())).result(60)
+    assert verdict.outcome == "verifier_error"
+    assert "out of namespaces" in verdict.detail
+
+
+def test_no_secret_reaches_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_TOKEN", "x")
+    program = "import os\ndef f(): return sorted(os.environ)"
+    verifier = PooledCodeVerifier(1, 10.0, 1024)
+    gold = CodeGold("raise ValueError(f())", "f").to_text()
+    detail = verifier.submit(program, gold).result(60).detail
+    verifier.close()
+    assert "PYTHONHASHSEED" in detail
+    assert "A_TOKEN" not in detail
+    assert "HOME" not in detail.replace("PYTHONHOME", "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give each program a user of its own")
+def test_each_program_is_a_user_of_its_own() -> None:
+    for wanted in ("bwrap", "limits"):
+        skip_without(wanted)
+        verifier = PooledCodeVerifier(1, 10.0, 1024, wanted)
+        gold = CodeGold("assert f()[0] != 0 and f()[1] == ''", "f").to_text()
+        program = (
+            "import os\ndef f():\n    status = open('/proc/self/status').read()\n"
+            "    return os.getuid(), ''.join(c for c in status.split('CapEff:')[1][:18] if c in '89abcdef')"
+        )
+        verdict = verifier.submit(program, gold).result(60)
+        verifier.close()
+        assert verdict.outcome == "correct", verdict
