@@ -22,7 +22,6 @@ from dash_exp.ledger import training_seconds
 from dash_exp.partners import CELL_ID, KEY, partner_of, without_budget
 from dash_exp.record import Row, read_final, read_json
 
-
 COMPARED = ("cpu", "threads", "gpus")
 """Of what provenance says of a machine; nodes of one kind differ by a little memory."""
 

@@ -136,7 +136,8 @@ def cached(
     key: Mapping[str, Any], folder: Path, compute: Callable[[], EvalResult]
 ) -> tuple[EvalResult, bool]:
     """The result stored under this key, computed once even when several processes ask at a time. One
-    with verdicts that a busy machine may have spoilt is not stored.
+    with verdicts that a busy machine may have spoilt is not stored; where programs are judged, a
+    timeout or a crash is the program's own doing, and most results hold some.
 
     Returns the result and whether it was already there.
     """
@@ -148,7 +149,8 @@ def cached(
         if stored.get("key") == dict(key):
             return EvalResult(tuple(stored["metrics"]), tuple(stored["prompts"])), True
         result = compute()
-        if not any(o in UNRELIABLE for row in result.prompts for o in row["outcomes"]):
+        spoilt = ("verifier_error",) if str(key.get("judging", "")).startswith("code/") else UNRELIABLE
+        if not any(o in spoilt for row in result.prompts for o in row["outcomes"]):
             write_json(path, {"key": dict(key), **asdict(result)})
         return result, False
 

@@ -28,14 +28,14 @@ def arithmetic(split: str) -> ExampleSet:
 
 
 FORMS: tuple[tuple[str, str, Callable[[int, int, int], int]], ...] = (
-    ("x plus {b}", "x + {b}", lambda x, a, b: x + b),
-    ("x minus {b}", "x - {b}", lambda x, a, b: x - b),
-    ("x times {b}", "x * {b}", lambda x, a, b: x * b),
     ("x times {a} plus {b}", "x * {a} + {b}", lambda x, a, b: x * a + b),
-    ("x times {a} minus {b}", "x * {a} - {b}", lambda x, a, b: x * a - b),
+    ("{a} times x minus {b}", "{a} * x - {b}", lambda x, a, b: a * x - b),
+    ("the remainder of x divided by {b}", "x % {b}", lambda x, a, b: x % b),
     ("the square of x plus {b}", "x * x + {b}", lambda x, a, b: x * x + b),
-    ("the square of x minus {b}", "x * x - {b}", lambda x, a, b: x * x - b),
+    ("the square of x times {b}", "x * x * {b}", lambda x, a, b: x * x * b),
     ("{b} minus x", "{b} - x", lambda x, a, b: b - x),
+    ("{b} minus x times {a}", "{b} - x * {a}", lambda x, a, b: b - x * a),
+    ("the square of x minus {b}", "x * x - {b}", lambda x, a, b: x * x - b),
 )
 """Descriptions of functions, their Python, and what they compute."""
 FACTORS, TERMS = range(2, 10), range(10, 100)

@@ -148,17 +148,15 @@ def _redirect() -> IO[str]:
 
 def _serve(channel: IO[bytes], options: Options) -> None:
     examiner = _start_examiner(options)
-    spare = _start_candidate(options)
-    _introduce(spare, examiner)
+    candidate = _start_candidate(options)
+    _introduce(candidate, examiner)
     _send(channel, {"ready": True})
     while True:
-        candidate = spare
         began = _line_of(examiner.end, None)
         if began is None:
             return
         limit = max(options.timeout_s, float(began.get("timeout_s") or 0.0))
         deadline = time.monotonic() + limit
-        spare = _start_candidate(options)  # beside the tests, so that the next program need not wait
         verdict, healthy = _watch(examiner, limit, deadline)
         _kill(candidate.pid)
         examiner.uses += 1
@@ -166,14 +164,15 @@ def _serve(channel: IO[bytes], options: Options) -> None:
         if spent:
             _kill(examiner.pid)
         if not options.limits.filtered:
-            _kill_others((spare.pid, *(() if spent else (examiner.pid,))))
+            _kill_others(() if spent else (examiner.pid,))
         if spent:  # before the next request can come: one that is dying could still read it
             _wait(examiner.pid)
             examiner.end.close()
             examiner = _start_examiner(options)
         _send(channel, {"serial": began["serial"], "score": asdict(verdict), "retire": False})
-        _introduce(spare, examiner)
-        _wait(candidate.pid)
+        candidate, gone = _start_candidate(options), candidate.pid  # now: beside the tests it slows them
+        _introduce(candidate, examiner)
+        _wait(gone)
 
 
 def _send(channel: IO[bytes], message: dict[str, Any]) -> None:

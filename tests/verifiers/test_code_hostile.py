@@ -83,10 +83,17 @@ def test_hostile_programs(judge: tuple[Wanted, PooledCodeVerifier], canary: Path
     assert elapsed < TIMEOUT_S + 8
     assert state_of(canary) == before
     assert the_right_one_passes(verifier, name)
+    assert settles(WORKERS * PROCESSES[kind])
+
+
+def settles(count: int) -> bool:
+    """Whether no more than `count` processes are left, once each worker has its next candidate."""
     patience = time.monotonic() + 10
-    while len(descendants()) > WORKERS * PROCESSES[kind] and time.monotonic() < patience:
+    quiet = 0
+    while quiet < 3 and time.monotonic() < patience:
         time.sleep(0.01)
-    assert len(descendants()) <= WORKERS * PROCESSES[kind]
+        quiet = quiet + 1 if len(descendants()) <= count else 0
+    return quiet == 3
 
 
 def test_there_are_more_than_forty_of_them() -> None:
