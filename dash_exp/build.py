@@ -19,8 +19,9 @@ from dash_exp.evaluation import EvalSet
 from dash_exp.learning.adapters import Adapters
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
-from dash_exp.learning.learner import Learner, Objective, Optimization
+from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer
+from dash_exp.learning.settings import Objective, Optimization
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_model, load_tokenizer, locate, position_limit
 from dash_exp.plan import Parts, Plan

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dash_exp.learning import losses
-from dash_exp.learning.learner import UpdateStats
 from dash_exp.learning.packing import MicroBatch
+from dash_exp.learning.settings import UpdateStats
 from dash_exp.ledger import Ledger
 from dash_exp.plan import Parts, Plan
 from dash_exp.record import Recorder, timed_event

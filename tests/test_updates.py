@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dash_exp.learning.filters import keep_all
-from dash_exp.learning.learner import Learner, Objective, Optimization, UpdateStats
+from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer
+from dash_exp.learning.settings import Objective, Optimization, UpdateStats
 from dash_exp.ledger import Ledger
 from dash_exp.loop import demonstrated, weigh
 from dash_exp.metrics import BatchFacts, learner_values

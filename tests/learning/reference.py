@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_exp.learning.learner import Objective
+from dash_exp.learning.settings import Objective
 from dash_exp.types import AdvantagedGroup
 
 MAX_NEW = 8

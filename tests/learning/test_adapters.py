@@ -10,7 +10,8 @@ import torch
 
 from dash_exp.errors import UserError
 from dash_exp.learning.adapters import Adapters, plain_weights
-from dash_exp.learning.learner import Learner, Objective
+from dash_exp.learning.learner import Learner
+from dash_exp.learning.settings import Objective
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, reference_logprobs
 from tests.learning.test_learner import batches_of, setting

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dash_exp.errors import UserError
 from dash_exp.learning import losses
-from dash_exp.learning.learner import Learner, Objective, Optimization, refuse_dropout
+from dash_exp.learning.learner import Learner, refuse_dropout
 from dash_exp.learning.packing import MicroBatch, Packer, Piece, pack
 from dash_exp.learning.preflight import largest_micro_batch, preflight
+from dash_exp.learning.settings import Objective, Optimization
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, reference_gradient, reference_logprobs
