@@ -6,7 +6,7 @@ format stays that of the base model: what is saved or sent to a sampler is W + (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +92,3 @@ def merged(layer: Any, weight: Tensor) -> Tensor:
     (name,) = layer.active_adapters
     down, up = layer.lora_A[name].weight.detach().float(), layer.lora_B[name].weight.detach().float()
     return weight.float() + layer.scaling[name] * (up @ down)
-
-
-def trainable_names(names: Sequence[str]) -> list[str]:
-    """Which of these parameters belong to adapters."""
-    return [name for name in names if ".lora_" in name]

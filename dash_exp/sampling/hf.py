@@ -8,6 +8,7 @@ one uniform number, drawn per completion, so a completion depends on its seed an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,12 +109,24 @@ class HFSampler:
     def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Group]:
         wave: list[Request] = []
         for request in requests:
+            if len(request.seeds) > self.max_sequences:
+                yield self._in_parts(request, decoding)
+                continue
             if wave and (len(wave) + 1) * len(request.seeds) > self.max_sequences:
                 yield from self._wave(wave, decoding)
                 wave = []
             wave.append(request)
         if wave:
             yield from self._wave(wave, decoding)
+
+    def _in_parts(self, request: Request, decoding: Decoding) -> Group:
+        """One prompt asked more often than rows fit: wave after wave, one group."""
+        completions: list[Completion] = []
+        for first in range(0, len(request.seeds), self.max_sequences):
+            seeds = request.seeds[first : first + self.max_sequences]
+            for group in self._wave([replace(request, seeds=seeds)], decoding):
+                completions += group.completions
+        return Group(request.position, request.prompt, tuple(completions))
 
     def _wave(self, wave: list[Request], decoding: Decoding) -> Iterator[Group]:
         """Decode these requests together; yield a group when its last row has ended.

@@ -16,6 +16,7 @@ from typing import Literal
 import dash_exp
 
 _PROBE_S = 20.0
+_MOUNTS_BEGIN = "--die-with-parent"
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/etc/ld.so.cache", "/etc/localtime")
 _HOST_RIGHTS = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_DAC_READ_SEARCH")
 _FIRST_UID, _UIDS = 1_600_000_000, 2**28
@@ -35,10 +36,13 @@ class Confinement:
 
     def with_scratch(self) -> Confinement:
         """The same with a temporary folder for the host's own imports; the filter that it installs after
-        them refuses to write there."""
-        scratch = ("--tmpfs", "/tmp") if self.prefix else ()
+        them refuses to write there. Mounted first: Python or this package may lie below /tmp."""
         arguments = tuple(dict.fromkeys((*self.arguments, "--read-only")))
-        return replace(self, prefix=(*self.prefix, *scratch), arguments=arguments)
+        if not self.prefix:
+            return replace(self, arguments=arguments)
+        first = self.prefix.index(_MOUNTS_BEGIN) + 1
+        prefix = (*self.prefix[:first], "--tmpfs", "/tmp", *self.prefix[first:])
+        return replace(self, prefix=prefix, arguments=arguments)
 
     def worker_arguments(self) -> tuple[str, ...]:
         """For one worker: each gets a user of its own, so that limits per user are limits per program."""
@@ -123,7 +127,7 @@ def _forms(program: str) -> list[tuple[str, ...]]:
 
 def _mounts() -> list[str]:
     """A root of its own, all of it read-only: the system's libraries, Python, and this package."""
-    words = ["--die-with-parent"]
+    words = [_MOUNTS_BEGIN]
     needed = _needed()
     for folder in _folders_above(needed):
         words += ["--dir", folder]  # open to every user; those that bubblewrap makes by itself are not

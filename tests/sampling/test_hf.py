@@ -259,3 +259,13 @@ def test_new_weights_are_seen(tiny: Any) -> None:
     (after,) = sampler.stream(ask([6]), FREE)
     assert before.completions[0].logprobs != after.completions[0].logprobs
     assert {c.policy_version for c in after.completions} == {7}
+
+
+def test_a_prompt_asked_more_often_than_rows_fit_is_one_group(tiny: Any) -> None:
+    """The same completions as all at once, up to ties of rounding: in fp32 none here."""
+    asked = ask([5, 3], repeats=10)
+    whole = by_position(sampler_of(tiny).stream(asked, FREE))
+    parts = by_position(sampler_of(tiny, max_sequences=4).stream(asked, FREE))
+    for position, group in whole.items():
+        assert len(parts[position].completions) == 10
+        assert [c.token_ids for c in parts[position].completions] == [c.token_ids for c in group.completions]

@@ -73,6 +73,18 @@ def test_spare_users(uid_map: str, low: int, high: int) -> None:
     assert all(low <= spare_uid(uid_map, pick) < high for _ in range(100))
 
 
+def test_a_scratch_folder_hides_nothing_that_lies_below_it() -> None:
+    """Python, or a checkout, may lie below /tmp: what is mounted there comes after the scratch folder."""
+    plain = Confinement(
+        "bwrap", ("bwrap", "--die-with-parent", "--ro-bind", "/tmp/x", "/tmp/x"), (), (), False
+    )
+    assert plain.with_scratch().prefix == (
+        "bwrap", "--die-with-parent", "--tmpfs", "/tmp", "--ro-bind", "/tmp/x", "/tmp/x"
+    )  # fmt: skip
+    fallback = Confinement("limits", (), ("--read-only",), (), False)
+    assert fallback.with_scratch() == fallback
+
+
 def test_the_sandbox_shows_little() -> None:
     skip_without("bwrap")
     words = [*confinement("bwrap").prefix, sys.executable, "-I", "-c", "import os; print(*os.listdir('/'))"]
