@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from argparse import Namespace
@@ -105,13 +106,16 @@ def run_cell(composed: Any) -> int:
     """Check one composed config again (a launcher may run it elsewhere), then train."""
     config = to_config(composed)
     faults = check(config)
-    overrides = list(HydraConfig.get().overrides.task)
+    given = HydraConfig.get().overrides
+    overrides = list(given.task)
+    places = [text for text in given.hydra if text.startswith("hydra.searchpath")]
     if faults:
         raise UserError(faults)
     from dash_exp.budget import resolve_match
     from dash_exp.cell import run_config
 
-    resolve_match(config, overrides, Path(config.run.dir) / "cache")
+    partner = resolve_match(config, [*places, *overrides], Path(config.run.dir) / "cache")
+    config.run.partner = shlex.join(["python", "-m", "dash_exp", *partner]) if partner else None
 
     return run_config(config, apart=HydraConfig.get().mode == RunMode.MULTIRUN)
 

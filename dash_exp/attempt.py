@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from dash_exp import checkpoint, provenance
-from dash_exp.budget import Partner, check_hardware, spent_seconds
+from dash_exp.budget import Partner, check_equal, spent_seconds
 from dash_exp.build import build, engine_facts, thread_count
 from dash_exp.config import Config
 from dash_exp.evaluation import EvalResult, EvalSet, base_key, evaluate, shared
@@ -36,6 +36,8 @@ class Attempt:
     display: Display
     stop: Stop
     partner: Partner | None = None
+    evaluated: set[tuple[int, str]] = field(default_factory=set)
+    """Steps and sets with results of the weights at hand; a resumed run makes later ones anew."""
 
     def whole(self) -> None:
         """All of it. Raises Interrupted after a signal, UserError for what the user can mend."""
@@ -53,7 +55,10 @@ class Attempt:
         self.display.note(text)
 
     def train(self) -> None:
+        self.display.steps = self.machine.plan.steps
         done = self.resume()
+        rows = read_final(self.folder, "evals")
+        self.evaluated |= {(r["step"], r["dataset"]) for r in rows if r["step"] in (0, done)}
         self.note_provenance(done)
         self.preflight()
         if self.config.evaluation.before:
@@ -109,11 +114,12 @@ class Attempt:
             *(j.version for j in machine.parts.judges.values()),
             *(s.judge.version for s in machine.sets),
         }
+        weights = weights_hash(machine.source.folder, self.cache)
         budget = known.get("budget")  # as read at the first start
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         hardware = provenance.hardware(thread_count(self.config.cluster.threads), gpus)
         if self.partner is not None and budget is None:
-            check_hardware(self.partner, hardware)
+            check_equal(self.partner, hardware, weights)
             budget = {"match": self.partner.name, "seconds": self.partner.seconds}
         if budget is not None:
             plan = replace(machine.plan, budget_s=float(budget["seconds"]))
@@ -127,7 +133,7 @@ class Attempt:
             budget=budget,
             model={
                 "origin": machine.source.origin,
-                "weights_hash": weights_hash(machine.source.folder, self.cache),
+                "weights_hash": weights,
             },
             datasets={label: p.content_hash for label, p in data.items()},
             verifiers=sorted(judges),
@@ -148,10 +154,10 @@ class Attempt:
 
     def evaluate(self, step: int) -> None:
         """Evaluate every set now; the base model's result is shared through the cache."""
-        known = {r["dataset"] for r in read_final(self.folder, "evals") if r["step"] == step == 0}
         for one in self.machine.sets:
-            if one.label in known:
+            if (step, one.label) in self.evaluated:
                 continue
+            self.evaluated.add((step, one.label))
             start = time.time()
             result, hit = self.evaluate_one(one, step)
             end = time.time()

@@ -19,7 +19,7 @@ from dash_exp.compose import compose
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.ledger import training_seconds
-from dash_exp.partners import CELL_ID, KEY, partner_of, without_budget
+from dash_exp.partners import CELL_ID, KEY, partner_of, partner_overrides, without_budget
 from dash_exp.record import Row, read_final, read_json
 
 COMPARED = ("cpu", "threads", "gpus")
@@ -32,28 +32,32 @@ class Blocked(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Partner:
-    """A finished cell: its folder's name, its training time, and the machine it ran on."""
+    """A finished cell: its folder's name, its training time, the machines it ran on, and the hash of the
+    weights it started from."""
 
     name: str
     seconds: float
-    hardware: dict[str, Any]
+    machines: tuple[dict[str, Any], ...]
+    weights: str | None
 
 
-def resolve_match(config: Config, overrides: Sequence[str], cache: Path) -> None:
+def resolve_match(config: Config, overrides: Sequence[str], cache: Path) -> list[str] | None:
     """Replace the partner's description in `config` by its cell id; a cell that is its own partner has
-    no budget, so that one sweep can hold both.
+    no budget, so that one sweep can hold both. Returns the overrides that make the partner, None where
+    they are not known or there is none.
 
     Raises UserError with everything that is wrong with the partner.
     """
     match = config.budget.match
     if match is None or CELL_ID.fullmatch(match):
-        return
+        return None
     faults, partner = partner_of(match, overrides, compose)
     if partner is None:
         raise UserError(faults)
     own = make_cell(without_budget(config), cache).id
     theirs = make_cell(partner, cache).id
     config.budget.match = None if theirs == own else theirs
+    return None if theirs == own else partner_overrides(match, overrides)
 
 
 def find_partner(config: Config, pool: Path) -> Partner:
@@ -86,14 +90,25 @@ def find_partner(config: Config, pool: Path) -> Partner:
             "nothing was trained",
         )  # fmt: skip
     seconds = spent_seconds(read_final(folder, "steps"))
-    return Partner(folder.name, seconds, read_json(folder / "provenance.json").get("hardware", {}))
+    if seconds == 0:
+        raise UserError(Fault(KEY, f"the partner {folder.name} was not trained", "name one that was"))
+    facts = read_json(folder / "provenance.json")
+    attempts = facts.get("attempts", [])
+    machines = tuple(a["hardware"] for a in attempts if "hardware" in a) or (facts.get("hardware", {}),)
+    return Partner(folder.name, seconds, machines, facts.get("model", {}).get("weights_hash"))
 
 
-def check_hardware(partner: Partner, here: dict[str, Any]) -> None:
-    """Raises UserError when the partner ran on another machine than this one."""
-    different = [key for key in COMPARED if partner.hardware.get(key) != here.get(key)]
+def check_equal(partner: Partner, here: dict[str, Any], weights: str) -> None:
+    """Raises UserError when the partner started from other weights, or ran on another machine."""
+    if partner.weights != weights:
+        raise UserError(
+            Fault(KEY, f"the partner {partner.name} started from other weights than this cell",
+                  "seconds are comparable for equal seed, model and hardware only"),
+            "nothing was trained",
+        )  # fmt: skip
+    different = {k: there.get(k) for there in partner.machines for k in COMPARED if there.get(k) != here[k]}
     if different:
-        told = ", ".join(f"{k} {partner.hardware.get(k)!r} there, {here.get(k)!r} here" for k in different)
+        told = ", ".join(f"{k} {value!r} there, {here[k]!r} here" for k, value in different.items())
         raise UserError(
             Fault(KEY, f"the partner {partner.name} ran on other hardware: {told}",
                   "run both on one kind of machine, or set budget.seconds instead"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -81,11 +82,13 @@ def make_demonstrations(config: Config, tokenizer: Any, task: Task) -> Demonstra
     )  # fmt: skip
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, prompts: int) -> Plan:
+    """`prompts`: how many there are to train on."""
     a, s = config.algorithm, config.sampler
+    steps = math.ceil((a.epochs or 0) * prompts / a.prompts_per_step) if a.steps is None else a.steps
     return Plan(
         seed=config.seed,
-        steps=a.steps,
+        steps=steps,
         prompts_per_step=a.prompts_per_step,
         group_size=a.group_size,
         prompts_per_call=a.prompts_per_step if s.schedule == "preemptive" else s.prompts_per_call,
@@ -109,7 +112,9 @@ def find_model(config: Config, cache: Path) -> ModelSource:
     )  # fmt: skip
 
 
-def make_learner(config: Config, folder: Path, vocabulary: int, device: torch.device) -> Learner:
+def make_learner(
+    config: Config, plan: Plan, folder: Path, vocabulary: int, device: torch.device
+) -> Learner:  # fmt: skip
     a, opt = config.algorithm, config.learner
     model = load_model(folder, torch.float32, ATTENTION).to(device)
     temperature = config.sampler.temperature if a.source == "sampler" else 1.0
@@ -118,7 +123,7 @@ def make_learner(config: Config, folder: Path, vocabulary: int, device: torch.de
         Objective(a.surrogate, a.clip_low, a.clip_high, a.beta, a.beta_schedule, a.kl, temperature),
         Optimization(
             lr=opt.lr, schedule=opt.schedule, warmup_share=opt.warmup_share,
-            total_updates=a.steps * make_plan(config).updates_per_batch, weight_decay=opt.weight_decay,
+            total_updates=plan.steps * plan.updates_per_batch, weight_decay=opt.weight_decay,
             betas=(opt.beta1, opt.beta2), eps=opt.eps, max_grad_norm=opt.max_grad_norm,
             precision=opt.precision, freeze_embeddings=opt.freeze_embeddings,
             adapters=make_adapters(config),
@@ -170,8 +175,9 @@ def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
         prompts = shown.prompts if shown else task.prompts
         note_prompts(task, note)
         if shown:
-            note(f"demonstrations: {len(shown.completions)}, {shown.too_long} too long and dropped")
-        learner = make_learner(config, source.folder, len(tokenizer), device)
+            note(f"demonstrations: {shown.told()}")
+        plan = make_plan(config, len(prompts.prompts))
+        learner = make_learner(config, plan, source.folder, len(tokenizer), device)
         asked = [(prompts, task.decoding), *((s.prompts, s.decoding) for s in task.sets)]
         longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts)
         sampler = make_sampler(
@@ -199,7 +205,7 @@ def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
         sampler.close()
         judges.close()
 
-    return Machine(make_plan(config), parts, task.sets, source, close)
+    return Machine(plan, parts, task.sets, source, close)
 
 
 def engine_facts(config: Config) -> Mapping[str, Any]:

@@ -106,6 +106,10 @@ class Judges:
                 raise UserError(Fault("verifier", f"{verifier} cannot be used here: {error}")) from error
         return self._made[key]
 
+    def limits(self, verifier: str) -> str:
+        """What may turn a verdict into a timeout or a crash."""
+        return "" if verifier == "integer" else f"{self.timeout_s:g} s, {self.memory_mb} MB"
+
     @property
     def warnings(self) -> tuple[str, ...]:
         found = [warning for made in self._made.values() for warning in getattr(made, "warnings", ())]
@@ -199,7 +203,7 @@ class Questions:
             self.judges.get(one.verifier, one.extraction),
             self.decoding(one, asked.temperature, asked.top_p, place),
             asked.samples,
-            f"{one.verifier}/{one.extraction}",
+            f"{one.verifier}/{one.extraction}/{self.judges.limits(one.verifier)}",
             tuple(asked.k),
         )
 

@@ -50,6 +50,7 @@ def run_config(config: Config, apart: bool = False) -> int:
     if not apart:
         return run(folder, config)
     actions = [f"run.progress={config.run.progress}", f"cluster.threads={config.cluster.threads or 'null'}"]
+    actions += [f"run.partner={config.run.partner}"] if config.run.partner else []
     command = [sys.executable, "-m", "dash_exp.cell", str(folder.resolve()), *actions]
     code, handed = run_forwarding(command)
     return SIGNALLED + (handed or -code) if handed or code < 0 else code
@@ -76,13 +77,13 @@ def disk_fault(error: OSError, root: Path) -> Fault:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Fault("run.dir", f"no space left on the disk of {place}", f"free some, or {hint}")
     if not place.absolute().is_relative_to(root.absolute()):
-        return Fault(str(place), f"cannot be read: {error.strerror or error}")
+        return Fault(str(place), f"cannot be used: {error.strerror or error}")
     return Fault("run.dir", f"cannot write {place}: {error.strerror or error}", hint)
 
 
 def run(folder: Path, config: Config) -> int:
     """Run the cell in `folder` (frozen already). `config` supplies the actions (run, cluster, ...)."""
-    display = Display(config.algorithm.steps, config.run.progress)
+    display = Display(config.algorithm.steps or 0, config.run.progress)
     stop = Stop()
     try:
         with handling(stop), Recorder(folder) as recorder:
@@ -116,17 +117,20 @@ def tell_finished(folder: Path, display: Display) -> int:
 
 def run_locked(folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop) -> int:
     """One attempt at a cell, with every way it can end turned into a status and an exit code."""
-    recorder.status("running", int(read_json(folder / "status.json").get("step", 0)))
+    step = int(read_json(folder / "status.json").get("step", 0))
+    recorder.status("running", step)
     share_cores()
     try:
-        partner = find_partner(config, folder.parent) if config.budget.match else None
+        known = "budget" in read_json(folder / "provenance.json")  # read by an earlier attempt
+        partner = find_partner(config, folder.parent) if config.budget.match and not known else None
         from dash_exp.attempt import Attempt  # heavy imports only once there is something to run
 
         Attempt(folder, config, recorder, display, stop, partner).whole()
     except Blocked as reason:
-        recorder.status("blocked", 0, reason=str(reason))
+        recorder.status("blocked", step, reason=str(reason))
         recorder.log(f"blocked: {reason}")
-        display.note(f"Blocked: {show(folder)} {reason}. Run the partner, then this command again.")
+        display.note(f"Blocked: {show(folder)} {reason}. Run the partner, then this command again:")
+        display.note(f"    {config.run.partner or f'the cell with the id {config.budget.match}'}")
         return BLOCKED
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)

@@ -38,7 +38,10 @@ class AlgorithmConfig:
     """An arm: what the update is. Sizes (`steps` to `group_size`) come from the recipe."""
 
     name: str = MISSING
-    steps: int = MISSING
+    steps: int | None = MISSING
+    """Sampled (or shown) batches; null: as many as `epochs` make."""
+    epochs: float | None = None
+    """How often every prompt (or demonstration) comes, where `steps` is null."""
     prompts_per_step: int = MISSING
     group_size: int = MISSING
     source: str = MISSING
@@ -96,7 +99,8 @@ class FilterConfig:
 
     name: str = MISSING
     threshold: float = MISSING
-    """`advantage`: keep |A| > threshold, in units of the advantage as the arm scales it."""
+    """`advantage`: keep what is further from its group's mean reward than this, in standard deviations of
+    the group, whatever the arm scales advantages by."""
     kl: str = MISSING
     """`drop`: dropped completions owe no KL term (counted); `keep`: they are forwarded for it."""
     denominator: str = MISSING
@@ -169,10 +173,11 @@ class RecipeConfig:
     """Sizes, lengths, learning rate and schedule; the values it sets are in the other groups."""
 
     name: str = MISSING
-    sft_steps: int = MISSING
+    sft_steps: int | None = MISSING
+    sft_epochs: float | None = MISSING
     sft_batch: int = MISSING
     sft_lr: float = MISSING
-    """Steps, examples per step and learning rate of the supervised arms at this size."""
+    """Steps or epochs, examples per step and learning rate of the supervised arms at this size."""
 
 
 @dataclass
@@ -283,6 +288,8 @@ class RunConfig:
     force: bool = MISSING
     progress: str = MISSING
     """`auto`: live on a terminal, plain lines elsewhere; `plain`; `none`."""
+    partner: str | None = None
+    """The command that makes the partner of `budget.match`; set by the program, to be shown."""
 
 
 @dataclass

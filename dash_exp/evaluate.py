@@ -196,7 +196,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"usage: {USAGE}\n\n{__doc__}")
         return OK
     try:
-        return run(subject_of(parse(arguments)))
+        with handling(Stop()):
+            return run(subject_of(parse(arguments)))
+    except (Interrupted, KeyboardInterrupt) as error:
+        code = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
+        complain(f"Interrupted by {signal.Signals(code).name}; the same command goes on from here.")
+        return SIGNALLED + code
     except UserError as error:
         complain(str(error))
     except CellBusy as error:

@@ -128,6 +128,8 @@ def _over_prompts(metric: str, values: Sequence[float]) -> Row:
         return {"metric": metric, "n": 0}
     binary = set(values) <= {0.0, 1.0}
     low, high = wilson_interval(round(sum(values)), n) if binary else bootstrap_interval(values)
+    if low == high:  # all alike, and no share: resampling cannot say how sure that is
+        low = high = math.nan
     ends = {"low": low, "high": high} if math.isfinite(low) else {}
     return {"metric": metric, "value": sum(values) / n, "n": n, **ends}
 

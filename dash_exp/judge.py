@@ -66,6 +66,15 @@ def reference(example: Example, data: DatasetConfig) -> str:
     return example.answer if data.verifier == "integer" else f"\\boxed{{{example.answer}}}"
 
 
+def references(golds: Sequence[Gold]) -> list[Answer]:
+    """What each example should be answered. Raises UserError where only the task's own checks know."""
+    blind = [g for g in golds if g.data.verifier in ("code", "reasoning_gym") and not g.example.solution]
+    if blind:
+        what = f"{len(blind)} examples have no reference solution, e.g. {blind[0].example.id}"
+        raise UserError(Fault("dataset", what, "judge completions instead: completions=<jsonl>"))
+    return [Answer(gold, reference(gold.example, gold.data)) for gold in golds]
+
+
 def unmarked(example: Example, data: DatasetConfig) -> bool:
     """Whether a worked solution states no answer that the extraction finds: some are written by people
     who put no box around it."""
@@ -213,9 +222,7 @@ def run(overrides: Sequence[str], completions: str | None) -> int:
     try:
         golds = load_golds(config, judges)
         answers = (
-            [Answer(gold, reference(gold.example, gold.data)) for gold in golds]
-            if completions is None
-            else read_answers(Path(completions).expanduser(), golds)
+            references(golds) if completions is None else read_answers(Path(completions).expanduser(), golds)
         )
         what = "reference solutions" if completions is None else "completions"
         odd = [g.example.id for g in golds if completions is None and unmarked(g.example, g.data)]
@@ -247,6 +254,7 @@ def main(arguments: Sequence[str]) -> int:
         complain(str(error))
         return USER_ERROR
     except KeyboardInterrupt:
+        complain("Interrupted; nothing was kept.")
         return INTERRUPTED
 
 

@@ -31,7 +31,7 @@ def train(
     """Run the steps after `done`; `spent_s` seconds of training time were used by them."""
     ledger = Ledger()
     budget = Budget(plan.budget_s, spent_s, ledger)
-    if done and plan.budget_s is not None and spent_s >= plan.budget_s:
+    if 0 < done < plan.steps and plan.budget_s is not None and spent_s >= plan.budget_s:
         return Ending(done, "budget")
     for step in range(done + 1, plan.steps + 1):
         facts = train_step(plan, parts, ledger, recorder, step, budget.over)

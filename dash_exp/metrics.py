@@ -72,9 +72,9 @@ def batch_values(facts: BatchFacts) -> Row:
 
 
 def learner_values(facts: BatchFacts) -> Row:
-    """What the learner saw: per-token means over everything forwarded, and the updates. The gap to the
-    sampler and the entropy are those at the sampling weights; ratio and clipping those of the later
-    passes, where an arm has any."""
+    """What the learner saw: per-token means, and the updates. Entropy, log-probability and its gap to
+    the sampler's are those at the sampling weights; ratio and clipping those of the later updates on the
+    batch, where an arm has any; KL that of every update."""
     sums = facts.sums
     last = facts.updates[-1]
     done = [u for u in facts.updates if not u.skipped]
@@ -102,15 +102,15 @@ def learner_values(facts: BatchFacts) -> Row:
         "tokens/backpropagated": total("tokens"),
         "tokens/computed": total("computed"),
     }
-    if first := sums.get("first/tokens"):
+    if learned := total("tokens"):
         row["policy/entropy_nats"] = at_sampling_weights("entropy")
         row["policy/logprob_gap"] = at_sampling_weights("gap")
-        row["policy/logprob_mean"] = sums["first/logprob"] / first
+        row["policy/logprob_mean"] = at_sampling_weights("logprob")
         which = "later" if "later/tokens" in sums else "first"
         row["policy/clip_share"] = sums[f"{which}/clipped"] / sums[f"{which}/tokens"]
         row["policy/ratio_mean"] = sums[f"{which}/ratio"] / sums[f"{which}/tokens"]
-        if "first/kl" in sums:
-            row["kl/mean"] = sums["first/kl"] / first
+        if "first/kl" in sums or "later/kl" in sums:
+            row["kl/mean"] = (sums.get("first/kl", 0.0) + sums.get("later/kl", 0.0)) / learned
             row["kl/beta"] = last.beta
     if "gpu_peak_mb" in sums:
         row["memory/gpu_peak_mb"] = sums["gpu_peak_mb"]

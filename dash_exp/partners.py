@@ -12,13 +12,18 @@ from dash_exp.validation import check
 
 CELL_ID = re.compile(r"[0-9a-f]{8}")
 KEY = "budget.match"
+ARM_ONLY = ("name", "source", "surrogate", "clip_low", "clip_high", "passes", "mini_batch", "filters")
+"""What makes an arm with several updates what it is; sizes, beta and the rest hold for its partner too."""
 HINT = "name a cell id, an arm (dash), or overrides (experiment=...)"
 
 
 def partner_overrides(match: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides of the partner: this cell's, without its budget and what `match` sets anew."""
+    """The overrides of the partner: this cell's, without its budget, without what `match` sets anew, and,
+    where that is another arm (by itself or by an experiment), without what only this arm means."""
     wanted = match.split() if "=" in match else [f"algorithm={match}"]
     replaced = {text.partition("=")[0] for text in wanted}
+    if replaced & {"algorithm", "experiment"}:
+        replaced |= {"algorithm", *(f"algorithm.{name}" for name in ARM_ONLY)}
     kept = [
         text for text in overrides
         if (key := text.lstrip("+~").partition("=")[0]) not in replaced and not key.startswith("budget")

@@ -75,7 +75,7 @@ def collect(known: dict[str, Any], attempt: int, resumed_from: int | None, **fac
     code = code_hash()
     here = {
         "attempt": attempt, "started": time.time(), "host": platform.node(), "pid": os.getpid(),
-        "code_hash": code, "resumed_from_step": resumed_from,
+        "code_hash": code, "resumed_from_step": resumed_from, "hardware": facts.get("hardware", {}),
     }  # fmt: skip
     attempts = [*known.get("attempts", []), here]
     return {

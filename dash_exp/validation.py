@@ -171,6 +171,10 @@ def _mini_batch(size: int, group_size: int, prompts: int) -> Iterator[Fault]:
 
 
 def _supervised(config: Config) -> Iterator[Fault]:
+    if config.algorithm.steps is None and config.algorithm.epochs is None:
+        yield Fault("algorithm.steps", "got null, and algorithm.epochs is null too", "set one of them")
+    if config.algorithm.source == "traces" and config.dataset.mix:
+        yield Fault("dataset.mix", "goes with no algorithm.source=traces", "traces are of one dataset")
     if config.algorithm.source == "traces" and not config.dataset.traces:
         yield Fault(
             "dataset.traces", "not set, but algorithm.source=traces learns from that file", TRACES_HINT

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.budget import Blocked, check_hardware, find_partner, resolve_match, spent_seconds
+from dash_exp.budget import Blocked, check_equal, find_partner, resolve_match, spent_seconds
 from dash_exp.cell import BLOCKED, OK, run_config
-from dash_exp.cells import make_cell
+from dash_exp.cells import cell_id, make_cell
 from dash_exp.compose import compose, find_faults
 from dash_exp.config import Config
 from dash_exp.errors import UserError
@@ -39,7 +39,10 @@ def test_who_the_partner_is() -> None:
     own = ["algorithm=ppo_mini", "seed=1", "learner.lr=1e-4", "budget.match=dash"]
     assert partner_overrides("dash", own) == ["seed=1", "learner.lr=1e-4", "algorithm=dash"]
     several = partner_overrides("experiment=demo/x seed=2", [*own, "experiment=demo/y"])
-    assert several == ["algorithm=ppo_mini", "learner.lr=1e-4", "experiment=demo/x", "seed=2"]
+    assert several == ["learner.lr=1e-4", "experiment=demo/x", "seed=2"]
+    arm = ["algorithm=ppo_mini", "algorithm.mini_batch=16", "algorithm.steps=9", "algorithm.clip_high=0.3"]
+    assert partner_overrides("dash", arm) == ["algorithm.steps=9", "algorithm=dash"]
+    assert partner_overrides("learner.lr=1e-5", arm) == [*arm, "learner.lr=1e-5"]
 
 
 def test_the_partners_id_is_in_the_identity_and_a_cell_is_no_partner_of_itself(tmp_path: Path) -> None:
@@ -74,7 +77,10 @@ def test_blocked_until_the_partner_is_finished_then_cut_at_its_time(
     assert run_config(multi) == BLOCKED
     status = read_json(folder / "status.json")
     assert status["state"] == "blocked" and "has not been started" in status["reason"]
-    assert "Run the partner, then this command again" in capsys.readouterr().out
+    assert f"the cell with the id {multi.budget.match}" in capsys.readouterr().out
+    multi.run.partner = "python -m dash_exp algorithm=dash"
+    assert run_config(multi) == BLOCKED
+    assert "this command again:\n    python -m dash_exp algorithm=dash" in capsys.readouterr().out
 
     dash = composed(tmp_path)
     assert run_config(dash) == OK
@@ -103,7 +109,13 @@ def test_the_machine_of_the_partner_counts_and_what_was_read_once_stays(tmp_path
     assert run_config(dash) == OK
     path = folder_of(dash, tmp_path) / "provenance.json"
     match = 'budget.match="algorithm=dash algorithm.steps=6"'
-    write_json(path, {**read_json(path), "hardware": {"cpu": "another"}})
+    facts = read_json(path)
+    write_json(path, {**facts, "model": {"weights_hash": "x"}})
+    with pytest.raises(UserError, match="started from other weights"):
+        run_config(composed(tmp_path, *MULTI, match))
+    (attempt,) = facts["attempts"]
+    moved = {**attempt, "hardware": {**attempt["hardware"], "cpu": "another"}}
+    write_json(path, {**facts, "attempts": [attempt, moved]})  # its second attempt was elsewhere
     with pytest.raises(UserError, match="ran on other hardware: cpu 'another' there"):
         run_config(composed(tmp_path, *MULTI, match))
     multi = composed(tmp_path, *MULTI, match)
@@ -146,11 +158,54 @@ def test_another_seed_model_or_machine_is_refused(tmp_path: Path) -> None:
     config = composed(tmp_path, *MULTI, "budget.match=0123abcd", "seed=3")
     with pytest.raises(UserError, match="equal seed, model and hardware"):
         find_partner(config, tmp_path / "cells")
-    write_json(folder / "provenance.json", {"hardware": {"cpu": "A", "threads": 2, "gpus": []}})
-    partner = find_partner(composed(tmp_path, *MULTI, "budget.match=0123abcd"), tmp_path / "cells")
-    check_hardware(partner, {"cpu": "A", "threads": 2, "gpus": []})
+    config = composed(tmp_path, *MULTI, "budget.match=0123abcd")
+    with pytest.raises(UserError, match="was not trained"):
+        find_partner(config, tmp_path / "cells")
+    row = {"step": 1, "attempt": 1, "time/step_s": 2.0, "time/evaluate_s": 0.0, "time/checkpoint_s": 0.0}
+    (folder / "steps.jsonl").write_text(json.dumps(row) + "\n")
+    hardware = {"cpu": "A", "threads": 2, "gpus": []}
+    write_json(folder / "provenance.json", {"hardware": hardware, "model": {"weights_hash": "w"}})
+    partner = find_partner(config, tmp_path / "cells")
+    assert partner.seconds == 2.0
+    check_equal(partner, hardware, "w")
+    with pytest.raises(UserError, match="other weights"):
+        check_equal(partner, hardware, "v")
     with pytest.raises(UserError, match="threads 2 there, 1 here"):
-        check_hardware(partner, {"cpu": "A", "threads": 1, "gpus": []})
+        check_equal(partner, {**hardware, "threads": 1}, "w")
+
+
+def test_a_budget_once_read_needs_its_partner_no_more(tmp_path: Path) -> None:
+    """Archiving or running the partner again blocks nobody who has begun."""
+    config = composed(tmp_path, *MULTI, "budget.match=0123abcd")
+    folder = folder_of(config, tmp_path)
+    folder.mkdir(parents=True)
+    budget = {"match": "dash-0", "seconds": 1e-6}
+    write_json(folder / "provenance.json", {"budget": budget, "attempts": []})
+    assert run_config(config) == OK
+    assert read_json(folder / "provenance.json")["budget"] == budget
+
+
+@pytest.mark.parametrize("overrides", [
+    ["experiment=demo/math_ppo_multi", "algorithm=ppo_mini"], ["experiment=demo/math_ppo_mini"],
+    ["experiment=demo/math_ppo_mini", "algorithm.mini_batch=16"],
+    ["experiment=demo/math_ppo_multi", "algorithm.passes=2", "algorithm.clip_high=0.3"],
+])  # fmt: skip
+def test_whatever_is_changed_of_a_demo_its_partner_is_the_demo_of_dash(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    common = ["model=tiny", f"run.dir={tmp_path}"]
+    assert find_faults([*common, *overrides]) == []
+    config = compose([*common, *overrides])
+    command = resolve_match(config, [*common, *overrides], tmp_path / "cache")
+    dash = make_cell(compose([*common, "experiment=demo/math_dash"]), tmp_path / "cache")
+    assert config.budget.match == dash.id
+    assert command == [*common, "experiment=demo/math_dash"]
+
+
+def test_an_id_is_never_taken_for_a_number() -> None:
+    assert cell_id("12345678abcdef99") == "2345678a"
+    assert cell_id("1234e567e8f00000") == "4e567e8f"
+    assert cell_id("0a34e567e8f00000") == "0a34e567"
 
 
 def test_redone_steps_and_evaluations_are_not_counted() -> None:

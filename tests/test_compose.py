@@ -171,7 +171,7 @@ def test_composing_inside_hydra_leaves_it_as_it_was() -> None:
 
 
 def test_the_schema_knows_every_kind_of_key() -> None:
-    assert type_of("algorithm.steps") is int
+    assert type_of("algorithm.prompts_per_step") is int
     assert type_of("evaluation.sets.any_label.limit") == int | None
     assert type_of("model.random.heads") is int
     for absent in ("algorithm.stepz", "algorithm.steps.more", "nothing", "evaluation.sets.a.b"):

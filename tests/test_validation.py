@@ -86,6 +86,8 @@ OUT_OF_RANGE: list[tuple[str, float, str]] = [
     ("algorithm.steps", -1, "at least 0"),
     ("algorithm.mini_batch", 0, "at least 1"),
     ("recipe.sft_steps", -1, "at least 0"),
+    ("recipe.sft_epochs", 0.0, "more than 0"),
+    ("algorithm.epochs", 0.0, "more than 0"),
     ("recipe.sft_batch", 0, "at least 1"),
     ("recipe.sft_lr", 0.0, "more than 0"),
     ("learner.lora.rank", -1, "at least 0"),

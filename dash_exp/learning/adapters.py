@@ -6,7 +6,7 @@ format stays that of the base model: what is saved or sent to a sampler is W + (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,8 @@ def add_adapters(model: Any, setting: Adapters) -> None:
     target names no layer."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    refuse_layers(model, setting.targets)
+
     config = LoraConfig(
         r=setting.rank,
         lora_alpha=setting.alpha,  # type: ignore[arg-type]
@@ -50,6 +52,19 @@ def add_adapters(model: Any, setting: Adapters) -> None:
                 Fault("learner.lora.targets", str(error).splitlines()[0],
                       "name linear layers such as q_proj, v_proj, or leave it empty for all")
             ) from error  # fmt: skip
+
+
+def refuse_layers(model: Any, targets: Sequence[str]) -> None:
+    """Raises UserError for adapters where the log-probabilities would not see them, or no weight could
+    be merged: on the output layer and on embeddings."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        named = any(name == target or name.endswith(f".{target}") for target in targets)
+        if named and (module is head or not isinstance(module, torch.nn.Linear)):
+            raise UserError(
+                Fault("learner.lora.targets", f"{name} can have no adapter",
+                      "name linear layers inside the model, such as q_proj, or leave it empty for all")
+            )  # fmt: skip
 
 
 def layers(model: Any) -> Iterator[tuple[str, Any]]:

@@ -122,6 +122,7 @@ class Learner:
         self.sums.add(
             "scored",
             entropy=float(entropy.sum()),
+            logprob=float(logprobs.sum()),
             gap=float((logprobs - batch.sampler_logprobs).abs().sum()),
             tokens=len(batch.targets),
             completions=len(batch.lengths),
@@ -236,8 +237,8 @@ class Learner:
         kept: dict[str, Tensor] = {}
         if self.setting.adapters is not None:
             weights = dict(plain_weights(self.model, torch.float32))
-            if moments:  # merged weights cannot be taken apart again
-                kept = {f"master/{name}": master.detach() for name, master in self.masters.items()}
+            # merged weights cannot be taken apart again, so the adapters are kept beside them
+            kept = {f"master/{name}": master.detach() for name, master in self.masters.items()}
         else:
             weights = {
                 name: self.masters.get(name, parameter).detach().float()

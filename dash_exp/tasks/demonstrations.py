@@ -20,11 +20,20 @@ MAX_FAULTS = 20
 @dataclass(frozen=True, slots=True)
 class Demonstrations:
     """A prompt for each completion that is shown, and the completions by prompt id. `too_long`: how many
-    were dropped because they have more tokens than a completion may have."""
+    were dropped because they have more tokens than a completion may have; `unmatched`: how many belong to
+    no prompt (unknown, or dropped for its own length)."""
 
     prompts: PromptSet
     completions: Mapping[str, Completion]
     too_long: int
+    unmatched: int
+
+    def told(self) -> str:
+        """The counts, for a person."""
+        return (
+            f"{len(self.completions)} for {self.prompts.name}, {self.too_long} too long and dropped, "
+            f"{self.unmatched} without a prompt"
+        )
 
 
 def demonstrate(
@@ -50,12 +59,22 @@ def demonstrate(
         kept.append(replace(prompt, id=name))
         unknown = (math.nan,) * len(ids)  # nobody sampled them
         completions[name] = Completion(tuple(ids), unknown, text, "stop", 0)
+    given = sum(map(len, texts.values()))
     if not kept:
-        raise UserError(
-            Fault("dataset", f"{prompts.name} has no demonstration of at most {max_tokens} tokens",
-                  f"{too_long} are longer; raise sampler.max_new_tokens, or choose another dataset")
-        )  # fmt: skip
-    return Demonstrations(replace(prompts, prompts=tuple(kept)), completions, too_long)
+        raise UserError(_nothing(prompts.name, given, too_long, max_tokens))
+    unmatched = given - len(kept) - too_long
+    return Demonstrations(replace(prompts, prompts=tuple(kept)), completions, too_long, unmatched)
+
+
+def _nothing(name: str, given: int, too_long: int, max_tokens: int) -> Fault:
+    if not given:
+        what = f"{name} has no worked solutions to learn from"
+        return Fault("dataset", what, "name their field, dataset.fields.solution=[...], or use sft_m")
+    if not too_long:
+        what = f"none of the {given} demonstrations belongs to a prompt of {name}"
+        return Fault("dataset", what, "their ids must be those of the dataset that they were made from")
+    what = f"{name} has no demonstration of at most {max_tokens} tokens"
+    return Fault("dataset", what, f"{too_long} are longer; raise sampler.max_new_tokens")
 
 
 def read_traces(path: Path) -> dict[str, list[str]]:

@@ -27,8 +27,10 @@ def bare(example: Example, style: Style) -> str:
 
 
 def problem_solution(example: Example, style: Style) -> str:
-    """`Problem: ... Solution: ...`, the paper's form for supervised fine-tuning."""
-    return f"Problem:\n{example.problem}\n\nSolution:\n"
+    """`Problem: ... Solution: ...`, the paper's form for supervised fine-tuning. A code task shows its first
+    assertion, as its other prompts do: without it nothing says what the function is called."""
+    shown = f"\n{example.first_test}" if example.first_test else ""
+    return f"Problem:\n{example.problem}{shown}\n\nSolution:\n"
 
 
 def docstring(example: Example, style: Style) -> str:

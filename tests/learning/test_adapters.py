@@ -95,4 +95,10 @@ def test_the_seed_draws_the_adapters_and_an_unknown_target_is_refused(tiny: Any)
     assert not torch.equal(first.masters[name], other.masters[name])
     assert len(adapted(copy.deepcopy(tiny), targets=("q_proj",)).masters) == 4
     with pytest.raises(UserError, match="q_proj, v_proj"):
-        adapted(tiny, targets=("no_such_layer",))
+        adapted(copy.deepcopy(tiny), targets=("no_such_layer",))
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("lm_head", "q_proj"), ("embed_tokens", "q_proj")])
+def test_layers_that_can_have_no_adapter_are_refused(tiny: Any, targets: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="can have no adapter"):
+        adapted(tiny, targets=targets)

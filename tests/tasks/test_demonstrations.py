@@ -39,6 +39,7 @@ def test_several_of_a_prompt_become_prompts_of_their_own_and_long_ones_are_count
     keyed = {("sums", "p2"): ["a", "bbbbb", "c"], ("other", "p0"): ["a"]}
     made = demonstrate(PROMPTS, keyed, characters, stop_ids=(END,), max_tokens=5)
     assert list(made.completions) == ["sums/p2#0", "sums/p2#2"] and made.too_long == 1
+    assert made.told() == "2 for sums, 1 too long and dropped, 1 without a prompt"
     assert made.prompts.prompts[1].token_ids == (5, 6)
     completion = made.completions["sums/p2#0"]
     assert all(map(math.isnan, completion.logprobs)) and completion.finish_reason == "stop"
@@ -47,8 +48,10 @@ def test_several_of_a_prompt_become_prompts_of_their_own_and_long_ones_are_count
 def test_nothing_left_is_an_error() -> None:
     with pytest.raises(UserError, match="1 are longer; raise"):
         shown({"p0": ["too long for that"]})
-    with pytest.raises(UserError, match="no demonstration"):
+    with pytest.raises(UserError, match="no worked solutions"):
         shown({})
+    with pytest.raises(UserError, match="none of the 2 demonstrations belongs to a prompt"):
+        shown({"x": ["a"], "y": ["b"]})
 
 
 def test_traces_are_read_by_id(tmp_path: Path) -> None:
