@@ -120,7 +120,7 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
     """A learner as any run makes it, from a config."""
     import torch
 
-    from dash_exp.build import make_learner
+    from dash_exp.build import make_learner, make_plan
     from dash_exp.compose import compose
 
     config = compose(
@@ -130,7 +130,8 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
             f"learner.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}",
         ]
     )  # fmt: skip
-    return make_learner(config, folder, setting.vocabulary, torch.device("cpu"))
+    plan = make_plan(config, prompts=1)
+    return make_learner(config, plan, folder, setting.vocabulary, torch.device("cpu"))
 
 
 def make_group(position: int, size: int, setting: Setting) -> AdvantagedGroup:
