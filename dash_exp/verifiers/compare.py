@@ -11,11 +11,14 @@ import sympy
 
 from dash_exp.verifiers import symbolic
 from dash_exp.verifiers.forms import Form, Group, Relation, SetExpr, has_symbols
-from dash_exp.verifiers.leaves import Leaf, colon_parts, parse_leaf, units_clash
+from dash_exp.verifiers.leaves import Leaf, colon_parts, parse_leaf
 from dash_exp.verifiers.normalise import plain_words, squash
+from dash_exp.verifiers.units import is_time_of_day, units_clash
 
 _ROUNDED_DIGITS = 3
 """A gold decimal with at least this many significant digits may be a rounded exact number."""
+_PRIMES = re.compile(r"(?<=[A-Za-z)}])'+|\\prime(?![A-Za-z])")
+_DATE = re.compile(r"\d{4}-(?:0\d|1[0-2])-(?:[0-2]\d|3[01])")
 
 
 class Match(Enum):
@@ -37,6 +40,8 @@ def compare(gold: Form, candidate: Form) -> Match:
     if isinstance(gold, Group) and isinstance(candidate, Group):
         return _groups(gold, candidate)
     group, leaf = (gold, candidate) if isinstance(gold, Group) else (candidate, gold)
+    if isinstance(leaf, Leaf) and "\\emptyset" in leaf.text:
+        return Match.DIFFERENT  # the empty set is no element of itself
     if isinstance(group, Group) and group.opening in ("", "{") and len(group.items) == 1:
         return compare(group.items[0], leaf)
     return Match.DIFFERENT
@@ -56,14 +61,42 @@ def compare_leaves(gold: Leaf, candidate: Leaf) -> Match:
     will do; of a candidate's chain every member has to be right."""
     if _names_differ(gold, candidate):
         return _relations(gold, candidate)
-    if units_clash(gold.unit, candidate.unit):
+    if units_clash(gold.unit, candidate.unit) or _percent_clash(gold, candidate):
+        return Match.DIFFERENT
+    if _tautology(gold) != _tautology(candidate) and (gold.name or candidate.name):
         return Match.DIFFERENT
     alternatives = (gold, *gold.chain)
     found = []
     for member in (candidate, *candidate.chain):
         tried = [_leaf(alternative, member) for alternative in alternatives]
-        found.append(Match.SAME if Match.SAME in tried else _all(tried))
+        near = member.rounded and any(_rounds_near(other, member) for other in alternatives)
+        found.append(Match.SAME if near or Match.SAME in tried else _all(tried))
     return _all(found)
+
+
+def _percent_clash(gold: Leaf, candidate: Leaf) -> bool:
+    """Whether one is a percentage and the other has a unit."""
+    return bool((gold.percent and candidate.unit) or (candidate.percent and gold.unit))
+
+
+def _tautology(leaf: Leaf) -> bool:
+    """Whether the leaf was written as `1 = 1`, which gives no name a value."""
+    return bool(leaf.chain) and not leaf.name and all(leaf.text == other.text for other in leaf.chain)
+
+
+def _rounds_near(exact: Leaf, shown: Leaf) -> bool:
+    """Whether `shown`, written after an approximation sign, is `exact` cut or rounded."""
+    if shown.value is None or shown.percent != exact.percent:
+        return False
+    unit = Fraction(1, 10 ** (shown.decimals or 0))
+    low, high = shown.value - unit, shown.value + unit
+    if exact.value is not None:
+        return low < exact.value < high
+    return symbolic.rounds_to(exact.text, *map(_rational, (low, high)))
+
+
+def _rational(value: Fraction) -> sympy.Rational:
+    return sympy.Rational(value.numerator, value.denominator)
 
 
 def _names_differ(gold: Leaf, candidate: Leaf) -> bool:
@@ -72,6 +105,9 @@ def _names_differ(gold: Leaf, candidate: Leaf) -> bool:
 
 
 def _leaf(gold: Leaf, candidate: Leaf) -> Match:
+    dates = _date(gold.text), _date(candidate.text)
+    if dates != (None, None):
+        return Match.SAME if dates[0] == dates[1] else Match.DIFFERENT
     if gold.base is not None or candidate.base is not None:
         return _bases(gold, candidate)
     if gold.value is not None and candidate.value is not None:
@@ -87,6 +123,8 @@ def _leaf(gold: Leaf, candidate: Leaf) -> Match:
 
 
 def _expressions(gold: Leaf, candidate: Leaf) -> Match:
+    if _PRIMES.findall(gold.text) != _PRIMES.findall(candidate.text):
+        return Match.DIFFERENT  # math-verify drops them: `f'` would be `f`
     parsed = symbolic.expression(candidate.text)
     if parsed is None:
         return Match.UNREADABLE
@@ -124,8 +162,12 @@ def _rounded(gold: Leaf, candidate: Leaf) -> bool:
     low, high = gold.value - half, gold.value + half
     if candidate.value is not None:
         return candidate.value.denominator > 1 and low <= candidate.value <= high
-    ends = [sympy.Rational(end.numerator, end.denominator) for end in (low, high)]
-    return symbolic.rounds_to(candidate.text, *ends)
+    return symbolic.rounds_to(candidate.text, *map(_rational, (low, high)))
+
+
+def _date(text: str) -> tuple[int, ...] | None:
+    """Year, month and day of `2023-01-05`, which would else be a difference."""
+    return tuple(map(int, text.split("-"))) if _DATE.fullmatch(text) else None
 
 
 def _bases(gold: Leaf, candidate: Leaf) -> Match:
@@ -140,7 +182,7 @@ def _ratios(gold: Leaf, candidate: Leaf) -> Match:
     first, second = colon_parts(gold.text), colon_parts(candidate.text)
     if first is None and second is None:
         return Match.UNREADABLE
-    if {"am", "pm"} & {gold.unit[0], candidate.unit[0]}:  # 9 a.m. is 9:00
+    if is_time_of_day(gold.unit) or is_time_of_day(candidate.unit):  # 9 a.m. is 9:00
         first, second = _clock(gold), _clock(candidate)
     if first is not None and first == second:
         return Match.SAME

@@ -17,7 +17,7 @@ _ANSWER_PHRASE = re.compile(r"answer(?:\s{0,3}(?:is|are|to|:|=)){1,3}\s{0,3}:?",
 _MATH = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(((?:[^\\]|\\[^()])+)\\\)")
 _DISPLAY = re.compile(r"\\\[((?:[^\\]|\\[^\[\]])+)\\\]")
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[-−]\s?)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:(?<![\w)\]}])[-−]\s?)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?![\w.]))?"
     r"(?:\s?/\s?\d+)?(?:\s?\\?%)?"
 )
 _FILLER = re.compile(
@@ -87,7 +87,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _tidy(number: str) -> str:
-    kept = number.replace("$", "").replace("−", "-").replace(" ", "")
+    kept = number.replace("$", "").replace("−", "-").replace(" ", "").lower()
     return kept[:MAX_CANDIDATE_CHARS]
 
 

@@ -53,6 +53,9 @@ _POINT_NAME = re.compile(r"^\(\s*[A-Za-z]\w?(?:\s*,\s*[^,()]{1,12})*\s*\)$")
 _UNION = re.compile(r"\\cup(?![A-Za-z])|(?<=[)\]}])\s*[Uu]\s*(?=[(\[\\])")
 _MINUS = re.compile(r"\\setminus(?![A-Za-z])")
 _MATRIX = re.compile(r"^\\begin\{([pbvB]?matrix|array)\}(?:\{[clr|]+\})?(.*)\\end\{\1\}$", re.DOTALL)
+_BUILDER = re.compile(
+    r"\s*([A-Za-z])\s*(?:\\in\s*\(-\\infty\s*,\s*\\infty\s*\)\s*)?(?::|\||\\(?:mid|vert)(?![A-Za-z]))\s*"
+)
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 
 
@@ -133,7 +136,7 @@ def _equation(sides: list[str], depth: int) -> Form:
     last = forms[-1]
     if not all(isinstance(form, Leaf) for form in forms):
         return last if len(forms) == 1 else Relation(tuple(sides), ("=",) * (len(sides) - 1))
-    leaves = tuple(form for form in forms if isinstance(form, Leaf))
+    leaves = tuple(leaf for form in forms if isinstance(form, Leaf) for leaf in (*form.chain, form))
     name = name_of(sides[0]) if named else ""
     return replace(leaves[-1], name=name, chain=leaves[:-1])
 
@@ -165,7 +168,7 @@ def _bracketed(text: str, depth: int) -> Form | None:
     if matrix:
         return _matrix(matrix.group(2), depth)
     if text.startswith("\\{") and text.endswith("\\}") and closing(text, 1) == len(text) - 1:
-        return _group("{", "}", text[2:-2], depth)
+        return _built_set(text[2:-2], depth) or _group("{", "}", text[2:-2], depth)
     if not text or text[0] not in "([{" or closing(text, 0) != len(text) - 1:
         return None
     inner = text[1:-1]
@@ -173,6 +176,17 @@ def _bracketed(text: str, depth: int) -> Form | None:
         # braces only group in LaTeX; brackets around one thing say nothing either
         return parse_form(inner, depth=depth + 1) if inner.strip() else None
     return _group(text[0], text[-1], inner, depth)
+
+
+def _built_set(inner: str, depth: int) -> Form | None:
+    """The interval or union that `{x : x > 0}` or `{x in R | x > 0}` is; None for another set."""
+    built = _BUILDER.match(inner)
+    if built is None:
+        return None
+    form = parse_form(inner[built.end() :], join_thousands=False, depth=depth + 1)
+    parts = form.parts if isinstance(form, SetExpr) and not form.minus else (form,)
+    same = all(isinstance(part, Group) and part.name == built.group(1).lower() for part in parts)
+    return form if same else None
 
 
 def _group(opening: str, close: str, inner: str, depth: int) -> Form:

@@ -56,6 +56,9 @@ _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![A-Za-z\\])(theta|alpha|beta)(?![A-Za-z])", r"\\\1"),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
+        # `1.4e3`; an E without a point could be a digit of base 16
+        (r"(?<![\w.\\])(\d+(?:\.\d+)?)e([-+]?)\+?(\d{1,3})(?![\w.])", r"\1\\cdot 10^{\2\3}"),
+        (r"(?<![\w.\\])(\d+\.\d+)E([-+]?)\+?(\d{1,3})(?![\w.])", r"\1\\cdot 10^{\2\3}"),
         # `2i` would be read as a product with a symbol named i, `2 i` as a complex number
         (r"(?<=\d)i(?![A-Za-z])", " i"),
         (r"(?<=[\s,;(\[])\.(?=\d)|^\.(?=\d)|(?<=[-+$])\.(?=\d)", "0."),
@@ -64,22 +67,45 @@ _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _TRIG_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*\\text\{ degrees\}")
+_PRICE = re.compile(r"(-?)\s*(?:\\\$|\$)\s*(\d(?:[\d,.{}\s]|\\[!,])*)")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z]{2})")
 _CURRENCY = re.compile(r"\\?\$")
 _AND = r"(?:,\s*)?\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<![A-Za-z\\{])(?:,\s*)?(?:and|or)(?![A-Za-z}])"
 _CONNECTOR = re.compile(_AND)
+_PHRASES = {
+    phrase: meaning
+    for meaning, phrases in (
+        (
+            "\\emptyset",
+            "no solution|no solutions|there is no solution|there are no solutions|has no solution"
+            "|has no solutions|empty set|null set",
+        ),
+        (
+            "(-\\infty,\\infty)",
+            "all real numbers|all reals|all real values|any real number|every real number"
+            "|set of all real numbers|set of real numbers|real numbers|all real x|x is any real number"
+            "|all real values of x",
+        ),
+        ("does not exist", "dne|does not exist|doesn t exist|limit does not exist|no limit exists"),
+    )
+    for phrase in phrases.split("|")
+}
 _WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 
 def normalise(answer: str) -> str:
     """One spelling for brackets, fractions, spaces, signs, relations, text and degrees.
 
-    Dollar signs go (they mark currency or maths mode), `and` and `or` become commas, a degree sign
-    becomes the unit `degrees` or, inside a trigonometric expression, a factor of pi/180.
+    A price alone becomes a number of dollars; other dollar signs go (they mark currency or maths
+    mode), `and` and `or` become commas, a degree sign becomes the unit `degrees` or, inside a
+    trigonometric expression, a factor of pi/180. Phrases such as `no solution` become symbols.
     """
     text = answer.strip().strip("*").strip()
     if "\\begin" not in text:
         text = _DOUBLED.sub(r"\\", text)
+    price = _PRICE.fullmatch(text.removeprefix("$").removesuffix("$") if text.startswith("$\\$") else text)
+    if price:
+        text = rf"{price.group(1)}{price.group(2).rstrip('., ')}\text{{ dollars}}"
     text = _CURRENCY.sub("", text.translate(_UNICODE))
     for pattern, replacement in _SIMPLE:
         text = pattern.sub(replacement, text)
@@ -89,12 +115,16 @@ def normalise(answer: str) -> str:
     if whole:
         text = whole.group(1)
     text = _CONNECTOR.sub(",", text)
-    return square_roots(trim(text))
+    text = square_roots(trim(text))
+    return _PHRASES.get(plain_words(text), text)
 
 
 def trim(text: str) -> str:
     """Without surrounding space, quotes and closing punctuation."""
-    return text.strip().strip("\"'`").rstrip(" .,;:?").lstrip(" =:,;")
+    text = text.strip().strip('"`')
+    if len(text) > 1 and text[0] == text[-1] == "'":  # a single one is a prime: `f'`
+        text = text.strip("'")
+    return text.rstrip(" .,;:?").lstrip(" =:,;")
 
 
 def square_roots(text: str) -> str:
@@ -132,10 +162,10 @@ def plain_words(text: str) -> str:
     """An answer in words, as lower-case words; empty when it is a formula. `(B)` becomes `b`."""
     bare = re.sub(r"\\(?:text|overline)\s*\{([^{}]*)\}", r" \1 ", text)
     bare = re.sub(r"(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})", " ", bare)
-    bare = re.sub(r"(?<=[A-Za-z])!", "", bare)
+    bare = re.sub(r"(?:(?<=[A-Za-z]{3})|(?<=\b[Nn]o))!", "", bare)  # `n!` is a factorial
     if not re.fullmatch(r"[\sA-Za-z0-9().,:'\"?]+", bare):
         return ""
     words = re.findall(r"[a-z0-9]+", bare.lower())
     if not any(re.fullmatch(r"[a-z]{2,}", word) for word in words):
-        return words[0] if len(words) == 1 and words[0].isalpha() else ""
+        return words[0] if len(words) == 1 and words[0].isalpha() and "'" not in bare else ""
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)

@@ -60,9 +60,11 @@ def expression(text: str) -> Expression | None:
 
 
 def _exact(parsed: Expression) -> Expression | None:
+    """Without floats, and with the imaginary unit where math-verify reads a symbol named i."""
     try:
         floats = parsed.atoms(sympy.Float)
-        return parsed.xreplace({number: sympy.Rational(str(number)) for number in floats})
+        exact = parsed.xreplace({number: sympy.Rational(str(number)) for number in floats})
+        return exact.xreplace({symbol: sympy.I for symbol in exact.free_symbols if symbol.name == "i"})
     except SYMPY_ERRORS:
         return None
 

@@ -82,6 +82,10 @@ def test_boxed_or_last(text: str, candidate: str | None) -> None:
         ("about .5", ".5"),
         ("3/4", "3/4"),
         ("it costs $5.", "5"),
+        ("5e1", "5e1"),
+        ("about 6.02E-23", "6.02e-23"),
+        ("5ex", "5"),
+        ("2 eggs", "2"),
         ("none", None),
     ],
 )

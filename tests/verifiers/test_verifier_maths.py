@@ -56,6 +56,11 @@ def test_an_unreadable_gold_is_matched_as_a_string() -> None:
     assert judge_candidate(r"\frac{1}", r"\frac{1}{").outcome != "correct"
 
 
+def test_a_power_of_ten_as_the_last_number() -> None:
+    assert judge_math("so it is 5e1", "50", "last_number").outcome == "correct"
+    assert judge_math("so it is 5e1", "1", "last_number").outcome == "wrong"
+
+
 @given(SMALL, SMALL)
 def test_integers(gold: int, found: int) -> None:
     expected = "correct" if gold == found else "wrong"
@@ -116,6 +121,24 @@ def test_reading_an_answer_never_fails(text: str) -> None:
         parse_form(normalise(text), join_thousands)
 
 
-@pytest.mark.parametrize("piece", ["(", "[", "{", r"\{", "((", r"\sqrt{", ",", "=", r"\cup "])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "(",
+        "[",
+        "{",
+        r"\{",
+        "((",
+        r"\sqrt{",
+        ",",
+        "=",
+        r"\cup ",
+        "5 a",
+        "m/",
+        r"\text{m}",
+        r"\frac{\text{",
+        " ",
+    ],
+)
 def test_reading_deep_nesting_never_fails(piece: str) -> None:
     parse_form(normalise(piece * (MAX_JUDGED_CHARS // len(piece))))
