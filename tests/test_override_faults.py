@@ -34,7 +34,7 @@ def test_compose_raises_every_fault() -> None:
     [
         ("seed=abc", Fault("seed", "got 'abc' (text), expected a whole number")),
         ("seed=2.5", Fault("seed", "got 2.5 (number), expected a whole number")),
-        ("algorithm.steps=null", Fault("algorithm.steps", "got null, expected a whole number")),
+        ("algorithm.group_size=null", Fault("algorithm.group_size", "got null, expected a whole number")),
         ("learner.lr=fast", Fault("learner.lr", "got 'fast' (text), expected a number")),
         ("run.force=maybe", Fault("run.force", "got 'maybe' (text), expected true or false")),
         ("dataset.stop=x", Fault("dataset.stop", "got 'x' (text), expected a list like [a,b]")),

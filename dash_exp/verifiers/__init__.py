@@ -1,7 +1,7 @@
 """Verifiers: what a completion's reward is, decided by pure judges, run in killable processes."""
 
-VERIFIER_VERSION = "1"
+VERIFIER_VERSION = "2"
 """Raised whenever a judge could answer differently for the same text and gold answer."""
 
-CODE_VERSION = "1"
+CODE_VERSION = "2"
 """The same for judges of programs and of reasoning-gym's answers."""

@@ -6,8 +6,12 @@ does to this process, all it can do is answer calls, rightly or wrongly, or not 
 
 from __future__ import annotations
 
-import builtins
+import contextlib
+import copy
 import gc
+import importlib
+import math
+import operator
 import os
 import random
 import sys
@@ -17,13 +21,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dash_exp.verifiers.confine import limit_cpu
-from dash_exp.verifiers.values import Channel, ChannelClosedError, encode
+from dash_exp.verifiers.values import Channel, ChannelClosedError, describe_error, encode, plain_error
 
 MODULE_NAME = "program"
 """`__name__` inside the program: what stands under `if __name__ == "__main__"` does not run."""
 
 _MUTABLE = (list, dict, set, bytearray)
-_MAX_DETAIL_CHARS = 300
 
 Reply = tuple[Any, ...]
 
@@ -40,22 +43,28 @@ class Candidate:
         self._objects.append(value)
         return len(self._objects) - 1
 
-    def from_handle(self, number: int) -> Any:
-        return self._objects[number]
+    def from_handle(self, handle: int | str, *described: Any) -> Any:
+        """The object of a number; what the standard library has under a name; an exception of the tests."""
+        if isinstance(handle, str):
+            module, _, name = handle.partition(":")
+            return operator.attrgetter(name)(importlib.import_module(module))
+        return self._objects[handle] if handle >= 0 else plain_error(*described)
 
     def answer(self, request: tuple[Any, ...]) -> Reply:
         """What is sent back: `ok` with a value, or the exception as text."""
         try:
             return getattr(self, f"_do_{request[0]}")(*request[1:])  # type: ignore[no-any-return]
         except BaseException as error:  # noqa: BLE001 (the program may raise anything)
-            return ("raised", *_describe(error))
+            with contextlib.suppress(BaseException):  # to free what its frames hold
+                error.__traceback__ = error.__context__ = error.__cause__ = None
+            return ("raised", error)
 
     def _do_load(self, source: str, cpu_s: int) -> Reply:
         limit_cpu(cpu_s)
         try:
             code = compile(source, "<program>", "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-            return ("unparsed", *_describe(error))
+            return ("unparsed", type(error).__name__, str(error))
         module = types.ModuleType(MODULE_NAME)
         sys.modules[MODULE_NAME] = module  # dataclasses and typing look a class's module up
         self._globals = module.__dict__
@@ -74,49 +83,62 @@ class Candidate:
         return ("ok", {name: self._globals[name] for name in names if name in self._globals}, None)
 
     def _do_call(self, function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Reply:
-        mutable = [a for a in (*arguments, *named.values()) if _can_change(a)]
+        mutable = [a if _can_change(a) else None for a in (*arguments, *named.values())]
         before = self._bytes(mutable)
         value = function(*arguments, **named)
-        changed = mutable if mutable and self._bytes(mutable) != before else None
-        return ("ok", value, changed)
+        return ("ok", value, mutable if self._bytes(mutable) != before else None)
 
     def _do_apply(self, operation: str, operands: list[Any]) -> Reply:
         return ("ok", OPERATIONS[operation](*operands), None)
 
     def _bytes(self, values: list[Any]) -> bytes:
         """To see whether arguments were changed in place; a handle's own state does not count."""
-        return encode(values, lambda value: 0) if values else b""
+        return encode(values, lambda value: 0) if any(value is not None for value in values) else b""
 
 
 def _can_change(value: Any) -> bool:
-    return isinstance(value, _MUTABLE) or type(value).__name__ in ("ndarray", "deque")
+    return isinstance(value, _MUTABLE) or type(value).__name__ in ("ndarray", "deque", "array")
 
 
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
-    "attribute": lambda value, name: getattr(value, name),
-    "assign": lambda value, name, new: setattr(value, name, new),
+    "attribute": getattr,
+    "assign": setattr,
+    "forget": delattr,
     "iterate": iter,
     "next": next,
     "length": len,
-    "item": lambda value, key: value[key],
-    "contains": lambda value, item: item in value,
+    "item": operator.getitem,
+    "set_item": operator.setitem,
+    "delete_item": operator.delitem,
+    "contains": operator.contains,
     "true": bool,
+    "hash": hash,
     "equal": lambda value, other: bool(value == other),
     "less": lambda value, other: bool(value < other),
+    "at_most": lambda value, other: bool(value <= other),
+    "greater": lambda value, other: bool(value > other),
+    "at_least": lambda value, other: bool(value >= other),
+    **{name: getattr(operator, name) for name in (
+        "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and_", "or_",
+        "xor", "neg", "pos", "abs", "invert", "index",
+    )},
+    "divmod": divmod,
+    "float": float,
+    "int": int,
+    "complex": complex,
+    "round": round,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "enter": lambda value: value.__enter__(),
+    "leave": lambda value: bool(value.__exit__(None, None, None)),
+    "copy": copy.copy,
+    "deep_copy": copy.deepcopy,
+    "is_instance": lambda kind, value: isinstance(value, kind),
+    "is_subclass": lambda kind, value: issubclass(value, kind),
     "text": str,
     "representation": repr,
-}
+}  # fmt: skip
 """What tests may do with an object that stays here."""
-
-
-def _describe(error: BaseException) -> tuple[list[str], str]:
-    """Names of the exception's built-in classes, its own first, and its message."""
-    kinds = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
-    try:
-        message = str(error)[:_MAX_DETAIL_CHARS]
-    except BaseException:  # noqa: BLE001 (its own __str__ is the program's too)
-        message = ""
-    return [type(error).__name__, *kinds], message
 
 
 def serve(channel: Channel, candidate: Candidate) -> None:
@@ -135,4 +157,4 @@ def serve(channel: Channel, candidate: Candidate) -> None:
         except ChannelClosedError:
             os._exit(0)
         except BaseException as error:  # noqa: BLE001 (a value that cannot be read is the program's)
-            channel.send(("raised", *_describe(error)))
+            channel.send(("raised", plain_error(*describe_error(error))))

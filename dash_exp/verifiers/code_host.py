@@ -276,7 +276,8 @@ def _run_alone(end: socket.socket, silent: tuple[int, ...], run: Callable[[socke
 def _be_candidate(end: socket.socket, limits: Limits) -> None:
     confine(limits)
     candidate = Candidate()
-    candidates.serve(Channel(end, candidate.to_handle, candidate.from_handle), candidate)
+    channel = Channel(end, candidate.to_handle, candidate.from_handle, trusting=True)
+    candidates.serve(channel, candidate)
 
 
 # What follows runs in the examiner.

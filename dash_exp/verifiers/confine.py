@@ -1,8 +1,9 @@
 """What a process that runs a stranger's program takes away from itself. Linux; standard library only.
 
 Limits, another user, no new privileges, and a filter of system calls under which it can start no
-process, send no signal to another one, open no socket, change no other process and leave no process
-group. In the fallback without bubblewrap the filter also refuses to open anything for writing.
+process, send no signal to another one (nor have the kernel send one, as the owner of a file), open no
+socket, change no other process and leave no process group. In the fallback without bubblewrap the filter
+also refuses to open anything for writing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import resource
 import signal
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
@@ -144,7 +146,9 @@ _STARTS = (57, 58)  # fork vfork
 _EXECUTES = (59, 322)  # execve execveat
 _SIGNALS = (200, 129, 297, 424, 434, 438)  # tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_*
 _GROUPS = (109, 112)  # setpgid setsid
-_OTHERS = (101, 310, 311, 312, 141, 142, 144, 203, 251, 256, 279, 314)  # ptrace process_vm_* kcmp sched_*
+_OTHERS = (  # ptrace process_vm_* kcmp sched_* process_madvise process_mrelease fanotify_*
+    101, 310, 311, 312, 141, 142, 144, 203, 251, 256, 279, 314, 440, 448, 300, 301,
+)  # fmt: skip
 _NETWORK = (41, 42, 49, 50, 43, 288)  # socket connect bind listen accept accept4
 _MEMORY = (29, 64, 68, 240, 319, 447)  # shmget semget msgget mq_open memfd_create memfd_secret
 _NAMESPACES = (155, 161, 165, 166, 272, 308, *range(428, 434), 442)  # mounts, chroot, unshare, setns
@@ -153,17 +157,27 @@ _KERNEL = (
     250, 298, 303, 304, 305, 313, 320, 321, 323, 425, 426, 427,
 )  # fmt: skip
 _DENIED = (*_EXECUTES, *_SIGNALS, *_GROUPS, *_OTHERS, *_NETWORK, *_MEMORY, *_NAMESPACES, *_KERNEL)
-_UNKNOWN = (435, 437)  # clone3 openat2: their flags cannot be seen; libc falls back to clone and openat
+_UNKNOWN = (435, 437, 463, 466, 467, 469)
+"""clone3 openat2 setxattrat removexattrat open_tree_attr file_setattr: their flags cannot be seen, or
+older calls do the same; libc falls back to those."""
+_NEWEST = 469
+"""Calls with a higher number were not there when this list was made: they do not exist for programs."""
 _WRITES = (
-    76, 82, 83, 84, 85, 86, 87, 88, 90, 91, 92, 93, 94, 132, 133, 188, 189, 190, 197, 198, 199, 235, 258,
+    73, 76, 82, 83, 84, 85, 86, 87, 88, 90, 91, 92, 93, 94, 132, 133, 188, 189, 190, 197, 198, 199, 235, 258,
     259, 260, 261, 263, 264, 265, 266, 268, 280, 316, 452,
 )  # fmt: skip
 _CLONE, _CLONE_THREAD = 56, 0x10000
 _KILL, _TGKILL, _PRCTL, _PRLIMIT, _OPEN, _OPENAT = 62, 234, 157, 302, 2, 257
+_FCNTL, _IOCTL, _SOCKETPAIR, _SENDTO, _SENDS_MESSAGES = 72, 16, 53, 44, (46, 307)
+_FCNTLS = (*range(6), 9, 11, 16, 1030, 1031, 1032, 1033, 1034)
+"""Duplicates, flags, and what only asks: no owner (8, 15), signal (10), lock, lease or notice of changes."""
+_IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""Questions about terminals, FIONREAD, FIONBIO, FIOCLEX and FIONCLEX: no owner (0x8901, 0x8902) either."""
+_AF_UNIX, _SOCK_STREAM, _SOCKET_TYPE = 1, 1, 0xF
 _WRITING_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 _ARCH_X86_64 = 0xC000003E
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _MASK, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 
@@ -178,7 +192,7 @@ _HEAD: tuple[_Line, ...] = (
     (_EQUAL, 1, 0, _ARCH_X86_64),
     (_RETURN, 0, 0, _KILL_PROCESS),  # 32-bit calls have other numbers
     (_LOAD, 0, 0, _NUMBER),
-    (_AT_LEAST, 0, 1, 0x40000000),
+    (_AT_LEAST, 0, 1, _NEWEST + 1),  # those of the x32 interface are among them
     _NO_SUCH_CALL,
 )
 """Each line is (code, lines to skip if true, if false, value)."""
@@ -191,6 +205,11 @@ def _common_filter(read_only: bool) -> list[_Line]:
     for number in _UNKNOWN:
         lines += [(_EQUAL, 0, 1, number), _NO_SUCH_CALL]
     lines += _only(_PRLIMIT, 0, [(_EQUAL, 1, 0, 0), _REFUSE])  # 0: the caller itself
+    lines += _only(_FCNTL, 1, _one_of(_FCNTLS))
+    lines += _only(_IOCTL, 1, _one_of(_IOCTLS))
+    of_type = [_argument(1), (_MASK, 0, 0, _SOCKET_TYPE), *_one_of((_SOCK_STREAM,))]
+    lines += _only(_SOCKETPAIR, 0, [*_one_of((_AF_UNIX,)), *of_type])  # others reach listeners by name
+    lines += _only(_SENDTO, 4, [*_one_of((0,)), (_LOAD, 0, 0, _ARGUMENTS + 8 * 4 + 4), *_one_of((0,))])
     if read_only:
         for number, argument in ((_OPEN, 1), (_OPENAT, 2)):
             lines += _only(number, argument, [(_ANY_BIT, 0, 1, _WRITING_FLAGS), _REFUSE])
@@ -200,7 +219,7 @@ def _common_filter(read_only: bool) -> list[_Line]:
 def _own_filter(pid: int) -> list[_Line]:
     """No new process, no signal to another process than `pid`, no way to outlive the host."""
     lines = list(_HEAD)
-    for number in _STARTS:
+    for number in (*_STARTS, *_SENDS_MESSAGES):  # the host passes descriptors on with the latter
         lines += [(_EQUAL, 0, 1, number), _REFUSE]
     lines += _only(_CLONE, 0, [(_ANY_BIT, 1, 0, _CLONE_THREAD), _REFUSE])
     for number in (_KILL, _TGKILL):
@@ -211,8 +230,18 @@ def _own_filter(pid: int) -> list[_Line]:
 
 def _only(number: int, argument: int, test: list[_Line]) -> list[_Line]:
     """For this call alone: load an argument's low half, run `test`, which falls through or refuses."""
-    body = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument), *test, _PASS]
+    body = [_argument(argument), *test, _PASS]
     return [(_EQUAL, 0, len(body), number), *body]
+
+
+def _argument(position: int) -> _Line:
+    """Load an argument's low half."""
+    return (_LOAD, 0, 0, _ARGUMENTS + 8 * position)
+
+
+def _one_of(values: Sequence[int]) -> list[_Line]:
+    """Refuse unless what is loaded is one of `values`."""
+    return [*((_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)), _REFUSE]
 
 
 def _install(lines: list[_Line]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dash_exp.verifiers.gold import CodeGold
 
-_FENCE = re.compile(r"[ \t]*(`{3,})[ \t]*([^\s`]*)[^`]*")
+_BYTE_ORDER_MARK = "\ufeff"
 _PYTHON = ("python", "py", "python3")
 _FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import\b", re.MULTILINE)
 
@@ -29,6 +29,11 @@ def find_program(text: str) -> str:
     Closed blocks go before one that the end of the text cuts off: what was cut off cannot run, and
     what stands before it may be whole. Leading white space is kept: a function's body needs it.
     """
+    text = text.removeprefix(_BYTE_ORDER_MARK)
+    return _find(text).removeprefix(_BYTE_ORDER_MARK)
+
+
+def _find(text: str) -> str:
     blocks = [block for block in _blocks(text) if block.text.strip()]
     python = [block for block in blocks if block.language in _PYTHON]
     for candidates in (python, blocks):
@@ -43,14 +48,14 @@ def _blocks(text: str) -> list[_Block]:
     lines: list[str] = []
     fence, language, indent = "", "", ""
     for line in text.replace("\r\n", "\n").split("\n"):
-        match = _FENCE.fullmatch(line)
-        if fence and match and len(match[1]) >= len(fence) and line.strip() == match[1]:
+        match = _fence(line)
+        if fence and match and len(match[0]) >= len(fence) and line.strip() == match[0]:
             found.append(_Block(language, tuple(lines), True))
             fence = ""
         elif fence:
             lines.append(line.removeprefix(indent))  # a block inside a list item is indented
         elif match:
-            fence, language = match[1], match[2].lower().strip("{}.:")
+            fence, language = match[0], match[1].lower().strip("{}.:")
             indent = line[: len(line) - len(line.lstrip())]
             lines = []
     if fence:
@@ -58,8 +63,20 @@ def _blocks(text: str) -> list[_Block]:
     return found
 
 
+def _fence(line: str) -> tuple[str, str] | None:
+    """The backticks that open or close a block, and the word after them; no pattern, which would try
+    every way to divide a line."""
+    begins = line.lstrip(" \t")
+    rest = begins.lstrip("`")
+    ticks = len(begins) - len(rest)
+    if ticks < 3 or "`" in rest:
+        return None
+    rest = rest.lstrip(" \t")
+    return "`" * ticks, rest.split(maxsplit=1)[0] if rest and not rest[0].isspace() else ""
+
+
 def _only_fences(text: str) -> bool:
-    return all(_FENCE.fullmatch(line) or not line.strip() for line in text.splitlines())
+    return all(_fence(line) or not line.strip() for line in text.splitlines())
 
 
 def defines(program: str, name: str) -> bool:

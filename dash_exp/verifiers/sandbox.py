@@ -158,12 +158,13 @@ def _needed() -> list[str]:
 
 
 def spare_uid(uid_map: str | None = None, pick: random.Random | None = None) -> int:
-    """A user id that nobody has: one of many above all real ones, or, where this process may only use
-    the ids of a container, one of the upper half of those. 0 where there is none to spare."""
+    """A user id that nobody has, the next one (the examiner's) being as free: one of many above all real
+    ones, or, where this process may only use the ids of a container, one of the upper half of those.
+    Steps of two, so that no two workers are neighbours. 0 where there is none to spare."""
     text = Path("/proc/self/uid_map").read_text() if uid_map is None else uid_map
     extents = [tuple(map(int, line.split())) for line in text.splitlines() if line.strip()]
     choose = pick or random.SystemRandom()
     if any(start <= _FIRST_UID and start + size >= _FIRST_UID + _UIDS for start, _, size in extents):
-        return _FIRST_UID + choose.randrange(_UIDS)
+        return _FIRST_UID + 2 * choose.randrange(_UIDS // 2)
     start, _, size = max(extents, key=lambda extent: extent[2])
-    return start + size // 2 + choose.randrange(size // 2) if size >= 1000 else 0
+    return start + size // 2 + 2 * choose.randrange(size // 4) if size >= 1000 else 0

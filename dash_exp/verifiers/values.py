@@ -3,35 +3,72 @@
 Plain data cross as themselves: None, bool, int, float, complex, str, bytes, list, tuple, dict, set,
 frozenset, and the common kinds of the standard library and numpy below. Everything else stays where it
 is and crosses as a handle, a number. The reading side builds only kinds it names itself, so nothing
-that arrives can have an `__eq__` of its own. Subclasses arrive as what they derive from.
+that arrives can have an `__eq__` of its own. Subclasses arrive as what they derive from; exceptions and
+their classes as names, arguments and a handle, of which each side makes what it knows.
 """
 
 from __future__ import annotations
 
+import array
 import builtins
 import collections
+import contextlib
 import datetime
 import decimal
 import fractions
+import functools
 import io
+import pathlib
 import pickle
+import pickletools
+import re
 import socket
 import struct
 import sys
 import types
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_BYTES = 2**29
 """The longest message that is read: 512 MiB."""
 
-_NAMED_TYPES = ("bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set",
-                "str", "tuple")  # fmt: skip
+TESTS = "<tests>"
+"""`__name__` of the tests: what they define cannot cross as the kind it derives from."""
+
+_PLAIN_TYPES: Mapping[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple, collections.Counter,
+        collections.OrderedDict, collections.defaultdict, collections.deque, decimal.Decimal,
+        fractions.Fraction, datetime.date, datetime.datetime, datetime.time, datetime.timedelta,
+    )
+}  # fmt: skip
+_NAMED_TYPES: Mapping[str, type] = {
+    **_PLAIN_TYPES,
+    **{n: k for n, k in vars(builtins).items() if isinstance(k, type) and issubclass(k, BaseException)},
+}
+_PATHS = {
+    kind.__name__: kind for kind in (pathlib.PurePosixPath, pathlib.PureWindowsPath, type(pathlib.Path()))
+}
+_MAX_ERROR_CHARS = 2_000
+_MAX_KINDS = 50
+_DEPTH = 4_000
+"""Of nested lists and their like that are written; each takes a frame of C."""
 _NUMPY_KINDS = "biufcSUmM"
+_OPCODES = {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "STACK_GLOBAL",
+    "REDUCE", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
+    "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT",
+    "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET",
+}  # fmt: skip
+"""What `encode` writes. Not BUILD, say: it could give a class that was read an `__eq__` of the program's."""
 _HEAD = struct.Struct("<Q")
 
-ToHandle = Callable[[Any], int]
-FromHandle = Callable[[int], Any]
+ToHandle = Callable[[Any], int | str]
+FromHandle = Callable[..., Any]
+"""Of a handle; of a handle and what describes an exception or a class of exceptions beside it."""
 
 
 class ChannelClosedError(Exception):
@@ -39,12 +76,16 @@ class ChannelClosedError(Exception):
 
 
 class Channel:
-    """One end of a stream socket between the two processes: a message is its length, then a pickle."""
+    """One end of a stream socket between the two processes: a message is its length, then a pickle.
+    `trusting`: the other side is not a stranger's program, and its messages are not looked through."""
 
-    def __init__(self, end: socket.socket, to_handle: ToHandle, from_handle: FromHandle):
+    def __init__(
+        self, end: socket.socket, to_handle: ToHandle, from_handle: FromHandle, trusting: bool = False
+    ):
         self._end = end
         self._to_handle = to_handle
         self._from_handle = from_handle
+        self._trusting = trusting
 
     def send(self, message: Any) -> None:
         data = encode(message, self._to_handle)
@@ -62,7 +103,7 @@ class Channel:
             raise ChannelClosedError(f"its value takes {size:.2e} bytes, more than {MAX_BYTES}")
         data = self._read(size)
         try:
-            return decode(data, self._from_handle)
+            return decode(data, self._from_handle, self._trusting)
         except MemoryError:
             raise
         except Exception as error:
@@ -84,13 +125,21 @@ class Channel:
 def encode(value: Any, to_handle: ToHandle) -> bytes:
     """Bytes of `value`. May raise what its own methods raise, and RecursionError."""
     out = io.BytesIO()
-    _Writer(out, to_handle).dump(value)
+    limit = sys.getrecursionlimit()
+    if limit < _DEPTH:
+        sys.setrecursionlimit(_DEPTH)
+    try:
+        _Writer(out, to_handle).dump(value)
+    finally:
+        if limit < _DEPTH:
+            sys.setrecursionlimit(limit)
     return out.getvalue()
 
 
-def decode(data: bytes, from_handle: FromHandle) -> Any:
-    """The value again. Raises some exception for bytes that `encode` did not make."""
-    return _Reader(io.BytesIO(data), from_handle).load()
+def decode(data: bytes, from_handle: FromHandle, trusting: bool = False) -> Any:
+    """The value again. Raises some exception for bytes that `encode` could not have made, unless they are
+    to be trusted."""
+    return _Reader(data, from_handle, trusting).load()
 
 
 def build(*described: Any) -> Any:
@@ -110,29 +159,100 @@ class _Writer(pickle.Pickler):
             return NotImplemented
         if type(value) in _WRITERS:
             return build, (type(value).__name__, *_WRITERS[type(value)](value))
-        return build, (_describe_other(value) or ("handle", self._to_handle(value)))
+        return build, (self._describe_own(value) or ("handle", self._to_handle(value)))
+
+    def _describe_own(self, value: Any) -> tuple[Any, ...] | None:
+        if isinstance(value, BaseException):
+            known = type(value).__module__ == "builtins"  # no handle, which would keep its frames alive
+            return ("error", -1 if known else self._to_handle(value), *describe_error(value))
+        if isinstance(value, type) and issubclass(value, BaseException) and not _is_named(value):
+            return ("error", self._to_handle(value), error_names(value))
+        fields = getattr(type(value), "_fields", None)
+        if isinstance(value, tuple) and type(fields) is tuple and type(value).__base__ is tuple:
+            return ("namedtuple", type(value).__name__, fields, tuple(value))
+        if type(value).__module__ == TESTS and not isinstance(value, int):
+            return None
+        return _describe_other(value)
 
 
 def _describe_other(value: Any) -> tuple[Any, ...] | None:
     numpy: Any = sys.modules.get("numpy")
     if isinstance(value, type):
-        named = value.__name__ in _NAMED_TYPES and getattr(builtins, value.__name__) is value
-        return ("type", value.__name__) if named else None
+        return ("type", value.__name__) if _is_named(value) else None
     if isinstance(value, types.ModuleType):
         return ("module", value.__name__)
     if numpy is not None and isinstance(value, numpy.generic) and value.dtype.kind in _NUMPY_KINDS:
         return ("scalar", value.dtype.str, value.tobytes())
     if numpy is not None and isinstance(value, numpy.ndarray):
         if value.dtype.kind in _NUMPY_KINDS:
-            return ("array", value.dtype.str, value.shape, value.tobytes())
+            return ("ndarray", value.dtype.str, value.shape, value.tobytes())
         return ("objects", value.shape, value.ravel().tolist()) if value.dtype.kind == "O" else None
-    if isinstance(value, datetime.datetime | datetime.time) and value.tzinfo is None:
+    if isinstance(value, datetime.datetime | datetime.time):
         moment = "datetime" if isinstance(value, datetime.datetime) else "time"
-        return (moment, value.isoformat())
+        zone = _describe_zone(value.tzinfo)
+        return zone and (moment, value.replace(tzinfo=None).isoformat(), zone, value.fold)
+    if type(value) in _PATHS.values():
+        return ("path", type(value).__name__, str(value))
     for base, convert in _BASES.items():
         if isinstance(value, base):
             return ("plain", convert(value))
     return None
+
+
+def _is_named(kind: type) -> bool:
+    return _NAMED_TYPES.get(kind.__name__) is kind
+
+
+def _describe_zone(zone: datetime.tzinfo | None) -> tuple[Any, ...] | None:
+    """None for zones that no other process could know."""
+    if zone is None:
+        return ("none",)
+    if type(zone) is datetime.timezone:
+        return ("offset", zone.utcoffset(None), zone.tzname(None))
+    key = getattr(zone, "key", None)
+    return ("key", key) if type(zone).__module__ == "zoneinfo" and type(key) is str else None
+
+
+def error_names(kind: type) -> tuple[str, ...]:
+    """The class and those it derives from, each after its module; built-in ones are `builtins.X`."""
+    return tuple(f"{k.__module__}.{k.__qualname__}" for k in kind.__mro__ if issubclass(k, BaseException))
+
+
+def describe_error(error: BaseException) -> tuple[tuple[str, ...], tuple[Any, ...], str]:
+    """Names of its classes, its arguments where they are short and plain, and its message."""
+    try:
+        message = str(error)[:_MAX_ERROR_CHARS]
+    except BaseException:  # noqa: BLE001 (its own __str__ is the program's too)
+        message = ""
+    arguments = vars(BaseException)["args"].__get__(error)  # its own `args` are the program's too
+    if isinstance(error, OSError):
+        arguments = vars(OSError)["__reduce__"](error)[1]  # with the file's name
+    return error_names(type(error)), arguments if _is_short(arguments) else (message,), message
+
+
+def _is_short(values: tuple[Any, ...], depth: int = 2) -> bool:
+    return len(values) <= 10 and all(
+        (type(v) in (str, bytes) and len(v) <= _MAX_ERROR_CHARS)
+        or (type(v) is int and v.bit_length() <= _MAX_ERROR_CHARS)
+        or type(v) in (float, bool, type(None))
+        or (type(v) is tuple and depth > 0 and _is_short(v, depth - 1))
+        for v in values
+    )
+
+
+def plain_error(names: tuple[str, ...], arguments: tuple[Any, ...], message: str) -> Exception:
+    """The first built-in exception among the names, that can be made of these arguments."""
+    for name in names[:_MAX_KINDS]:
+        module, _, short = str(name).rpartition(".")
+        kind = _NAMED_TYPES.get(short)
+        if module != "builtins" or kind is None or not issubclass(kind, Exception):
+            continue
+        with contextlib.suppress(Exception):  # some need other arguments
+            return kind(*arguments)
+        with contextlib.suppress(Exception):
+            return kind(message)
+    name = str(names[0]).rpartition(".")[2] if names else "exception"
+    return RuntimeError(f"{name}: {message}")
 
 
 _BASES: Mapping[type, Callable[[Any], Any]] = {
@@ -152,6 +272,13 @@ _WRITERS: Mapping[type, Callable[[Any], tuple[Any, ...]]] = {
     collections.deque: lambda v: (list(v), v.maxlen),
     range: lambda v: (v.start, v.stop, v.step),
     slice: lambda v: (v.start, v.stop, v.step),
+    collections.defaultdict: lambda v: (dict(v), _factory_name(v)),
+    collections.ChainMap: lambda v: (v.maps,),
+    types.MappingProxyType: lambda v: (dict(v),),
+    memoryview: lambda v: (v.tobytes(),),
+    array.array: lambda v: (v.typecode, v.tolist()),
+    uuid.UUID: lambda v: (v.int,),
+    re.Pattern: lambda v: (v.pattern, v.flags),
     type({}.keys()): lambda v: (list(v),),
     type({}.values()): lambda v: (list(v),),
     type({}.items()): lambda v: (list(v),),
@@ -160,24 +287,68 @@ _WRITERS: Mapping[type, Callable[[Any], tuple[Any, ...]]] = {
 }
 
 
+def _factory_name(value: Any) -> str:
+    factory = value.default_factory
+    return factory.__name__ if isinstance(factory, type) and _is_named(factory) else ""
+
+
 class _Reader(pickle.Unpickler):
-    def __init__(self, source: io.BytesIO, from_handle: FromHandle):
-        super().__init__(source)
+    def __init__(self, data: bytes, from_handle: FromHandle, trusting: bool):
+        super().__init__(io.BytesIO(data))
+        self._unchecked = None if trusting else data
         self._from_handle = from_handle
 
     def find_class(self, module: str, name: str) -> Any:
+        """Before this is called there is nothing but plain data, which no opcode can do harm with."""
         if (module, name) != (__name__, build.__name__):
             raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
+        if self._unchecked is not None:
+            strange = {code.name for code, _, _ in pickletools.genops(self._unchecked)} - _OPCODES
+            if strange:
+                raise pickle.UnpicklingError(f"{min(strange)} is in no message")
+            self._unchecked = None
         return self._build
 
     def _build(self, kind: str, *rest: Any) -> Any:
-        return self._from_handle(int(rest[0])) if kind == "handle" else _READERS[kind](*rest)
+        return self._from_handle(*rest) if kind in ("handle", "error") else _READERS[kind](*rest)
 
 
 def _named_type(name: str) -> Any:
-    if name not in _NAMED_TYPES:
+    return _NAMED_TYPES[str(name)]
+
+
+def _moment(kind: Any, text: str, zone: tuple[Any, ...], fold: int) -> Any:
+    return kind.fromisoformat(text).replace(tzinfo=_zone(*zone), fold=fold)
+
+
+def _zone(kind: str, *rest: Any) -> datetime.tzinfo | None:
+    if kind == "offset":
+        offset, name = rest
+        plain = datetime.timezone(offset)
+        return plain if plain.tzname(None) == name else datetime.timezone(offset, name)
+    if kind == "key":
+        import zoneinfo
+
+        return zoneinfo.ZoneInfo(*rest)
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _tuple_of(name: str, fields: tuple[str, ...]) -> Any:
+    if type(name) is not str or not all(type(field) is str for field in fields):
         raise ValueError(name)
-    return getattr(builtins, name)
+    return collections.namedtuple(name, fields, module="program")  # type: ignore[misc]
+
+
+def _namedtuple(name: str, fields: tuple[str, ...], items: tuple[Any, ...]) -> Any:
+    try:
+        return _tuple_of(name, fields)(*items)
+    except (ValueError, TypeError):  # names such as `_1`
+        return tuple(items)
+
+
+def _defaultdict(items: dict[Any, Any], factory: str) -> Any:
+    return collections.defaultdict(_PLAIN_TYPES[factory], items) if factory in _PLAIN_TYPES else items
 
 
 def _module(name: str) -> Any:
@@ -219,8 +390,8 @@ _READERS: Mapping[str, Callable[..., Any]] = {
     "Decimal": lambda text: decimal.Decimal(str(text)),
     "Fraction": lambda n, d: fractions.Fraction(int(n), int(d)),
     "date": datetime.date,
-    "datetime": lambda text: datetime.datetime.fromisoformat(text),
-    "time": lambda text: datetime.time.fromisoformat(text),
+    "datetime": lambda *parts: _moment(datetime.datetime, *parts),
+    "time": lambda *parts: _moment(datetime.time, *parts),
     "timedelta": datetime.timedelta,
     "Counter": lambda items: collections.Counter(dict(items)),
     "OrderedDict": collections.OrderedDict,
@@ -230,12 +401,21 @@ _READERS: Mapping[str, Callable[..., Any]] = {
     "dict_keys": lambda items: dict.fromkeys(items).keys(),
     "dict_values": lambda items: dict(enumerate(items)).values(),
     "dict_items": lambda items: dict(items).items(),
+    "defaultdict": _defaultdict,
+    "ChainMap": lambda maps: collections.ChainMap(*map(dict, maps)),
+    "mappingproxy": lambda items: types.MappingProxyType(dict(items)),
+    "memoryview": lambda data: memoryview(bytes(data)),
+    "array": lambda typecode, items: array.array(typecode, items),
+    "UUID": lambda number: uuid.UUID(int=number),
+    "Pattern": lambda pattern, flags: re.compile(pattern, int(flags) & ~re.DEBUG),
+    "path": lambda name, text: _PATHS[name](str(text)),
+    "namedtuple": _namedtuple,
     "ellipsis": lambda: ...,
     "NotImplementedType": lambda: NotImplemented,
     "type": _named_type,
     "module": _module,
     "plain": lambda value: value,
-    "array": _array,
+    "ndarray": _array,
     "scalar": lambda dtype, data: _array(dtype, (1,), data)[0],
     "objects": _objects,
 }

@@ -127,6 +127,42 @@ ESCAPES = {
     "kill the parent": wins("import os\nos.kill(os.getppid(), 9)", needs="filter"),
     "kill the test": wins("import os\nos.kill(@PARENT@, 0)", needs="filter"),
     "kill the group": wins("import os\nos.killpg(1, 9)", needs="filter"),
+    "signals by the owner of a pipe": wins(
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())", needs="filter"
+    ),
+    "signals by the owner, to itself": wins(
+        "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getpid())", needs="filter"
+    ),
+    "signals by the owner, extended": wins(
+        "import fcntl, os, struct\nr, w = os.pipe()\nfcntl.fcntl(r, 15, struct.pack('ii', 1, os.getppid()))",
+        needs="filter",
+    ),
+    "another signal by the owner": wins("import fcntl, os\nfcntl.fcntl(os.pipe()[0], 10, 9)", needs="filter"),
+    "signals by the owner of a socket": wins(
+        "import fcntl, os, struct\nfcntl.ioctl(3, 0x8901, struct.pack('i', os.getppid()))", needs="filter"
+    ),
+    "signals by the group of a socket": wins(
+        "import fcntl, os, struct\nfcntl.ioctl(3, 0x8902, struct.pack('i', os.getppid()))", needs="filter"
+    ),
+    "high halves of arguments": wins(
+        "import ctypes, os\nr, w = os.pipe()\n"
+        "assert ctypes.CDLL(None).syscall(72, r, ctypes.c_long(2**32 + 8), ctypes.c_long(os.getppid())) == 0",
+        needs="filter",
+    ),
+    "a lease": wins("import fcntl, os\nfcntl.fcntl(os.open(os.__file__, 0), 1024, 0)", needs="filter"),
+    "notice of changes": wins("import fcntl, os\nfcntl.fcntl(os.open('/usr', 0), 1026, 1)", needs="filter"),
+    "a lock": wins("import fcntl, os\nfcntl.lockf(os.open(os.__file__, 0), fcntl.LOCK_SH)", needs="filter"),
+    "calls newer than the filter": inside(
+        """
+        import ctypes
+        call = ctypes.CDLL(None, use_errno=True).syscall
+        for number in (463, 466, 467, 469, 470, 500, 1000, 0x40000000, 0x7fffffff):
+            if call(number, 0, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() != 38:
+                return x + 1
+        return 0
+        """,
+        needs="filter",
+    ),
     "setsid": wins("import os\nos.setsid()", needs="filter"),
     "daemon": wins(
         """
@@ -183,6 +219,30 @@ ESCAPES = {
     "network": wins("import socket\nsocket.create_connection(('127.0.0.1', 22), 1)", needs="filter"),
     "a server": wins("import socket\nsocket.socket().bind(('127.0.0.1', 0))", needs="filter"),
     "a socket by name": wins("import socket\nsocket.socket(socket.AF_UNIX).bind('\\0dash')", needs="filter"),
+    "a letter to a listener": wins(
+        "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)", needs="filter"
+    ),
+    "a letter without waiting": wins(
+        "import socket as s\na, b = s.socketpair(s.AF_UNIX, s.SOCK_DGRAM | s.SOCK_CLOEXEC | s.SOCK_NONBLOCK)",
+        needs="filter",
+    ),
+    "a packet to a listener": wins(
+        "import socket\na, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)", needs="filter"
+    ),
+    "a message with an address": inside(
+        """
+        import socket
+        a, b = socket.socketpair()
+        for send in (lambda: a.sendto(b'x', '/tmp/no'), lambda: a.sendmsg([b'x'], [], 0, '/tmp/no')):
+            try: send()
+            except PermissionError: continue
+            except OSError: pass
+            return x + 1
+        a.send(b'x')
+        return 0 if b.recv(1) == b'x' else x + 1
+        """,
+        needs="filter",
+    ),
     "names of hosts": wins("import socket\nsocket.getaddrinfo('example.org', 80)", needs="filter"),
 }
 
@@ -278,6 +338,27 @@ FORGERIES = {
         def f(x): os.write(3, len(d).to_bytes(8, 'little') + d)
         """
     ),
+    "a comparison for a class of the reader's": plain(
+        """
+        import os, pickle, sys
+        from dash_exp.verifiers.values import build
+        class Handle:
+            def __reduce__(s): return build, ('handle', Handle.number)
+        class Kind:
+            def __reduce__(s): return build, ('type', 'Fraction'), (None, {'__eq__': Handle()})
+        class Value:
+            def __reduce__(s): return build, ('Fraction', 1, 2)
+        def f(x):
+            frame = sys._getframe()
+            while 'candidate' not in frame.f_locals: frame = frame.f_back
+            Handle.number = frame.f_locals['candidate'].to_handle(lambda *a: True)
+            channel = frame.f_locals['channel']
+            d = pickle.dumps(('ok', Value(), [Kind()]))
+            while True:
+                os.write(3, len(d).to_bytes(8, 'little') + d)
+                while channel.receive()[1] is not f: channel.send(('ok', True, None))
+        """
+    ),
     "half a message": plain(
         "import os, time\ndef f(x):\n    os.write(3, b'abc')\n    os._exit(0)", "crashed"
     ),
@@ -320,6 +401,12 @@ FORGERIES = {
     "patched numpy": plain(
         "import numpy\nnumpy.allclose = numpy.array_equal = lambda *a, **k: True\ndef f(x): return 0", "wrong"
     ),
+    "a module for the function": plain("import types\nf = types.ModuleType('math.nope')", "wrong"),
+    "a module that does things": plain("import types\nf = types.ModuleType('antigravity')", "wrong"),
+    "a module that is there": plain("import math as f", "wrong"),
+    "an error of imports": inside("raise ImportError('no module')", "wrong"),
+    "an error of imports as a result": plain("f = ImportError", "wrong"),
+    "an error of imports while loading": plain("raise ModuleNotFoundError('x', name='numpy')", "wrong"),
     "own test helpers": plain("def check(*a): pass\ndef assertion(*a): pass\ndef f(x): return 0", "wrong"),
     "trace": plain(
         "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(print)\ndef f(x): return 0", "wrong"

@@ -47,6 +47,12 @@ GOLD = CodeGold("check(total)", "total", HEADER)
         ("", ""),
         ("Use `x = 1` here", "Use `x = 1` here"),
         ("x = '```' + '```'", "x = '```' + '```'"),
+        ("\ufeffx = 1", "x = 1"),
+        ("\ufeff```python\nx = 1\n```", "x = 1"),
+        ("```python\n\ufeffx = 1\n```", "x = 1"),
+        ("```python\n\u00a0x = 1\n```", "\u00a0x = 1"),
+        ("   ```\x0bpython\nx = 1\n  ```  ", "x = 1"),
+        ("```a`b\nx = 1\n```", "```a`b\nx = 1\n```"),
     ],
 )
 def test_the_program_of_a_completion(text: str, program: str) -> None:
@@ -90,6 +96,26 @@ def test_without_a_prefix_the_program_is_what_was_written() -> None:
 )
 def test_what_counts_as_a_definition(program: str, found: bool) -> None:
     assert defines(program, "f") is found
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["```{}`", "```{} `", "``` {}`", "```\n{}`", "{}`", "``{}", "```a {}`", "```python\n{}```"],
+)
+@pytest.mark.parametrize("filling", ["a", " ", "`", "\t", "a `"])
+def test_a_long_line_takes_linear_time(line: str, filling: str) -> None:
+    """Ten times the length took a hundred times as long where a pattern tried every way to divide it."""
+
+    def seconds(length: int) -> float:
+        text = line.format(filling * (length // len(filling)))
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            find_program(text)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds(200_000) < 40 * seconds(20_000) + 0.05
 
 
 @pytest.mark.parametrize("text", ["`" * 300_000, "```\n" * 100_000, "```python\n" + "f" * 10**6, " " * 10**6])

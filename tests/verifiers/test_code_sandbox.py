@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from code_fixtures import skip_without
 
+import dash_exp
 from dash_exp.verifiers import sandbox
+from dash_exp.verifiers.confine import filter_supported
 from dash_exp.verifiers.frontends import PooledCodeVerifier
 from dash_exp.verifiers.gold import CodeGold
 from dash_exp.verifiers.pool import VerifierPool
@@ -65,12 +70,23 @@ def test_another_machine_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
         ("         0          0 4294967295\n", 1_600_000_000, 1_600_000_000 + 2**28),
         ("0 100000 65536\n", 32_768, 65_536),  # a container's users
         ("0 1000 1\n1 100000 65536\n", 32_769, 65_537),
-        ("1000 1000 1\n", 0, 1),  # nobody else to become
+        ("0 100000 1000\n", 500, 1_000),
+        ("0 100000 1001\n", 500, 1_001),
+        ("0 100000 1003\n", 501, 1_003),
     ],
 )
 def test_spare_users(uid_map: str, low: int, high: int) -> None:
+    """Of those that can be drawn, each and the next one (the examiner's) is in the map, and no two are
+    neighbours, so that no worker's program is the user of another's examiner."""
     pick = random.Random(0)
-    assert all(low <= spare_uid(uid_map, pick) < high for _ in range(100))
+    drawn = {spare_uid(uid_map, pick) for _ in range(5_000)}
+    assert low <= min(drawn)
+    assert max(drawn) + 1 < high
+    assert len({uid % 2 for uid in drawn}) == 1
+
+
+def test_nobody_else_to_become() -> None:
+    assert spare_uid("1000 1000 1\n") == spare_uid("0 1000 1\n1 5000 999\n") == 0
 
 
 def test_a_scratch_folder_hides_nothing_that_lies_below_it() -> None:
@@ -127,3 +143,37 @@ def test_each_program_is_a_user_of_its_own() -> None:
         verdict = verifier.submit(program, gold).result(60)
         verifier.close()
         assert verdict.outcome == "correct", verdict
+
+
+def python_of_another_user() -> list[str]:
+    """A command that runs Python with this package as a user who is not root; skips where none does."""
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        pytest.skip("only root, with setpriv, can become another user")
+    root = str(Path(dash_exp.__file__).resolve().parents[1])
+    become = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", "env", "-i", f"PYTHONPATH={root}"]
+    check = "import sys; assert sys.version_info >= (3, 11); import dash_exp.verifiers.frontends"
+    for python in (sys.executable, "/usr/bin/python3"):
+        words = [*become, "PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1", python]
+        if subprocess.run([*words, "-c", check], cwd="/", capture_output=True, check=False).returncode == 0:
+            return words
+    pytest.skip("no Python here that another user can run this package with")
+
+
+@pytest.mark.parametrize("wanted", ["limits", "bwrap"])
+def test_a_program_cannot_have_the_kernel_signal_its_own_user(wanted: str) -> None:
+    """Where the run is not root's, the program is the same user: only the filter keeps it from the run."""
+    if not filter_supported():
+        pytest.skip("not promised without a filter of system calls")
+    script = Path(__file__).with_name("ordinary_user.py").read_text()
+    words = [*python_of_another_user(), "-c", script, wanted]
+    done = subprocess.run(words, cwd="/", capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    if "skipped" in said:
+        pytest.skip(said["skipped"])
+    assert said["user"] == 65534
+    assert said["right"] == "correct"
+    assert said["victim"] is None, "the program killed a process of its user"
+    assert [v["outcome"] for v in said["attacks"]] == ["wrong"] * len(said["attacks"]), said["attacks"]
+    assert all("PermissionError" in v["detail"] for v in said["attacks"]), said["attacks"]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import datetime
 import decimal
 import enum
 import fractions
 import os
+import pathlib
 import pickle
+import re
 import socket
+import sys
 import threading
+import types
+import uuid
+import zoneinfo
 from typing import Any
 
 import numpy as np
@@ -21,6 +28,8 @@ from hypothesis import strategies as st
 from dash_exp.verifiers import values
 from dash_exp.verifiers.values import Channel, ChannelClosedError, decode, encode
 
+EAST = datetime.timezone(datetime.timedelta(hours=5, minutes=30), "east")
+ROME = zoneinfo.ZoneInfo("Europe/Rome")
 Point = collections.namedtuple("Point", "x y")
 Colour = enum.IntEnum("Colour", "RED BLUE")
 
@@ -32,12 +41,17 @@ class Text(str):
         return "another"
 
 
+class Trouble(ValueError):
+    def __str__(self) -> str:
+        return "trouble"
+
+
 def handle(value: Any) -> int:
     return 7
 
 
-def back(number: int) -> Any:
-    return ("handle", number)
+def back(number: int, *described: Any) -> Any:
+    return (number, *described) if described else ("handle", number)
 
 
 def crossed(value: Any) -> Any:
@@ -50,6 +64,25 @@ def crossed(value: Any) -> Any:
         (Point(1, [2]), (1, [2])),
         (Colour.BLUE, 2),
         (Text("a"), "a"),
+        (
+            datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC),
+            datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC),
+        ),
+        (datetime.time(3, tzinfo=EAST), datetime.time(3, tzinfo=EAST)),
+        (
+            datetime.datetime(2020, 7, 2, tzinfo=ROME, fold=1),
+            datetime.datetime(2020, 7, 2, tzinfo=ROME, fold=1),
+        ),
+        (pathlib.Path("a/b"), pathlib.Path("a/b")),
+        (pathlib.PureWindowsPath("a/b"), pathlib.PureWindowsPath("a/b")),
+        (uuid.UUID(int=5), uuid.UUID(int=5)),
+        (array.array("d", [1.5]), array.array("d", [1.5])),
+        (re.compile("a+", re.I), re.compile("a+", re.I)),
+        (memoryview(b"ab"), b"ab"),
+        (types.MappingProxyType({1: 2}), {1: 2}),
+        (collections.ChainMap({1: 2}), {1: 2}),
+        (collections.Counter, collections.Counter),
+        (KeyError, KeyError),
         (1 + 2j, 1 + 2j),
         (collections.defaultdict(list, {1: [2]}), {1: [2]}),
         (bytearray(b"x"), bytearray(b"x")),
@@ -85,6 +118,41 @@ def test_values_that_cross(value: Any, arrives: Any) -> None:
     assert got == arrives
     if type(value).__module__ in ("builtins", "decimal", "fractions", "datetime") and got != ("handle", 7):
         assert type(got) is type(value) or isinstance(value, type(os))
+
+
+@pytest.mark.parametrize(
+    ("error", "described"),
+    [
+        (KeyError("a", (1, None)), (-1, ("builtins.KeyError",), ("a", (1, None)), "('a', (1, None))")),
+        (ValueError(["x"]), (-1, ("builtins.ValueError",), ("['x']",), "['x']")),
+        (ValueError("x" * 10_000), (-1, ("builtins.ValueError",), ("x" * 2_000,), "x" * 2_000)),
+        (Trouble(), (7, (f"{__name__}.Trouble", "builtins.ValueError"), (), "trouble")),
+    ],
+    ids=["key", "list", "long", "own"],
+)
+def test_exceptions_cross_as_descriptions(error: Exception, described: tuple[Any, ...]) -> None:
+    handle, names, arguments, message = crossed(error)
+    wanted = described[1]
+    assert (handle, names[: len(wanted)], arguments, message) == described
+    assert names[-1] == "builtins.BaseException"
+
+
+def test_tuples_with_names_keep_them() -> None:
+    got = crossed(Point(1, [2]))
+    assert (got.x, got.y, got) == (1, [2], (1, [2]))
+    hidden = collections.namedtuple("hidden", "a _b", rename=True)
+    assert crossed(hidden(1, 2)) == (1, 2)
+
+
+def test_nested_lists_and_the_limit_of_recursion() -> None:
+    limit = sys.getrecursionlimit()
+    value: list[Any] = []
+    for _ in range(900):
+        value = [value]
+    got, depth = crossed(value), 0
+    while got:
+        got, depth = got[0], depth + 1
+    assert (depth, sys.getrecursionlimit()) == (900, limit)
 
 
 PLAIN = st.recursive(
@@ -131,16 +199,34 @@ class Evil:
         Evil(type, ("A", (), {})),
         Evil(values.build, ("type", "type")),
         Evil(values.build, ("type", "object")),
-        Evil(values.build, ("array", "O", (1,), b"12345678")),
+        Evil(values.build, ("ndarray", "O", (1,), b"12345678")),
         Evil(values.build, ("nonsense",)),
         Evil(Channel, ()),
         Evil(values._named_type, ("int",)),
+        Evil(values.build, ("type", "Fraction"), (None, {"of_a_program": 1})),
+        Evil(values.build, ("type", "Counter"), (None, {"of_a_program": 1})),
     ],
     ids=lambda evil: str(evil.reduced),
 )
 def test_nothing_else_is_built(message: Evil) -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011 (any will do: the reader takes it for no message)
         decode(pickle.dumps(message), back)
+    assert not any(hasattr(kind, "of_a_program") for kind in (fractions.Fraction, collections.Counter))
+
+
+def test_every_opcode_of_a_message_is_known_to_the_reader() -> None:
+    """Of the shapes that a pickler has opcodes for, beside something that makes the reader look."""
+    itself: tuple[Any, ...] = ([],)
+    itself[0].append(itself)
+    value = [
+        None, True, False, 1, 300, -1, 2**31, 2**3000, 1.5, "a", "a" * 300, b"a", b"a" * 300, bytearray(b"a"),
+        [], [1], [1, 2], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, {1: 2}, {1: 2, 3: 4}, set(), {1, 2},
+        frozenset({1}), *([i] for i in range(300)), Point(1, 2), fractions.Fraction(1, 3),
+    ]  # fmt: skip
+    value.append(value[-3])
+    assert crossed(value) == value
+    again = crossed([itself, range(3)])[0]
+    assert again[0][0] is again
 
 
 def test_messages_longer_than_the_buffers_of_a_socket() -> None:

@@ -17,6 +17,11 @@ from dash_exp.verifiers.gold import CodeGold
 from dash_exp.verifiers.protocol import Verifier
 
 GENEROUS_S = 60.0
+UNITTEST = (
+    "import io, unittest\nclass T(unittest.TestCase):\n    def test(self): f()\n"
+    "r = unittest.TextTestRunner(io.StringIO()).run(unittest.defaultTestLoader.loadTestsFromTestCase(T))\n"
+    "assert r.wasSuccessful()"
+)
 HEADER = 'def helper(x):\n    return x * 2\n\n\ndef f(x):\n    """Twice helper."""\n'
 
 
@@ -40,7 +45,7 @@ def verdict(verifier: Verifier, program: str, tests: str, **more: object) -> Sco
         ("def g(x): return x", "wrong", "NameError: name 'f' is not defined"),
         ("def f(x): return 1 / 0", "wrong", "ZeroDivisionError: division by zero (line 1 of the tests)"),
         ("import nothing_of_that_name", "wrong", "ModuleNotFoundError: No module named"),
-        ("class E(ValueError): pass\ndef f(x): raise E('no')", "wrong", "ValueError: no"),
+        ("class E(ValueError): pass\ndef f(x): raise E('no')", "wrong", "E: no"),
         ("def f(x) return x", "unparsed", "SyntaxError: expected ':'"),
         ("def f(x):\nreturn x", "unparsed", "IndentationError"),
         ("```python\n```", "no_answer", "no program"),
@@ -128,6 +133,258 @@ def test_a_broken_gold_is_our_fault(verifier: PooledCodeVerifier, gold: str, det
 )
 def test_what_tests_may_do(verifier: PooledCodeVerifier, program: str, tests: str) -> None:
     assert verdict(verifier, program, tests) == Score(1.0, "correct")
+
+
+S = "class S:\n    def __init__(s, v): s.v = v\n"
+"""The beginning of a class of programs, for the methods that follow."""
+EQUAL = "    def __eq__(s, o): return s.v == o.v\n    def __hash__(s): return hash(s.v)\n"
+OWN_ERRORS = (
+    "class E(ValueError):\n    LIMIT = 3\n    def __init__(s, c=7):\n        s.c = c\n"
+    "        super().__init__(f'code {c}')\n    @classmethod\n    def of(k, c): return k(c)\nclass F(E): pass\n"
+)
+ZONE = "datetime.timezone(datetime.timedelta(hours=2), 'X')"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        (S + EQUAL + "    def __add__(s, o): return S(s.v + o.v)\n", "assert S(1) + S(2) == S(3)"),
+        (S + EQUAL + "    def __neg__(s): return S(-s.v)\n", "assert -S(1) == S(-1)"),
+        (S + "    def __le__(s, o): return s.v <= o.v\n", "assert S(1) <= S(1) and not S(2) <= S(1)"),
+        (S + "    def __gt__(s, o): return s.v > o.v\n", "assert S(2) > S(1)"),
+        (
+            S + "    def __lt__(s, o): return s.v < o.v\n",
+            "assert [s.v for s in sorted([S(2), S(1)])] == [1, 2]",
+        ),
+        (S + "    def __float__(s): return s.v\n", "assert float(S(1.5)) == 1.5"),
+        (S + "    def __index__(s): return s.v\n", "assert [4, 5][S(1)] == 5"),
+        (S + "    def __round__(s, n=0): return round(s.v, n)\n", "assert round(S(1.25), 1) == 1.2"),
+        (S + EQUAL, "assert len({S(1), S(1), S(2)}) == 2 and {S(1): 2}[S(1)] == 2"),
+        (S, "s = S(1)\ns.v = 4\nassert s.v == 4\ndel s.v\nassert not hasattr(s, 'v')"),
+        (
+            S + "    def __setitem__(s, k, x): s.v[k] = x\n    def __getitem__(s, k): return s.v[k]\n",
+            "s = S({})\ns['a'] = 1\nassert s['a'] == 1",
+        ),
+        (
+            "import contextlib\n@contextlib.contextmanager\ndef f():\n    yield 3",
+            "with f() as x:\n    assert x == 3",
+        ),
+        (S + "class T(S): pass", "assert isinstance(T(1), S) and not isinstance(S(1), T) and issubclass(T, S)"),
+        (S, "import copy\ns = S([1])\nt = copy.deepcopy(s)\nt.v.append(2)\nassert s.v == [1]"),
+        ("def f():\n    'doc'", "assert f.__name__ == 'f' and f.__doc__ == 'doc'"),
+        ("def f(): return {}['k']", "try: f()\nexcept KeyError as e: assert e.args == ('k',) and str(e) == \"'k'\""),
+        ("def f(): open('/no')", "try: f()\nexcept FileNotFoundError as e: assert e.errno == 2 and '/no' in str(e)"),
+        (
+            "class E(Exception):\n    def __init__(s, c):\n        super().__init__('no')\n        s.c = c\n"
+            "class F(E): pass\ndef f(): raise F(5)",
+            "try:\n    f()\n    assert False\nexcept E as e: assert e.c == 5 and str(e) == 'no' and isinstance(e, F)",
+        ),
+        ("class E(Exception): pass\ndef f(x): raise x", "try: f(E)\nexcept E: pass"),
+        (
+            OWN_ERRORS + "def f(e): return e.c",
+            "e = E(5)\nassert e.c == f(e) == 5 and str(e) == 'code 5'\nassert E.LIMIT == 3 and E.of(4).c == 4\n"
+            "assert isinstance(F(1), E) and type(F(1)) is F and issubclass(F, ValueError)",
+        ),
+        (OWN_ERRORS + "def f(): raise F", "try: raise E\nexcept ValueError as e: assert e.c == 7\ntry: f()\nexcept E as e: assert e.c == 7"),
+        ("class E(ValueError): pass\ndef f(): return E()", "kind = type(f())\nassert isinstance(kind(2), ValueError) and not hasattr(kind, 'LIMIT')"),
+        ("def f(m, y): y.append(2)", "import numpy as np\ny = [1]\nf(np.matrix([[1]]), y)\nassert y == [1, 2]"),
+        ("def f(*a, **k): k['y'].append(2)", "y = [1]\nf(0, {}, x=[], y=y)\nassert y == [1, 2]"),
+        ("import json\ndef f(): json.loads('{')", "import json\ntry: f()\nexcept json.JSONDecodeError: pass"),
+        ("def f(): return ValueError('x')", "assert isinstance(f(), ValueError) and str(f()) == 'x'"),
+        ("def f(): return ValueError", "assert f() is ValueError"),
+        ("def f(e): return str(e)", "assert f(ValueError('x')) == 'x'"),
+        ("def f(k, x): return sorted(x, key=k)", "assert f(len, ['bb', 'a']) == ['a', 'bb']"),
+        ("def f(k): return k('A'), k('b')", "assert f(str.lower) == ('a', 'b')"),
+        ("def f(g, x): return g(x)", "import math, numpy as np\nassert f(math.sqrt, 4) == 2 == f(np.max, [1, 2])"),
+        ("def f(k): return k('aab')['a']", "from collections import Counter\nassert f(Counter) == 2"),
+        ("def f(p, s): return bool(p.match(s))", "import re\nassert f(re.compile('A', re.I), 'ab')"),
+        ("def f(p): return p / 'b', p.name", "from pathlib import Path\nassert f(Path('/a')) == (Path('/a/b'), 'a')"),
+        ("def f(d): return d['x']", "from collections import defaultdict\nassert f(defaultdict(int)) == 0"),
+        (
+            "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(p): return P(p.x, 2)",
+            "from collections import namedtuple\nQ = namedtuple('Q', 'x')\nassert f(Q(3)) == (3, 2) and f(Q(3)).y == 2",
+        ),
+        ("import uuid\ndef f(): return uuid.UUID(int=1)", "import uuid\nassert f() == uuid.UUID(int=1)"),
+        ("import array\ndef f(a): return a * 2", "import array\nassert f(array.array('i', [1])) == array.array('i', [1, 1])"),
+        ("import datetime\ndef f(t): return t.replace(year=2021)", f"import datetime\nt = datetime.datetime(2020, 1, 1, tzinfo={ZONE})\nassert f(t) == t.replace(year=2021) and f(t).tzname() == 'X'"),
+        ("def f(n):\n    r = []\n    for i in range(n): r = [r]\n    return r", "r, d = f(600), 0\nwhile r: r, d = r[0], d + 1\nassert d == 600"),
+        ("def f(a): a.append(2)", "import array\na = array.array('i', [1])\nf(a)\nassert a.tolist() == [1, 2]"),
+        ("\ufeffdef f(): return 1", "assert f() == 1"),
+    ],
+)  # fmt: skip
+def test_what_tests_may_do_with_objects(verifier: PooledCodeVerifier, program: str, tests: str) -> None:
+    assert verdict(verifier, program, tests) == Score(1.0, "correct")
+
+
+AGREES = (
+    "class A:\n    def __init__(s, *a): pass\n    def __exit__(s, *a): return True\n"
+    + "".join(
+        f"    __{name}__ = lambda s, *o: s\n"
+        for name in (
+            "enter",
+            "add",
+            "radd",
+            "sub",
+            "rsub",
+            "mul",
+            "rmul",
+            "truediv",
+            "rtruediv",
+            "abs",
+            "neg",
+        )
+    )
+    + "".join(
+        f"    __{name}__ = lambda s, *o: True\n" for name in ("eq", "ne", "lt", "le", "gt", "ge", "bool")
+    )
+    + "    __float__ = lambda s: 0.0\n    __hash__ = lambda s: hash(3)\ndef f(x): return A()\n"
+)
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert f(1) == 3",
+        "assert abs(f(1) - 3) < 1e-9",
+        "assert abs(3 - f(1)) < 1e-9",
+        "assert f(1) < 3",
+        "assert f(1) >= 3",
+        "assert 3 >= f(1)",
+        "assert not f(1) < 3",
+        "assert f(1) + 1 == 4",
+        "assert f(1) in [3]",
+        "assert f(1) in {3}",
+        "assert {3: 1}[f(1)]",
+        "with f(1) as x:\n    assert x == 3",
+        "with f(1):\n    raise ValueError",
+        "import math\nassert math.isclose(f(1), 3)",
+        "import numpy as np\nassert np.allclose(f(1), 3)",
+        "import numpy as np\nassert np.isclose(np.array(f(1)) - 3, 0).all()",
+        "import numpy as np\nassert (np.array([3]) == f(1)).all()",
+        "assert isinstance(f(1), int)",
+        "from fractions import Fraction\nassert Fraction(3) == f(1)",
+        "from decimal import Decimal\nassert Decimal(3) <= f(1)",
+        "assert round(f(1)) == 3",
+    ],
+)
+def test_an_object_that_agrees_with_everything(verifier: PooledCodeVerifier, tests: str) -> None:
+    assert verdict(verifier, AGREES, tests).outcome == "wrong"
+
+
+ANYTHING = "def f(*a): return a[0](2) if callable(a[0]) else 3"
+
+
+@pytest.mark.parametrize(
+    ("tests", "kind"),
+    [
+        ("assert f(lambda a: a + 1, 2) == 3", "function"),
+        ("assert f(3) == 3\nassert f(lambda a: a + 1, 2) == 3", "function"),
+        ("try: f(lambda a: a + 1)\nexcept Exception: pass", "function"),
+        ("def g(a): return a\nf([1, (2, g)])", "function"),
+        ("class Node: pass\nf(3)\nf(Node())", "Node"),
+        ("class Node(dict): pass\nf(3)\nf(Node())", "Node"),
+        ("class Node: pass\nf(Node)", "type"),
+        ("class E(ValueError): pass\nf(E())", "E"),
+        ("f(3)\nf(i for i in range(3))", "generator"),
+        ("f(3)\nf(map(int, ['1']))", "map"),
+        ("f(3)\nf(zip([1], [2]))", "zip"),
+        ("f(iter([1, 2]))", "list_iterator"),
+        ("import io\nf(3)\nf(io.StringIO('q'))", "StringIO"),
+        ("import types\nf(3)\nf(types.SimpleNamespace(a=1))", "SimpleNamespace"),
+        ("import itertools\nf(3)\nf(itertools.count())", "count"),
+        ("f(3)\ntry: f(object())\nexcept TypeError: pass", "object"),
+        ("import functools\nf(3)\nf(functools.partial(max, 1))", "partial"),
+    ],
+)
+def test_what_tests_cannot_pass_is_their_fault(verifier: PooledCodeVerifier, tests: str, kind: str) -> None:
+    got = verdict(verifier, ANYTHING, tests)
+    assert (got.outcome, math.isnan(got.value)) == ("verifier_error", True), got
+    assert f"the tests pass a {kind}, which cannot cross to the program" in got.detail
+
+
+SAYS_NOTHING = (
+    "import os\nclass A:\n    __hash__ = lambda s: 2\n    def __repr__(s): 1 / 0\ndef f(x): return A()"
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("def f(*a): return [1]", "f(iter(f(1)))"),
+        ("def f(*a): return [1]", "f(f(1).append)"),
+        ("import collections as c\ndef f(*a): return c.namedtuple('P', 'x')(1)", "f(type(f(1)))"),
+        ("def f(*a): return object()", "f(type(f(1)))"),
+        ("class E(Exception): pass\ndef f(*a): raise E", "try: f(1)\nexcept Exception as e: f(e.__str__)"),
+        ("import numpy\ndef f(*a): return numpy.ones(2)", "f(f(1).flat)"),
+        ("import collections\ndef f(*a): return collections.deque()", "f(iter(f(1)))"),
+        ("def f(y): y[0] = ''", "y = [0]\nf(y)\nf(y[0].upper)"),
+        (SAYS_NOTHING, "assert f(1) == 2, f(1)"),
+        (SAYS_NOTHING, "{2: 1}[f(1)]"),
+        (SAYS_NOTHING.replace("1 / 0", "os._exit(0)"), "assert f(1) == 2, f(1)"),
+        (
+            "import dash_exp.verifiers.candidate as c\nclass G:\n    def get(s, *a): return 1\n"
+            "c.Candidate._do_globals = lambda *a: ('ok', G(), None)",
+            "f(1)",
+        ),
+        ("def f(*a): return ImportError('x')", "raise f(1)"),
+        ("def f(*a): return 'no_such_module'", "__import__(f(1))"),
+        ("f = ImportError", "raise f(1)"),
+        ("class E(ImportError): pass\ndef f(x): raise E('x', name='numpy')", "import numpy\nf(1)"),
+        ("import types\nf = types.ModuleType('math.nope')", "f(1)"),
+        ("import types\nf = types.ModuleType('antigravity')", "f.webbrowser"),
+        ("import types\ng = types.ModuleType('antigravity')\ndef f(): pass", "g.webbrowser"),
+        ("import math as f", "assert f.sqrt(4) == 2"),
+        ("import unittest\ndef f(): raise unittest.SkipTest", UNITTEST),
+    ],
+)
+def test_no_program_makes_its_failure_the_tests_fault(
+    verifier: PooledCodeVerifier, program: str, tests: str
+) -> None:
+    assert verdict(verifier, program, tests).outcome == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "outcome"),
+    [
+        (
+            "class sys: getsizeof = lambda x: 0\ndef f(x): return 0",
+            "assert f(1) == sys.getsizeof(1)",
+            "wrong",
+        ),
+        ("def f(x): return __import__('sys').getsizeof(x)", "assert f(1) == sys.getsizeof(1)", "correct"),
+        ("class np: allclose = lambda *a: True\ndef f(x): return 0", "assert np.allclose(f(1), 1)", "wrong"),
+        (
+            "math = lambda: 0\nmath.isclose = lambda *a: True\ndef f(x): return 0",
+            "assert math.isclose(f(1), 1)",
+            "wrong",
+        ),
+        (
+            "from datetime import datetime\ndef f(x): return x",
+            "assert f(datetime(2020, 1, 1)).year == 2020",
+            "correct",
+        ),
+        (
+            "import datetime\ndef f(x): return x",
+            "assert f(datetime.datetime(2020, 1, 1)).year == 2020",
+            "correct",
+        ),
+        (
+            "class queue:\n    def __init__(s): s.n = 1\ndef f(): return 1",
+            "q = queue()\nassert q.n == f()",
+            "correct",
+        ),
+        (
+            "def f(x): return x",
+            "def g(sys): return sys.a\nclass math: a = 1\nassert g(math) == f(1)",
+            "correct",
+        ),
+        ("import math as m\ndef f(x): return x", "assert m.sqrt(4) == f(2)", "correct"),
+    ],
+)
+def test_modules_that_tests_use_without_import(
+    verifier: PooledCodeVerifier, program: str, tests: str, outcome: str
+) -> None:
+    assert verdict(verifier, program, tests).outcome == outcome
 
 
 @pytest.mark.parametrize(
