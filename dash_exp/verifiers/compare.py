@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from fractions import Fraction
 
@@ -40,11 +41,38 @@ def compare(gold: Form, candidate: Form) -> Match:
     if isinstance(gold, Group) and isinstance(candidate, Group):
         return _groups(gold, candidate)
     group, leaf = (gold, candidate) if isinstance(gold, Group) else (candidate, gold)
+    if isinstance(leaf, Leaf) and isinstance(group, Group) and group.opening in ("(", "[", "matrix"):
+        return _vectors(group, leaf)
     if isinstance(leaf, Leaf) and "\\emptyset" in leaf.text:
         return Match.DIFFERENT  # the empty set is no element of itself
     if isinstance(group, Group) and group.opening in ("", "{") and len(group.items) == 1:
         return compare(group.items[0], leaf)
+    if isinstance(group, Group) and isinstance(leaf, Leaf) and not leaf.name and _assigned_alike(group):
+        first = group.items[0]
+        return compare(first, leaf) if group is gold else compare(leaf, first)
     return Match.DIFFERENT
+
+
+def _vectors(group: Group, leaf: Leaf) -> Match:
+    """A tuple or column beside `2i - j + 3k`."""
+    items = _column(group, leaf).items
+    half_open = (group.opening, group.closing) in (("(", "]"), ("[", ")"))
+    if half_open or not re.search(r"[jk]", leaf.text):
+        return Match.DIFFERENT
+    parts = symbolic.components(leaf.text, len(items))
+    found = [symbolic.expression(item.text) if isinstance(item, Leaf) else None for item in items]
+    same = parts is not None and all(
+        value is not None and symbolic.same_expression(value, part)
+        for value, part in zip(found, parts, strict=True)
+    )
+    return Match.SAME if same else Match.DIFFERENT
+
+
+def _assigned_alike(group: Group) -> bool:
+    """Whether a list gives several names one value: `x = 2, y = 2`."""
+    leaves = [item for item in group.items if isinstance(item, Leaf)]
+    names, texts = {leaf.name for leaf in leaves}, {leaf.text for leaf in leaves}
+    return len(names - {""}) == len(group.items) > 1 and len(texts) == 1 and not group.opening
 
 
 def _all(matches: Sequence[Match]) -> Match:
@@ -59,6 +87,8 @@ def _all(matches: Sequence[Match]) -> Match:
 def compare_leaves(gold: Leaf, candidate: Leaf) -> Match:
     """Whether two unstructured answers are the same. Of a gold chain (`2/3 = 0.667`) any member
     will do; of a candidate's chain every member has to be right."""
+    if gold.name and candidate.name and _marks(gold.name) != _marks(candidate.name):
+        return Match.DIFFERENT  # math-verify drops primes
     if _names_differ(gold, candidate):
         return _relations(gold, candidate)
     if units_clash(gold.unit, candidate.unit) or _percent_clash(gold, candidate):
@@ -97,6 +127,11 @@ def _rounds_near(exact: Leaf, shown: Leaf) -> bool:
 
 def _rational(value: Fraction) -> sympy.Rational:
     return sympy.Rational(value.numerator, value.denominator)
+
+
+def _marks(name: str) -> list[str]:
+    """Primes, and the sign of an inverse."""
+    return re.findall(r"'|\^-1", name)
 
 
 def _names_differ(gold: Leaf, candidate: Leaf) -> bool:
@@ -186,7 +221,12 @@ def _ratios(gold: Leaf, candidate: Leaf) -> Match:
         first, second = _clock(gold), _clock(candidate)
     if first is not None and first == second:
         return Match.SAME
-    looks_like_time = re.fullmatch(r"\d{1,2}\s*:\s*\d\d", gold.text) is not None
+    if first and second and _afternoon(gold, first) == _afternoon(candidate, second):
+        return Match.SAME
+    looks_like_time = re.fullmatch(r"\d{1,2}(?:\s*:\s*\d\d){1,2}", gold.text) is not None
+    if first and second and len(first) == len(second) > 2 and not looks_like_time:
+        products = ((a * second[0], b * first[0]) for a, b in zip(first, second, strict=True))
+        return Match.SAME if all(a == b for a, b in products) else Match.DIFFERENT
     values = [_ratio_value(leaf, parts) for leaf, parts in ((gold, first), (candidate, second))]
     if looks_like_time or None in values:
         return Match.DIFFERENT
@@ -196,6 +236,12 @@ def _ratios(gold: Leaf, candidate: Leaf) -> Match:
 def _clock(leaf: Leaf) -> tuple[Fraction, ...] | None:
     parts = colon_parts(leaf.text)
     return (leaf.value, Fraction(0)) if parts is None and leaf.value is not None else parts
+
+
+def _afternoon(leaf: Leaf, parts: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
+    """`5:05 p.m.` as 17:05."""
+    later = is_time_of_day(leaf.unit) and leaf.unit[0][0] == "pm" and parts[0] < 12
+    return (parts[0] + 12, *parts[1:]) if later else parts
 
 
 def _ratio_value(leaf: Leaf, parts: tuple[Fraction, ...] | None) -> Fraction | None:
@@ -236,6 +282,7 @@ def _relations(gold: Form, candidate: Form) -> Match:
 def _groups(gold: Group, candidate: Group) -> Match:
     if gold.name and candidate.name and gold.name != candidate.name:
         return Match.DIFFERENT
+    gold, candidate = _in_order(gold, candidate), _in_order(candidate, gold)
     gold, candidate = _column(gold, candidate), _column(candidate, gold)
     if not _compatible(gold, candidate) or len(gold.items) != len(candidate.items):
         return Match.DIFFERENT
@@ -250,9 +297,25 @@ def _groups(gold: Group, candidate: Group) -> Match:
     return _all(found)
 
 
-def _column(group: Group, other: Group) -> Group:
-    """A matrix of one row or column as a tuple, when it is compared with no matrix."""
-    if group.opening != "matrix" or other.opening == "matrix":
+def _in_order(group: Group, other: Group) -> Group:
+    """`y = 4, x = 3` in the order of the letters, which are neighbours, beside a tuple."""
+    names = [item.name if isinstance(item, Leaf) else "" for item in group.items]
+    start = min(names, default="")
+    run = "".join(chr(ord(start) + step) for step in range(len(names))) if len(start) == 1 else ""
+    if group.opening or not other.opening or sorted(names) != list(run):
+        return group
+    return replace(group, items=tuple(group.items[names.index(name)] for name in run))
+
+
+def _column(group: Group, other: Form) -> Group:
+    """A matrix of one row or column as a tuple, when it is compared with no matrix; `[[1],[2]]` as
+    a matrix, when it is compared with one."""
+    beside_matrix = isinstance(other, Group) and other.opening == "matrix"
+    if beside_matrix and group.opening == "[":
+        lists = [row for row in group.items if isinstance(row, Group) and row.opening == "["]
+        if len(lists) == len(group.items):
+            return Group("matrix", "matrix", tuple(Group("(", ")", row.items) for row in lists))
+    if group.opening != "matrix" or beside_matrix:
         return group
     rows = [row for row in group.items if isinstance(row, Group)]
     if len(rows) == 1:
@@ -268,7 +331,7 @@ def _compatible(gold: Group, candidate: Group) -> bool:
         return True
     if kinds == {("", ""), ("(", ")")}:
         return True
-    return kinds == {("", ""), ("[", "]")} and len(gold.items) > 2
+    return len(gold.items) > 2 and kinds <= {("", ""), ("[", "]"), ("(", ")")}  # no interval
 
 
 def _is_ranking(gold: Group) -> bool:

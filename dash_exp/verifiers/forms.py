@@ -48,11 +48,15 @@ Form = Leaf | Group | SetExpr | Relation
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _SIGN = re.compile(r"=|<|>|\\leq(?![A-Za-z])|\\geq(?![A-Za-z])|\\ne(?![A-Za-z])")
+_VARIABLE = re.compile(r"\s*[A-Za-df-hj-z](?:_\{?\w{1,4}\}?)?\s*")
 _MEMBER = re.compile(r"^\s*[A-Za-z](?:_\w)?(?:\([a-z]\))?\s*\\in(?![A-Za-z])\s*")
 _POINT_NAME = re.compile(r"^\(\s*[A-Za-z]\w?(?:\s*,\s*[^,()]{1,12})*\s*\)$")
 _UNION = re.compile(r"\\cup(?![A-Za-z])|(?<=[)\]}])\s*[Uu]\s*(?=[(\[\\])")
 _MINUS = re.compile(r"\\setminus(?![A-Za-z])")
-_MATRIX = re.compile(r"^\\begin\{([pbvB]?matrix|array)\}(?:\{[clr|]+\})?(.*)\\end\{\1\}$", re.DOTALL)
+_MATRIX = re.compile(
+    r"^([^,;=<>]*?)(?:\\cdot)?\s*\\begin\{([pbB]?matrix|array)\}(?:\{[clr|]+\})?((?:(?!\\begin).)*)\\end\{\2\}$",
+    re.DOTALL,
+)
 _BUILDER = re.compile(
     r"\s*([A-Za-z])\s*(?:\\in\s*\(-\\infty\s*,\s*\\infty\s*\)\s*)?(?::|\||\\(?:mid|vert)(?![A-Za-z]))\s*"
 )
@@ -83,13 +87,33 @@ def _listed(items: list[str], depth: int) -> Form:
         form = parse_form(item, depth=depth + 1)
         inner = form.items if isinstance(form, Group) and not form.opening else (form,)
         forms.extend(inner)
+    first = forms[0]
+    if isinstance(first, SetExpr) and first.minus:
+        excluded = _excluded(first, forms[1:])
+        if excluded is not None:
+            return SetExpr(first.parts, (*first.minus, *excluded))  # x != 2, x != 3
     if all(isinstance(f, SetExpr) or (isinstance(f, Group) and f.name) for f in forms):
         return SetExpr(tuple(forms))  # x < 2 or x > 3
     return Group("", "", tuple(forms))
 
 
+def _excluded(first: SetExpr, others: list[Form]) -> list[Form] | None:
+    """What the others of `x != 2, x != 3` or `x != 2, 3` exclude; None when one of them adds."""
+    excluded: list[Form] = []
+    for form in others:
+        if isinstance(form, SetExpr) and form.minus and form.parts == first.parts:
+            excluded.extend(form.minus)
+        elif isinstance(form, Leaf) and not form.name:
+            excluded.append(form)
+        else:
+            return None
+    return excluded
+
+
 def _single(text: str, depth: int) -> Form:
     text = _MEMBER.sub("", text, count=1)
+    if "mod" in text:
+        text = text.replace("\\equiv", "=")
     related = _related(text, depth)
     if related is not None:
         return related
@@ -128,6 +152,14 @@ def _equation(sides: list[str], depth: int) -> Form:
     """`x = 3`, `x = 6/2 = 3` and `6/2 = 3` are values; any other equation is a relation."""
     if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]):
         sides = sides[::-1]
+    if (
+        len(sides) > 2
+        and all(_VARIABLE.fullmatch(side) for side in sides[:-1])
+        and not has_symbols(sides[-1])
+    ):
+        value = parse_form(sides[-1], depth=depth + 1)  # `x = y = 2` is `x = 2, y = 2`
+        if isinstance(value, Leaf) and len({side.strip() for side in sides}) == len(sides) <= MAX_ITEMS:
+            return Group("", "", tuple(replace(value, name=name_of(side)) for side in sides[:-1]))
     named = bool(NAME.fullmatch(sides[0]) or _POINT_NAME.fullmatch(sides[0]))
     values = sides[1:] if named else sides
     if not named and any(has_symbols(side) for side in sides):
@@ -166,7 +198,7 @@ def _interval(sides: list[str], signs: list[str]) -> Group | None:
 def _bracketed(text: str, depth: int) -> Form | None:
     matrix = _MATRIX.match(text)
     if matrix:
-        return _matrix(matrix.group(2), depth)
+        return _matrix(matrix.group(1).strip(), matrix.group(3), depth)
     if text.startswith("\\{") and text.endswith("\\}") and closing(text, 1) == len(text) - 1:
         return _built_set(text[2:-2], depth) or _group("{", "}", text[2:-2], depth)
     if not text or text[0] not in "([{" or closing(text, 0) != len(text) - 1:
@@ -184,6 +216,8 @@ def _built_set(inner: str, depth: int) -> Form | None:
     if built is None:
         return None
     form = parse_form(inner[built.end() :], join_thousands=False, depth=depth + 1)
+    if re.match(rf"{built.group(1)}\s*\\ne(?![A-Za-z])", inner[built.end() :]):
+        return form if isinstance(form, SetExpr) else None
     parts = form.parts if isinstance(form, SetExpr) and not form.minus else (form,)
     same = all(isinstance(part, Group) and part.name == built.group(1).lower() for part in parts)
     return form if same else None
@@ -207,13 +241,18 @@ def _at_infinity(opening: str, close: str, ends: list[Form]) -> tuple[str, str]:
     return "(" if low else opening, ")" if high else close
 
 
-def _matrix(body: str, depth: int) -> Group:
+def _matrix(factor: str, body: str, depth: int) -> Group:
+    """A matrix, its cells multiplied by the factor in front."""
     rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", body) if row.strip()]
     cells = [
-        Group("(", ")", tuple(parse_form(cell, depth=depth + 1) for cell in row.split("&")))
+        Group("(", ")", tuple(parse_form(_times(factor, cell), depth=depth + 1) for cell in row.split("&")))
         for row in rows[:MAX_ITEMS]
     ]
     return Group("matrix", "matrix", tuple(cells))
+
+
+def _times(factor: str, cell: str) -> str:
+    return cell if not factor else f"{factor}({cell})" if factor in "+-" else f"{factor} \\cdot ({cell})"
 
 
 def has_symbols(text: str) -> bool:

@@ -12,7 +12,7 @@ _MAX_DIGITS = 400
 
 NAME = re.compile(
     r"\s*(?:"
-    r"[A-Za-z](?:_\{?\w{1,4}\}?)?'?(?:\([a-z]\))?|[A-Z]{2,3}"
+    r"[A-Za-z](?:_\{?\w{1,4}\}?)?'{0,3}(?:\([a-z]\))?|[A-Z]{2,3}|[A-Za-z]\^\{?-1\}?\([a-z]\)|[A-Z]\^\{?-1\}?"
     r"|\\(?:theta|alpha|beta|gamma|phi|lambda|omega|mu|sigma|rho)(?![A-Za-z])"
     r"|\\text\{[^{}]*\}|\\angle\s*[A-Z]{1,3}|(?:area|volume|perimeter|total|answer|sum|[A-Za-z]{4,20})"
     r")\s*"
@@ -20,13 +20,25 @@ NAME = re.compile(
 """Left sides that only name a value: `x`, `a_1`, `f(x)`, `AB`, `area`."""
 
 _WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
-_NUMBER_WORDS = {word: Fraction(value) for value, word in enumerate(_WORDS.split())}
+_TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_NUMBER_WORDS = {word: Fraction(value) for value, word in enumerate(f"{_WORDS} {_TEENS}".split())}
+_NUMBER_WORDS |= {
+    f"{tens}-{one}" if value else tens: Fraction(10 * ten + value)
+    for ten, tens in enumerate(_TENS.split(), 2)
+    for value, one in enumerate(_WORDS.split()[:10])
+} | {"hundred": Fraction(100), "one hundred": Fraction(100), "thousand": Fraction(1000)}
+_BASE_WORDS = {word: str(value) for value, word in enumerate(f"{_WORDS} {_TEENS}".split()) if 1 < value < 17}
 
 _TIME_SUFFIX = re.compile(r"\s*\b([ap])\s?\.?\s?m\b\.?\s*$", re.IGNORECASE)
 _PERCENT = re.compile(r"\s*\\?%\s*$|\s*(?:\\text\{\s*percent\s*\}|\bpercent)\s*$")
 _BASE = re.compile(
     r"(?:\\text\{|\()?(-?(?:[0-9A-Z]+|\d[0-9a-z]+)(?:\.[0-9A-Z]+)?)[})]?"
     r"_\s*(?:\{?\s*(?:\\text\{)?(\d{1,2})\}?\}?)"
+)
+_BASE_WORD = re.compile(r"_\s*\{?\s*(?:\\text\{)?\s*(" + "|".join(_BASE_WORDS) + r")\s*\}{0,2}$")
+_MODULUS = re.compile(
+    r"\s*(?:\\pmod\s*\{?\s*(\w+)\s*\}?|\(?\s*(?:\\text\{\s*\(?)?(?<![A-Za-z\\])mod\s*\}?\s*\{?(\d+)\}?\s*\)?\}?)\s*$"
 )
 _PLAIN = re.compile(r"([-+]?)\s*(\d+(?:\.\d*)?)")
 _FRAC = re.compile(r"([-+]?)\s*(\d+)?\s*\\frac\s*(?:\{\s*(-?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))")
@@ -63,7 +75,7 @@ def parse_leaf(text: str) -> Leaf:
         kept = [kept[0], *(replace(leaf, rounded=True) for leaf in kept[1:])]
         return replace(kept[-1], chain=tuple(kept[:-1]))
     text = sides[0].strip() if sides else text.strip()
-    base = _BASE.fullmatch(text)
+    base = _BASE.fullmatch(_BASE_WORD.sub(lambda word: "_" + _BASE_WORDS[word.group(1)], text))
     if base:
         return Leaf(base.group(1), base=int(base.group(2)))
     text, percent, unit = strip_unit(text)
@@ -81,6 +93,9 @@ def strip_unit(text: str) -> tuple[str, bool, Unit]:
     percent = _PERCENT.search(text)
     if percent and percent.start() > 0:
         return text[: percent.start()].strip(), True, NO_UNIT
+    modulus = _MODULUS.search(text)
+    if modulus and modulus.start() > 0:
+        return text[: modulus.start()].strip(), False, ((f"mod {modulus.group(1) or modulus.group(2)}", 1),)
     before, unit = split_unit(text)
     return before, False, unit
 
@@ -101,7 +116,7 @@ def plain_value(text: str) -> tuple[Fraction | None, int | None]:
         point = plain.group(2).find(".")
         decimals = None if point < 0 else len(plain.group(2)) - point - 1
         return (-value if plain.group(1) == "-" and value is not None else value), decimals
-    word = _NUMBER_WORDS.get(text.lower())
+    word = _NUMBER_WORDS.get(re.sub(r"(?<=ty)\s+", "-", text.lower()))
     return (word if word is not None else _fraction(text)), None
 
 

@@ -10,6 +10,7 @@ from dash_exp.verifiers.extraction import extract
 from dash_exp.verifiers.forms import parse_form
 from dash_exp.verifiers.normalise import normalise, plain_words, squash, trim
 from dash_exp.verifiers.protocol import score
+from dash_exp.verifiers.units import plain_units
 
 MAX_JUDGED_CHARS = 1_000
 """Longer candidates are only compared as strings: MATH's longest answer has 159 characters."""
@@ -25,6 +26,15 @@ _MORE_CHOICES = re.compile(
     r"(?<![A-Za-z])\(\s*[A-J]\s*\)"  # another choice
     rf"|^[\s{{}}\\]*(?:text\s*\{{\s*)?(?:{_DOUBTS})"
     r"|^\W*(?:text\W+)?[A-J](?:\W+(?:text\W+)?[A-J])*\W*$"  # `B C`, `B, C`
+)
+_OPTION = re.compile(r"^\s*(?:\\text\{\s*)?(?:option|choice)\s*\}?:?\s*(?=\(?[A-J]\b)", re.IGNORECASE)
+_AMOUNT = re.compile(r"\d+\D*")
+"""One number and its unit, in which capitals count: `5 MW`."""
+_LETTERS = re.compile(r"[A-H]{2,8}")
+_QUALIFIED = re.compile(
+    r"(?<![A-Za-z\\])(?:not|wrong|incorrect|or (?:more|less|fewer|greater|higher|lower|above|below)"
+    r"|at (?:least|most)|(?:more|less|fewer|greater|other) than)(?![A-Za-z])",
+    re.IGNORECASE,
 )
 _CHOICE_ONLY = re.compile(r"^\(?([A-Z])\)?$")
 _GROUPED = re.compile(r"\d,\d{3}")
@@ -50,6 +60,8 @@ def judge_candidate(candidate: str, answer: str) -> Score:
     if len(candidate) > MAX_JUDGED_CHARS:
         return score("unparsed", f"{len(candidate)} characters are no answer")
     match = _judge(candidate, answer)
+    if match is Match.SAME and _qualified_otherwise(candidate, answer):
+        match = Match.DIFFERENT
     shown = f"found {candidate[:80]!r}, expected {answer[:80]!r}"
     if match is Match.SAME:
         return score("correct")
@@ -62,13 +74,16 @@ def _judge(candidate: str, answer: str) -> Match:
         return Match.SAME
     choice, expected = _CHOICE.match(found), _CHOICE_ONLY.match(gold)
     if expected:
+        found = _OPTION.sub("", found)
         chosen = _chosen(found)
         if chosen is not None:
             return Match.SAME if chosen == expected.group(1) else Match.DIFFERENT
     if choice:
         found = trim(choice.group(3))
-    words = plain_words(gold), plain_words(found)
-    if words[0] and words[0] == words[1]:
+    words = [plain_units(plain_words(text)) for text in (gold, found)]
+    if words[0] and words[0] == words[1] and not _AMOUNT.fullmatch(words[0]):
+        return Match.SAME
+    if _same_letters(gold, found) or _same_letters(found, gold):
         return Match.SAME
     return _readings(gold, found)
 
@@ -81,6 +96,26 @@ def _chosen(found: str) -> str | None:
         return None
     *letters, rest = choice.groups()
     return "" if _MORE_CHOICES.search(rest) else next(letter for letter in letters if letter)
+
+
+def _same_letters(joined: str, listed: str) -> bool:
+    """Whether `ABD` are the choices that `A, B, D` lists."""
+    letters = re.sub(r"\\text|[\s,{}()]", "", listed)
+    return (
+        bool(_LETTERS.fullmatch(joined) and "," in listed)
+        and len(set(joined)) == len(joined)
+        and sorted(joined) == sorted(letters)
+    )
+
+
+def _qualified_otherwise(candidate: str, answer: str) -> bool:
+    """Whether words that make another answer of a number, such as `or more`, stand in one only. The
+    text after the letter of a choice may hold any."""
+    gold, found = normalise(answer), normalise(candidate)
+    if _CHOICE_ONLY.match(gold) or squash(gold) == squash(found):
+        return False
+    words = [{word.lower() for word in _QUALIFIED.findall(text)} for text in (answer, candidate)]
+    return words[0] != words[1]
 
 
 def _readings(gold: str, found: str) -> Match:

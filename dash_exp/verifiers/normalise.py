@@ -11,15 +11,26 @@ _UNICODE = str.maketrans(
         "∈": "\\in ", "±": "\\pm ", "°": "^\\circ ", "√": "\\sqrt ", "′": "'", "\u00a0": " ",
         "²": "^2", "³": "^3", "½": "\\frac{1}{2}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
         "ℝ": "\\mathbb{R}", "∅": "\\emptyset ", "“": '"', "”": '"', "’": "'", "∖": "\\setminus ",
-        "⟨": "\\langle ", "⟩": "\\rangle ", "\n": " ", "\t": " ", "，": ",", "€": "", "£": "",
+        "⟨": "\\langle ", "⟩": "\\rangle ", "\n": " ", "\t": " ", "、": ",", "。": ".", "\u3000": " ",
+        "µ": "\\mu ", "μ": "\\mu ",
+        **{chr(full): chr(full - 0xFEE0) for full in range(0xFF01, 0xFF5E)},  # `，` is `,`, `５` is `5`
     }
 )  # fmt: skip
+
+_CURRENCIES = {"€": "euros", "£": "pounds", "¥": "yuan", "₹": "rupees"}
+_ORDINAL = r"(?:\\text\{\s*(?:st|nd|rd|th)\s*\}|\{\s*(?:st|nd|rd|th)\s*\})"
+_LEAD = (
+    r"(?i)^\\text\{(?![^{}]*\b(?:no|not|wrong|incorrect)\b)\s*(?:the\s+)?(?:[a-z]+\s+){1,4}?"
+    r"(?:is|are|equals)\s*:?\s*\}\s*(?=\S)"
+)
+"""`\\text{The answer is }` in front."""
 
 _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         # thousands separators that cannot be anything else: {,} and ,\! and \, before 3 digits
         (r"(?<=\d)\s*(?:\{,\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))", ""),
+        (r"\\(?:text)?color\s*\{[^{}]*\}|\\underline(?![A-Za-z])|\s*\\checkmark\s*$", ""),
         (r"\\!|\\displaystyle|\\textstyle|\\limits(?![A-Za-z])|\\null(?![A-Za-z])", ""),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|[bB]ig{1,2}[lrm]?)(?![A-Za-z])\s*", ""),
@@ -31,12 +42,24 @@ _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\rbrack(?![A-Za-z])", "]"),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\\thinspace(?![A-Za-z])", " "),
         (r"\\phantom\s*(?:\{[^{}]*\}|.)", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac"),
         (r"\\frac\s*(\\pi|[A-Za-z0-9])\s*(\\pi|[A-Za-z0-9])(?![A-Za-z])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\\pi|[A-Za-z0-9])\s*(?=\{)", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\\pi|[A-Za-z0-9])(?![A-Za-z])", r"\\frac\1{\2}"),
         (r"\\(?:text(?:normal|bf|it|rm|sf|tt)|mbox|hbox|mathrm|operatorname)\s*\{", r"\\text{"),
         (r"\\text\s+\{", r"\\text{"),
+        (r"(?<![\w.^/}])(\d+)/(\d+)\s+(?=\\?[A-Za-z])", r"\\frac{\1}{\2} "),  # not `1/(2 x)`
+        (r"\\(?:wide)?hat\s*\{\s*\\?([ijk])(?:math)?\s*\}", r" \1 "),
+        (r"(?<=\^)\s*\{\s*(-?\d)\s*\}(?=(?!\d)[^{}]*\})", r"\1"),  # `\text{m s^{-1}}`
+        (r"\\mu\s*\\text\{\s*", r"\\text{ micro"),
+        (r"(\\text\{[^{}]*?)\\mu\s*", r"\1micro"),
+        *((rf"\s*{sign}(?!\s*\d)", rf"\\text{{ {name}}}") for sign, name in _CURRENCIES.items()),
+        (rf"[{''.join(_CURRENCIES)}]", ""),
+        (rf"(?<=\d)\s*(?:\^\s*\{{\s*{_ORDINAL}\s*\}}|\^?\s*{_ORDINAL})|(?<=\d)(?:st|nd|rd|th)$", ""),
+        (r"^([-\d.,/]+)\s+\(([A-Za-z]{2,}(?:\s[A-Za-z]+)*)\)$", r"\1\\text{ \2}"),  # `9 (apples)`
+        (r"(?<=[\d})])\s*([\u4e00-\u9fff]+)$", r"\\text{ \1}"),  # a unit in Chinese
+        (_LEAD, ""),
+        (r"^(\d+)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(\d+)$", r"\1:\2"),  # `3 to 4`
         (r"\\(?:mathbf|boldsymbol|mathit|bm|mathsf|emph|bf|rm)(?![A-Za-z])\s*", ""),
         (r"\\(?:le|leqslant|leqq)(?![A-Za-z])", r"\\leq"),
         (r"\\(?:ge|geqslant|geqq)(?![A-Za-z])", r"\\geq"),
@@ -48,12 +71,15 @@ _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:thickapprox|approxeq|doteq|simeq)(?![A-Za-z])", r"\\approx"),
         (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset"),
         (r"\\backslash(?![A-Za-z])", r"\\setminus"),
+        (r"\\(?:mathbb|Bbb)\s*(?:\{R\}|R)\s*(?:\^|_)\s*\{?\s*(?:\+|>\s*0)\s*\}?", r"(0,\\infty)"),
         (r"\\(?:mathbb|Bbb)\s*(?:\{R\}|R(?![A-Za-z]))", r"(-\\infty,\\infty)"),
         (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree(?![A-Za-z])", r"\\text{ degrees}"),
+        (r"(\\text\{[^{}]*)\\text\{([^{}]*)\}", r"\1\2"),  # `\text{ °C}`
         (r"\+\s*\\infty", r"\\infty"),
         (r"(?<![A-Za-z\\])(?:infinity|infty|inf)(?![A-Za-z])", r"\\infty"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi"),
         (r"(?<![A-Za-z\\])(theta|alpha|beta)(?![A-Za-z])", r"\\\1"),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\cdot "),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
         # `1.4e3`; an E without a point could be a digit of base 16
@@ -67,11 +93,18 @@ _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _TRIG_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)\s*\\text\{ degrees\}")
-_PRICE = re.compile(r"(-?)\s*(?:\\\$|\$)\s*(\d(?:[\d,.{}\s]|\\[!,])*)")
+_PRICE = re.compile(rf"(-?)\s*(?:\\?\$|([{''.join(_CURRENCIES)}]))\s*(\d(?:[\d,.{{}}\s]|\\[!,])*)")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z]{2})")
 _CURRENCY = re.compile(r"\\?\$")
-_AND = r"(?:,\s*)?\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<![A-Za-z\\{])(?:,\s*)?(?:and|or)(?![A-Za-z}])"
+_AND = (
+    r"(?:,\s*)?\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<![A-Za-z\\{])(?:,\s*)?(?:and|or)(?![A-Za-z}])"
+    r"|(?<=[\d)}\]])\s*[或和]"
+)
 _CONNECTOR = re.compile(_AND)
+_FOR_ALL = re.compile(
+    r"(?<=\S)\s*,?\s*(?:(?:\\text\{\s*)?for (?:all|any|every|each)(?:\s+real)?\s*\}?|\\forall)\s*[a-z]"
+    r"(?:\s*\\in\s*\(-\\infty,\\infty\))?\s*\}?$"
+)
 _PHRASES = {
     phrase: meaning
     for meaning, phrases in (
@@ -105,7 +138,8 @@ def normalise(answer: str) -> str:
         text = _DOUBLED.sub(r"\\", text)
     price = _PRICE.fullmatch(text.removeprefix("$").removesuffix("$") if text.startswith("$\\$") else text)
     if price:
-        text = rf"{price.group(1)}{price.group(2).rstrip('., ')}\text{{ dollars}}"
+        sign, currency, amount = price.groups()
+        text = rf"{sign}{amount.rstrip('., ')}\text{{ {_CURRENCIES.get(currency, 'dollars')}}}"
     text = _CURRENCY.sub("", text.translate(_UNICODE))
     for pattern, replacement in _SIMPLE:
         text = pattern.sub(replacement, text)
@@ -114,7 +148,7 @@ def normalise(answer: str) -> str:
     whole = _WHOLE_TEXT.fullmatch(text.strip(" .,"))
     if whole:
         text = whole.group(1)
-    text = _CONNECTOR.sub(",", text)
+    text = _FOR_ALL.sub("", _CONNECTOR.sub(",", text))
     text = square_roots(trim(text))
     return _PHRASES.get(plain_words(text), text)
 
@@ -168,4 +202,4 @@ def plain_words(text: str) -> str:
     words = re.findall(r"[a-z0-9]+", bare.lower())
     if not any(re.fullmatch(r"[a-z]{2,}", word) for word in words):
         return words[0] if len(words) == 1 and words[0].isalpha() and "'" not in bare else ""
-    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an", "on") else words)

@@ -70,13 +70,42 @@ def _exact(parsed: Expression) -> Expression | None:
 
 
 def same_expression(gold: Expression, candidate: Expression) -> bool:
-    """Whether two expressions are equal, by math-verify."""
-    return bool(verify(gold, candidate, timeout_seconds=None))
+    """Whether two expressions are equal, by math-verify; numbers that are plainly apart are not, for
+    simplifying the difference of `10^{-19}` and a logarithm takes for ever."""
+    return not _apart(gold, candidate) and bool(verify(gold, candidate, timeout_seconds=None))
+
+
+def _apart(gold: Expression, candidate: Expression) -> bool:
+    if not all(isinstance(side, sympy.Expr) and side.is_number for side in (gold, candidate)):
+        return False
+    try:
+        first, second = (sympy.N(side, 30) for side in (gold, candidate))
+        size = max(abs(first), abs(second))
+        return bool(size.is_finite and abs(first - second) > size * sympy.Rational(1, 10**12))
+    except SYMPY_ERRORS:
+        return False
 
 
 def same_percentage(whole: Expression, percent: Expression) -> bool:
     """Whether `percent` hundredths are `whole`."""
     return isinstance(percent, sympy.Expr) and same_expression(whole, percent / 100)
+
+
+def components(text: str, count: int) -> list[Expression] | None:
+    """The coefficients of i, j and k in a vector such as `2i - j`; None when it is none."""
+    parsed = expression(text)
+    if not isinstance(parsed, sympy.Expr) or not 2 <= count <= 3:
+        return None
+    known = {symbol.name: symbol for symbol in parsed.free_symbols if symbol.name in ("j", "k")}
+    units = [sympy.Dummy("i"), *(known.get(name, sympy.Dummy(name)) for name in "jk"[: count - 1])]
+    try:
+        vector = sympy.expand(parsed.xreplace({sympy.I: units[0]}))
+        parts = [vector.coeff(unit) for unit in units]
+        rest = vector - sum(part * unit for part, unit in zip(parts, units, strict=True))
+        linear = sympy.expand(rest) == 0 and not any(part.has(*units) for part in parts)
+        return parts if linear else None
+    except SYMPY_ERRORS:
+        return None
 
 
 def number_value(text: str) -> Expression | None:

@@ -15,7 +15,7 @@ import dash_exp
 
 WaitGone = Callable[[list[int]], list[int]]
 GENEROUS_S = 120.0
-HANGS = ("9^{9^{9^9}}", "100000000!")
+HANGS = ("9^{9^{9^9}}", "7^{7^{7^{7^7}}}")
 
 SCRIPT = """
 import sys, time

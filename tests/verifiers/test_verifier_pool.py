@@ -69,7 +69,7 @@ POISON = (
     "10^{-10^{10^{10}}}",
     r"\overline{9}" * 500,
 )
-HANGS = POISON[:3]
+HANGS = ("9^{9^{9^9}}", "7^{7^{7^{7^7}}}", r"\log_{2}(3^{10^{10}})")
 
 
 def task(text: str, answer: str = r"\sqrt{3}", name: int = 0) -> VerifyTask:
