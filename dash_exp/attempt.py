@@ -44,7 +44,7 @@ class Attempt:
         keep_freed_memory()
         self.cache = self.folder.parent.parent / "cache"
         self.say(f"cell {show(self.folder)}")
-        self.machine = build(self.config, self.cache, self.say)
+        self.machine = build(self.config, self.cache, self.say, self.folder / "servers", self.recorder.event)
         try:
             self.train()
         finally:

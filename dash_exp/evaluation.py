@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from filelock import FileLock
 
 from dash_exp.record import Row, read_json, write_json
-from dash_exp.sampling.protocol import Decoding, Sampler
+from dash_exp.sampling.protocol import Decoding, Sampler, arrived
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet, requests
 from dash_exp.types import Group, Score
@@ -66,7 +66,7 @@ def evaluate(one: EvalSet, sampler: Sampler, run_seed: int) -> EvalResult:
     """Ask every prompt `samples` times and judge. The same seeds at every evaluation of a run."""
     asked = requests(one.prompts.prompts, run_seed, f"evaluate/{one.label}", 0, one.samples)
     waiting: list[tuple[Group, list[Future[Score]]]] = []
-    for group in sampler.stream(asked, one.decoding):
+    for group in arrived(sampler.stream(asked, one.decoding)):
         futures = [one.judge.submit(c.text, group.prompt.answer) for c in group.completions]
         waiting.append((group, futures))
     waiting.sort(key=lambda pair: pair[0].position)

@@ -55,6 +55,7 @@ class Answerer:
             self._sampler = make_sampler(
                 self.config, self.source.folder, self.tokenizer,
                 model=self._model, weights=lambda: iter(()), longest=longest,
+                logs=Path(self.config.run.dir) / "servers",
             )  # fmt: skip
         return self._sampler
 

@@ -25,19 +25,22 @@ class Ledger:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._opened = self._since
         self._beside: list[tuple[float, float]] = []
+        self._waited: set[str] = set()
 
-    def beside(self, start: float, end: float) -> None:
-        """Somebody else worked from `start` to `end` (any one clock) while this process went on."""
+    def beside(self, start: float, end: float, waits_in: str) -> None:
+        """Somebody else worked from `start` to `end` (any one clock) while this process went on, or
+        waited for it in the phase `waits_in`."""
         self._beside.append((start, end))
+        self._waited.add(waits_in)
 
     def overlap_s(self) -> float:
         """Seconds of this step in which others worked and this process did not wait for them: the union
-        of their intervals, less the seconds in `verify`."""
+        of their intervals, less the seconds in the phases that wait for them."""
         total, reached = 0.0, float("-inf")
         for start, end in sorted(self._beside):
             total += max(0.0, end - max(start, reached))
             reached = max(reached, end)
-        return max(0.0, total - self._seconds["verify"])
+        return max(0.0, total - sum(self._seconds[name] for name in self._waited))
 
     def _switch(self) -> None:
         now = self._clock()
@@ -59,9 +62,10 @@ class Ledger:
         """The same items; the time until each next one arrives counts for a phase."""
         while True:
             with self.phase(name):
-                item = next(items, None)
-            if item is None:
-                return
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
             yield item
 
     def so_far(self) -> tuple[float, dict[str, float]]:
@@ -74,7 +78,7 @@ class Ledger:
         wall, seconds = self.so_far()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._opened = self._since
-        self._beside = []
+        self._beside, self._waited = [], set()
         return wall, seconds
 
 

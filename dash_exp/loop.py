@@ -21,7 +21,7 @@ from dash_exp.plan import Ending, Hooks, Parts, Plan
 from dash_exp.record import Recorder, timed_event
 from dash_exp.sampling.protocol import Request
 from dash_exp.tasks.prompts import batch, requests
-from dash_exp.types import AdvantagedGroup, Completion, Group, Score, ScoredGroup
+from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Score, ScoredGroup
 from dash_exp.updates import backpropagate, divisor, mini_batches, repeated_updates, update
 
 
@@ -118,7 +118,7 @@ def advantaged_groups(
     if the plan says so; all at the end if it does not stream). A supervised arm only looks them up."""
     if parts.demonstrations is not None:
         return (demonstrated(request, parts.demonstrations) for request in call)
-    groups = sampled_groups(parts, ledger, recorder, step, call)
+    groups = sampled_groups(parts, ledger, recorder, step, call, plan.groups_at_once)
     scored = judged_groups(parts, ledger, recorder, step, groups)
     if plan.in_prompt_order:
         scored = in_prompt_order(scored, call[0].position)
@@ -127,19 +127,26 @@ def advantaged_groups(
 
 
 def sampled_groups(
-    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, call: list[Request]
-) -> Iterator[Group]:
+    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, call: list[Request],
+    at_once: int | None,
+) -> Iterator[Group | None]:  # fmt: skip
+    """Groups as they are sampled; None where a sampler that works beside this process has none yet."""
     start = time.time()
     expected = parts.sampler.policy_version
-    stream = parts.sampler.stream(call, parts.decoding)
+    stream = parts.sampler.stream(call, parts.decoding, at_once)
     for group in ledger.waiting("sample", iter(stream)):
-        assert all(c.policy_version == expected for c in group.completions), "off-policy sample"
-        recorder.event("sample", start, time.time(), step=step, worker="sampler", group=group.position)
+        if group is not None:
+            assert all(c.policy_version == expected for c in group.completions), "off-policy sample"
+            origin = group.origin or Origin("sampler", start, time.time())
+            if group.origin is not None:
+                ledger.beside(origin.start, origin.end, "sample")
+            recorder.event("sample", origin.start, origin.end, step=step, worker=origin.worker,
+                           group=group.position)  # fmt: skip
         yield group
 
 
 def judged_groups(
-    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, groups: Iterator[Group]
+    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, groups: Iterator[Group | None]
 ) -> Iterator[ScoredGroup]:
     """Judge while sampling goes on. Verdicts are taken in the order in which groups came, so how fast
     a verifier is never changes the order of anything."""
@@ -150,17 +157,18 @@ def judged_groups(
         with ledger.phase("verify"):
             scores = tuple(f.result() for f in futures)
         end = max(ends, default=start)
-        ledger.beside(start, end)
+        ledger.beside(start, end, "verify")
         recorder.event("judge", start, end, step=step, worker="verifier", group=group.position)
         return ScoredGroup(group, scores)
 
     for group in groups:
-        start, ends, judge = time.time(), list[float](), parts.judges[group.prompt.task]
-        with ledger.phase("verify"):
-            futures = [judge.submit(c.text, group.prompt.answer) for c in group.completions]
-        for future in futures:
-            future.add_done_callback(partial(_note_end, ends))
-        waiting.append((group, start, futures, ends))
+        if group is not None:
+            start, ends, judge = time.time(), list[float](), parts.judges[group.prompt.task]
+            with ledger.phase("verify"):
+                futures = [judge.submit(c.text, group.prompt.answer) for c in group.completions]
+            for future in futures:
+                future.add_done_callback(partial(_note_end, ends))
+            waiting.append((group, start, futures, ends))
         while waiting and all(f.done() for f in waiting[0][2]):
             yield take()
     while waiting:

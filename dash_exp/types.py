@@ -53,12 +53,23 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Which engine sampled a group, and when (seconds since the epoch)."""
+
+    worker: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
-    """All G completions of one prompt. `position` is the prompt's place in the step's batch."""
+    """All G completions of one prompt. `position` is the prompt's place in the step's batch. `origin`:
+    where several engines sample; None where there is only one to name."""
 
     position: int
     prompt: Prompt
     completions: tuple[Completion, ...]
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ LAYERS = [
     {"loop"},
     {"budget"},
     {"build_task"},
+    {"build_servers"},
     {"build", "judge"},
     {"attempt", "inference"},
     {"cell"},
@@ -37,10 +38,11 @@ TORCH_FREE = ["types", "errors", "seeding", "statistics", "config", "limits", "h
               "ledger", "record", "metrics", "terminal", "validation", "preconditions", "provenance",
               "compose", "override_faults", "tasks.prompts", "tasks.examples", "verifiers.pool",
               "tasks.sources", "tasks.rows", "tasks.generated", "tasks.gym", "dataset_faults",
-              "verifiers.frontends", "sampling.protocol", "learning.advantages", "learning.filters",
-              "learning.schedules", "__main__", "evaluation", "cell", "signals", "budget", "partners",
+              "verifiers.frontends", "sampling.protocol", "sampling.fleet", "sampling.placement",
+              "learning.advantages", "learning.filters", "learning.schedules", "__main__", "evaluation",
+              "cell", "signals", "budget", "partners",
               "judge", "evaluate", "traces", "trace_file", "trace_settings", "subject"]  # fmt: skip
-ONE_PLACE = {"vllm": "sampling/vllm_engine.py", "peft": "learning/adapters.py",
+ONE_PLACE = {"vllm": "sampling/vllm_", "peft": "learning/adapters.py",
              "reasoning_gym": "tasks/gym.py"}  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def test_each_heavy_library_is_imported_in_one_place() -> None:
             for path in modules().values()
             if any(n == library or n.startswith(f"{library}.") for n in imported(path))
         }
-        assert users == {place}
+        assert users and all(user.startswith(place) for user in users), users
 
 
 def test_torch_free_modules_import_no_torch() -> None:

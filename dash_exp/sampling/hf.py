@@ -106,7 +106,9 @@ class HFSampler:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Group]:
+    def stream(
+        self, requests: Sequence[Request], decoding: Decoding, at_once: int | None = None
+    ) -> Iterator[Group]:
         wave: list[Request] = []
         for request in requests:
             if len(request.seeds) > self.max_sequences:

@@ -38,16 +38,27 @@ class Request:
 class Sampler(Protocol):
     """An engine that samples completions from the current policy.
 
-    `stream` yields each group once, when its last completion is done, in any order. Weights change
-    only in `load_weights`, so all groups of a step come from one policy.
+    `stream` yields each group once, when its last completion is done, in any order; an engine that works
+    beside the caller may yield None between them, so that the caller can look after something else. Weights
+    change only in `load_weights`, so all groups of a step come from one policy.
     """
 
     policy_version: int
 
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Group]: ...
+    def stream(
+        self, requests: Sequence[Request], decoding: Decoding, at_once: int | None = None
+    ) -> Iterator[Group | None]:
+        """`at_once`: groups on their way at the same time, at most; an engine that decodes only while the
+        caller waits for it takes as many as fit."""
+        ...
 
     def load_weights(self, version: int) -> None:
         """Take the learner's current weights; they get this version number."""
         ...
 
     def close(self) -> None: ...
+
+
+def arrived(stream: Iterator[Group | None]) -> Iterator[Group]:
+    """The groups of a stream, for a caller that has nothing else to do."""
+    return (group for group in stream if group is not None)

@@ -1,6 +1,6 @@
 """vLLM in this process, on a GPU or on CPU: the same tokens in, the same distribution out.
 
-The only module that imports vLLM. Weights are handed over in memory after every update and prefix
+Weights are handed over in memory after every update and prefix
 caches are emptied, so no completion ever mixes two policies.
 """
 
@@ -38,14 +38,16 @@ class VLLMSampler:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
-        self._vllm, self._final = vllm, RequestOutputKind.FINAL_ONLY
+        from dash_exp.sampling.vllm_parts import MaskPadding, repack_output, scheduling
+
+        self._vllm, self._final, self._repack = vllm, RequestOutputKind.FINAL_ONLY, repack_output
         memory = {"gpu_memory_utilization": gpu_memory_utilization} if torch.cuda.is_available() else {}
         self.llm = vllm.LLM(
             model=str(folder), dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_sequences,
             enforce_eager=enforce_eager, enable_prefix_caching=True, disable_log_stats=True,
             logprobs_mode="processed_logprobs", generation_config="vllm",
-            logits_processors=[_mask_class()],
-            additional_config={"dash_vocabulary": vocabulary}, **memory,
+            logits_processors=[MaskPadding],
+            additional_config={"dash_vocabulary": vocabulary}, **scheduling(max_model_len), **memory,
         )  # fmt: skip
         self.engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
@@ -58,7 +60,7 @@ class VLLMSampler:
         """Copy the learner's weights in, and forget every cached prefix computed with older ones."""
         named = iter([(name, tensor) for name, tensor in self.weights()])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
-        self.llm.apply_model(_repack_output)
+        self.llm.apply_model(self._repack)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running")
         self.policy_version = version
@@ -67,7 +69,9 @@ class VLLMSampler:
         """Shut the engine down."""
         self.engine.engine_core.shutdown()
 
-    def stream(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Group]:
+    def stream(
+        self, requests: Sequence[Request], decoding: Decoding, at_once: int | None = None
+    ) -> Iterator[Group]:
         waiting: dict[int, tuple[Request, list[Completion | None]]] = {}
         for request in requests:
             waiting[request.position] = (request, [None] * len(request.seeds))
@@ -116,13 +120,6 @@ class VLLMSampler:
         return Completion(ids, logprobs, text, "stop" if stopped else "length", self.policy_version)
 
 
-def _repack_output(model: Any) -> None:
-    """On CPU vLLM multiplies with a packed copy of the output matrix. One that is tied to the embedding
-    comes under the embedding's name, and reloading leaves its packed copy as it was (vLLM 0.32)."""
-    head = model.lm_head
-    head.quant_method.process_weights_after_loading(head)
-
-
 def _prepare_environment(kv_cache_gb: float) -> None:
     """vLLM reads these when it is imported. An explicit choice of the user stays."""
     for name, value in {
@@ -133,24 +130,3 @@ def _prepare_environment(kv_cache_gb: float) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def _mask_class() -> type:
-    """Ids from the tokenizer's length on are rows that only pad the output matrix: never drawn."""
-    from vllm.v1.sample.logits_processor import LogitsProcessor
-
-    class MaskPadding(LogitsProcessor):  # type: ignore[misc,unused-ignore]
-        def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool):
-            self.vocabulary = int(vllm_config.additional_config["dash_vocabulary"])
-
-        def apply(self, logits: Tensor) -> Tensor:
-            logits[:, self.vocabulary :] = float("-inf")
-            return logits
-
-        def is_argmax_invariant(self) -> bool:
-            return False
-
-        def update_state(self, batch_update: Any) -> None:
-            """The same for every request."""
-
-    return MaskPadding

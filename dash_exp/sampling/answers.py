@@ -1,0 +1,71 @@
+"""What is asked of a server, and what it must answer: JSON both ways, checked. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dash_exp.sampling.protocol import Decoding
+from dash_exp.types import FinishReason
+
+GENERATE = "/inference/v1/generate"
+BASE_VERSION = "default"
+"""What vLLM calls the weights that it read from the model's folder."""
+
+
+class GarbageError(ValueError):
+    """A server answered, but not what it was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The tokens of one completion, with their log-probabilities."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+def question(prompt: Sequence[int], seed: int, decoding: Decoding) -> dict[str, Any]:
+    """The request for one completion of these tokens."""
+    return {
+        "token_ids": list(prompt),
+        "sampling_params": {
+            "max_tokens": decoding.max_new_tokens,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "seed": seed,
+            "logprobs": 0,
+            "stop_token_ids": list(decoding.stop_ids),
+            "detokenize": False,
+        },
+    }
+
+
+def read_answer(reply: Any, decoding: Decoding, vocabulary: int, version: int) -> Answer:
+    """The completion in a server's reply. Raises GarbageError where it is none: of other weights than
+    `version`, too long, with tokens that do not exist, or log-probabilities that are none."""
+    try:
+        (choice,) = reply["choices"]
+        ids = tuple(choice["token_ids"])
+        entries = choice["logprobs"]["content"]
+        logprobs = tuple(float(entry["logprob"]) for entry in entries)
+        same = all(entry["token_id"] == token for entry, token in zip(entries, ids, strict=True))
+        versions = {str(span["version"]) for span in choice["weight_versions"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise GarbageError(f"no completion in its reply: {type(error).__name__} {error}") from error
+    if not ids or len(ids) > decoding.max_new_tokens or not same:
+        raise GarbageError(f"{len(ids)} tokens where 1 to {decoding.max_new_tokens} were asked for")
+    if any(type(token) is not int or not 0 <= token < vocabulary for token in ids):
+        raise GarbageError("tokens that the tokenizer does not have")
+    if any(not math.isfinite(value) or value > 1e-3 for value in logprobs):
+        raise GarbageError("log-probabilities that are none")
+    known = {BASE_VERSION, "0"} if version == 0 else {str(version)}
+    if not versions <= known:
+        raise GarbageError(f"tokens of weights {sorted(versions)} where {version} was current")
+    stopped = ids[-1] in decoding.stop_ids
+    if not stopped and len(ids) < decoding.max_new_tokens:
+        raise GarbageError(f"it stopped after {len(ids)} tokens without a stop token")
+    return Answer(ids, logprobs, "stop" if stopped else "length")

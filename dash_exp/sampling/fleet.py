@@ -1,0 +1,389 @@
+"""Several servers as one: who answers what, who is alive, who holds which weights. Torch-free.
+
+Everything here runs in one event loop, in a thread of its own, beside the learner. A server that dies,
+hangs or answers nonsense is *lost*: its unfinished completions go back to the others at once, and it is
+started again, within a budget, and gets the current weights before it is asked anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+
+from dash_exp.sampling.answers import Answer, GarbageError, question, read_answer
+from dash_exp.sampling.delivery import Delivery
+from dash_exp.sampling.protocol import Decoding, Request
+from dash_exp.sampling.server_client import RefusedError, ServerClient
+from dash_exp.sampling.server_process import LAUNCH, ServerProcess, ServerSettings
+from dash_exp.types import Completion, Group, Origin
+
+State = Literal["starting", "serving", "lost"]
+Event = Callable[..., None]
+FAULTS = (OSError, TimeoutError, aiohttp.ClientError, GarbageError)
+"""What a call of a broken server raises."""
+POLL_S = 0.1
+MISSED_HEALTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds. `start`: until a started server answers. `stall`: without one token while some are owed.
+    `health`: between two questions whether it is well. `answer`: until it answers such a question."""
+
+    start_s: float = 600.0
+    stall_s: float = 300.0
+    health_s: float = 2.0
+    answer_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What every server must hold before it is asked anything. `update`: as its transfer wants it."""
+
+    version: int
+    update: Mapping[str, Any]
+
+
+@dataclass(eq=False, slots=True)
+class Owed:
+    """One group on its way: the request, and its completions so far."""
+
+    request: Request
+    answers: list[Answer | None]
+    work: float
+    start: float = 0.0
+    asked: int = 0
+    """How often it went to a server."""
+
+    @property
+    def missing(self) -> list[int]:
+        return [i for i, answer in enumerate(self.answers) if answer is None]
+
+
+@dataclass(eq=False)
+class Member:
+    """One server of the fleet. `settings` None: it was given by URL and is not ours to start."""
+
+    name: str
+    settings: ServerSettings | None
+    url: str | None = None
+    state: State = "starting"
+    process: ServerProcess | None = None
+    client: ServerClient | None = None
+    owed: dict[int, Owed] = field(default_factory=dict)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    watch: asyncio.Task[None] | None = None
+    last_token: float = 0.0
+
+    @property
+    def work(self) -> float:
+        return sum(one.work for one in self.owed.values())
+
+    @property
+    def completions(self) -> int:
+        return sum(len(one.missing) for one in self.owed.values())
+
+
+@dataclass(eq=False)
+class Batch:
+    """What is being sampled now."""
+
+    decoding: Decoding
+    version: int
+    delivery: Delivery
+    queue: deque[Owed]
+    limit: int | None
+    """Groups on their way at once, over all servers."""
+
+
+class Fleet:
+    """All methods are coroutines or are called within the loop; `servers.py` is the door for others."""
+
+    def __init__(
+        self, members: Sequence[Member], *, key: str, folder: Path, vocabulary: int, max_sequences: int,
+        decode: Callable[[Sequence[int]], str], event: Event, restarts: int, patience: Patience,
+        command: Sequence[str] = LAUNCH,
+    ):  # fmt: skip
+        self.members = list(members)
+        self.key, self.folder, self.vocabulary = key, folder, vocabulary
+        self.max_sequences, self.decode, self.event = max_sequences, decode, event
+        self.restarts_left, self.patience, self.command = restarts, patience, command
+        self.weights: Weights | None = None
+        self.batch: Batch | None = None
+        self.changed = asyncio.Condition()
+        self.background: set[asyncio.Task[None]] = set()
+
+    # --- members: start, watch, lose, start again ---
+
+    async def start(self) -> None:
+        """Start every server and wait until all serve. Raises RuntimeError if one cannot."""
+        await asyncio.gather(*(self._begin(m) for m in self.members))
+
+    async def _begin(self, member: Member) -> None:
+        member.state = "starting"
+        if member.settings is not None:
+            member.process = ServerProcess(member.settings, self.key, self.folder, member.name, self.command)
+        try:
+            async with asyncio.timeout(self.patience.start_s):
+                await self._until_up(member)
+                await self._until_current(member)
+        except TimeoutError as error:
+            await self._put_away(member)
+            raise RuntimeError(f"{member.name} did not start within {self.patience.start_s:g} s") from error
+        except BaseException:
+            await self._put_away(member)
+            raise
+        member.state, member.last_token = "serving", time.monotonic()
+        member.watch = asyncio.create_task(self._watch(member))
+        await self._tell()
+
+    async def _until_up(self, member: Member) -> None:
+        while True:
+            if (process := member.process) is not None:
+                if process.exit_code is not None:
+                    tail = process.log_tail()[-500:]
+                    raise RuntimeError(f"{member.name} ended with code {process.exit_code}: {tail}")
+                member.url = process.url
+            if member.url is not None and member.client is None:
+                member.client = ServerClient(member.url, self.key, self.patience.answer_s)
+            try:
+                if member.client is not None and await member.client.healthy():
+                    return
+            except FAULTS:
+                pass
+            await asyncio.sleep(POLL_S)
+
+    async def _until_current(self, member: Member) -> None:
+        """The weights may change while it loads them: then once more."""
+        assert member.client is not None
+        held: Weights | None = None
+        while held is not self.weights:
+            held = self.weights
+            assert held is not None
+            await member.client.load(held.update, held.version)
+
+    async def _watch(self, member: Member) -> None:
+        """Is it there, is it well, does it get on? Ends when it is lost."""
+        missed, sampled = 0, -1.0
+        while member.state == "serving":
+            await asyncio.sleep(self.patience.health_s)
+            if member.process is not None and member.process.exit_code is not None:
+                await self.lose(member, f"ended with code {member.process.exit_code}")
+                return
+            assert member.client is not None
+            try:
+                well = await member.client.healthy()
+                now = await member.client.tokens() if member.owed else sampled
+            except FAULTS as error:
+                well, now, trouble = False, sampled, f"{type(error).__name__} {error}"
+            else:
+                trouble = "it says that it is not well"
+            missed = 0 if well else missed + 1
+            if missed >= MISSED_HEALTH:
+                await self.lose(member, f"no sign of life: {trouble}")
+                return
+            if now != sampled or not member.owed:
+                sampled, member.last_token = now, time.monotonic()
+            elif time.monotonic() - member.last_token > self.patience.stall_s:
+                await self.lose(member, f"no token in {self.patience.stall_s:g} s")
+                return
+
+    async def lose(self, member: Member, reason: str) -> None:
+        """Give its unfinished groups to the others, end it, and start it again if that is allowed."""
+        if member.state != "serving":
+            return
+        member.state = "lost"
+        back = sorted(member.owed)
+        tail = member.process.log_tail()[-500:] if member.process is not None else ""
+        now = time.time()
+        self.event("fault", now, now, what="server lost", worker=member.name, reason=reason,
+                   groups=back, log=tail, restarts_left=self.restarts_left)  # fmt: skip
+        if self.batch is not None:
+            self.batch.queue.extendleft(member.owed[p] for p in reversed(back))
+        member.owed = {}
+        me = asyncio.current_task()
+        for task in [t for t in member.tasks if t is not me]:
+            task.cancel()
+        member.tasks = set()
+        self._in_background(self._again(member))
+        await self._tell()
+
+    async def _again(self, member: Member) -> None:
+        await self._put_away(member)
+        if self.restarts_left <= 0:
+            await self._tell()
+            return
+        self.restarts_left -= 1
+        start = time.time()
+        member.state = "starting"
+        try:
+            await self._begin(member)
+        except (RuntimeError, *FAULTS) as error:
+            member.state = "lost"
+            self.event("fault", start, time.time(), what="server did not start again",
+                       worker=member.name, reason=str(error))  # fmt: skip
+            await self._again(member)
+            return
+        self.event("restart", start, time.time(), worker=member.name, version=self._version)
+
+    async def _put_away(self, member: Member) -> None:
+        if member.watch is not None and member.watch is not asyncio.current_task():
+            member.watch.cancel()
+        member.watch = None
+        if member.client is not None:
+            await member.client.close()
+            member.client = None
+        if member.process is not None:
+            await asyncio.to_thread(member.process.kill)
+            member.process = None
+
+    def _in_background(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self.background.add(task)
+        task.add_done_callback(self.background.discard)
+
+    @property
+    def serving(self) -> list[Member]:
+        return [m for m in self.members if m.state == "serving"]
+
+    def all_gone(self) -> bool:
+        return all(m.state == "lost" for m in self.members) and self.restarts_left <= 0
+
+    async def _tell(self) -> None:
+        """Something changed: whoever waits may look again, and free servers get work."""
+        self._assign()
+        if self.batch is not None and self.all_gone():
+            self.batch.delivery.fail(RuntimeError(GONE))
+        async with self.changed:
+            self.changed.notify_all()
+
+    # --- weights ---
+
+    @property
+    def _version(self) -> int:
+        return 0 if self.weights is None else self.weights.version
+
+    async def load(self, weights: Weights) -> int:
+        """Every serving server gets these weights, all at once; one that cannot take them is lost. Returns
+        how many hold them. Raises RuntimeError when none is left."""
+        self.weights = weights
+
+        async def one(member: Member) -> None:
+            assert member.client is not None
+            try:
+                await member.client.load(weights.update, weights.version)
+            except (RefusedError, *FAULTS) as error:
+                await self.lose(member, f"took no weights: {type(error).__name__} {error}")
+
+        await asyncio.gather(*(one(m) for m in self.serving))
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.serving or self.all_gone())
+        if not self.serving:
+            raise RuntimeError(GONE)
+        return len(self.serving)
+
+    # --- sampling ---
+
+    async def sample(
+        self, requests: Sequence[Request], work: Sequence[float], decoding: Decoding, delivery: Delivery,
+        limit: int | None,
+    ) -> None:  # fmt: skip
+        """Begin with a batch; its groups come through `delivery`. `work`: what each is expected to cost."""
+        owed = [Owed(r, [None] * len(r.seeds), w) for r, w in zip(requests, work, strict=True)]
+        queue = deque(sorted(owed, key=lambda one: -one.work))
+        self.batch = Batch(decoding, self._version, delivery, queue, limit)
+        await self._tell()
+
+    async def go_on(self) -> None:
+        """A group was taken out of the store: there may be room for another."""
+        self._assign()
+
+    async def abandon(self) -> None:
+        """Nobody waits for the rest of this batch."""
+        self.batch = None
+        for member in self.members:
+            for task in member.tasks:
+                task.cancel()
+            member.tasks, member.owed = set(), {}
+
+    def _assign(self) -> None:
+        """Hand groups to servers, the largest first, each to the one with the least work."""
+        batch = self.batch
+        if batch is None:
+            return
+        while batch.queue:
+            on_way = sum(len(m.owed) for m in self.members)
+            if on_way + batch.delivery.held >= batch.delivery.capacity:
+                return
+            if batch.limit is not None and on_way >= batch.limit:
+                return
+            size = len(batch.queue[0].missing)
+            room = [m for m in self.serving if not m.owed or m.completions + size <= self.max_sequences]
+            if not room:
+                return
+            self._ask(min(room, key=lambda m: m.work), batch.queue.popleft(), batch)
+
+    def _ask(self, member: Member, owed: Owed, batch: Batch) -> None:
+        owed.start, owed.asked = time.time(), owed.asked + 1
+        if not member.owed:
+            member.last_token = time.monotonic()
+        member.owed[owed.request.position] = owed
+        for index in owed.missing:
+            task = asyncio.create_task(self._complete(member, owed, index, batch))
+            member.tasks.add(task)
+            task.add_done_callback(member.tasks.discard)
+
+    async def _complete(self, member: Member, owed: Owed, index: int, batch: Batch) -> None:
+        assert member.client is not None
+        request = owed.request
+        asked = question(request.prompt.token_ids, request.seeds[index], batch.decoding)
+        try:
+            reply = await member.client.generate(asked)
+            answer = read_answer(reply, batch.decoding, self.vocabulary, batch.version)
+        except RefusedError as error:
+            batch.delivery.fail(
+                RuntimeError(f"{member.name} refuses the prompt {request.prompt.id}: {error}")
+            )
+            return
+        except FAULTS as error:
+            await self.lose(member, f"{type(error).__name__} {error}")
+            return
+        if batch is not self.batch or member.owed.get(request.position) is not owed:
+            return  # it was thought lost, and somebody else was asked
+        owed.answers[index] = answer
+        member.last_token = time.monotonic()
+        if not owed.missing:
+            del member.owed[request.position]
+            batch.delivery.put(self._group(member, owed, batch.version))
+            self._assign()
+
+    def _group(self, member: Member, owed: Owed, version: int) -> Group:
+        completions = tuple(
+            Completion(a.token_ids, a.logprobs, self.decode(a.token_ids), a.finish_reason, version)
+            for a in owed.answers
+            if a is not None
+        )
+        origin = Origin(member.name, owed.start, time.time())
+        return Group(owed.request.position, owed.request.prompt, completions, origin)
+
+    async def close(self) -> None:
+        await self.abandon()
+        for task in list(self.background):
+            task.cancel()
+        await asyncio.gather(*self.background, return_exceptions=True)
+        for member in self.members:
+            member.state = "lost"
+            await self._put_away(member)
+
+
+GONE = (
+    "every server is lost and may not be started again (sampler.restarts); the events of this cell say why. "
+    "The same command goes on from the last checkpoint"
+)

@@ -1,0 +1,158 @@
+"""`sampler=vllm_servers`: one large batch over H servers, groups handed on as they finish.
+
+The paper's preemptive sampling (arXiv 2505.17218): all completions of a step are asked for at once, wait
+in CPU memory (delivery.py), and are taken group by group. The door to the fleet (fleet.py), which lives in
+a thread of its own; nothing else is shared between the threads but the store and the events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dash_exp.sampling.checksums import checksum
+from dash_exp.sampling.delivery import Delivery
+from dash_exp.sampling.fleet import Fleet, Member, Patience, Weights
+from dash_exp.sampling.protocol import Decoding, Request
+from dash_exp.sampling.server_process import LAUNCH
+from dash_exp.types import Group
+
+Result = TypeVar("Result")
+TICK_S = 0.005
+"""How long the learner waits for a group before it may look after something else."""
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class ServerSampler:
+    """Samples with servers that hold copies of the learner's weights."""
+
+    def __init__(
+        self, members: Sequence[Member], weights: Callable[[], Iterable[tuple[str, Tensor]]], *,
+        key: str, folder: Path, vocabulary: int, max_sequences: int, dtype: torch.dtype,
+        decode: Callable[[Sequence[int]], str], restarts: int, patience: Patience,
+        in_order: bool, event: Callable[..., None], command: Sequence[str] = LAUNCH,
+    ):  # fmt: skip
+        """`folder`: for logs. `in_order`: ask in the batch's order, not the longest first. `event`: the
+        recorder's, called in the thread that samples."""
+        self.weights, self.dtype, self.in_order = weights, dtype, in_order
+        self.policy_version = 0
+        self.lengths = Lengths()
+        self._event, self._events = event, deque[tuple[tuple[Any, ...], dict[str, Any]]]()
+        self._shared = Path(tempfile.mkdtemp(prefix="dash-weights-", dir=roomiest()))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
+        self._thread.start()
+        self.sync_seconds: dict[str, float] = {}
+        try:
+            self.fleet = self._run(self._make(
+                members, key=key, folder=folder, vocabulary=vocabulary, max_sequences=max_sequences,
+                decode=decode, event=self._note, restarts=restarts, patience=patience,
+                command=command,
+            ))  # fmt: skip
+            self._run(self.fleet.start())
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    async def _make(members: Sequence[Member], **more: Any) -> Fleet:
+        return Fleet(members, **more)  # within the loop
+
+    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _note(self, *what: Any, **more: Any) -> None:
+        self._events.append((what, more))
+
+    def _tell_events(self) -> None:
+        while self._events:
+            what, more = self._events.popleft()
+            self._event(*what, **more)
+
+    def load_weights(self, version: int) -> None:
+        """Hand the learner's weights to every server, and wait until all that serve hold them."""
+        start = time.perf_counter()
+        named = {name: one.detach().to(self.dtype).cpu().contiguous() for name, one in self.weights()}
+        path = self._shared / f"weights-{version}-{secrets.token_hex(4)}.safetensors"
+        save_file(named, path)
+        written = time.perf_counter()
+        sums = {name: checksum(tensor) for name, tensor in named.items()}
+        summed = time.perf_counter()
+        try:
+            self._run(self.fleet.load(Weights(version, {"path": str(path), "checksums": sums})))
+        finally:
+            self._tell_events()
+        self.sync_seconds = {
+            "write": written - start, "checksum": summed - written, "load": time.perf_counter() - summed,
+        }  # fmt: skip
+        for old in self._shared.glob("weights-*"):
+            if old != path:
+                old.unlink()
+        self.policy_version = version
+
+    def stream(
+        self, requests: Sequence[Request], decoding: Decoding, at_once: int | None = None
+    ) -> Iterator[Group | None]:
+        """Each group once, as it finishes; None while none is there."""
+        delivery = Delivery(r.position for r in requests)
+        work = [0.0 if self.in_order else self.lengths.work(r) for r in requests]
+        self._run(self.fleet.sample(requests, work, decoding, delivery, at_once))
+        left = len(requests)
+        try:
+            while left:
+                group = delivery.take(TICK_S)
+                self._tell_events()
+                if group is not None:
+                    left -= 1
+                    self.lengths.add(group)
+                yield group
+        finally:
+            self._run(self.fleet.abandon())
+            self._tell_events()
+
+    def close(self) -> None:
+        """End the servers that were started here."""
+        if self._loop.is_running():
+            if hasattr(self, "fleet"):
+                self._run(self.fleet.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(30)
+            self._loop.close()
+        shutil.rmtree(self._shared, ignore_errors=True)
+        self._tell_events()
+
+
+class Lengths:
+    """How long completions are likely to be: of the same prompt when it was asked before, else of all."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[str, str], float] = {}
+        self._sum = self._count = 0.0
+
+    def add(self, group: Group) -> None:
+        lengths = [len(c.token_ids) for c in group.completions]
+        self._of[group.prompt.task, group.prompt.id] = sum(lengths) / len(lengths)
+        self._sum, self._count = self._sum + sum(lengths), self._count + len(lengths)
+
+    def work(self, request: Request) -> float:
+        """Tokens that this request is expected to cost; its prompt is computed once."""
+        mean = self._sum / self._count if self._count else 1.0
+        own = self._of.get((request.prompt.task, request.prompt.id), mean)
+        return len(request.prompt.token_ids) + len(request.seeds) * own
+
+
+def roomiest() -> Path:
+    """Where weights are left for servers on this machine: memory, where the system shows it as a folder."""
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())

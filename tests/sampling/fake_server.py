@@ -1,0 +1,109 @@
+"""A program that answers as a vLLM server does, without a model: real process, real port, real HTTP.
+
+Tokens are a function of the seed and of the weights' version. What it does wrong is told to it by POST
+/fake {"mode": ...}: `hang` (answers nothing more), `garbage` (no JSON), `short` (a completion without its
+log-probabilities), `old` (tokens of other weights), `refuse` (takes no weights), `dead` (its engine died).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+from aiohttp import web
+
+NEW_TOKENS = 5
+
+
+def tokens_of(seed: int, version: str) -> list[int]:
+    """The completion of a seed: up to NEW_TOKENS letters, then the stop token 1."""
+    digest = hashlib.sha256(f"{seed} {version}".encode()).digest()
+    return [2 + byte % 90 for byte in digest[: 1 + digest[0] % NEW_TOKENS]] + [1]
+
+
+class Fake:
+    def __init__(self, settings: dict[str, object]):
+        self.key = settings["key"]
+        self.delay = float(str(settings["model"]).rpartition("=")[2])
+        self.version, self.mode, self.tokens, self.asked = "default", "", 0, 0
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/health":
+            if self.mode == "hang":
+                await asyncio.sleep(3600)
+            return web.Response(status=503 if self.mode == "dead" else 200)
+        if request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
+        body = await request.json() if request.can_read_body else {}
+        route = request.path.strip("/").replace("/", "_")
+        return await getattr(self, f"do_{route}")(body)  # type: ignore[no-any-return]
+
+    async def do_fake(self, body: dict[str, str]) -> web.Response:
+        self.mode = body["mode"]
+        return web.json_response({"asked": self.asked})
+
+    async def do_metrics(self, body: object) -> web.Response:
+        return web.Response(text=f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}\n')
+
+    async def do_inference_v1_generate(self, body: dict[str, dict[str, int]]) -> web.Response:
+        version = "7777" if self.mode == "old" else self.version
+        ids = tokens_of(body["sampling_params"]["seed"], version)
+        self.asked += 1
+        await asyncio.sleep(self.delay * len(ids))
+        if self.mode in ("hang", "stuck"):
+            await asyncio.sleep(3600)
+        if self.mode == "dead":
+            return web.Response(status=500, text="EngineDeadError")
+        if self.mode == "garbage":
+            return web.Response(text="<html>")
+        self.tokens += len(ids)
+        content = [{"token_id": i, "logprob": -1.5} for i in ids]
+        spans = [{"version": version, "start": 0, "end": len(ids)}]
+        choice = {"token_ids": ids, "logprobs": {"content": content}, "weight_versions": spans}
+        if self.mode == "short":
+            content.pop()
+        return web.json_response({"choices": [choice]})
+
+    async def do_start_weight_update(self, body: object) -> web.Response:
+        return web.json_response({})
+
+    async def do_update_weights(self, body: dict[str, dict[str, str]]) -> web.Response:
+        exists = Path(body["update_info"]["path"]).exists()
+        return web.json_response({}, status=500 if self.mode == "refuse" or not exists else 200)
+
+    async def do_finish_weight_update(self, body: dict[str, str]) -> web.Response:
+        self.version = body["weight_version"]
+        return web.json_response({})
+
+    async def do_reset_prefix_cache(self, body: object) -> web.Response:
+        return web.json_response({"success": True})
+
+
+async def main() -> None:
+    settings = json.loads(sys.stdin.readline())
+
+    def end() -> None:
+        sys.stdin.read()
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", Fake(settings).answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, settings["host"], settings["port"])
+    await site.start()
+    port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+    ready = Path(settings["ready"])
+    ready.with_suffix(".new").write_text(json.dumps({"port": port}))
+    ready.with_suffix(".new").replace(ready)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

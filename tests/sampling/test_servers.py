@@ -1,0 +1,279 @@
+"""Several servers as one: every group once, whatever happens to the servers. Real processes and HTTP; the
+servers have no model (fake_server.py). With vLLM: test_vllm_servers.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_exp.sampling.fleet import Member, Patience
+from dash_exp.sampling.protocol import Decoding, Request, arrived
+from dash_exp.sampling.server_process import ServerSettings
+from dash_exp.sampling.servers import ServerSampler
+from dash_exp.types import Group, Prompt
+from tests.sampling.fake_server import tokens_of
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_server.py")))
+DECODING = Decoding(max_new_tokens=6, temperature=1.0, stop_ids=(1,))
+PATIENCE = Patience(start_s=30, stall_s=60, health_s=0.1, answer_s=0.5)
+
+
+class Rig:
+    """A sampler over fake servers, and what can be done to them."""
+
+    def __init__(self, folder: Path, servers: int, delay: float, restarts: int, **more: Any):
+        self.events: list[dict[str, Any]] = []
+        settings = ServerSettings(
+            f"fake delay={delay}", vocabulary=100, max_model_len=64, max_sequences=16, dtype="float32",
+            enforce_eager=True, transfer="dash_shared",
+        )  # fmt: skip
+        self.members = [Member(f"server-{n}", settings) for n in range(servers)]
+        options = {"patience": PATIENCE, "in_order": False, "max_sequences": 16} | more
+        self.sampler = ServerSampler(
+            self.members, lambda: [("weight", torch.arange(8.0))], key="secret", folder=folder,
+            vocabulary=100, dtype=torch.float32, decode=lambda ids: str(ids), restarts=restarts,
+            event=self.event, command=FAKE, **options,
+        )  # fmt: skip
+
+    def event(self, kind: str, start: float, end: float, **more: Any) -> None:
+        self.events.append({"kind": kind, **more})
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["kind"] == kind]
+
+    def pid(self, number: int) -> int:
+        process = self.members[number].process
+        assert process is not None
+        return process.process.pid
+
+    def kill(self, number: int, how: int = signal.SIGKILL) -> None:
+        os.killpg(self.pid(number), how)
+
+    def tell(self, number: int, mode: str) -> Any:
+        body = json.dumps({"mode": mode}).encode()
+        headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+        url = f"{self.members[number].url}/fake"
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=5) as reply:
+            return json.load(reply)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    made: list[Rig] = []
+
+    def make(servers: int = 2, delay: float = 0.01, restarts: int = 0, **more: Any) -> Rig:
+        made.append(Rig(tmp_path / f"logs{len(made)}", servers, delay, restarts, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.sampler.close()
+
+
+def until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert holds()
+
+
+def ask(count: int, repeats: int = 4, first: int = 0) -> list[Request]:
+    return [
+        Request(n, Prompt(f"p{n}", "t", "", (3, 4, 5), ""), tuple(range(start, start + repeats)))
+        for n, start in enumerate(range(first, first + 100 * count, 100))
+    ]
+
+
+def check(groups: list[Group], asked: list[Request], version: str) -> None:
+    """Every group once, with the tokens of its seeds at these weights."""
+    assert sorted(g.position for g in groups) == [r.position for r in asked]
+    for group in groups:
+        seeds = asked[group.position].seeds
+        assert [list(c.token_ids) for c in group.completions] == [tokens_of(s, version) for s in seeds]
+        known = 0 if version == "default" else int(version)
+        assert all(c.policy_version == known for c in group.completions)
+        assert all(len(c.logprobs) == len(c.token_ids) for c in group.completions)
+
+
+def test_every_group_once_from_every_server(rig: Callable[..., Rig]) -> None:
+    one = rig(servers=3)
+    asked = ask(24)
+    groups = list(arrived(one.sampler.stream(asked, DECODING)))
+    check(groups, asked, "default")
+    assert {g.origin.worker for g in groups if g.origin} == {"server-0", "server-1", "server-2"}
+    assert one.events == []
+
+
+def test_new_weights_reach_every_server_and_name_the_policy(rig: Callable[..., Rig]) -> None:
+    one = rig()
+    one.sampler.load_weights(3)
+    asked = ask(8)
+    groups = list(arrived(one.sampler.stream(asked, DECODING)))
+    check(groups, asked, "3")
+    assert len({g.origin.worker for g in groups if g.origin}) == 2
+
+
+def test_a_batch_asked_for_in_parts_comes_bit_by_bit(rig: Callable[..., Rig]) -> None:
+    """At most so many groups are on their way; the first arrive long before the last is asked for."""
+    one = rig(delay=0.02)
+    asked = ask(12)
+    stream = one.sampler.stream(asked, DECODING, at_once=3)
+    seen: list[Group] = []
+    for group in stream:
+        assert sum(len(m.owed) for m in one.members) <= 3
+        if group is not None:
+            seen.append(group)
+    check(seen, asked, "default")
+    starts = sorted(g.origin.start for g in seen if g.origin)
+    assert min(g.origin.end for g in seen if g.origin) < starts[-1]
+
+
+def test_the_caller_is_not_held_up_while_nothing_is_there(rig: Callable[..., Rig]) -> None:
+    one = rig(delay=0.1)
+    stream = one.sampler.stream(ask(1), DECODING)
+    assert next(stream) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("garbage", "something else than JSON"),
+        ("short", "no completion in its reply"),
+        ("old", "tokens of weights"),
+        ("dead", "EngineDeadError"),
+        ("hang", "no sign of life"),
+        ("stuck", "no token in"),
+    ],
+)
+def test_a_broken_server_is_noticed_and_the_others_do_its_work(
+    rig: Callable[..., Rig], mode: str, reason: str
+) -> None:
+    one = rig(patience=replace(PATIENCE, stall_s=1.5 if mode == "stuck" else 60))
+    if mode == "hang":
+        one.kill(0, signal.SIGSTOP)
+    else:
+        one.tell(0, mode)
+    asked = ask(12)
+    groups = list(arrived(one.sampler.stream(asked, DECODING)))
+    check(groups, asked, "default")
+    (fault,) = one.of("fault")
+    assert (fault["what"], fault["worker"]) == ("server lost", "server-0")
+    assert reason in fault["reason"] and fault["groups"]
+
+
+def test_a_server_that_ends_is_started_again_with_the_current_weights(rig: Callable[..., Rig]) -> None:
+    one = rig(restarts=1)
+    one.sampler.load_weights(2)
+    before = one.pid(0)
+    one.kill(0)
+    asked = ask(12)
+    check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "2")
+    until(lambda: one.members[0].state == "serving")
+    assert one.pid(0) != before
+    check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "2")  # nothing older than 2 comes
+    assert [e["what"] for e in one.of("fault")] == ["server lost"]
+    assert [(e["worker"], e["version"]) for e in one.of("restart")] == [("server-0", 2)]
+
+
+def test_a_server_that_takes_no_weights_is_not_asked(rig: Callable[..., Rig]) -> None:
+    one = rig()
+    one.tell(1, "refuse")
+    one.sampler.load_weights(1)
+    asked = ask(8)
+    groups = list(arrived(one.sampler.stream(asked, DECODING)))
+    check(groups, asked, "1")
+    assert {g.origin.worker for g in groups if g.origin} == {"server-0"}
+    assert "took no weights" in one.of("fault")[0]["reason"]
+
+
+def test_all_servers_gone_is_a_clear_failure(rig: Callable[..., Rig]) -> None:
+    one = rig(delay=0.05)
+    asked = ask(12)
+    stream = one.sampler.stream(asked, DECODING)
+    next(stream)
+    one.kill(0)
+    one.kill(1)
+    with pytest.raises(RuntimeError, match="every server is lost"):
+        list(stream)
+    with pytest.raises(RuntimeError, match="every server is lost"):
+        one.sampler.load_weights(1)
+
+
+def test_the_last_server_is_waited_for_while_it_starts_again(rig: Callable[..., Rig]) -> None:
+    one = rig(servers=1, restarts=1)
+    one.kill(0)
+    one.sampler.load_weights(5)
+    asked = ask(6)
+    check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "5")
+
+
+def test_a_prompt_that_a_server_refuses_fails_the_run_and_no_server(rig: Callable[..., Rig]) -> None:
+    one = rig()
+    one.members[0].client._session.headers["Authorization"] = "Bearer wrong"  # type: ignore[union-attr, index]
+    with pytest.raises(RuntimeError, match="refuses the prompt"):
+        list(one.sampler.stream(ask(4), DECODING))
+    assert all(m.state == "serving" for m in one.members)
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    settings = ServerSettings("fake delay=0", 100, 64, 16, "float32", True, "dash_shared")
+    command = (sys.executable, "-c", "import sys; sys.exit('no such model')")
+    with pytest.raises(RuntimeError, match=r"server-0 ended with code 1.*no such model"):
+        ServerSampler(
+            [Member("server-0", settings)], list, key="k", folder=tmp_path, vocabulary=100,
+            max_sequences=16, dtype=torch.float32, decode=str, restarts=0, patience=PATIENCE, in_order=False,
+            event=lambda *what, **more: None, command=command,
+        )  # fmt: skip
+
+
+def test_servers_do_not_outlive_the_sampler(rig: Callable[..., Rig]) -> None:
+    one = rig()
+    pids = [one.pid(0), one.pid(1)]
+    one.sampler.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_twenty_random_kills_lose_and_double_nothing(rig: Callable[..., Rig]) -> None:
+    """Batch after batch while servers are killed at random moments; new weights before every batch."""
+    one = rig(servers=3, delay=0.01, restarts=40)
+    stop, kills, chance = threading.Event(), 0, random.Random(0)
+
+    def killer() -> None:
+        nonlocal kills
+        while not stop.wait(chance.uniform(0.02, 0.25)):
+            alive = [n for n, m in enumerate(one.members) if m.state == "serving" and m.process]
+            if len(alive) > 1 and kills < 20:
+                one.kill(chance.choice(alive))
+                kills += 1
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        version = 0
+        while kills < 20:
+            version += 1
+            one.sampler.load_weights(version)
+            asked = ask(16, first=version * 10_000)
+            check(list(arrived(one.sampler.stream(asked, DECODING))), asked, str(version))
+    finally:
+        stop.set()
+        thread.join()
+    until(lambda: all(m.state == "serving" for m in one.members))
+    one.sampler.load_weights(version + 1)
+    assert kills == 20
+    assert len([e for e in one.of("fault") if e["what"] == "server lost"]) == 20
