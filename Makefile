@@ -33,9 +33,10 @@ test: setup ## the tests, under ten minutes on two cores
 test-long: setup ## the longer tests, under forty minutes on two cores
 	$(PY) -m pytest -m "long and not gpu"
 
-bench: setup ## measure speed beside TRL, start-up, and memory (a quarter of an hour)
+bench: setup ## measure every row beside its rival or limit, start-up, and memory (an hour and a half)
 	$(PY) -m pip install --quiet --no-deps -r requirements/bench.txt
-	$(PY) -m benchmarks.default_cell --startup --json outputs/bench/default_cell.json
+	$(PY) -m benchmarks --json outputs/bench/rows.json
+	$(PY) -m benchmarks.default_cell --startup --beta --json outputs/bench/startup.json
 	$(PY) -m benchmarks.memory --json outputs/bench/memory.json
 
 clean: ## remove caches, never outputs

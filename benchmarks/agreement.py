@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.ours import Ours
-from benchmarks.peer import Seen, integer_rewards
+from benchmarks.peer import Rewards, Seen, integer_rewards
+from dash_exp.evaluation import Judge
+from dash_exp.sampling.protocol import arrived
 from dash_exp.tasks.prompts import batch, requests
 from dash_exp.types import Prompt
 from dash_exp.verifiers.integer import judge_integer
@@ -30,7 +32,7 @@ def require(pairs: Sequence[tuple[object, object]], what: str) -> int:
 
 
 def judged_alike(texts: Sequence[tuple[str, str]]) -> int:
-    """Texts with their gold answers, under both judges."""
+    """Texts with their gold answers, under both judges of integers."""
     theirs = integer_rewards([t for t, _ in texts], [a for _, a in texts])
     pairs = [
         ((text, gold, judge_integer(text, gold).value), (text, gold, reward))
@@ -39,8 +41,14 @@ def judged_alike(texts: Sequence[tuple[str, str]]) -> int:
     return require(pairs, "reward of a text")
 
 
-def before(ours: Ours, prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, int]:
-    """What is compared before timing, each with the number of comparisons. `tokenizer`: the peer's.
+def listed_texts() -> dict[str, int]:
+    """A fixed list of odd texts."""
+    return {"listed texts judged alike": judged_alike([(t, a) for t in TEXTS for a in ANSWERS])}
+
+
+def before(ours: Ours, prompts: Sequence[Prompt], tokenizer: Any, rewards: Rewards) -> dict[str, int]:
+    """What is compared before timing, each with the number of comparisons. `tokenizer`, `rewards`: the
+    peer's.
 
     Nothing of ours moves: the sampler is asked once, and no step is taken.
     """
@@ -49,23 +57,26 @@ def before(ours: Ours, prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, i
     parts, plan = ours.machine.parts, ours.machine.plan
     chosen = batch(parts.prompts, plan.seed, 1, plan.prompts_per_step)
     calls = requests(chosen, plan.seed, "sample", 1, plan.group_size)
-    groups = list(parts.sampler.stream(calls, parts.decoding))
+    groups = list(arrived(parts.sampler.stream(calls, parts.decoding)))
     sampled = [(c, g.prompt.answer) for g in groups for c in g.completions]
     (judge,) = parts.judges.values()
     decoded = tokenizer.batch_decode([c.token_ids for c, _ in sampled], skip_special_tokens=True)
     verdicts = [judge.submit(c.text, gold).result().value for c, gold in sampled]
-    rewards = integer_rewards(decoded, [gold for _, gold in sampled])
+    theirs = rewards(decoded, [gold for _, gold in sampled])
     return {
         "prompts tokenized alike": require(tokens, "tokens of a prompt"),
-        "listed texts judged alike": judged_alike([(t, a) for t in TEXTS for a in ANSWERS]),
         "our samples decoded alike": require(
             [(c.text, text) for (c, _), text in zip(sampled, decoded, strict=True)], "a sample's text"
         ),
-        "our samples judged alike": require(list(zip(verdicts, rewards, strict=True)), "reward of a sample"),
+        "our samples judged alike": require(list(zip(verdicts, theirs, strict=True)), "reward of a sample"),
     }
 
 
-def after(seen: Seen) -> dict[str, int]:
-    """The peer's own samples, once there are some."""
-    texts = [(text, gold) for rows in seen.batches for text, gold, _, _ in rows]
-    return {"the peer's samples judged alike": judged_alike(texts)}
+def after(seen: Seen, judge: Judge) -> dict[str, int]:
+    """The peer's own samples, once there are some, under a judge of ours."""
+    pairs = [
+        ((text, gold, judge.submit(text, gold).result().value), (text, gold, reward))
+        for rows in seen.batches
+        for text, gold, reward, _ in rows
+    ]
+    return {"the peer's samples judged alike": require(pairs, "reward of the peer's sample")}

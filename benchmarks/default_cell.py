@@ -8,98 +8,37 @@ See README.md for what is equal on both sides and what is not.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import describe, machine, print_table, write
+from benchmarks.report import Options, describe, machine, need, print_table, write
+from benchmarks.turns import spread
+from benchmarks.whole_update import line_of, show_updates, take_turns
 
-PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
-WARM_UP = 1
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, smallest and largest of what was measured, and all of it."""
-    return {
-        "median": statistics.median(values), "min": min(values), "max": max(values),
-        "all": list(values),
-    }  # fmt: skip
+GOAL, MICRO_BATCH = 10.0, 16
 
 
-def take_turns(args: argparse.Namespace, beta: float, scratch: Path) -> dict[str, Any]:
-    """One row: both sides built once, then an update of one after an update of the other."""
-    from benchmarks import agreement
-    from benchmarks.ours import Ours, config_of
-    from benchmarks.peer import Seen, Turns, make_trainer
-    from dash_exp.tasks.prompts import batch
+def measure(options: Options) -> dict[str, Any]:
+    """The row of `python -m benchmarks`: both values of beta, TRL's best micro-batch."""
+    need("trl", options)
+    from benchmarks.ours import asked, config_of
 
-    config = config_of(args.filter, beta, args.threads, args.override)
-    ours = Ours(config, Path(config.run.dir) / "cache", scratch / "ours")
-    rows: list[dict[str, Any]] = []
-    seen, turns = Seen(), Turns(lambda: rows.append(ours.step()))
-    plan, parts = ours.machine.plan, ours.machine.parts
-    steps = range(1, args.updates + WARM_UP + 1)
-    prompts = [p for s in steps for p in batch(parts.prompts, plan.seed, s, plan.prompts_per_step)]
-    trainer = make_trainer(
-        config, ours.machine.source.folder, scratch / "trl", prompts, parts.decoding.stop_ids,
-        seen, turns, args.micro_batch, args.peer_attention,
-    )  # fmt: skip
-    checks = agreement.before(ours, prompts, trainer.processing_class)
-    print(f"beta {beta:g}: " + ", ".join(f"{n} {what}" for what, n in checks.items()), flush=True)
-    trainer.train()
-    checks |= agreement.after(seen)
-    ours.close()
-    return {
-        "beta": beta, "filter": args.filter, "checks": checks,
-        "ours": our_numbers(rows[WARM_UP:]),
-        "trl": peer_numbers(turns.seconds[WARM_UP:], seen.batches[WARM_UP:]),
-    }  # fmt: skip
-
-
-def our_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """From the rows of our record."""
-    return {
-        "seconds": spread([r["time/step_s"] for r in rows]),
-        "phases": {p: statistics.median(r[f"time/{p}_s"] for r in rows) for p in PHASES},
-        "reward": statistics.mean(r["reward/mean"] for r in rows),
-        "tokens": statistics.mean(r["tokens/sampled"] for r in rows),
-        "kept_share": statistics.mean(r["filter/kept_share"] for r in rows),
-    }
-
-
-def peer_numbers(seconds: Sequence[float], batches: Sequence[Any]) -> dict[str, Any]:
-    """From its timed updates and what its reward function was shown."""
-    return {
-        "seconds": spread(seconds),
-        "reward": statistics.mean(reward for rows in batches for _, _, reward, _ in rows),
-        "tokens": statistics.mean(sum(length for *_, length in rows) for rows in batches),
-    }
-
-
-def show_updates(rows: Sequence[dict[str, Any]]) -> None:
-    def cells(seconds: dict[str, Any]) -> list[str]:
-        return [f"{seconds['median']:.2f}", f"{seconds['min']:.2f} .. {seconds['max']:.2f}"]
-
-    table = []
-    for row in rows:
-        ours, trl = row["ours"], row["trl"]
-        ratio = trl["seconds"]["median"] / ours["seconds"]["median"]
-        table.append(
-            [f"{row['beta']:g}", *cells(ours["seconds"]), *cells(trl["seconds"]), f"{ratio:.1f}x",
-             f"{ours['tokens']:.0f} / {trl['tokens']:.0f}",
-             f"{ours['reward']:.2f} / {trl['reward']:.2f}"]
-        )  # fmt: skip
-    columns = ["beta", "ours s", "min .. max", "TRL s", "min .. max", "TRL / ours",
-               "tokens ours / TRL", "reward ours / TRL"]  # fmt: skip
-    print_table("Seconds per update (median)", columns, table)
-    phases = [
-        [f"{row['beta']:g}", *(f"{row['ours']['phases'][p]:.3f}" for p in PHASES),
-         f"{row['ours']['kept_share']:.2f}"]
-        for row in rows
-    ]  # fmt: skip
-    print_table("Ours by phase, s (median)", ["beta", *PHASES, "kept share"], phases)
+    rows, lines = [], []
+    size = 2 if options.quick else MICRO_BATCH
+    for beta in (0.0,) if options.quick else (0.0, 0.04):
+        config = config_of("advantage", beta, options.threads, asked(options))
+        with tempfile.TemporaryDirectory() as scratch:
+            row = take_turns(
+                config, options.cache, Path(scratch),
+                updates=options.rounds, micro_batch=size, attention="sdpa",
+            )  # fmt: skip
+        rows.append(row)
+        work = f"whole update, default work, beta {beta:g}"
+        lines.append(asdict(line_of(row, work, size, GOAL, options)))
+    show_updates(rows)
+    return {"lines": lines, "updates": rows}
 
 
 def start_up(args: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +63,7 @@ def arguments() -> argparse.Namespace:
         prog="python -m benchmarks.default_cell", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--updates", type=int, default=5, help="timed, after one that is not")
-    parser.add_argument("--micro-batch", type=int, default=16, help="completions, TRL only")
+    parser.add_argument("--micro-batch", type=int, default=MICRO_BATCH, help="completions, TRL only")
     parser.add_argument("--beta", type=float, nargs="*", default=[0.0, 0.04])
     parser.add_argument("--filter", choices=["advantage", "none"], default="advantage")
     parser.add_argument("--peer-attention", choices=["sdpa", "eager"], default="sdpa")
@@ -146,8 +85,15 @@ def main() -> None:
         result["startup"] = start_up(args)
     result["rows"] = []
     for beta in args.beta:
+        from benchmarks.ours import config_of
+
+        config = config_of(args.filter, beta, args.threads, args.override)
+        print(f"beta {beta:g}")
         with tempfile.TemporaryDirectory() as scratch:
-            result["rows"].append(take_turns(args, beta, Path(scratch)))
+            result["rows"].append(take_turns(
+                config, Path(config.run.dir) / "cache", Path(scratch),
+                updates=args.updates, micro_batch=args.micro_batch, attention=args.peer_attention,
+            ))  # fmt: skip
     if result["rows"]:
         show_updates(result["rows"])
     write(args.json, result)

@@ -120,8 +120,9 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
     """A learner as any run makes it, from a config."""
     import torch
 
-    from dash_exp.build import make_learner, make_plan
+    from dash_exp.build import make_plan, make_spec
     from dash_exp.compose import compose
+    from dash_exp.learning.member import make_learner
 
     config = compose(
         [
@@ -131,7 +132,7 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
         ]
     )  # fmt: skip
     plan = make_plan(config, prompts=1)
-    return make_learner(config, plan, folder, setting.vocabulary, torch.device("cpu"))
+    return make_learner(make_spec(config, plan, folder, setting.vocabulary), torch.device("cpu"))
 
 
 def make_group(position: int, size: int, setting: Setting) -> AdvantagedGroup:

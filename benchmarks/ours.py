@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from benchmarks.report import Options, Skipped
 from dash_exp.attempt import keep_freed_memory
 from dash_exp.build import build
+from dash_exp.cells import resolve_paths
 from dash_exp.compose import compose
 from dash_exp.config import Config
 from dash_exp.ledger import Ledger
 from dash_exp.loop import train_step
-from dash_exp.metrics import batch_values, sample_rows
+from dash_exp.metrics import batch_values, learner_values, sample_rows
+from dash_exp.modeling.source import load_tokenizer
+from dash_exp.plan import Plan
 from dash_exp.record import Recorder, Row
 from dash_exp.validation import check
 
@@ -21,17 +28,52 @@ ARMS = {
     ("none", True): "no_gf", ("none", False): "pg",
 }  # fmt: skip
 """The arm for a filter, with and without KL; they differ in nothing else."""
+QUICK = (
+    "model=tiny", "algorithm.prompts_per_step=2", "algorithm.group_size=2", "sampler.max_new_tokens=4",
+)  # fmt: skip
+"""For a smoke check: anything that a row sets comes before."""
+STILL = "learner.lr=1e-12"
+"""So small that weights stay as they are: every side, and every round, samples the same."""
 
 
-def config_of(filter_name: str, beta: float, threads: int, more: Sequence[str] = ()) -> Config:
-    """The default cell with this filter and beta, and what else was asked for."""
+def config_of(filter_name: str, beta: float, threads: int | None, more: Sequence[str] = ()) -> Config:
+    """The default cell with this filter and beta, and what else was asked for. `threads` None: as many as
+    a run takes by itself."""
     arm = ARMS[filter_name, beta > 0]
-    fixed = [f"algorithm={arm}", f"algorithm.beta={beta}", f"cluster.threads={threads}"]
-    config = compose([*fixed, *more])
+    return composed([f"algorithm={arm}", f"algorithm.beta={beta}", *more], threads)
+
+
+def composed(overrides: Sequence[str], threads: int | None) -> Config:
+    """A config that can be started; later overrides win over earlier ones."""
+    wanted = {text.partition("=")[0]: text for text in overrides}
+    config = compose([*wanted.values(), f"cluster.threads={threads or 'null'}"])
     faults = check(config)
     if faults:
         raise SystemExit("\n".join(map(str, faults)))
+    resolve_paths(config)
     return config
+
+
+def asked(options: Options, *overrides: str) -> list[str]:
+    """A row's own overrides, made tiny for a quick run, and those of the command line."""
+    return ["evaluation=none", *overrides, *(QUICK if options.quick else ()), *options.override]
+
+
+def gsm8k(options: Options) -> list[str]:
+    """GSM8K prompts, from the folder that DASH_DATA names: 16 x 4 completions of 128 new tokens. Raises
+    Skipped where they are not there."""
+    file = Path(os.environ.get("DASH_DATA", "")).expanduser().resolve() / "gsm8k_train.jsonl"
+    if not file.is_file():
+        raise Skipped("no gsm8k_train.jsonl: set DASH_DATA to the folder that holds it")
+    return asked(
+        options, "dataset=gsm8k", f"dataset.path='{file}'", "algorithm.prompts_per_step=16",
+        "algorithm.group_size=4", "sampler.max_new_tokens=128",
+    )  # fmt: skip
+
+
+def tell_fault(kind: str, start: float, end: float, **more: Any) -> None:
+    """Of a server that was lost or started again: a step in which that happened is no measurement."""
+    print(f"note: {kind} within a measurement, {end - start:.1f} s: {more}", flush=True)
 
 
 class Ours:
@@ -40,24 +82,50 @@ class Ours:
 
     def __init__(self, config: Config, cache: Path, folder: Path):
         keep_freed_memory()
-        self.machine = build(config, cache, lambda text: None, folder / "servers", lambda *what, **more: None)
+        self.config = config
+        self.machine = build(config, cache, lambda text: None, folder / "servers", tell_fault)
         self.ledger = Ledger()
         self.done = 0
         self._stack = ExitStack()
         self._stack.callback(self.machine.close)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.recorder = self._stack.enter_context(Recorder(folder))
 
-    def step(self) -> Row:
-        """Train one step. Its wall seconds, its seconds by phase, and what was sampled."""
-        plan, parts = self.machine.plan, self.machine.parts
-        self.done += 1
+    def __enter__(self) -> Ours:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def change(self, **parts: Any) -> None:
+        """Put other parts in, for all steps to come."""
+        self.machine = replace(self.machine, parts=replace(self.machine.parts, **parts))
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens of the model's tokenizer."""
+        return len(load_tokenizer(self.machine.source.folder))
+
+    def plan(self, **changes: Any) -> Plan:
+        """The plan with something else in it."""
+        return replace(self.machine.plan, **changes)
+
+    def step(self, number: int | None = None, plan: Plan | None = None) -> Row:
+        """Train one step: the next, or that of this number (its prompts and seeds), by this plan. Its wall
+        seconds, its seconds by phase, and what was sampled and learned from."""
+        self.done = self.done + 1 if number is None else number
+        plan = plan or self.machine.plan
         self.ledger.close_step()  # what lay between two steps is nobody's
-        facts = train_step(plan, parts, self.ledger, self.recorder, self.done)
+        facts = train_step(plan, self.machine.parts, self.ledger, self.recorder, self.done)
         self.recorder.append("samples", sample_rows(self.done, facts.groups))
+        overlap = self.ledger.overlap_s()
         wall, seconds = self.ledger.close_step()
         phases = {f"time/{name}_s": value for name, value in seconds.items()}
-        return {"time/step_s": wall, **phases, **batch_values(facts)}
+        return {
+            "time/step_s": wall, "time/overlap_s": overlap, **phases,
+            **batch_values(facts), **learner_values(facts),
+            "lengths": [[len(c.token_ids) for c in g.group.completions] for g in facts.groups],
+        }  # fmt: skip
 
     def close(self) -> None:
         self._stack.close()

@@ -1,7 +1,7 @@
-"""The peer's side of a comparison: TRL's GRPOTrainer, set up to do the same work as the default cell.
+"""The peer's side of a comparison: TRL's GRPOTrainer, set up to do the same work as a cell of ours.
 
-Its reward function is written the way its users write one, on purpose without our judge: that both
-agree is checked, not assumed.
+Its reward function for integers is written the way its users write one, on purpose without our judge: that
+both agree is checked, not assumed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
@@ -33,18 +33,25 @@ def integer_rewards(completions: list[str], answer: list[str], **unused: Any) ->
     return [float(m is not None and int(m[0]) == int(a)) for m, a in zip(found, answer, strict=True)]
 
 
+class Rewards(Protocol):
+    """What a reward function of the trainer's users looks like."""
+
+    def __call__(self, completions: list[str], answer: list[str]) -> list[float]: ...
+
+
 class Seen:
     """The reward function as the trainer calls it, keeping every batch that it was shown."""
 
-    __name__ = "integer_rewards"
+    __name__ = "rewards"
 
-    def __init__(self) -> None:
+    def __init__(self, rewards: Rewards) -> None:
+        self.rewards = rewards
         self.batches: list[list[tuple[str, str, float, int]]] = []
 
     def __call__(
         self, completions: list[str], answer: list[str], completion_ids: list[list[int]], **rest: Any
     ) -> list[float]:
-        rewards = integer_rewards(completions, answer)
+        rewards = self.rewards(completions, answer)
         lengths = map(len, completion_ids)
         self.batches.append(list(zip(completions, answer, rewards, lengths, strict=True)))
         return rewards
@@ -85,7 +92,8 @@ def make_arguments(config: Config, folder: Path, updates: int, micro_batch: int)
     """The same algorithm, as `config` has it, with nothing saved or logged on the way."""
     a, opt = config.algorithm, config.learner
     return GRPOConfig(
-        output_dir=str(folder), max_steps=updates, seed=config.seed, use_cpu=True, bf16=True,
+        output_dir=str(folder), max_steps=updates, seed=config.seed, bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=a.prompts_per_step * a.group_size // micro_batch,
         num_generations=a.group_size, max_completion_length=config.sampler.max_new_tokens,

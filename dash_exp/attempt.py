@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +14,11 @@ from dash_exp.build import build, engine_facts, thread_count
 from dash_exp.config import Config
 from dash_exp.evaluation import EvalResult, EvalSet, base_key, evaluate, shared
 from dash_exp.hashing import model_hash, weights_hash
-from dash_exp.learning.preflight import largest_micro_batch, preflight
+from dash_exp.learning.links import Links
+from dash_exp.learning.preflight import largest_micro_batch
 from dash_exp.loop import evaluation_due, train
 from dash_exp.plan import Ending, Hooks
+from dash_exp.process import keep_freed_memory
 from dash_exp.record import Recorder, Row, read_final, read_json, read_rows, write_json
 from dash_exp.signals import Interrupted, Stop
 from dash_exp.terminal import Display, seconds_text, show
@@ -36,6 +36,8 @@ class Attempt:
     display: Display
     stop: Stop
     partner: Partner | None = None
+    links: Links | None = None
+    """To the learner's other ranks, where they were started together with this process."""
     evaluated: set[tuple[int, str]] = field(default_factory=set)
     """Steps and sets with results of the weights at hand; a resumed run makes later ones anew."""
 
@@ -44,7 +46,8 @@ class Attempt:
         keep_freed_memory()
         self.cache = self.folder.parent.parent / "cache"
         self.say(f"cell {show(self.folder)}")
-        self.machine = build(self.config, self.cache, self.say, self.folder / "servers", self.recorder.event)
+        event, logs = self.recorder.event, self.folder / "servers"
+        self.machine = build(self.config, self.cache, self.say, logs, event, self.links)
         try:
             self.train()
         finally:
@@ -149,7 +152,7 @@ class Attempt:
         parts, plan = self.machine.parts, self.machine.plan
         longest = max(len(p.token_ids) for p in parts.prompts.prompts)
         new = parts.decoding.max_new_tokens
-        preflight(parts.learner, largest_micro_batch(longest, new, plan.group_size, parts.packer))
+        parts.learner.preflight(largest_micro_batch(longest, new, plan.group_size, parts.packer))
         self.say("preflight: a micro-batch of the longest samples fits")
 
     def evaluate(self, step: int) -> None:
@@ -219,13 +222,3 @@ def warnings_of(row: Row) -> list[str]:
     if row["updates/nonfinite"]:
         found.append("warning: a gradient was infinite or not a number; that update was skipped")
     return found
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed memory instead of returning it: on CPU, fresh pages for every large
-    temporary cost about a tenth of a step. Elsewhere nothing happens."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            for option, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 256 << 20)):
-                libc.mallopt(option, value)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD

@@ -21,11 +21,13 @@ from dash_exp.evaluation import EvalSet
 from dash_exp.learning.adapters import Adapters
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
-from dash_exp.learning.learner import Learner
+from dash_exp.learning.links import Alone, Links
+from dash_exp.learning.member import Spec, device_of
 from dash_exp.learning.packing import Packer
+from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.settings import Objective, Optimization
-from dash_exp.modeling.attention import ATTENTION
-from dash_exp.modeling.source import ModelSource, load_model, load_tokenizer, locate, position_limit
+from dash_exp.learning.world import local_ranks
+from dash_exp.modeling.source import ModelSource, load_tokenizer, locate, position_limit
 from dash_exp.plan import Parts, Plan
 from dash_exp.provenance import packages
 from dash_exp.sampling.hf import HFSampler
@@ -48,18 +50,6 @@ class Machine:
     sets: tuple[EvalSet, ...]
     source: ModelSource
     close: Callable[[], None]
-
-
-def device_of(name: str) -> torch.device:
-    if name != "auto":
-        device = torch.device(name)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(
-                Fault("learner.device", f"got {name!r}, but there are {torch.cuda.device_count()} GPUs here",
-                      "set learner.device=cpu or auto")
-            )  # fmt: skip
-        return device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def thread_count(wanted: int | None) -> int:
@@ -116,14 +106,14 @@ def find_model(config: Config, cache: Path) -> ModelSource:
     )  # fmt: skip
 
 
-def make_learner(
-    config: Config, plan: Plan, folder: Path, vocabulary: int, device: torch.device
-) -> Learner:  # fmt: skip
+def make_spec(
+    config: Config, plan: Plan, folder: Path, vocabulary: int, threads: int | None = None
+) -> Spec:  # fmt: skip
+    """What every rank builds its learner from."""
     a, opt = config.algorithm, config.learner
-    model = load_model(folder, torch.float32, ATTENTION).to(device)
     temperature = config.sampler.temperature if a.source == "sampler" else 1.0
-    return Learner(
-        model,
+    return Spec(
+        folder,
         Objective(a.surrogate, a.clip_low, a.clip_high, a.beta, a.beta_schedule, a.kl, temperature),
         Optimization(
             lr=opt.lr, schedule=opt.schedule, warmup_share=opt.warmup_share,
@@ -133,8 +123,21 @@ def make_learner(
             adapters=make_adapters(config),
         ),
         vocabulary=vocabulary, logit_chunk=opt.logit_chunk,
-        gradient_checkpointing=opt.gradient_checkpointing,
+        gradient_checkpointing=opt.gradient_checkpointing, device=opt.device, threads=threads,
     )  # fmt: skip
+
+
+def make_links(config: Config, device: torch.device, logs: Path) -> Links:
+    """The other ranks of the learner, started here."""
+    ranks, count = config.learner.ranks, torch.cuda.device_count()
+    if ranks == 1:
+        return Alone()
+    if device.type == "cuda" and ":" not in config.learner.device and ranks > count:
+        raise UserError(Fault("learner.ranks", f"got {ranks}, but there are {count} GPUs here",
+                              "each rank has one of its own; or set learner.device=cpu"))  # fmt: skip
+    from dash_exp.learning.ranks import start
+
+    return start(ranks, config.learner.timeout_s, logs)
 
 
 def make_adapters(config: Config) -> Adapters | None:
@@ -175,14 +178,18 @@ def make_sampler(
 
 
 def build(
-    config: Config, cache: Path, note: Callable[[str], None], logs: Path, event: Callable[..., None]
-) -> Machine:
-    """Everything a run needs, cheap checks first: data and tokenizer are read before any weights."""
-    device = device_of(config.learner.device)
+    config: Config, cache: Path, note: Callable[[str], None], logs: Path, event: Callable[..., None],
+    links: Links | None = None,
+) -> Machine:  # fmt: skip
+    """Everything a run needs, cheap checks first: data and tokenizer are read before any weights. `links`: to
+    the learner's other ranks; None: they are started here."""
+    ranks = local_ranks(config.learner.ranks, os.environ)
+    device = device_of(config.learner.device, 0 if ranks > 1 else None)
     threads = thread_count(config.cluster.threads)
     if overlapped(config) and device.type == "cpu" and config.cluster.threads is None:
         threads = split(config).learner
     torch.set_num_threads(threads)
+    links = links or make_links(config, device, logs.with_name("ranks"))
     judges = Judges(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
     try:
         source = find_model(config, cache)
@@ -194,16 +201,20 @@ def build(
         if shown:
             note(f"demonstrations: {shown.told()}")
         plan = make_plan(config, len(prompts.prompts))
-        learner = make_learner(config, plan, source.folder, len(tokenizer), device)
+        spec = make_spec(config, plan, source.folder, len(tokenizer), max(1, threads // ranks))
+        learner = ParallelLearner.of(spec, links, 0 if links.width > 1 else None)
         asked = [(prompts, task.decoding), *((s.prompts, s.decoding) for s in task.sets)]
         longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts)
+        if config.sampler.name == "vllm_servers":
+            note(f"waiting for servers: {', '.join(config.cluster.server_urls) or config.sampler.servers}")
         sampler = make_sampler(
             config, source.folder, tokenizer,
-            model=lambda: learner.model, weights=learner.compute_weights, longest=longest,
+            model=lambda: learner.local.model, weights=learner.compute_weights, longest=longest,
             logs=logs, event=event,
         )  # fmt: skip
     except BaseException:
         judges.close()
+        links.close()
         raise
     a, f = config.algorithm, config.filter
     parts = Parts(
@@ -214,7 +225,7 @@ def build(
         demonstrations=shown.completions if shown else None,
         packer=Packer(
             config.learner.micro_batch_tokens, a.aggregation,
-            keep_for_kl=f.kl == "keep" and a.beta > 0, device=device,
+            keep_for_kl=f.kl == "keep" and a.beta > 0,
         ),
         learner=learner,
     )  # fmt: skip
@@ -222,6 +233,7 @@ def build(
     def close() -> None:
         sampler.close()
         judges.close()
+        learner.close()
 
     return Machine(plan, parts, task.sets, source, close)
 

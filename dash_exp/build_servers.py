@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
-from dash_exp.sampling.fleet import Member, Patience
+from dash_exp.learning.world import local_ranks
+from dash_exp.sampling.member import Member, Patience
 from dash_exp.sampling.placement import Processors, gpus, processors
 from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
@@ -23,10 +24,11 @@ SHARED = "dash_shared"  # as in sampling/vllm_server.py, which imports vLLM
 
 
 def overlapped(config: Config) -> bool:
-    """Whether the learner works while groups are still being sampled: one-update arms with servers."""
+    """Whether the learner works while groups are still being sampled: one-update arms with servers on
+    devices of their own."""
     a, s = config.algorithm, config.sampler
     one_update = a.passes == 1 and a.mini_batch is None and a.source == "sampler"
-    return s.name == "vllm_servers" and s.streaming and one_update
+    return s.name == "vllm_servers" and s.streaming and not s.colocated and one_update
 
 
 def split(config: Config) -> Processors:
@@ -55,7 +57,8 @@ def make_servers(
     return ServerSampler(
         members, weights, key=key, folder=folder, vocabulary=vocabulary, max_sequences=s.max_sequences,
         dtype=getattr(torch, s.dtype), decode=decode, restarts=s.restarts,
-        patience=Patience(stall_s=s.stall_s), in_order=config.learner.deterministic, event=event,
+        patience=Patience(stall_s=s.stall_s), in_order=config.learner.deterministic,
+        colocated=s.colocated, event=event,
     )  # fmt: skip
 
 
@@ -69,9 +72,11 @@ def _settings(config: Config, model: Path, vocabulary: int, longest: int) -> lis
         dtype=s.dtype,
         enforce_eager=s.enforce_eager,
         transfer=SHARED,
+        sleep=s.colocated,
         kv_cache_gb=s.kv_cache_gb,
         gpu_memory_utilization=s.gpu_memory_utilization if count else None,
     )
     if count:
-        return [replace(plain, gpu=gpu) for gpu in gpus(count, s.servers)]
+        learners = local_ranks(config.learner.ranks, os.environ)
+        return [replace(plain, gpu=gpu) for gpu in gpus(count, s.servers, learners, s.colocated)]
     return [replace(plain, cores=cores) for cores in split(config).servers]

@@ -12,7 +12,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from omegaconf.errors import OmegaConfBaseException
@@ -22,10 +24,15 @@ from dash_exp.budget import Blocked, find_partner
 from dash_exp.cells import freeze, make_cell, read_frozen
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
+from dash_exp.learning.world import placed
+from dash_exp.process import share_cores
 from dash_exp.record import CellBusy, Recorder, lock, read_final, read_json
 from dash_exp.signals import Interrupted, Stop, handling, run_forwarding
 from dash_exp.terminal import Display, complain, show
 from dash_exp.validation import check
+
+if TYPE_CHECKING:
+    from dash_exp.learning.links import Links
 
 OK, FAILED, USER_ERROR, BLOCKED, SIGNALLED = 0, 1, 2, 3, 128
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -34,6 +41,13 @@ DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 def run_config(config: Config, apart: bool = False) -> int:
     """Freeze the cell of this config and run it, here or, `apart`, in a fresh process (so that the
     cells of a sweep share nothing). Returns an exit code; UserError is the caller's."""
+    if apart and placed(os.environ) is not None:
+        raise UserError(Fault("-m", "torchrun and srun start the ranks of one cell, not a sweep",
+                              "leave them out: a sweep starts the ranks of each cell itself"))  # fmt: skip
+    return together(config, lambda links: freeze_and_run(config, apart, links))
+
+
+def freeze_and_run(config: Config, apart: bool, links: Links | None) -> int:
     root = Path(config.run.dir)
     try:
         cache = root / "cache"
@@ -48,12 +62,36 @@ def run_config(config: Config, apart: bool = False) -> int:
     except CellBusy as error:
         raise UserError(Fault("run.force", str(error), "wait for it, or stop it first")) from error
     if not apart:
-        return run(folder, config)
+        return run(folder, config, links)
     actions = [f"run.progress={config.run.progress}", f"cluster.threads={config.cluster.threads or 'null'}"]
     actions += [f"run.partner={config.run.partner}"] if config.run.partner else []
     command = [sys.executable, "-m", "dash_exp.cell", str(folder.resolve()), *actions]
     code, handed = run_forwarding(command)
     return SIGNALLED + (handed or -code) if handed or code < 0 else code
+
+
+def together(config: Config, cell: Callable[[Links | None], int]) -> int:
+    """Run a cell, on rank 0 only where torchrun or srun started the ranks of its learner: the others do
+    what rank 0 says. They touch neither the cell's lock nor its record."""
+    place = placed(os.environ)
+    if place is None:
+        return cell(None)
+    if place.size != config.learner.ranks:
+        raise UserError(
+            Fault("learner.ranks",
+                  f"got {config.learner.ranks}, but {place.size} processes were started together",
+                  f"set learner.ranks={place.size}, or start {config.learner.ranks}")
+        )  # fmt: skip
+    share_cores()
+    from dash_exp.learning.ranks import follow, lead
+
+    if place.rank > 0:
+        return follow(place, config.learner.timeout_s)
+    links = lead(place, config.learner.timeout_s)
+    try:
+        return cell(links)
+    finally:
+        links.close()
 
 
 def archive(folder: Path) -> None:
@@ -81,7 +119,7 @@ def disk_fault(error: OSError, root: Path) -> Fault:
     return Fault("run.dir", f"cannot write {place}: {error.strerror or error}", hint)
 
 
-def run(folder: Path, config: Config) -> int:
+def run(folder: Path, config: Config, links: Links | None = None) -> int:
     """Run the cell in `folder` (frozen already). `config` supplies the actions (run, cluster, ...)."""
     display = Display(config.algorithm.steps or 0, config.run.progress)
     stop = Stop()
@@ -89,7 +127,7 @@ def run(folder: Path, config: Config) -> int:
         with handling(stop), Recorder(folder) as recorder:
             if read_json(folder / "status.json").get("state") == "finished":
                 return tell_finished(folder, display)
-            return run_locked(folder, config, recorder, display, stop)
+            return run_locked(folder, config, recorder, display, stop, links)
     except CellBusy as error:
         raise UserError(Fault(show(folder), "is being run by another process", "see its log.txt")) from error
     except Interrupted as error:  # before or after the record could say so
@@ -115,7 +153,9 @@ def tell_finished(folder: Path, display: Display) -> int:
     return OK
 
 
-def run_locked(folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop) -> int:
+def run_locked(
+    folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop, links: Links | None
+) -> int:  # fmt: skip
     """One attempt at a cell, with every way it can end turned into a status and an exit code."""
     step = int(read_json(folder / "status.json").get("step", 0))
     recorder.status("running", step)
@@ -125,7 +165,7 @@ def run_locked(folder: Path, config: Config, recorder: Recorder, display: Displa
         partner = find_partner(config, folder.parent) if config.budget.match and not known else None
         from dash_exp.attempt import Attempt  # heavy imports only once there is something to run
 
-        Attempt(folder, config, recorder, display, stop, partner).whole()
+        Attempt(folder, config, recorder, display, stop, partner, links).whole()
     except Blocked as reason:
         recorder.status("blocked", step, reason=str(reason))
         recorder.log(f"blocked: {reason}")
@@ -146,14 +186,6 @@ def run_locked(folder: Path, config: Config, recorder: Recorder, display: Displa
         say_last(recorder, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     return OK
-
-
-def share_cores() -> None:
-    """Before torch is imported: let its threads sleep soon when they wait for each other. GNU OpenMP
-    spins for milliseconds by default, which is no faster alone, and beside another busy process makes
-    a step many times slower. An explicit choice of the user stays."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def say_last(recorder: Recorder, state: str, failure: str, trace: str = "") -> None:
@@ -195,7 +227,7 @@ def run_folder(arguments: list[str]) -> int:
             Fault(str(folder), "was frozen with other data, model or settings than are there now",
                   "run the experiment again: it becomes a cell of its own")
         )  # fmt: skip
-    return run(folder, config)
+    return together(config, lambda links: run(folder, config, links))
 
 
 if __name__ == "__main__":

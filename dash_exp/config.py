@@ -96,6 +96,8 @@ class SamplerConfig:
     server_threads: int | None = None
     """`vllm_servers` on CPU: processors of each; null: half of what there is while the learner works
     beside them, else all of it."""
+    colocated: bool = MISSING
+    """`vllm_servers`: on the learner's own GPUs; they sleep while it learns, so nothing overlaps."""
     waves: int = MISSING
     """`vllm_servers` while streaming: in how many parts a batch is asked for, so that groups finish at
     different times."""
@@ -230,6 +232,10 @@ class LearnerConfig:
     deterministic: bool = MISSING
     """Micro-batches in prompt order, whatever the order in which groups finish."""
     device: str = MISSING
+    ranks: int = MISSING
+    """H', how many processes learn, one device each; changes the result by rounding only."""
+    timeout_s: float = MISSING
+    """With several ranks: one that does not answer for so long has failed, and so has the run."""
 
 
 @dataclass

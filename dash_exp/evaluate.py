@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_exp import provenance
-from dash_exp.cell import archive, disk_fault, share_cores
+from dash_exp.cell import archive, disk_fault
 from dash_exp.cells import Cell, freeze, resolve_paths
 from dash_exp.config import ACTIONS
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import EvalSet, base_key, evaluate, shared
 from dash_exp.hashing import model_hash, weights_hash
+from dash_exp.process import share_cores
 from dash_exp.record import CellBusy, Recorder, Row, read_final, read_json, write_json
 from dash_exp.signals import Interrupted, Stop, handling
 from dash_exp.subject import USAGE, Subject, parse, subject_of

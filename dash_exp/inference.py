@@ -10,9 +10,10 @@ from typing import Any, Self
 
 import torch
 
-from dash_exp.build import device_of, engine_facts, find_model, make_sampler, thread_count
+from dash_exp.build import engine_facts, find_model, make_sampler, thread_count
 from dash_exp.build_task import Judges, Questions
 from dash_exp.config import Config
+from dash_exp.learning.member import device_of
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_model, load_tokenizer, position_limit
 from dash_exp.provenance import hardware

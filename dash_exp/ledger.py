@@ -101,6 +101,8 @@ class Budget:
             return False
         return self.spent_s + training_seconds(*self.ledger.so_far()) >= self.limit_s
 
-    def close_step(self) -> None:
-        """The step has ended: count it, and start the next."""
-        self.spent_s += training_seconds(*self.ledger.close_step())
+    def close_step(self) -> tuple[float, dict[str, float]]:
+        """The step has ended: count it, and start the next. Returns what was counted."""
+        wall, seconds = self.ledger.close_step()
+        self.spent_s += training_seconds(wall, seconds)
+        return wall, seconds

@@ -121,6 +121,8 @@ RANGES: dict[str, Range] = {
     "learner.lora.alpha": POSITIVE,
     "learner.micro_batch_tokens": COUNT,
     "learner.logit_chunk": COUNT,
+    "learner.ranks": COUNT,
+    "learner.timeout_s": POSITIVE,
     "evaluation.every": NATURAL,
     "evaluation.samples": COUNT,
     "evaluation.temperature": NATURAL,

@@ -1,7 +1,7 @@
 """The training loop: the one file that knows the order of things.
 
 prompts -> sampler.stream -> Group -> verifier -> ScoredGroup -> advantages, filter
-        -> AdvantagedGroup -> micro-batches -> learner.accumulate ... learner.update
+        -> AdvantagedGroup -> rounds of micro-batches -> learner.accumulate ... learner.update
         -> sampler.load_weights -> recorder
 """
 
@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from dash_exp.errors import Fault, UserError
+from dash_exp.learning.rounds import Rounds
 from dash_exp.ledger import Budget, Ledger
 from dash_exp.metrics import BatchFacts, sample_rows, step_row
 from dash_exp.plan import Ending, Hooks, Parts, Plan
@@ -47,8 +48,8 @@ def train(
             with ledger.phase("checkpoint"):
                 row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
                 hooks.checkpoint(step, step == plan.steps, row)
-        row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
-        budget.close_step()
+        overlap = ledger.overlap_s()
+        row = step_row(step, facts, *budget.close_step(), overlap)
         recorder.append("steps", [row])
         recorder.status("running", step)
         hooks.progress(row)
@@ -89,14 +90,15 @@ def train_step(
     chosen = batch(parts.prompts, plan.seed, step, plan.prompts_per_step)
     asked = requests(chosen, plan.seed, "sample", step, plan.group_size)
     groups: list[AdvantagedGroup] = []
-    at_once = plan.updates_per_batch == 1  # then a micro-batch is backpropagated as soon as it is full
+    rounds = Rounds(parts.packer, parts.learner.width)
+    at_once = plan.updates_per_batch == 1  # then a round is backpropagated as soon as it is full
     for first in range(0, len(asked), plan.prompts_per_call):
         call = asked[first : first + plan.prompts_per_call]
         for group in advantaged_groups(plan, parts, ledger, recorder, step, call):
             groups.append(group)
-            for ready in parts.packer.add(group) if at_once else ():
+            for ready in rounds.add(group) if at_once else ():
                 backpropagate(parts, ledger, recorder, step, ready)
-        for ready in parts.packer.flush():
+        for ready in rounds.flush():
             backpropagate(parts, ledger, recorder, step, ready)
     if at_once:
         updates = [update(parts, ledger, divisor(plan, parts, groups))]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dash_exp.evaluation import Judge
 from dash_exp.learning.filters import Filter
-from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer
+from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.record import Row
 from dash_exp.sampling.protocol import Decoding, Sampler
 from dash_exp.tasks.prompts import PromptSet
@@ -57,7 +57,7 @@ class Parts:
     advantages: Callable[[Sequence[float]], tuple[float, ...]]
     keep: Filter
     packer: Packer
-    learner: Learner
+    learner: ParallelLearner
     filter_advantages: Callable[[Sequence[float]], tuple[float, ...]]
     demonstrations: Mapping[str, Completion] | None
 

@@ -31,11 +31,12 @@ from rich.text import Text
 
 from dash_exp import provenance
 from dash_exp.build_task import load_examples
-from dash_exp.cell import disk_fault, share_cores
+from dash_exp.cell import disk_fault
 from dash_exp.cells import resolve_paths
 from dash_exp.errors import UserError
 from dash_exp.evaluation import Judge
 from dash_exp.hashing import model_hash, weights_hash
+from dash_exp.process import share_cores
 from dash_exp.record import Row
 from dash_exp.sampling.protocol import Decoding, Request, arrived
 from dash_exp.seeding import seed_for

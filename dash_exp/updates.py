@@ -1,5 +1,5 @@
-"""From a batch to updates: backpropagation of micro-batches, and how arms with several updates reuse one
-batch."""
+"""From a batch to updates: backpropagation of rounds of micro-batches, and how arms with several updates
+reuse one batch."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dash_exp.learning import losses
-from dash_exp.learning.packing import MicroBatch
+from dash_exp.learning.rounds import Round, balanced
 from dash_exp.learning.settings import UpdateStats
 from dash_exp.ledger import Ledger
 from dash_exp.plan import Parts, Plan
-from dash_exp.record import Recorder, timed_event
+from dash_exp.record import Recorder
 from dash_exp.types import AdvantagedGroup
 
 
 def backpropagate(
-    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, ready: MicroBatch,
-    reference: Tensor | None = None, old: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Forward and backward of one micro-batch; returns its log-probabilities. The forward of the
+    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, ready: Round,
+    references: Sequence[Tensor | None] | None = None, old: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Forward and backward of a round of micro-batches; returns their log-probabilities. The forward of the
     reference model, unless its result is given, is an extra one, so it counts as `logprob`."""
-    if reference is None:
+    if references is None:
         with ledger.phase("logprob"):
-            reference = parts.learner.reference_logprobs(ready)
-    with (
-        ledger.phase("backprop"),
-        timed_event(recorder, "backprop", step=step, worker="learner", groups=ready.positions),
-    ):
-        return parts.learner.accumulate(ready, reference, old)
+            references = parts.learner.reference_logprobs(ready)
+    with ledger.phase("backprop"):
+        done = parts.learner.accumulate(ready, references, old)
+    for worker, batch, one in zip(parts.learner.workers, ready, done, strict=False):
+        recorder.event("backprop", one.start, one.end, step=step, worker=worker, groups=batch.positions)
+    return [one.logprobs for one in done]
 
 
 def update(parts: Parts, ledger: Ledger, by: float) -> UpdateStats:
@@ -52,12 +52,12 @@ def divisor(plan: Plan, parts: Parts, groups: Sequence[AdvantagedGroup]) -> floa
 
 @dataclass(slots=True)
 class Scored:
-    """A micro-batch of an arm with several updates, with log-probabilities that are computed once:
-    `old` at the sampling weights, `reference` of the initial model."""
+    """A round of an arm with several updates, with log-probabilities that are computed once: `old` at the
+    sampling weights, `references` of the initial model."""
 
-    batch: MicroBatch
-    old: Tensor | None = None
-    reference: Tensor | None = None
+    round: Round
+    old: list[Tensor] | None = None
+    references: list[Tensor | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +71,13 @@ class MiniBatch:
 def mini_batches(plan: Plan, parts: Parts, groups: Sequence[AdvantagedGroup]) -> list[MiniBatch]:
     """The whole batch cut in prompt order, dropped completions included in the cut."""
     ordered = sorted(groups, key=lambda g: g.group.position)
-    size = plan.prompts_per_update
+    size, packer = plan.prompts_per_update, parts.packer
     made = []
     for first in range(0, len(ordered), size):
         own = ordered[first : first + size]
-        packed = [ready for group in own for ready in parts.packer.add(group)]
-        packed += parts.packer.flush()
-        made.append(MiniBatch(tuple(Scored(ready) for ready in packed), divisor(plan, parts, own)))
+        packed = [ready for group in own for ready in packer.add(group)] + list(packer.flush())
+        rounds = balanced(packed, parts.learner.width, packer.max_tokens)
+        made.append(MiniBatch(tuple(Scored(one) for one in rounds), divisor(plan, parts, own)))
     return made
 
 
@@ -91,15 +91,15 @@ def repeated_updates(
     with ledger.phase("logprob"):
         for mini in minis[1:]:
             for one in mini.parts:
-                one.old = parts.learner.logprobs(one.batch)
+                one.old = parts.learner.logprobs(one.round)
         for one in (one for mini in minis for one in mini.parts):
-            one.reference = parts.learner.reference_logprobs(one.batch)
+            one.references = parts.learner.reference_logprobs(one.round)
     done: list[UpdateStats] = []
     for _ in range(plan.passes):
         for mini in minis:
             for one in mini.parts:
                 logprobs = backpropagate(
-                    parts, ledger, recorder, step, one.batch, one.reference, one.old
+                    parts, ledger, recorder, step, one.round, one.references, one.old
                 )  # fmt: skip
                 if one.old is None:
                     one.old = logprobs

@@ -18,6 +18,7 @@ from tests.learning.test_learner import (
     learner_gradient,
     learner_of,
     objective,
+    whole_groups,
 )
 from tests.test_run import run_here
 
@@ -28,7 +29,6 @@ pytestmark = [
 
 
 def test_gradient_equals_that_of_the_cpu(tiny: Any, tiny_folder: Path) -> None:
-    from dash_exp.learning.packing import Piece, pack
     from dash_exp.modeling.attention import ATTENTION
     from dash_exp.modeling.source import load_model
 
@@ -39,8 +39,7 @@ def test_gradient_equals_that_of_the_cpu(tiny: Any, tiny_folder: Path) -> None:
     )
     for rows in ("group", "completion"):
         learner = learner_of(there, objective())
-        batch = pack([Piece(g, (0, 1, 2, 3)) for g in groups], "constant", "cuda", rows)
-        actual = learner_gradient(learner, [batch], groups, "constant")
+        actual = learner_gradient(learner, [whole_groups(groups, rows)], groups, "constant")
         assert_close({k: v.cpu() for k, v in actual.items()}, expected, 1e-3)
 
 
@@ -71,3 +70,17 @@ def test_a_run_on_the_gpu_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_fp32_sampler_and_learner_agree_on_the_gpu(tmp_path: Path) -> None:
     folder = run_here(tmp_path, "learner.device=cuda", "learner.precision=fp32", "algorithm=no_gf")
     assert all(r["policy/logprob_gap"] < 1e-3 for r in read_final(folder, "steps"))
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda"])
+def test_two_ranks_give_the_gradients_of_one(tmp_path: Path, device: str) -> None:
+    """On one GPU together (gloo), or each on its own (NCCL)."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU here")
+    options = ["learner.precision=fp32", "algorithm.steps=2", "evaluation=none", f"learner.device={device}"]
+    one, two = (
+        read_final(run_here(tmp_path / str(n), *options, f"learner.ranks={n}"), "steps") for n in (1, 2)
+    )
+    for a, b in zip(one, two, strict=True):
+        assert a["tokens/backpropagated"] == b["tokens/backpropagated"]
+        assert a.get("optimizer/grad_norm") == pytest.approx(b.get("optimizer/grad_norm"), rel=1e-3)

@@ -14,11 +14,12 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "dash_exp"
 
 LAYERS = [
-    {"types", "errors", "seeding", "statistics", "config", "hashing", "cells", "ledger", "signals"},
+    {"types", "errors", "seeding", "statistics", "config", "hashing", "cells", "ledger", "signals",
+     "process"},
     {"tasks", "verifiers", "sampling.protocol", "learning.advantages", "learning.filters",
      "learning.losses", "learning.schedules", "record", "validation", "preconditions", "provenance",
-     "override_faults", "dataset_faults",
-     "partners", "compose", "metrics", "terminal", "limits"},
+     "override_faults", "dataset_faults", "capacity_model",
+     "partners", "compose", "metrics", "terminal", "limits", "learning.world", "checksums"},
     {"modeling", "learning.logprobs"},
     {"checkpoint", "learning", "sampling", "evaluation", "trace_file", "trace_settings", "subject"},
     {"plan"},
@@ -28,9 +29,9 @@ LAYERS = [
     {"build_task"},
     {"build_servers"},
     {"build", "judge"},
-    {"attempt", "inference"},
+    {"attempt", "inference", "rank"},
     {"cell"},
-    {"__main__", "evaluate", "traces"},
+    {"__main__", "evaluate", "traces", "capacity", "capacity_curves"},
 ]  # fmt: skip
 """A module imports from its own layer and from earlier ones. The longest matching name counts."""
 
@@ -39,9 +40,11 @@ TORCH_FREE = ["types", "errors", "seeding", "statistics", "config", "limits", "h
               "compose", "override_faults", "tasks.prompts", "tasks.examples", "verifiers.pool",
               "tasks.sources", "tasks.rows", "tasks.generated", "tasks.gym", "dataset_faults",
               "verifiers.frontends", "sampling.protocol", "sampling.fleet", "sampling.placement",
-              "learning.advantages", "learning.filters", "learning.schedules", "__main__", "evaluation",
-              "cell", "signals", "budget", "partners",
-              "judge", "evaluate", "traces", "trace_file", "trace_settings", "subject"]  # fmt: skip
+              "learning.advantages", "learning.filters", "learning.schedules", "learning.world",
+              "__main__", "evaluation", "cell", "signals", "process", "rank",
+              "learning.rank_process", "learning.watch", "budget", "partners",
+              "judge", "evaluate", "traces", "trace_file", "trace_settings", "subject",
+              "capacity", "capacity_curves", "capacity_model"]  # fmt: skip
 ONE_PLACE = {"vllm": "sampling/vllm_", "peft": "learning/adapters.py",
              "reasoning_gym": "tasks/gym.py"}  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 from dash_exp.learning.filters import keep_all
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer
+from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.settings import Objective, Optimization, UpdateStats
 from dash_exp.ledger import Ledger
 from dash_exp.loop import demonstrated, weigh
@@ -49,15 +50,16 @@ def parts_of(learner: Learner, aggregation: str, max_tokens: int = 25, **more: A
     values: dict[str, Any] = {
         "prompts": None, "sampler": None, "decoding": Decoding(MAX_NEW, 1.0, (1,)), "judges": {},
         "advantages": tuple, "keep": keep_all, "filter_advantages": tuple, "demonstrations": None,
-        "packer": Packer(max_tokens, aggregation, keep_for_kl=False), "learner": learner,
+        "packer": Packer(max_tokens, aggregation, keep_for_kl=False),
+        "learner": ParallelLearner.alone(learner),
     }  # fmt: skip
     return Parts(**{**values, **more})
 
 
 def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
     return Plan(
-        seed=0, steps=1, prompts_per_step=4, group_size=4, prompts_per_call=4, groups_at_once=None, streaming=False,
-        in_prompt_order=True, passes=passes, prompts_per_update=prompts_per_update,
+        seed=0, steps=1, prompts_per_step=4, group_size=4, prompts_per_call=4, groups_at_once=None,
+        streaming=False, in_prompt_order=True, passes=passes, prompts_per_update=prompts_per_update,
         aggregation=aggregation, denominator="all", evaluate_every=0, checkpoint_every=0, budget_s=None,
     )  # fmt: skip
 

@@ -121,6 +121,8 @@ OUT_OF_RANGE: list[tuple[str, float, str]] = [
     ("learner.max_grad_norm", 0.0, "more than 0"),
     ("learner.micro_batch_tokens", 0, "at least 1"),
     ("learner.logit_chunk", 0, "at least 1"),
+    ("learner.ranks", 0, "at least 1"),
+    ("learner.timeout_s", 0.0, "more than 0"),
     ("evaluation.every", -1, "at least 0"),
     ("evaluation.samples", 0, "at least 1"),
     ("evaluation.temperature", -0.1, "at least 0"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from dash_exp.checkpoint import Snapshot
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning import losses
 from dash_exp.learning.adapters import add_adapters, disabled, plain_weights
+from dash_exp.learning.agreement import in_buckets
 from dash_exp.learning.logprobs import token_logprobs
-from dash_exp.learning.packing import MicroBatch
+from dash_exp.learning.packing import MicroBatch, Packed, pack
 from dash_exp.learning.schedules import kl_coefficient, learning_rate
 from dash_exp.learning.settings import BatchSums, Objective, Optimization, UpdateStats
 
@@ -59,6 +60,7 @@ class Learner:
         )  # fmt: skip
         self.updates = 0
         self.sums = BatchSums()
+        self._laid_out: tuple[MicroBatch, Packed] | None = None
 
     def _prepare_precision(self) -> None:
         for name, parameter in self.model.named_parameters():
@@ -88,7 +90,13 @@ class Learner:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(to_sum(name))
 
-    def _score(self, model: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def _pack(self, batch: MicroBatch) -> Packed:
+        """Lay it out on the device; the last one is kept, since the reference's forward comes before."""
+        if self._laid_out is None or self._laid_out[0] is not batch:
+            self._laid_out = (batch, pack(batch, self.head.device))
+        return self._laid_out[1]
+
+    def _score(self, model: Any, batch: Packed) -> tuple[Tensor, Tensor]:
         hidden = model.get_decoder()(
             input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
             context=batch.context, use_cache=False,
@@ -118,13 +126,14 @@ class Learner:
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities [C] of the current policy, without gradient."""
-        logprobs, entropy = self._score(self.model, batch)
+        packed = self._pack(batch)
+        logprobs, entropy = self._score(self.model, packed)
         self.sums.add(
             "scored",
             entropy=float(entropy.sum()),
             logprob=float(logprobs.sum()),
-            gap=float((logprobs - batch.sampler_logprobs).abs().sum()),
-            tokens=len(batch.targets),
+            gap=float((logprobs - packed.sampler_logprobs).abs().sum()),
+            tokens=len(packed.targets),
             completions=len(batch.lengths),
         )
         return logprobs
@@ -135,9 +144,9 @@ class Learner:
         if self.objective.beta == 0:
             return None
         if self.reference is not None:
-            return self._score(self.reference, batch)[0]
+            return self._score(self.reference, self._pack(batch))[0]
         with disabled(self.model):
-            return self._score(self.model, batch)[0]
+            return self._score(self.model, self._pack(batch))[0]
 
     def accumulate(
         self, batch: MicroBatch, reference: Tensor | None = None, old: Tensor | None = None
@@ -149,33 +158,49 @@ class Learner:
         own detached values then serve. Returns the log-probabilities [C], detached.
         """
         goal = self.objective
-        logprobs, entropy = self._score(self.model, batch)
+        packed = self._pack(batch)
+        logprobs, entropy = self._score(self.model, packed)
         detached = logprobs.detach()
-        before = detached if old is None else old
+        before = detached if old is None else old.to(detached.device)
         low, high = goal.clip_low, goal.clip_high
         if goal.surrogate == "clipped":
-            loss = losses.clipped_ratio(logprobs, before, batch.advantages, low, high)
+            loss = losses.clipped_ratio(logprobs, before, packed.advantages, low, high)
         else:
-            loss = losses.policy_gradient(logprobs, batch.advantages)
+            loss = losses.policy_gradient(logprobs, packed.advantages)
         which = "first" if old is None else "later"
         if goal.beta > 0:
             assert reference is not None, "an objective with KL needs the reference's log-probabilities"
-            penalty = losses.kl_penalty(logprobs, reference, goal.kl)
+            penalty = losses.kl_penalty(logprobs, reference.to(detached.device), goal.kl)
             loss = loss + self.beta * penalty
             self.sums.add(which, kl=float(penalty.detach().sum()))
-        (loss * batch.weights).sum().backward()
+        (loss * packed.weights).sum().backward()
         self.sums.add(
             which,
             entropy=float(entropy.sum()),
             logprob=float(detached.sum()),
-            clipped=float(losses.clip_share(detached, before, batch.advantages, low, high).sum()),
+            clipped=float(losses.clip_share(detached, before, packed.advantages, low, high).sum()),
             ratio=float(torch.exp(detached - before).sum()),
-            gap=float((detached - batch.sampler_logprobs).abs().sum()),
-            tokens=len(batch.targets),
+            gap=float((detached - packed.sampler_logprobs).abs().sum()),
+            tokens=len(packed.targets),
             completions=len(batch.lengths),
-            computed=len(batch.input_ids),
+            computed=len(packed.input_ids),
         )
         return detached
+
+    @torch.no_grad()
+    def sum_gradients(self, total: Callable[[Tensor], None]) -> None:
+        """Add the gradient sums of other ranks to these; `total` sums a tensor over all ranks, in place.
+        A tensor that no rank touched stays untouched; one that another touched counts as 0 here."""
+        names = list(self.masters)
+        touched = torch.tensor([name in self._touched for name in names], dtype=torch.float32)
+        touched = touched.to(self.head.device)
+        total(touched)
+        wanted = [name for name, count in zip(names, touched.tolist(), strict=True) if count > 0]
+        for name in wanted:
+            if name not in self._touched:
+                self.gradients[name].zero_()
+        in_buckets([self.gradients[name] for name in wanted], total)
+        self._touched = set(wanted)
 
     @torch.no_grad()
     def update(self, denominator: float) -> UpdateStats:
@@ -186,6 +211,7 @@ class Learner:
         """
         lr, beta = self.lr, self.beta
         self.updates += 1
+        self._laid_out = None
         if not self._touched or denominator == 0:
             self._touched.clear()
             return UpdateStats(0.0, lr, beta, skipped=True)
@@ -214,6 +240,7 @@ class Learner:
         """Forget what was accumulated, gradients and metrics alike."""
         self._touched.clear()
         self.sums = BatchSums()
+        self._laid_out = None
 
     def _copy_masters(self) -> None:
         if self.setting.precision == "bf16_mixed":

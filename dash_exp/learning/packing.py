@@ -43,11 +43,36 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What fits one forward and backward. T input tokens, C predicted completion tokens.
+    """What fits one forward and backward, not yet laid out: light enough to be handed to another rank.
+    `rows`: how attention is laid out, `group`, `completion` or `auto`; the result is the same."""
+
+    pieces: tuple[Piece, ...]
+    aggregation: str
+    rows: str = "auto"
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens."""
+        return sum(piece.tokens for piece in self.pieces)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each completion, in order."""
+        return tuple(len(p.source.group.completions[i].token_ids) for p in self.pieces for i in p.indices)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The groups' places in the step's batch."""
+        return tuple(piece.source.group.position for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A micro-batch as tensors. T input tokens, C predicted completion tokens.
 
     `logit_index` [C]: input token whose hidden state predicts `targets` [C]. `advantages`, `weights`
     and `sampler_logprobs` [C] fp32 are aligned to `targets`. A completion that is forwarded for its KL
-    term only has advantage 0. `lengths`: tokens of each completion, in order.
+    term only has advantage 0.
     """
 
     input_ids: Tensor
@@ -58,38 +83,38 @@ class MicroBatch:
     advantages: Tensor
     weights: Tensor
     sampler_logprobs: Tensor
-    lengths: tuple[int, ...]
-    positions: tuple[int, ...]
 
 
 def pieces_of(group: AdvantagedGroup, max_tokens: int, keep_for_kl: bool) -> Iterator[Piece]:
-    """The forwarded completions of a group, cut so that each piece fits `max_tokens` (a single
-    completion that does not fit is a piece of its own)."""
-    wanted = [i for i, kept in enumerate(group.kept) if kept or keep_for_kl]
-    prompt = len(group.group.prompt.token_ids)
+    """The forwarded completions of a group, cut so that each piece fits `max_tokens`."""
+    wanted = tuple(i for i, kept in enumerate(group.kept) if kept or keep_for_kl)
+    return cut(Piece(group, wanted), max_tokens)
+
+
+def cut(piece: Piece, max_tokens: int) -> Iterator[Piece]:
+    """The same completions in pieces that fit `max_tokens` (a single one that does not fit is a piece of
+    its own)."""
+    group = piece.source.group
     taken: list[int] = []
-    room = max_tokens - prompt
-    for i in wanted:
-        own = len(group.group.completions[i].token_ids) - 1
+    room = max_tokens - len(group.prompt.token_ids)
+    for i in piece.indices:
+        own = len(group.completions[i].token_ids) - 1
         if taken and own > room:
-            yield Piece(group, tuple(taken))
-            taken, room = [], max_tokens - prompt
+            yield Piece(piece.source, tuple(taken))
+            taken, room = [], max_tokens - len(group.prompt.token_ids)
         taken.append(i)
         room -= own
     if taken:
-        yield Piece(group, tuple(taken))
+        yield Piece(piece.source, tuple(taken))
 
 
 class Packer:
     """Turns groups, as they arrive, into micro-batches of at most `max_tokens` input tokens."""
 
-    def __init__(
-        self, max_tokens: int, aggregation: str, keep_for_kl: bool, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, max_tokens: int, aggregation: str, keep_for_kl: bool):
         self.max_tokens = max_tokens
         self.aggregation = aggregation
         self.keep_for_kl = keep_for_kl
-        self.device = device
         self._waiting: list[Piece] = []
         self._tokens = 0
 
@@ -104,21 +129,18 @@ class Packer:
     def flush(self) -> Iterator[MicroBatch]:
         """Yield what is waiting, if anything is."""
         if self._waiting:
-            yield pack(self._waiting, self.aggregation, self.device)
+            yield MicroBatch(tuple(self._waiting), self.aggregation)
         self._waiting, self._tokens = [], 0
 
 
-def pack(
-    pieces: list[Piece], aggregation: str, device: torch.device | str = "cpu", rows: str = "auto"
-) -> MicroBatch:
-    """One micro-batch of these pieces. `rows`: how attention is laid out, `group`, `completion` or
-    `auto`; the result is the same."""
+def pack(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed:
+    """Lay a micro-batch out."""
     ids: list[int] = []
     positions: list[int] = []
     spans: list[tuple[int, int, list[tuple[int, int]]]] = []
     index: list[int] = []
     targets: list[int] = []
-    for piece in pieces:
+    for piece in batch.pieces:
         prompt = piece.source.group.prompt.token_ids
         start = len(ids)
         ids += prompt
@@ -133,28 +155,26 @@ def pack(
             index += [start + len(prompt) - 1, *range(begin, len(ids))]
             targets += tokens
         spans.append((start, start + len(prompt), owns))
-    samples = [(p, i) for p in pieces for i in p.indices]
+    samples = [(p, i) for p in batch.pieces for i in p.indices]
     completions = [p.source.group.completions[i] for p, i in samples]
-    lengths = tuple(len(c.token_ids) for c in completions)
+    lengths = batch.lengths
     repeats = torch.tensor(lengths)
 
     def per_token(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats).to(device)
 
     kept = [p.source.advantages[i] if p.source.kept[i] else 0.0 for p, i in samples]
-    return MicroBatch(
+    return Packed(
         input_ids=torch.tensor(ids, device=device),
         position_ids=torch.tensor(positions, device=device),
-        context=_attention(spans, len(ids), device, rows),
+        context=_attention(spans, len(ids), device, batch.rows),
         logit_index=torch.tensor(index, device=device),
         targets=torch.tensor(targets, device=device),
         advantages=per_token(kept),
-        weights=per_token([token_weight(length, aggregation) for length in lengths]),
+        weights=per_token([token_weight(length, batch.aggregation) for length in lengths]),
         sampler_logprobs=torch.tensor(
             list(chain.from_iterable(c.logprobs for c in completions)), device=device
         ),
-        lengths=lengths,
-        positions=tuple(p.source.group.position for p in pieces),
     )
 
 

@@ -40,7 +40,7 @@ def preflight(learner: Learner, micro_batch: MicroBatch) -> None:
     except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's plain one
         if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
             raise
-        tokens = len(micro_batch.input_ids)
+        tokens = micro_batch.tokens
         raise UserError(
             Fault(
                 "learner.micro_batch_tokens",

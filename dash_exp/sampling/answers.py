@@ -39,6 +39,7 @@ def question(prompt: Sequence[int], seed: int, decoding: Decoding) -> dict[str, 
             "seed": seed,
             "logprobs": 0,
             "stop_token_ids": list(decoding.stop_ids),
+            "ignore_eos": True,  # what ends a completion is said by the line above, and by nothing else
             "detokenize": False,
         },
     }

@@ -1,7 +1,7 @@
 """The store between samplers and learner: groups wait in CPU memory until they are asked for. Torch-free.
 
-One for each batch. It knows which groups are to come, so none is delivered twice and none is forgotten,
-and how many it may hold, so that a slow learner bounds what is sampled ahead of it.
+One for each batch: it knows which groups are to come, so none is delivered twice and none is forgotten, and
+never holds more than them. The next batch is asked for when this one is learned.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from dash_exp.types import Group
 class Delivery:
     """Filled by the threads that sample, emptied by the one that learns."""
 
-    def __init__(self, positions: Iterable[int], capacity: int | None = None):
-        """`positions`: the groups of the batch. `capacity`: groups that may wait or be on their way."""
+    def __init__(self, positions: Iterable[int]):
+        """`positions`: the groups of the batch."""
         self._expected = set(positions)
-        self.capacity = len(self._expected) if capacity is None else capacity
         self._waiting: deque[Group] = deque()
         self._failure: BaseException | None = None
         self._changed = threading.Condition()

@@ -10,37 +10,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import aiohttp
-
-from dash_exp.sampling.answers import Answer, GarbageError, question, read_answer
+from dash_exp.sampling.answers import question, read_answer
 from dash_exp.sampling.delivery import Delivery
+from dash_exp.sampling.member import FAULTS, Member, Owed, Patience
 from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.sampling.server_client import RefusedError, ServerClient
-from dash_exp.sampling.server_process import LAUNCH, ServerProcess, ServerSettings
+from dash_exp.sampling.server_process import LAUNCH
 from dash_exp.types import Completion, Group, Origin
 
-State = Literal["starting", "serving", "lost"]
 Event = Callable[..., None]
-FAULTS = (OSError, TimeoutError, aiohttp.ClientError, GarbageError)
-"""What a call of a broken server raises."""
-POLL_S = 0.1
-MISSED_HEALTH = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Seconds. `start`: until a started server answers. `stall`: without one token while some are owed.
-    `health`: between two questions whether it is well. `answer`: until it answers such a question."""
-
-    start_s: float = 600.0
-    stall_s: float = 300.0
-    health_s: float = 2.0
-    answer_s: float = 10.0
+SLEEP, WAKE = "/sleep?level=1", "/wake_up"
+"""Level 1: weights go to CPU memory, the cache is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,46 +34,6 @@ class Weights:
 
     version: int
     update: Mapping[str, Any]
-
-
-@dataclass(eq=False, slots=True)
-class Owed:
-    """One group on its way: the request, and its completions so far."""
-
-    request: Request
-    answers: list[Answer | None]
-    work: float
-    start: float = 0.0
-    asked: int = 0
-    """How often it went to a server."""
-
-    @property
-    def missing(self) -> list[int]:
-        return [i for i, answer in enumerate(self.answers) if answer is None]
-
-
-@dataclass(eq=False)
-class Member:
-    """One server of the fleet. `settings` None: it was given by URL and is not ours to start."""
-
-    name: str
-    settings: ServerSettings | None
-    url: str | None = None
-    state: State = "starting"
-    process: ServerProcess | None = None
-    client: ServerClient | None = None
-    owed: dict[int, Owed] = field(default_factory=dict)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    watch: asyncio.Task[None] | None = None
-    last_token: float = 0.0
-
-    @property
-    def work(self) -> float:
-        return sum(one.work for one in self.owed.values())
-
-    @property
-    def completions(self) -> int:
-        return sum(len(one.missing) for one in self.owed.values())
 
 
 @dataclass(eq=False)
@@ -116,6 +61,7 @@ class Fleet:
         self.max_sequences, self.decode, self.event = max_sequences, decode, event
         self.restarts_left, self.patience, self.command = restarts, patience, command
         self.weights: Weights | None = None
+        self.asleep = False
         self.batch: Batch | None = None
         self.changed = asyncio.Condition()
         self.background: set[asyncio.Task[None]] = set()
@@ -127,38 +73,21 @@ class Fleet:
         await asyncio.gather(*(self._begin(m) for m in self.members))
 
     async def _begin(self, member: Member) -> None:
-        member.state = "starting"
-        if member.settings is not None:
-            member.process = ServerProcess(member.settings, self.key, self.folder, member.name, self.command)
         try:
             async with asyncio.timeout(self.patience.start_s):
-                await self._until_up(member)
+                await member.begin(self.key, self.folder, self.command, self.patience)
                 await self._until_current(member)
+                if self.asleep and member.client is not None:
+                    await member.client.call(SLEEP)
         except TimeoutError as error:
-            await self._put_away(member)
+            await member.put_away()
             raise RuntimeError(f"{member.name} did not start within {self.patience.start_s:g} s") from error
         except BaseException:
-            await self._put_away(member)
+            await member.put_away()
             raise
         member.state, member.last_token = "serving", time.monotonic()
         member.watch = asyncio.create_task(self._watch(member))
         await self._tell()
-
-    async def _until_up(self, member: Member) -> None:
-        while True:
-            if (process := member.process) is not None:
-                if process.exit_code is not None:
-                    tail = process.log_tail()[-500:]
-                    raise RuntimeError(f"{member.name} ended with code {process.exit_code}: {tail}")
-                member.url = process.url
-            if member.url is not None and member.client is None:
-                member.client = ServerClient(member.url, self.key, self.patience.answer_s)
-            try:
-                if member.client is not None and await member.client.healthy():
-                    return
-            except FAULTS:
-                pass
-            await asyncio.sleep(POLL_S)
 
     async def _until_current(self, member: Member) -> None:
         """The weights may change while it loads them: then once more."""
@@ -170,30 +99,8 @@ class Fleet:
             await member.client.load(held.update, held.version)
 
     async def _watch(self, member: Member) -> None:
-        """Is it there, is it well, does it get on? Ends when it is lost."""
-        missed, sampled = 0, -1.0
-        while member.state == "serving":
-            await asyncio.sleep(self.patience.health_s)
-            if member.process is not None and member.process.exit_code is not None:
-                await self.lose(member, f"ended with code {member.process.exit_code}")
-                return
-            assert member.client is not None
-            try:
-                well = await member.client.healthy()
-                now = await member.client.tokens() if member.owed else sampled
-            except FAULTS as error:
-                well, now, trouble = False, sampled, f"{type(error).__name__} {error}"
-            else:
-                trouble = "it says that it is not well"
-            missed = 0 if well else missed + 1
-            if missed >= MISSED_HEALTH:
-                await self.lose(member, f"no sign of life: {trouble}")
-                return
-            if now != sampled or not member.owed:
-                sampled, member.last_token = now, time.monotonic()
-            elif time.monotonic() - member.last_token > self.patience.stall_s:
-                await self.lose(member, f"no token in {self.patience.stall_s:g} s")
-                return
+        if reason := await member.trouble(self.patience):
+            await self.lose(member, reason)
 
     async def lose(self, member: Member, reason: str) -> None:
         """Give its unfinished groups to the others, end it, and start it again if that is allowed."""
@@ -201,10 +108,9 @@ class Fleet:
             return
         member.state = "lost"
         back = sorted(member.owed)
-        tail = member.process.log_tail()[-500:] if member.process is not None else ""
         now = time.time()
         self.event("fault", now, now, what="server lost", worker=member.name, reason=reason,
-                   groups=back, log=tail, restarts_left=self.restarts_left)  # fmt: skip
+                   groups=back, log=member.log_tail(), restarts_left=self.restarts_left)  # fmt: skip
         if self.batch is not None:
             self.batch.queue.extendleft(member.owed[p] for p in reversed(back))
         member.owed = {}
@@ -216,7 +122,7 @@ class Fleet:
         await self._tell()
 
     async def _again(self, member: Member) -> None:
-        await self._put_away(member)
+        await member.put_away()
         if self.restarts_left <= 0:
             await self._tell()
             return
@@ -232,17 +138,6 @@ class Fleet:
             await self._again(member)
             return
         self.event("restart", start, time.time(), worker=member.name, version=self._version)
-
-    async def _put_away(self, member: Member) -> None:
-        if member.watch is not None and member.watch is not asyncio.current_task():
-            member.watch.cancel()
-        member.watch = None
-        if member.client is not None:
-            await member.client.close()
-            member.client = None
-        if member.process is not None:
-            await asyncio.to_thread(member.process.kill)
-            member.process = None
 
     def _in_background(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -273,21 +168,37 @@ class Fleet:
     async def load(self, weights: Weights) -> int:
         """Every serving server gets these weights, all at once; one that cannot take them is lost. Returns
         how many hold them. Raises RuntimeError when none is left."""
+        await self.wake()
         self.weights = weights
-
-        async def one(member: Member) -> None:
-            assert member.client is not None
-            try:
-                await member.client.load(weights.update, weights.version)
-            except (RefusedError, *FAULTS) as error:
-                await self.lose(member, f"took no weights: {type(error).__name__} {error}")
-
-        await asyncio.gather(*(one(m) for m in self.serving))
+        await self._all(lambda client: client.load(weights.update, weights.version), "took no weights")
         async with self.changed:
             await self.changed.wait_for(lambda: self.serving or self.all_gone())
         if not self.serving:
             raise RuntimeError(GONE)
         return len(self.serving)
+
+    async def _all(self, call: Callable[[ServerClient], Awaitable[Any]], trouble: str) -> None:
+        """The same of every serving server at once; one that fails is lost."""
+
+        async def one(member: Member) -> None:
+            assert member.client is not None
+            try:
+                await call(member.client)
+            except (RefusedError, *FAULTS) as error:
+                await self.lose(member, f"{trouble}: {type(error).__name__} {error}")
+
+        await asyncio.gather(*(one(m) for m in self.serving))
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory to the learner, until `wake`."""
+        if not self.asleep:
+            self.asleep = True
+            await self._all(lambda client: client.call(SLEEP), "did not go to sleep")
+
+    async def wake(self) -> None:
+        if self.asleep:
+            self.asleep = False
+            await self._all(lambda client: client.call(WAKE), "did not wake up")
 
     # --- sampling ---
 
@@ -296,14 +207,11 @@ class Fleet:
         limit: int | None,
     ) -> None:  # fmt: skip
         """Begin with a batch; its groups come through `delivery`. `work`: what each is expected to cost."""
+        await self.wake()
         owed = [Owed(r, [None] * len(r.seeds), w) for r, w in zip(requests, work, strict=True)]
         queue = deque(sorted(owed, key=lambda one: -one.work))
         self.batch = Batch(decoding, self._version, delivery, queue, limit)
         await self._tell()
-
-    async def go_on(self) -> None:
-        """A group was taken out of the store: there may be room for another."""
-        self._assign()
 
     async def abandon(self) -> None:
         """Nobody waits for the rest of this batch."""
@@ -320,8 +228,6 @@ class Fleet:
             return
         while batch.queue:
             on_way = sum(len(m.owed) for m in self.members)
-            if on_way + batch.delivery.held >= batch.delivery.capacity:
-                return
             if batch.limit is not None and on_way >= batch.limit:
                 return
             size = len(batch.queue[0].missing)
@@ -331,7 +237,7 @@ class Fleet:
             self._ask(min(room, key=lambda m: m.work), batch.queue.popleft(), batch)
 
     def _ask(self, member: Member, owed: Owed, batch: Batch) -> None:
-        owed.start, owed.asked = time.time(), owed.asked + 1
+        owed.start = time.time()
         if not member.owed:
             member.last_token = time.monotonic()
         member.owed[owed.request.position] = owed
@@ -380,7 +286,7 @@ class Fleet:
         await asyncio.gather(*self.background, return_exceptions=True)
         for member in self.members:
             member.state = "lost"
-            await self._put_away(member)
+            await member.put_away()
 
 
 GONE = (

@@ -33,21 +33,20 @@ def processors(available: Sequence[int], servers: int, each: int | None, overlap
     return Processors(tuple(tuple(sorted(set(cores))) for cores in taken), max(1, free))
 
 
-def gpus(count: int, servers: int, learner: int = 0) -> tuple[str, ...]:
-    """The GPU of each server, by its CUDA index among `count`; the learner keeps its own. With a single GPU
-    they share it: then the servers sleep while the learner works.
+def gpus(count: int, servers: int, learners: int = 1, colocated: bool = False) -> tuple[str, ...]:
+    """The GPU of each server, by its CUDA index among `count`; the first `learners` are the learner's ranks'.
+    `colocated`: the first ones serve both, and the servers sleep while the learner works.
 
     Raises UserError where there are too few.
     """
-    if count == 1 and servers == 1:
-        return ("0",)
-    others = [str(n) for n in range(count) if n != learner]
+    others = [str(n) for n in range(0 if colocated else learners, count)]
     if len(others) < servers:
+        hint = f"allowed: 1 to {len(others)}; or " if others else ""
         raise UserError(
             Fault(
                 "sampler.servers",
-                f"got {servers}, but beside the learner's there are {len(others)} GPUs here",
-                f"allowed: 1 to {len(others)}; or name servers elsewhere in cluster.server_urls",
+                f"got {servers}, but beside the {learners} of the learner there are {len(others)} GPUs here",
+                f"{hint}share with sampler.colocated=true, or name servers elsewhere in cluster.server_urls",
             )
         )
     return tuple(others[:servers])

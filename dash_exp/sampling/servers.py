@@ -8,9 +8,6 @@ a thread of its own; nothing else is shared between the threads but the store an
 from __future__ import annotations
 
 import asyncio
-import secrets
-import shutil
-import tempfile
 import threading
 import time
 from collections import deque
@@ -19,20 +16,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dash_exp.sampling.checksums import checksum
+from dash_exp.checksums import checksum
 from dash_exp.sampling.delivery import Delivery
-from dash_exp.sampling.fleet import Fleet, Member, Patience, Weights
+from dash_exp.sampling.fleet import Fleet, Weights
+from dash_exp.sampling.member import Member, Patience
 from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.sampling.server_process import LAUNCH
+from dash_exp.sampling.shared_weights import SharedWeights
 from dash_exp.types import Group
 
 Result = TypeVar("Result")
 TICK_S = 0.005
 """How long the learner waits for a group before it may look after something else."""
-SHARED_MEMORY = Path("/dev/shm")
 
 
 class ServerSampler:
@@ -42,15 +39,16 @@ class ServerSampler:
         self, members: Sequence[Member], weights: Callable[[], Iterable[tuple[str, Tensor]]], *,
         key: str, folder: Path, vocabulary: int, max_sequences: int, dtype: torch.dtype,
         decode: Callable[[Sequence[int]], str], restarts: int, patience: Patience,
-        in_order: bool, event: Callable[..., None], command: Sequence[str] = LAUNCH,
+        in_order: bool, colocated: bool, event: Callable[..., None], command: Sequence[str] = LAUNCH,
     ):  # fmt: skip
-        """`folder`: for logs. `in_order`: ask in the batch's order, not the longest first. `event`: the
-        recorder's, called in the thread that samples."""
-        self.weights, self.dtype, self.in_order = weights, dtype, in_order
+        """`folder`: for logs. `in_order`: ask in the batch's order, not the longest first. `colocated`: the
+        servers sleep while they have nothing to sample. `event`: the recorder's, called in the thread that
+        samples."""
+        self.weights, self.in_order, self.colocated = weights, in_order, colocated
         self.policy_version = 0
         self.lengths = Lengths()
         self._event, self._events = event, deque[tuple[tuple[Any, ...], dict[str, Any]]]()
-        self._shared = Path(tempfile.mkdtemp(prefix="dash-weights-", dir=roomiest()))
+        self._shared = SharedWeights(dtype)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
@@ -84,11 +82,9 @@ class ServerSampler:
     def load_weights(self, version: int) -> None:
         """Hand the learner's weights to every server, and wait until all that serve hold them."""
         start = time.perf_counter()
-        named = {name: one.detach().to(self.dtype).cpu().contiguous() for name, one in self.weights()}
-        path = self._shared / f"weights-{version}-{secrets.token_hex(4)}.safetensors"
-        save_file(named, path)
+        path, tensors = self._shared.write(self.weights())
         written = time.perf_counter()
-        sums = {name: checksum(tensor) for name, tensor in named.items()}
+        sums = {name: checksum(tensor) for name, tensor in tensors.items()}
         summed = time.perf_counter()
         try:
             self._run(self.fleet.load(Weights(version, {"path": str(path), "checksums": sums})))
@@ -97,9 +93,6 @@ class ServerSampler:
         self.sync_seconds = {
             "write": written - start, "checksum": summed - written, "load": time.perf_counter() - summed,
         }  # fmt: skip
-        for old in self._shared.glob("weights-*"):
-            if old != path:
-                old.unlink()
         self.policy_version = version
 
     def stream(
@@ -120,6 +113,8 @@ class ServerSampler:
                 yield group
         finally:
             self._run(self.fleet.abandon())
+            if self.colocated:
+                self._run(self.fleet.sleep())
             self._tell_events()
 
     def close(self) -> None:
@@ -130,7 +125,7 @@ class ServerSampler:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(30)
             self._loop.close()
-        shutil.rmtree(self._shared, ignore_errors=True)
+        self._shared.close()
         self._tell_events()
 
 
@@ -151,8 +146,3 @@ class Lengths:
         mean = self._sum / self._count if self._count else 1.0
         own = self._of.get((request.prompt.task, request.prompt.id), mean)
         return len(request.prompt.token_ids) + len(request.seeds) * own
-
-
-def roomiest() -> Path:
-    """Where weights are left for servers on this machine: memory, where the system shows it as a folder."""
-    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())

@@ -104,6 +104,7 @@ class VLLMSampler:
                     seed=seed,
                     logprobs=0,
                     stop_token_ids=list(decoding.stop_ids),
+                    ignore_eos=True,
                     detokenize=False,
                     skip_special_tokens=True,
                     output_kind=self._final,

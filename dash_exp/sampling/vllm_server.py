@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
@@ -33,8 +32,8 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from dash_exp.checksums import checksum
 from dash_exp.record import write_json
-from dash_exp.sampling.checksums import checksum
 from dash_exp.sampling.vllm_parts import repack_output, scheduling
 
 MODULE = "dash_exp.sampling.vllm_server"
@@ -149,6 +148,8 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
         words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
     if settings["enforce_eager"]:
         words.append("--enforce-eager")
+    if settings["sleep"]:
+        words.append("--enable-sleep-mode")
     if settings["gpu_memory_utilization"] is not None:
         words += ["--gpu-memory-utilization", str(settings["gpu_memory_utilization"])]
     return words
@@ -195,7 +196,6 @@ def main() -> None:
     settings = json.loads(_first_line())
     _key = settings["key"]
     end_with_stdin()
-    torch.set_num_threads(settings["threads"])
     import uvloop
 
     uvloop.run(serve(arguments(settings), Path(settings["ready"])))

@@ -13,7 +13,7 @@ from torch import Tensor
 from dash_exp.errors import UserError
 from dash_exp.learning import losses
 from dash_exp.learning.learner import Learner, refuse_dropout
-from dash_exp.learning.packing import MicroBatch, Packer, Piece, pack
+from dash_exp.learning.packing import MicroBatch, Packer, Piece
 from dash_exp.learning.preflight import largest_micro_batch, preflight
 from dash_exp.learning.settings import Objective, Optimization
 from dash_exp.types import AdvantagedGroup
@@ -66,6 +66,11 @@ def batches_of(groups: list[AdvantagedGroup], max_tokens: int, aggregation: str)
     return [b for g in groups for b in packer.add(g)] + list(packer.flush())
 
 
+def whole_groups(groups: list[AdvantagedGroup], rows: str) -> MicroBatch:
+    """All four completions of each, in a layout of attention."""
+    return MicroBatch(tuple(Piece(g, (0, 1, 2, 3)) for g in groups), "constant", rows)
+
+
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 2e-5) -> None:
     """Relative to the largest entry of each tensor, fp32 sums in another order."""
     assert actual.keys() == expected.keys()
@@ -96,8 +101,7 @@ def test_packed_logprobs_equal_one_by_one(tiny: Any, plain: Any, rows: str) -> N
     """Nothing leaks between completions or groups, in either layout of attention."""
     groups = make_groups(LENGTHS, PROMPTS)
     learner = learner_of(tiny, objective())
-    pieces = [Piece(g, (0, 1, 2, 3)) for g in groups]
-    actual = learner.logprobs(pack(pieces, "constant", rows=rows))
+    actual = learner.logprobs(whole_groups(groups, rows))
     expected = torch.cat([reference_logprobs(plain, g, i, 1.0) for g in groups for i in range(4)])
     assert torch.allclose(actual, expected, atol=2e-5)
 
@@ -115,10 +119,8 @@ def test_changing_one_completion_leaves_the_others_alone(tiny: Any, rows: str) -
             ), first[0].scored.scores,
         ), first[0].advantages, first[0].kept,
     )  # fmt: skip
-    before = learner.logprobs(pack([Piece(g, (0, 1, 2, 3)) for g in first], "constant", rows=rows))
-    after = learner.logprobs(
-        pack([Piece(g, (0, 1, 2, 3)) for g in [mixed_group, *first[1:]]], "constant", rows=rows)
-    )
+    before = learner.logprobs(whole_groups(first, rows))
+    after = learner.logprobs(whole_groups([mixed_group, *first[1:]], rows))
     assert not torch.allclose(before[:3], after[:3])
     assert torch.allclose(before[3:], after[3:], atol=1e-6)
 
@@ -127,7 +129,7 @@ def test_changing_one_completion_leaves_the_others_alone(tiny: Any, rows: str) -
 def test_gradients_of_both_layouts(tiny: Any, plain: Any, rows: str) -> None:
     groups = make_groups(LENGTHS, PROMPTS)
     learner = learner_of(tiny, objective())
-    batch = pack([Piece(g, (0, 1, 2, 3)) for g in groups], "constant", rows=rows)
+    batch = whole_groups(groups, rows)
     expected = reference_gradient(plain, plain, groups, objective(), "constant")
     assert_close(learner_gradient(learner, [batch], groups, "constant"), expected)
 
@@ -351,7 +353,7 @@ def test_preflight_takes_the_largest_micro_batch_and_leaves_no_trace(
     before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
     packer = Packer(200, "constant", keep_for_kl=False)
     largest = largest_micro_batch(20, 30, 4, packer)
-    assert 200 - (20 + 4 * 29) < len(largest.input_ids) <= 200
+    assert 200 - (20 + 4 * 29) < largest.tokens <= 200
     assert list(packer.flush()) == []
     preflight(learner, largest)
     assert learner.update(1.0).skipped and learner.take_sums() == {}

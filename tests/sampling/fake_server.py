@@ -30,6 +30,7 @@ class Fake:
     def __init__(self, settings: dict[str, object]):
         self.key = settings["key"]
         self.delay = float(str(settings["model"]).rpartition("=")[2])
+        self.asleep = False
         self.version, self.mode, self.tokens, self.asked = "default", "", 0, 0
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -45,7 +46,7 @@ class Fake:
 
     async def do_fake(self, body: dict[str, str]) -> web.Response:
         self.mode = body["mode"]
-        return web.json_response({"asked": self.asked})
+        return web.json_response({"asked": self.asked, "asleep": self.asleep})
 
     async def do_metrics(self, body: object) -> web.Response:
         return web.Response(text=f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}\n')
@@ -54,6 +55,8 @@ class Fake:
         version = "7777" if self.mode == "old" else self.version
         ids = tokens_of(body["sampling_params"]["seed"], version)
         self.asked += 1
+        if self.asleep:
+            return web.Response(status=500, text="asleep")
         await asyncio.sleep(self.delay * len(ids))
         if self.mode in ("hang", "stuck"):
             await asyncio.sleep(3600)
@@ -72,8 +75,16 @@ class Fake:
     async def do_start_weight_update(self, body: object) -> web.Response:
         return web.json_response({})
 
+    async def do_sleep(self, body: object) -> web.Response:
+        self.asleep = True
+        return web.json_response({})
+
+    async def do_wake_up(self, body: object) -> web.Response:
+        self.asleep = False
+        return web.json_response({})
+
     async def do_update_weights(self, body: dict[str, dict[str, str]]) -> web.Response:
-        exists = Path(body["update_info"]["path"]).exists()
+        exists = Path(body["update_info"]["path"]).exists() and not self.asleep
         return web.json_response({}, status=500 if self.mode == "refuse" or not exists else 200)
 
     async def do_finish_weight_update(self, body: dict[str, str]) -> web.Response:

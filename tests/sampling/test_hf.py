@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dash_exp.learning.packing import Packer
+from dash_exp.learning.packing import Packer, pack
 from dash_exp.sampling.hf import LIKELY, HFSampler, draw, nucleus
 from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.types import AdvantagedGroup, Group, Prompt, Score, ScoredGroup
@@ -178,8 +178,9 @@ def test_logprobs_are_those_the_learner_computes(tiny: Any, temperature: float) 
         for batch in packer.add(AdvantagedGroup(scored, (1.0,) * 4, (True,) * 4)):
             raise AssertionError(batch)
     (batch,) = packer.flush()
-    assert batch.targets.tolist() == [t for g in groups for c in g.completions for t in c.token_ids]
-    gap = learner.logprobs(batch) - batch.sampler_logprobs
+    packed = pack(batch)
+    assert packed.targets.tolist() == [t for g in groups for c in g.completions for t in c.token_ids]
+    gap = learner.logprobs(batch) - packed.sampler_logprobs
     assert gap.abs().mean() < 1e-5
     assert abs(float(gap.exp().mean()) - 1) < 0.02
 

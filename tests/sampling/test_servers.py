@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from dash_exp.sampling.fleet import Member, Patience
+from dash_exp.sampling.member import Member, Patience
 from dash_exp.sampling.protocol import Decoding, Request, arrived
 from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
@@ -41,7 +41,7 @@ class Rig:
             enforce_eager=True, transfer="dash_shared",
         )  # fmt: skip
         self.members = [Member(f"server-{n}", settings) for n in range(servers)]
-        options = {"patience": PATIENCE, "in_order": False, "max_sequences": 16} | more
+        options = {"patience": PATIENCE, "in_order": False, "colocated": False, "max_sequences": 16} | more
         self.sampler = ServerSampler(
             self.members, lambda: [("weight", torch.arange(8.0))], key="secret", folder=folder,
             vocabulary=100, dtype=torch.float32, decode=lambda ids: str(ids), restarts=restarts,
@@ -141,6 +141,20 @@ def test_a_batch_asked_for_in_parts_comes_bit_by_bit(rig: Callable[..., Rig]) ->
     assert min(g.origin.end for g in seen if g.origin) < starts[-1]
 
 
+def test_work_is_spread_by_what_it_is_expected_to_cost(rig: Callable[..., Rig]) -> None:
+    """A prompt of 300 tokens has a server of its own while four of 3 tokens share the other; and a prompt
+    whose completions were long before counts as long."""
+    one = rig()
+    heavy = Request(0, Prompt("heavy", "t", "", (3,) * 300, ""), (1, 2, 3, 4))
+    groups = list(arrived(one.sampler.stream([heavy, *ask(5)[1:]], DECODING)))
+    workers = {g.position: g.origin.worker for g in groups if g.origin}
+    assert {workers[n] for n in range(1, 5)} == {"server-0", "server-1"} - {workers[0]}
+    lengths = one.sampler.lengths
+    before = lengths.work(ask(1)[0])
+    lengths.add(Group(0, ask(1)[0].prompt, (groups[0].completions[0],) * 4))
+    assert lengths.work(ask(1)[0]) == 3 + 4 * len(groups[0].completions[0].token_ids) != before
+
+
 def test_the_caller_is_not_held_up_while_nothing_is_there(rig: Callable[..., Rig]) -> None:
     one = rig(delay=0.1)
     stream = one.sampler.stream(ask(1), DECODING)
@@ -199,6 +213,19 @@ def test_a_server_that_takes_no_weights_is_not_asked(rig: Callable[..., Rig]) ->
     assert "took no weights" in one.of("fault")[0]["reason"]
 
 
+def test_colocated_servers_sleep_but_to_sample_and_to_take_weights(rig: Callable[..., Rig]) -> None:
+    one = rig(colocated=True, restarts=1)
+    asked = ask(8)
+    check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "default")
+    assert [one.tell(n, "")["asleep"] for n in range(2)] == [True, True]
+    one.kill(1)  # what is started meanwhile goes to sleep too
+    until(lambda: len(one.sampler._events) == 2)
+    assert [one.tell(n, "")["asleep"] for n in range(2)] == [True, True]
+    one.sampler.load_weights(1)
+    assert [one.tell(n, "")["asleep"] for n in range(2)] == [False, False]
+    check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "1")
+
+
 def test_all_servers_gone_is_a_clear_failure(rig: Callable[..., Rig]) -> None:
     one = rig(delay=0.05)
     asked = ask(12)
@@ -235,6 +262,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         ServerSampler(
             [Member("server-0", settings)], list, key="k", folder=tmp_path, vocabulary=100,
             max_sequences=16, dtype=torch.float32, decode=str, restarts=0, patience=PATIENCE, in_order=False,
+            colocated=False,
             event=lambda *what, **more: None, command=command,
         )  # fmt: skip
 

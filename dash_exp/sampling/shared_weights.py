@@ -1,0 +1,71 @@
+"""Weights left for other processes on this machine: safetensors files in shared memory, filled in place."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class SharedWeights:
+    """Two files in turn, so that a server that is still reading the older one can finish. New files cost
+    more than the copy itself (the system clears every page), so each is made once and then filled."""
+
+    def __init__(self, dtype: torch.dtype):
+        """`dtype`: what the tensors are turned into on the way."""
+        place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        self.folder = Path(tempfile.mkdtemp(prefix="dash-weights-", dir=place))
+        self.dtype = dtype
+        self._views: dict[Path, dict[str, Tensor]] = {}
+        self._turn = 0
+
+    def write(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[Path, dict[str, Tensor]]:
+        """Copy the weights into the next file. Returns it, and its tensors by name."""
+        path = self.folder / f"weights-{self._turn}.safetensors"
+        self._turn = 1 - self._turn
+        if path not in self._views:
+            named = {name: tensor.detach().to(self.dtype).cpu().contiguous() for name, tensor in weights}
+            save_file(named, path)
+            self._views[path] = mapped(path)
+            return path, self._views[path]
+        views = self._views[path]
+        filled = 0
+        for name, tensor in weights:
+            views[name].copy_(tensor.detach())
+            filled += 1
+        assert filled == len(views), f"{filled} tensors where {len(views)} were left before"
+        return path, views
+
+    def close(self) -> None:
+        self._views.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, sharing its memory: writing to them writes the file."""
+    with path.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 0)
+    start = 8 + int.from_bytes(memory[:8], "little")
+    header = json.loads(memory[8:start])
+    header.pop("__metadata__", None)
+    views = {}
+    for name, entry in header.items():
+        dtype = TYPES[entry["dtype"]]
+        first, last = entry["data_offsets"]
+        flat = torch.frombuffer(
+            memory, dtype=dtype, count=(last - first) // dtype.itemsize, offset=start + first
+        )
+        views[name] = flat.view(entry["shape"])
+    return views
+
+
+TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

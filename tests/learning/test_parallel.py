@@ -1,0 +1,311 @@
+"""Three ranks against one: gradients, weights, metrics, and what happens when they fall apart.
+
+The ranks are real processes, started once for the whole file.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from dash_exp.errors import UserError
+from dash_exp.learning import losses
+from dash_exp.learning.adapters import Adapters
+from dash_exp.learning.links import Alone, Leader, Links
+from dash_exp.learning.member import Spec, device_of
+from dash_exp.learning.packing import Packer
+from dash_exp.learning.parallel import ParallelLearner
+from dash_exp.learning.rank_process import RankProcess
+from dash_exp.learning.ranks import start
+from dash_exp.learning.rounds import Rounds
+from dash_exp.learning.settings import Objective, UpdateStats
+from dash_exp.ledger import Ledger
+from dash_exp.record import Recorder
+from dash_exp.sampling.placement import gpus
+from dash_exp.types import AdvantagedGroup
+from dash_exp.updates import mini_batches, repeated_updates
+from tests.conftest import make_groups
+from tests.learning.reference import MAX_NEW, VOCABULARY
+from tests.learning.test_learner import LENGTHS, OBJECTIVES, PROMPTS, objective, setting
+from tests.test_updates import NoRecord, parts_of, plan_of
+
+RANKS = 3
+KEPT = {
+    "all": [(True,) * 4] * 4,
+    "some": [(True, False, True, True), (False,) * 4, (True, True, False, False), (False, False, True, True)],
+    "one": [(False,) * 4, (False, False, True, False), (False,) * 4, (False,) * 4],
+}
+"""What a filter may leave: many samples for each rank, or one in all, and two ranks idle."""
+TOLERANCE = 2e-5
+"""Of the largest entry of each gradient: fp32 sums in another order."""
+
+
+@pytest.fixture(scope="module")
+def links(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Leader]:
+    """Connections to real ranks; the learners they hold are built anew by each test."""
+    made = start(RANKS, 60.0, tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+    assert all(member.ending() is not None for member in made.members.values())
+
+
+def filtered(kept: list[tuple[bool, ...]]) -> list[AdvantagedGroup]:
+    return [replace(g, kept=k) for g, k in zip(make_groups(LENGTHS, PROMPTS), kept, strict=True)]
+
+
+def spec_of(folder: Path, goal: Objective, **changes: Any) -> Spec:
+    """Adam's eps is large, so that an entry whose gradient is almost 0 does not turn rounding into a step."""
+    chosen = setting(**{"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, **changes})
+    return Spec(folder, goal, chosen, VOCABULARY, 16, False, threads=1)
+
+
+@dataclass
+class Learned:
+    """What came of some updates."""
+
+    learner: ParallelLearner
+    gradients: list[dict[str, Tensor]]
+    stats: list[UpdateStats]
+    sums: dict[str, float]
+
+
+def learn(
+    spec: Spec, links: Links, groups: list[AdvantagedGroup], aggregation: str, updates: int = 2,
+    max_tokens: int = 25,
+) -> Learned:  # fmt: skip
+    """Updates on the same batch, as the loop makes them."""
+    learner = ParallelLearner.of(spec, links)
+    counted = [len(c.token_ids) for g in groups for c in g.group.completions]
+    divisor = losses.denominator(counted, MAX_NEW, aggregation)
+    gradients, stats = [], []
+    for _ in range(updates):
+        rounds = Rounds(Packer(max_tokens, aggregation, keep_for_kl=False), learner.width)
+        for ready in [one for g in groups for one in rounds.add(g)] + list(rounds.flush()):
+            learner.accumulate(ready, learner.reference_logprobs(ready))
+        stats.append(learner.update(divisor))
+        gradients.append({name: g.clone() for name, g in learner.local.gradients.items()})
+    return Learned(learner, gradients, stats, learner.take_sums())
+
+
+def assert_equal(several: Learned, one: Learned) -> None:
+    """To rounding; and to the bit between the ranks."""
+    for found, expected in zip(several.stats, one.stats, strict=True):
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+        assert (found.lr, found.beta, found.skipped) == (expected.lr, expected.beta, expected.skipped)
+    for found, expected in zip(several.gradients, one.gradients, strict=True):
+        for name, value in expected.items():
+            scale = float(value.abs().max()) + 1e-8
+            assert float((found[name] - value).abs().max()) <= 10 * TOLERANCE * scale, name
+    for name, value in one.learner.local.masters.items():
+        assert torch.allclose(several.learner.local.masters[name], value, atol=2e-6), name
+    assert several.sums.keys() == one.sums.keys()
+    counts = ("tokens", "completions")
+    for name, value in one.sums.items():
+        if not name.endswith("computed"):  # a prompt that two ranks share is computed by both
+            exact = name.endswith(counts)
+            assert several.sums[name] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-4)), name
+    several.learner.check_equal()
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize(("surrogate", "aggregation", "beta"), OBJECTIVES)
+def test_ranks_make_the_update_of_one_process(
+    links: Leader, tiny_folder: Path, surrogate: str, aggregation: str, beta: float, kept: str
+) -> None:
+    spec = spec_of(tiny_folder, objective(surrogate, beta, 0.8))
+    groups = filtered(KEPT[kept])
+    one = learn(spec, Alone(), groups, aggregation)
+    assert not one.stats[0].skipped and one.stats[0].grad_norm > 0
+    assert_equal(learn(spec, links, groups, aggregation), one)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16_mixed"},
+        {"max_grad_norm": 0.01},
+        {"adapters": Adapters(4, 8.0, (), 7)},
+        {"freeze_embeddings": True},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_other_settings(links: Leader, tiny_folder: Path, changes: dict[str, Any]) -> None:
+    """Masters apart from the weights, a clipped gradient, adapters drawn from a seed, fewer tensors."""
+    spec = spec_of(tiny_folder, objective(beta=0.04), **changes)
+    rough = "precision" in changes
+    one = learn(spec, Alone(), filtered(KEPT["some"]), "constant", updates=1 if rough else 2)
+    several = learn(spec, links, filtered(KEPT["some"]), "constant", updates=1 if rough else 2)
+    if not rough:  # each forward of another cut is rounded to bf16 in another way
+        assert_equal(several, one)
+    several.learner.check_equal()
+    assert several.stats[0].grad_norm == pytest.approx(one.stats[0].grad_norm, rel=0.05 if rough else 1e-4)
+
+
+def test_nothing_kept_moves_nothing_on_any_rank(links: Leader, tiny_folder: Path) -> None:
+    """To the bit, not even by momentum or weight decay; the update counts on every rank."""
+    spec = spec_of(tiny_folder, objective(), schedule="linear")
+    learner = learn(spec, links, filtered(KEPT["all"]), "constant", updates=1).learner
+    before = learner._all("fingerprint", None)
+    rounds = Rounds(Packer(25, "constant", keep_for_kl=False), RANKS)
+    nothing = filtered([(False,) * 4] * 4)
+    assert [one for g in nothing for one in rounds.add(g)] + list(rounds.flush()) == []
+    stats = learner.update(100.0)
+    assert stats.skipped and stats.lr == pytest.approx(1e-2 * 9 / 10)
+    assert learner._all("fingerprint", None) == before
+    assert learner.update(100.0).lr == pytest.approx(1e-2 * 8 / 10)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    links: Leader, tiny_folder: Path
+) -> None:
+    learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
+    before = learner._all("fingerprint", None)
+    groups = filtered(KEPT["all"])
+    groups[3] = replace(groups[3], advantages=(float("inf"),) * 4)
+    rounds = Rounds(Packer(25, "constant", keep_for_kl=False), RANKS)
+    (ready, *_) = [one for g in reversed(groups) for one in rounds.add(g)] + list(rounds.flush())
+    learner.accumulate(ready, learner.reference_logprobs(ready))
+    stats = learner.update(100.0)
+    assert stats.skipped and not stats.finite
+    assert learner._all("fingerprint", None) == before
+
+
+@pytest.mark.parametrize(("passes", "prompts_per_update", "beta"), [(3, 4, 0.0), (1, 1, 0.04), (2, 2, 0.04)])
+def test_several_updates_of_a_batch(
+    links: Leader, tiny_folder: Path, passes: int, prompts_per_update: int, beta: float
+) -> None:
+    """PPO-Multi and PPO-Mini: old and reference log-probabilities travel with their micro-batch."""
+    plan = plan_of(passes, prompts_per_update, "constant")
+    spec = spec_of(tiny_folder, Objective("clipped", 0.2, 0.2, beta, "constant", "k3", 0.9))
+    found = []
+    for chosen in (links, Alone()):
+        learner = ParallelLearner.of(spec, chosen)
+        parts = replace(parts_of(learner.local, "constant"), learner=learner)
+        minis = mini_batches(plan, parts, filtered(KEPT["some"]))
+        stats = repeated_updates(plan, parts, Ledger(), cast(Recorder, NoRecord()), 1, minis)
+        found.append(Learned(learner, [], stats, learner.take_sums()))
+    assert any(s.skipped for s in found[0].stats) == (prompts_per_update == 1)
+    assert found[0].sums["later/ratio"] != found[0].sums["later/tokens"]
+    assert_equal(*found)
+
+
+def test_state_goes_from_rank_0_to_all(links: Leader, tiny_folder: Path) -> None:
+    """Moments and counters too: the next update is that of a run that was never interrupted, to the bit."""
+    spec = spec_of(tiny_folder, objective(beta=0.04), precision="bf16_mixed", schedule="linear")
+    groups = filtered(KEPT["some"])
+
+    def advance(learner: ParallelLearner) -> UpdateStats:
+        rounds = Rounds(Packer(25, "constant", keep_for_kl=False), RANKS)
+        for ready in [one for g in groups for one in rounds.add(g)] + list(rounds.flush()):
+            learner.accumulate(ready, learner.reference_logprobs(ready))
+        return learner.update(100.0)
+
+    whole = learn(spec, links, groups, "constant").learner
+    snapshot = copy.deepcopy(whole.snapshot(2))
+    stats, expected = advance(whole), whole.local.masters
+    fresh = ParallelLearner.of(spec, links)
+    fresh.restore(snapshot)
+    assert repr(advance(fresh)) == repr(stats)
+    assert all(torch.equal(expected[name], m) for name, m in fresh.local.masters.items())
+    fresh.check_equal()
+
+
+def test_ranks_with_different_weights_are_found_out(links: Leader, tiny_folder: Path) -> None:
+    learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
+    with torch.no_grad():
+        learner.local.model.model.norm.weight[0] += 1e-3
+    with pytest.raises(RuntimeError, match=r"ranks 0 and 1 hold different weights: 1 tensors of \d+.*norm"):
+        learner.snapshot(1)
+
+
+def test_ranks_with_different_updates_are_found_out(links: Leader, tiny_folder: Path) -> None:
+    learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
+    learner.local.updates = 5
+    learner.local.setting = replace(learner.local.setting, lr=1.0)
+    with pytest.raises(RuntimeError, match="ranks made different updates"):
+        learner.update(100.0)
+
+
+def test_preflight_on_every_rank(links: Leader, tiny_folder: Path) -> None:
+    learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
+    rounds = Rounds(Packer(1000, "constant", keep_for_kl=False), 1)
+    (ready,) = [*(one for g in filtered(KEPT["all"]) for one in rounds.add(g)), *rounds.flush()]
+    learner.preflight(ready[0])
+    assert learner.take_sums() == {}
+    assert learner.update(1.0).skipped
+
+
+def test_a_fault_of_another_rank_is_told_as_it_is(tiny_folder: Path, tmp_path: Path) -> None:
+    """And what fails there otherwise is told with the end of the rank's log."""
+    spec = spec_of(tiny_folder, objective())
+    made = start(2, 30.0, tmp_path)
+    try:
+        learner = ParallelLearner.of(spec, made)
+        with pytest.raises(UserError, match=r"rank 1 failed: AttributeError.*nonsense") as caught:
+            made.call("nonsense", [None, None], lambda: None)
+        assert "Traceback" in (tmp_path / "rank-1.log").read_text()
+        assert "rank-1.log" in str(caught.value)
+        assert learner.width == 2
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "says"),
+    [(3, signal.SIGKILL, "rank 2 was killed by SIGKILL"), (2, signal.SIGSTOP, "rank 1 was silent")],
+    ids=["dies", "stops"],
+)
+def test_a_rank_that_others_wait_for_in_a_sum_is_named(
+    tiny_folder: Path, tmp_path: Path, ranks: int, number: int, says: str
+) -> None:
+    made = start(ranks, 2.0, tmp_path)
+    try:
+        learner = ParallelLearner.of(spec_of(tiny_folder, objective()), made)
+        os.kill(made.members[ranks - 1].process.pid, number)
+        began = time.monotonic()
+        with pytest.raises(UserError, match=says):
+            learner.update(1.0)
+        assert time.monotonic() - began < 10
+    finally:
+        made.close()
+    assert all(member.ending() is not None for member in made.members.values())
+
+
+def test_a_rank_ends_with_its_standard_input_whatever_it_waits_for(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = {"rank": 1, "size": 2, "port": silent.getsockname()[1], "timeout_s": 60}
+        process = RankProcess(1, settings, tmp_path)
+        assert process.ending() is None
+        process.end(15)
+    assert process.ending() == "ended with exit code 1"
+
+
+def test_servers_get_the_gpus_after_the_learners() -> None:
+    assert gpus(4, 2, learners=2) == ("2", "3")
+    assert gpus(4, 3) == ("1", "2", "3")
+    with pytest.raises(UserError, match="beside the 2 of the learner there are 2 GPUs"):
+        gpus(4, 3, learners=2)
+
+
+def test_devices_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of("auto") == device_of("cuda") == torch.device("cuda")
+    assert device_of("auto", 1) == torch.device("cuda:1")
+    assert device_of("cuda:0", 1) == torch.device("cuda:0")
+    assert device_of("cpu", 1) == torch.device("cpu")
+    with pytest.raises(UserError, match="there are 2 GPUs here"):
+        device_of("auto", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # all that the scheduler shows this rank
+    assert device_of("cuda", 3) == torch.device("cuda:0")

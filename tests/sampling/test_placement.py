@@ -1,0 +1,42 @@
+"""Who works where."""
+
+from __future__ import annotations
+
+import pytest
+
+from dash_exp.errors import UserError
+from dash_exp.sampling.placement import gpus, processors
+
+
+@pytest.mark.parametrize(
+    ("available", "servers", "each", "overlapped", "cores", "learner"),
+    [
+        ([0, 1], 1, None, True, [(1,)], 1),  # one each
+        ([0, 1], 1, None, False, [(0, 1)], 2),  # in turn: both use all
+        ([0, 1], 2, None, True, [(1,), (0,)], 1),  # more servers than their half: they share
+        (list(range(8)), 2, None, True, [(6, 7), (4, 5)], 4),
+        (list(range(8)), 2, 3, True, [(5, 6, 7), (2, 3, 4)], 2),
+        (list(range(8)), 3, None, False, [(6, 7), (4, 5), (2, 3)], 8),
+        ([2, 5, 9], 1, None, True, [(9,)], 2),  # whatever this process may use
+    ],
+)
+def test_processors(
+    available: list[int], servers: int, each: int | None, overlapped: bool, cores: list[tuple[int, ...]],
+    learner: int,
+) -> None:  # fmt: skip
+    split = processors(available, servers, each, overlapped)
+    assert (list(split.servers), split.learner) == (cores, learner)
+
+
+def test_gpus() -> None:
+    assert gpus(4, 3) == ("1", "2", "3")
+    assert gpus(4, 2, learners=2) == ("2", "3")
+    assert gpus(1, 1, colocated=True) == ("0",)
+    assert gpus(2, 2, learners=2, colocated=True) == ("0", "1")
+
+
+def test_too_few_gpus() -> None:
+    with pytest.raises(UserError, match=r"got 3, but beside the 1 of the learner there are 1 GPUs here"):
+        gpus(2, 3)
+    with pytest.raises(UserError, match=r"share with sampler\.colocated=true"):
+        gpus(1, 1)

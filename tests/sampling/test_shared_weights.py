@@ -1,0 +1,70 @@
+"""Weights in shared memory: what is read is what was written, and no changed bit goes unseen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from dash_exp.checksums import checksum
+from dash_exp.sampling.shared_weights import SharedWeights
+
+
+def named(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a": (3, 5), "b": (7,), "scalar": (), "c": (2, 4, 3)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_write_is_what_a_reader_finds(dtype: torch.dtype) -> None:
+    shared = SharedWeights(dtype)
+    try:
+        paths: list[Path] = []
+        for seed in range(5):
+            weights = named(seed)
+            path, views = shared.write(weights.items())
+            read = load_file(path)
+            for name, tensor in weights.items():
+                assert torch.equal(read[name], tensor.to(dtype))
+                assert checksum(read[name]) == checksum(views[name]) == checksum(tensor.to(dtype))
+            paths.append(path)
+        assert paths[0] != paths[1] and paths[0] == paths[2] == paths[4]
+    finally:
+        shared.close()
+    assert not shared.folder.exists()
+
+
+def test_the_file_before_stays_as_it_was() -> None:
+    shared = SharedWeights(torch.float32)
+    first, second = named(1), named(2)
+    before, _ = shared.write(first.items())
+    shared.write(second.items())
+    assert torch.equal(load_file(before)["a"], first["a"])
+    shared.close()
+
+
+def test_another_set_of_tensors_is_refused() -> None:
+    shared = SharedWeights(torch.float32)
+    for seed in range(2):
+        shared.write(named(seed).items())
+    with pytest.raises(AssertionError, match="1 tensors where 4"):
+        shared.write([("a", torch.zeros(3, 5))])
+    shared.close()
+
+
+@given(st.integers(0, 23), st.integers(0, 31))
+def test_one_bit_changes_the_checksum(place: int, bit: int) -> None:
+    tensor = torch.arange(24.0).reshape(4, 6)
+    other = tensor.clone()
+    other.view(-1).view(torch.int32)[place] ^= 1 << bit if bit < 31 else -(1 << 31)
+    assert checksum(tensor) != checksum(other)
+
+
+def test_order_shape_and_type_are_part_of_the_checksum() -> None:
+    tensor = torch.arange(24.0)
+    assert len({checksum(t) for t in (tensor, tensor.flip(0), tensor.view(4, 6), tensor.int())}) == 4

@@ -1,0 +1,144 @@
+"""Streaming changes when work is done, never what is learned: one step, with groups in any order and gaps
+between them, gives the weights of the synchronous step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+
+from dash_exp.learning.advantages import group_advantages
+from dash_exp.learning.filters import make_filter
+from dash_exp.learning.learner import Learner
+from dash_exp.learning.settings import Objective
+from dash_exp.ledger import Ledger
+from dash_exp.loop import train_step
+from dash_exp.record import Recorder
+from dash_exp.sampling.protocol import Decoding, Request
+from dash_exp.tasks.prompts import PromptSet
+from dash_exp.types import Group, Origin, Prompt, Score
+from tests.conftest import make_groups
+from tests.learning.reference import MAX_NEW, VOCABULARY
+from tests.test_updates import LENGTHS, PROMPTS, NoRecord, optimization, parts_of, plan_of
+
+BATCH = make_groups(LENGTHS, PROMPTS, seed=2)
+
+
+class Scripted:
+    """A sampler whose groups finish in a given order; where it says None, nothing is there yet."""
+
+    policy_version = 0
+
+    def __init__(self, script: Sequence[int | None]):
+        self.script = script
+        self.loaded: list[int] = []
+
+    def stream(
+        self, requests: Sequence[Request], decoding: Decoding, at_once: int | None = None
+    ) -> Iterator[Group | None]:
+        groups = {g.group.prompt.id: g.group for g in BATCH}
+        for place in self.script:
+            if place is None:
+                yield None
+                continue
+            asked = requests[place]
+            own = groups[asked.prompt.id]
+            yield Group(asked.position, asked.prompt, own.completions, Origin("server-0", 1.0, 2.0))
+
+    def load_weights(self, version: int) -> None:
+        self.loaded.append(version)
+
+    def close(self) -> None: ...
+
+
+def learned(
+    model: Any, script: Sequence[int | None], goal: Objective, aggregation: str, streaming: bool,
+    max_tokens: int,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:  # fmt: skip
+    """Weights and metric sums after one step."""
+    learner = Learner(copy.deepcopy(model), goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
+    prompts = tuple(replace(g.group.prompt, answer="x" * n) for n, g in enumerate(BATCH))
+    sampler = Scripted(script)
+    weigh = partial(group_advantages, baseline="group_mean", scale="std")
+    parts = parts_of(
+        learner, aggregation, max_tokens,
+        prompts=PromptSet("test", prompts, 0, "hash"), sampler=sampler, decoding=Decoding(MAX_NEW, 1.0, (1,)),
+        judges={"test": Rewards()}, advantages=weigh, keep=make_filter("advantage", 0.1),
+        filter_advantages=weigh,
+    )  # fmt: skip
+    plan = replace(plan_of(1, 4, aggregation), streaming=streaming, in_prompt_order=not streaming)
+    facts = train_step(plan, parts, Ledger(), cast(Recorder, NoRecord()), 1)
+    assert sampler.loaded == [1]
+    assert sorted(g.group.position for g in facts.groups) == [0, 1, 2, 3]
+    return learner.masters, dict(facts.sums)
+
+
+class Rewards:
+    """Some of a group right and some wrong, but for the first prompt, whose group is all wrong."""
+
+    version = "test"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def submit(self, text: str, answer: str) -> Future[Score]:
+        self.count += 1
+        right = len(answer) > 0 and self.count % 2 == 0
+        made: Future[Score] = Future()
+        made.set_result(Score(float(right), "correct" if right else "wrong"))
+        return made
+
+
+SCRIPTS: list[list[int | None]] = [[3, 0, 2, 1], [None, 1, None, None, 0, 3, 2, None], [2, 1, 0, 3, None]]
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_streamed_step_is_the_synchronous_one(
+    tiny: Any, script: list[int | None], aggregation: str, beta: float
+) -> None:
+    goal = Objective("policy_gradient", 0.2, 0.2, beta, "constant", "k3", 1.0)
+    whole, sums = learned(tiny, [0, 1, 2, 3], goal, aggregation, streaming=False, max_tokens=1000)
+    parts, own = learned(tiny, script, goal, aggregation, streaming=True, max_tokens=20)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=2e-6)
+    before = dict(tiny.named_parameters())
+    assert any(not torch.equal(whole[n], before[n]) for n in whole)
+    for name in ("first/tokens", "first/completions", "first/logprob"):
+        assert own[name] == pytest.approx(sums[name], rel=1e-5)
+
+
+def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
+    """A group whose verdicts are there is handed on in a gap, before the next group has come."""
+    from dash_exp.loop import judged_groups
+
+    ledger, seen = Ledger(), []
+    verdict: Future[Score] = Future()
+
+    class Once:
+        version = "test"
+
+        def submit(self, text: str, answer: str) -> Future[Score]:
+            return verdict
+
+    group = Group(0, Prompt("p", "test", "", (1,), ""), BATCH[0].group.completions[:1])
+
+    def groups() -> Iterator[Group | None]:
+        yield group
+        seen.append("gap without a verdict")
+        yield None
+        verdict.set_result(Score(1.0, "correct"))
+        yield None
+        seen.append("the next one")
+
+    parts = cast(Any, type("P", (), {"judges": {"test": Once()}})())
+    stream = judged_groups(parts, ledger, cast(Recorder, NoRecord()), 1, groups())
+    seen.extend(f"group {scored.group.position}" for scored in stream)
+    assert seen == ["gap without a verdict", "group 0", "the next one"]
