@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "dash-weights-"
 
 
 class SharedWeights:
@@ -23,7 +28,9 @@ class SharedWeights:
     def __init__(self, dtype: torch.dtype):
         """`dtype`: what the tensors are turned into on the way."""
         place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-        self.folder = Path(tempfile.mkdtemp(prefix="dash-weights-", dir=place))
+        remove_left_behind(place)
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        self._lock = locked(self.folder)
         self.dtype = dtype
         self._views: dict[Path, dict[str, Tensor]] = {}
         self._turn = 0
@@ -48,6 +55,31 @@ class SharedWeights:
     def close(self) -> None:
         self._views.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def locked(folder: Path) -> int | None:
+    """The lock of a folder, held until it is closed or this process ends; None if somebody holds it."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def remove_left_behind(place: Path, older_than_s: float = 60.0) -> None:
+    """Folders of runs that were killed: nobody holds their lock any more."""
+    for folder in place.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # of another user, or gone meanwhile
+            if time.time() - folder.stat().st_mtime < older_than_s:
+                continue
+            if (lock := locked(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def mapped(path: Path) -> dict[str, Tensor]:

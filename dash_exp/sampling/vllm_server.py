@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,11 @@ from dash_exp.sampling.vllm_parts import repack_output, scheduling
 MODULE = "dash_exp.sampling.vllm_server"
 SHARED = "dash_shared"
 """Name of the transfer through shared memory."""
+END_WAIT_S = 10.0
 _OPEN = ("/health",)
 _key = ""
+_answering = threading.Event()
+"""Set once the server handles signals itself; before, SIGTERM would end it without its children."""
 
 
 class RequireKey:
@@ -48,6 +52,7 @@ class RequireKey:
 
     def __init__(self, app: Any):
         self.app = app
+        _answering.set()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN and not _has_key(scope):
@@ -161,6 +166,9 @@ def end_with_stdin() -> None:
     def wait() -> None:
         while os.read(0, 4096):
             pass
+        if _answering.is_set():  # killed at once, vLLM leaves files in shared memory behind
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(END_WAIT_S)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True, name="end with the run").start()

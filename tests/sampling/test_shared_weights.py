@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dash_exp.checksums import checksum
-from dash_exp.sampling.shared_weights import SharedWeights
+from dash_exp.sampling.shared_weights import PREFIX, SharedWeights, locked, remove_left_behind
 
 
 def named(seed: int) -> dict[str, torch.Tensor]:
@@ -68,3 +69,16 @@ def test_one_bit_changes_the_checksum(place: int, bit: int) -> None:
 def test_order_shape_and_type_are_part_of_the_checksum() -> None:
     tensor = torch.arange(24.0)
     assert len({checksum(t) for t in (tensor, tensor.flip(0), tensor.view(4, 6), tensor.int())}) == 4
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left, used, new, other = (tmp_path / name for name in (f"{PREFIX}a", f"{PREFIX}b", f"{PREFIX}c", "mine"))
+    for folder in (left, used, new, other):
+        folder.mkdir()
+    lock = locked(used)
+    for folder in (left, used, other):
+        os.utime(folder, (0, 0))
+    remove_left_behind(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{PREFIX}b", f"{PREFIX}c", "mine"]
+    assert lock is not None
+    os.close(lock)
