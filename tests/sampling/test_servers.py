@@ -267,6 +267,22 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
+def test_servers_that_run_already_are_used_and_left_alone(rig: Callable[..., Rig], tmp_path: Path) -> None:
+    """Named by URL: they take weights, sample, and go on when this sampler ends."""
+    owner = rig()
+    guest = ServerSampler(
+        [Member(m.name, None, m.url) for m in owner.members], lambda: [("weight", torch.arange(8.0))],
+        key="secret", folder=tmp_path, vocabulary=100, max_sequences=16, dtype=torch.float32, decode=str,
+        restarts=0, patience=PATIENCE, in_order=False, colocated=False, event=owner.event,
+    )  # fmt: skip
+    guest.load_weights(6)
+    asked = ask(8)
+    check(list(arrived(guest.stream(asked, DECODING))), asked, "6")
+    guest.close()
+    assert [owner.tell(n, "")["asked"] > 0 for n in range(2)] == [True, True]
+    assert owner.events == []
+
+
 def test_servers_do_not_outlive_the_sampler(rig: Callable[..., Rig]) -> None:
     one = rig()
     pids = [one.pid(0), one.pid(1)]
