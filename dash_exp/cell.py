@@ -56,7 +56,7 @@ def freeze_and_run(config: Config, apart: bool, links: Links | None) -> int:
         folder = cell.folder(root)
         if config.run.force:
             archive(folder)
-        freeze(cell, folder)
+        freeze(cell.frozen, folder)
     except OSError as error:
         raise UserError(disk_fault(error, root)) from error
     except CellBusy as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A frozen cell: its id (8 hex digits), its readable name, and what is written to config.yaml."""
+    """A frozen cell: its id (8 hex digits of `digest`), its readable name, and what is written to
+    config.yaml."""
 
     id: str
     name: str
     frozen: dict[str, Any]
+    digest: str
 
     def folder(self, root: Path) -> Path:
         return root / "cells" / f"{self.name}-{self.id}"
@@ -40,17 +42,19 @@ def make_cell(config: Config, cache: Path) -> Cell:
     resolve_paths(config)
     frozen = {k: v for k, v in asdict(config).items() if k not in ACTIONS}
     identity = {**frozen, "format": FORMAT}
+    if config.hardware is None:
+        identity.pop("hardware")
     identity["model"] = _model_identity(config.model, frozen["model"], cache)
     identity["dataset"] = _dataset_identity(config.dataset, cache)
     identity["evaluation"] = {
         **frozen["evaluation"],
         "sets": {label: _dataset_identity(one, cache) for label, one in config.evaluation.sets.items()},
     }
-    text = json.dumps(identity, sort_keys=True)
-    digest = cell_id(hashlib.sha256(text.encode()).hexdigest())
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     data = "+".join(one.name for one in parts_of(config.dataset).values())
     name = f"{config.algorithm.name}-{config.model.name}-{data}-s{config.seed}"
-    return Cell(digest, "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name), frozen)
+    readable = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
+    return Cell(cell_id(digest), readable, frozen, digest)
 
 
 def cell_id(digest: str) -> str:
@@ -104,13 +108,14 @@ def _model_identity(one: ModelConfig, plain: dict[str, Any], cache: Path) -> dic
     return {**kept, **{k: plain[k] for k in ("hub", "revision", "random")}}
 
 
-def freeze(cell: Cell, folder: Path) -> None:
+def freeze(frozen: Mapping[str, Any], folder: Path) -> None:
     """Write config.yaml once; what is frozen is never written again."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     if not path.exists():
         temporary = folder / f".config.yaml.{os.getpid()}"
-        temporary.write_text(yaml.safe_dump(cell.frozen, sort_keys=False, allow_unicode=True))
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's is several times faster
+        temporary.write_text(yaml.dump(dict(frozen), Dumper=dumper, sort_keys=False, allow_unicode=True))
         temporary.replace(path)
 
 

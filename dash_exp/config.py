@@ -31,6 +31,10 @@ class ModelConfig:
     """Sizes of a randomly initialised Llama over single characters, for tests; empty: not used."""
     add_bos: bool = False
     """Let the tokenizer put its begin token before a prompt."""
+    memory_gb: float = 8.0
+    """Of a machine's memory that a run of this size needs; what a cluster is asked for."""
+    hours: float = 1.0
+    """Which a run of this size may take; what a cluster is asked for."""
 
 
 @dataclass
@@ -279,17 +283,56 @@ class VerifierConfig:
 
 @dataclass
 class TrackingConfig:
+    """A mirror of the records, for people who look at many runs; never what a run depends on."""
+
     name: str = MISSING
+    """`none`, or `mlflow`."""
+    uri: str | None = None
+    """null: the variable MLFLOW_TRACKING_URI, else a SQLite file below `run.dir`."""
+    experiment: str = "dash_exp"
+    """MLflow's experiment."""
+    every_s: float = 30.0
+    """Seconds between two batches of a running cell."""
 
 
 @dataclass
 class ClusterConfig:
+    """Where cells run, and what each may use there."""
+
     name: str = MISSING
+    """`local`, or `slurm`."""
     threads: int | None = None
-    """CPU threads of a run; null: all that this process may use."""
+    """CPU threads of a run; null: all that this process may use (of a sweep: an equal part)."""
     server_urls: list[str] = field(default_factory=list)
     """`sampler=vllm_servers`: use these, that run already (docs/engine.md), instead of starting some. Their
     key is in the variable DASH_SERVER_KEY."""
+    gpus: int | None = None
+    """Of a cell; null: one each for its learners and its servers (0 where `learner.device=cpu`)."""
+    gpus_per_node: int = MISSING
+    cpus: int | None = None
+    """Of a cell; null: `cpus_per_gpu` for each of its GPUs, at least that many."""
+    cpus_per_gpu: int = MISSING
+    memory_gb: float | None = None
+    """Of a cell and node; null: the model's."""
+    hours: float | None = None
+    """After which a cell is ended, to go on in a new job; null: the model's."""
+    cells_per_gpu: int = MISSING
+    """Small cells that share a GPU (or, without any, a job) at the same time."""
+    max_parallel: int | None = None
+    """Jobs of a sweep that run at the same time; null: as many as the cluster lets."""
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before a cell is started, e.g. `module load cuda`."""
+    warning_s: int = MISSING
+    """Seconds before a job's time limit at which its cell is asked to save and end."""
+    requeues: int = MISSING
+    """How often a cell may be queued anew after a time limit, a preemption or a lost node."""
+    retries: dict[str, int] = field(default_factory=dict)
+    """How often a cell is started again after a failure of each class (docs/sweeps.md), counted anew
+    whenever it has got further."""
 
 
 @dataclass
@@ -311,6 +354,8 @@ class RunConfig:
     """`auto`: live on a terminal, plain lines elsewhere; `plain`; `none`."""
     partner: str | None = None
     """The command that makes the partner of `budget.match`; set by the program, to be shown."""
+    sweep: str | None = None
+    """With -m: the sweep's name; null: made from what is varied."""
 
 
 @dataclass
@@ -324,6 +369,9 @@ class Config:
     """One cell, and how to run it."""
 
     seed: int = MISSING
+    hardware: str | None = None
+    """A name for the kind of machine, where a cell's result is a time: cells of different hardware are
+    different cells. Set by sweeps that compare times."""
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

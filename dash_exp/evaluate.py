@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dash_exp import provenance
 from dash_exp.cell import archive, disk_fault
-from dash_exp.cells import Cell, freeze, resolve_paths
+from dash_exp.cells import freeze, resolve_paths
 from dash_exp.config import ACTIONS
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import EvalSet, base_key, evaluate, shared
@@ -62,7 +62,7 @@ def run(subject: Subject) -> int:
         folder = subject.place / f"{_readable(subject.name)}-{digest}"
         if config.run.force:
             archive(folder)
-        freeze(Cell(digest, folder.name, frozen), folder)
+        freeze(frozen, folder)
         with Recorder(folder) as recorder:
             if read_json(folder / "status.json").get("state") == "finished":
                 display.note(f"{show(folder)} is known; run.force=true archives it and asks again.")
