@@ -99,8 +99,8 @@ def _refuse_other(known: dict[str, Any], plan: Plan, folder: Path) -> None:
     lost = before - {cell.id for cell in plan.cells}
     if lost:
         raise UserError(
-            Fault("run.sweep", f"{folder} is another sweep: {len(lost)} of its {len(before)} cells are not in "
-                  "this one",
+            Fault("run.sweep", f"{folder} is another sweep: {len(lost)} of its {len(before)} cells are not "
+                  "in this one",
                   "choose another name (run.sweep=...); a sweep keeps its cells, it can only grow")
         )  # fmt: skip
 
