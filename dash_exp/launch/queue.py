@@ -1,0 +1,141 @@
+"""What SLURM says of jobs: one squeue for all of them, sacct for those it has forgotten. Torch-free.
+
+Nothing here is an error: where a command is missing, accounting is off, or nobody answers in time, less is
+known, and `JobState` says so.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+TIMEOUT_S = 20.0
+"""For one command; a busy controller takes seconds."""
+
+AT_ONCE = 1000
+"""Jobs named on one command line, whose length is bounded."""
+
+JOB_ID = re.compile(r"\d+(_\d+)?")
+QUEUED = (
+    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
+)  # fmt: skip
+RUNNING = ("RUNNING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
+ACTIVE = ("queued", "running", "completing")
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """A job as SLURM sees it. `state`: `queued`, `running`, `completing` (its processes are being ended, or
+    it is about to be queued anew), `ended`, or `unknown` where nobody answered. `word`: SLURM's own
+    (`TIMEOUT`), None where only its absence is known; `exit_code` as a shell has it (128 + signal)."""
+
+    state: str
+    word: str | None = None
+    reason: str | None = None
+    """Why it waits (`Dependency`), or what ended it (`TimeLimit`)."""
+    exit_code: int | None = None
+    nodes: str | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs or will run; False is no proof where nobody answered."""
+        return self.state in ACTIVE
+
+
+def jobs(ids: Iterable[str]) -> dict[str, JobState]:
+    """The state of each job; ids as `12`, or `12_3` for a task of an array."""
+    wanted = [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
+    if not wanted:
+        return {}
+    listed = _squeue(wanted)
+    if listed is None:
+        recorded = _sacct(wanted)
+        return {one: recorded.get(one, JobState("unknown")) for one in wanted}
+    missing = [one for one in wanted if one not in listed]
+    recorded = _sacct(missing) if missing else {}
+    # accounting lags: what the controller has forgotten is over, whatever is recorded of it
+    over = {name: state for name, state in recorded.items() if not state.active}
+    return {one: listed.get(one) or over.get(one) or JobState("ended") for one in wanted}
+
+
+def cancel(ids: Sequence[str]) -> bool:
+    """Ask SLURM to end jobs, running or queued; ids that are gone are no error. Whether it was reached."""
+    wanted = [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
+    pieces = [wanted[i : i + AT_ONCE] for i in range(0, len(wanted), AT_ONCE)]
+    reached = [run(["scancel", "--quiet", *piece]) is not None for piece in pieces]
+    return all(reached)
+
+
+def run(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str | None:
+    """A command's standard output; None where it is missing, fails, or is not done in time."""
+    try:
+        done = subprocess.run(
+            list(command), capture_output=True, text=True, errors="replace", timeout=timeout_s,
+            stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _squeue(wanted: Sequence[str]) -> dict[str, JobState] | None:
+    """Jobs that the controller remembers; None where it did not answer. It is asked for whole arrays, which
+    keeps the command line short, and about job 1 too: asked for a single job, it takes an unknown one for
+    an error, asked for several, it leaves that out."""
+    found: dict[str, JobState] = {}
+    for parents in _parents(wanted):
+        text = run(["squeue", "--noheader", "--array", "--all", "--states=all", f"--jobs=1,{parents}",
+                    "--format=%i|%T|%r|%N"])  # fmt: skip
+        if text is None:
+            return None
+        found.update(_read(text, _listed))
+    return found
+
+
+def _listed(fields: Sequence[str]) -> JobState:
+    word, reason, nodes = fields[:3]
+    return JobState(_state(word), word, _given(reason), None, _given(nodes))
+
+
+def _sacct(wanted: Sequence[str]) -> dict[str, JobState]:
+    """Jobs that accounting knows; none where it is off."""
+    found: dict[str, JobState] = {}
+    for parents in _parents(wanted):
+        text = run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={parents}",
+                    "--format=JobID,State,ExitCode,NodeList"])  # fmt: skip
+        found.update(_read(text or "", _accounted))
+    return found
+
+
+def _accounted(fields: Sequence[str]) -> JobState:
+    word = fields[0].split(" ")[0]  # `CANCELLED by 1000`
+    code, number = (int(part) if part.isdigit() else 0 for part in f"{fields[1]}:".split(":")[:2])
+    return JobState(_state(word), word, None, 128 + number if number else code, _given(fields[2]))
+
+
+def _read(text: str, reader: Callable[[Sequence[str]], JobState]) -> Iterator[tuple[str, JobState]]:
+    """Id and state of each line; of a task that is told by a range, as `12_[3-5]`, nothing."""
+    for line in text.splitlines():
+        name, *fields = line.strip().split("|")
+        if JOB_ID.fullmatch(name) and len(fields) >= 3:
+            yield name, reader(fields)
+
+
+def _state(word: str) -> str:
+    if word in QUEUED:
+        return "queued"
+    if word in RUNNING:
+        return "running"
+    return "completing" if word == "COMPLETING" else "ended"
+
+
+def _given(text: str) -> str | None:
+    return None if text in ("", "None", "None assigned", "(null)") else text
+
+
+def _parents(wanted: Sequence[str]) -> list[str]:
+    """The ids of whole jobs and arrays, joined by commas, in pieces for one command line each."""
+    parents = list(dict.fromkeys(one.partition("_")[0] for one in wanted))
+    return [",".join(parents[i : i + AT_ONCE]) for i in range(0, len(parents), AT_ONCE)]
