@@ -58,7 +58,7 @@ class Attempt:
         self.display.note(text)
 
     def train(self) -> None:
-        self.display.steps = self.machine.plan.steps
+        self.display.steps = self.recorder.facts["steps"] = self.machine.plan.steps
         done = self.resume()
         rows = read_final(self.folder, "evals")
         self.evaluated |= {(r["step"], r["dataset"]) for r in rows if r["step"] in (0, done)}

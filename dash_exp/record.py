@@ -17,6 +17,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -142,6 +143,8 @@ class Recorder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.attempt = int(read_json(folder / "status.json").get("attempt", 0)) + 1
+        self.facts: Row = {"host": platform.node(), "pid": os.getpid()}
+        """Said with every status, for those who watch."""
         self._streams: dict[str, TextIO] = {}
         self._lock = -1
 
@@ -182,7 +185,7 @@ class Recorder:
         write_json(
             self.folder / "status.json",
             {"state": state, "attempt": self.attempt, "step": step, "heartbeat": time.time(),
-             "failure": failure, **more},
+             "failure": failure, **self.facts, **more},
         )  # fmt: skip
 
     def _stream(self, name: str) -> TextIO:
