@@ -2,6 +2,9 @@
 
 Freezes a composed config, takes the folder's lock, makes an attempt (attempt.py), and leaves a status
 that tells the truth however it ends. Imports no torch until there is something to run.
+
+Exit codes: 0 finished, 1 failed, 2 the user can mend it, 3 blocked by its partner, 4 another process is
+running it (nothing was done), 128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from dash_exp.validation import check
 if TYPE_CHECKING:
     from dash_exp.learning.links import Links
 
-OK, FAILED, USER_ERROR, BLOCKED, SIGNALLED = 0, 1, 2, 3, 128
+OK, FAILED, USER_ERROR, BLOCKED, BUSY, SIGNALLED = 0, 1, 2, 3, 4, 128
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -174,18 +177,24 @@ def run_locked(
         return BLOCKED
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        name = signal.Signals(number).name
-        say_last(recorder, "interrupted", name)
-        display.stop()
-        display.note(f"Interrupted by {name}; the same command goes on from the last checkpoint.")
-        return SIGNALLED + number
-    except UserError as error:
-        say_last(recorder, "failed", str(error))
-        raise
+        return tell_interrupted(recorder, display, number)
     except Exception as error:
-        say_last(recorder, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+        failure, trace = str(error), ""
+        if not isinstance(error, UserError):
+            failure, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        if stop.asked is not None:  # the same signal has ended a helper that the step still needed
+            return tell_interrupted(recorder, display, stop.asked, f"{failure}\n{trace}")
+        say_last(recorder, "failed", failure, trace)
         raise
     return OK
+
+
+def tell_interrupted(recorder: Recorder, display: Display, number: int, trace: str = "") -> int:
+    name = signal.Signals(number).name
+    say_last(recorder, "interrupted", name, trace)
+    display.stop()
+    display.note(f"Interrupted by {name}; the same command goes on from the last checkpoint.")
+    return SIGNALLED + number
 
 
 def say_last(recorder: Recorder, state: str, failure: str, trace: str = "") -> None:
@@ -203,7 +212,7 @@ def main(arguments: list[str]) -> int:
         return run_folder(arguments)
     except UserError as error:
         complain(str(error))
-        return USER_ERROR
+        return BUSY if isinstance(error.__cause__, CellBusy) else USER_ERROR
 
 
 def run_folder(arguments: list[str]) -> int:

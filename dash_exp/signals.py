@@ -1,16 +1,22 @@
-"""Signals: the first lets a training step end and be saved, the second stops at once."""
+"""Signals: the first lets a training step end and be saved, the second stops at once. Who gets them."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 """Ctrl-C, a scheduler's end, and its warning before the end."""
+SCHEDULERS = (signal.SIGTERM, signal.SIGUSR2)
+"""What a scheduler sends to every process of a job at once."""
+ECHO_S = 2.0
+"""A scheduler's signal reaches a process by itself and again from its parent, who hands it on: the same one
+within so many seconds is the same request."""
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -30,11 +36,15 @@ class Stop:
     def __init__(self) -> None:
         self.asked: int | None = None
         self.patient = False
+        self._asked_at = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None or not self.patient:
+        now = time.monotonic()
+        if number == self.asked and number in SCHEDULERS and now - self._asked_at < ECHO_S:
+            return
+        first, self.asked, self._asked_at = self.asked is None, number, now
+        if not (first and self.patient):
             raise Interrupted(number)
-        self.asked = number
         print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
 
@@ -47,6 +57,17 @@ def handling(handler: Handler) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def sheltered(*numbers: int) -> Iterator[None]:
+    """Children started meanwhile, and theirs, do not hear these signals: their parent hears them too, and
+    decides when its helpers end. A signal that arrives here meanwhile is handled right afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_forwarding(command: list[str]) -> tuple[int, int | None]:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dash_exp.signals import SCHEDULERS, sheltered
+
 LAUNCH = (sys.executable, "-m", "dash_exp.rank")
 LOG_TAIL_LINES = 20
 
@@ -22,7 +24,7 @@ class RankProcess:
     def __init__(self, rank: int, settings: dict[str, Any], folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"rank-{rank}.log"
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, sheltered(*SCHEDULERS):
             self.process = subprocess.Popen(
                 LAUNCH, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
                 env=dict(os.environ),

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dash_exp.record import read_json
+from dash_exp.signals import sheltered
 
 LAUNCH = (sys.executable, "-c", "from dash_exp.sampling.vllm_server import main; main()")
 END_WAIT_S = 10.0
@@ -53,7 +54,7 @@ class ServerProcess:
         self._ready.unlink(missing_ok=True)
         self.host = settings.host
         given = {**asdict(settings), "key": key, "ready": str(self._ready.resolve())}
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, sheltered(signal.SIGUSR2):  # SIGTERM is how it is asked to end
             self.process = subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=log, stderr=log,
                 env=environment(settings), start_new_session=True,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dash_exp
+from dash_exp.signals import SCHEDULERS, sheltered
 from dash_exp.types import Score
 from dash_exp.verifiers.protocol import VerifyTask
 from dash_exp.verifiers.sandbox import Confinement
@@ -68,16 +69,17 @@ class WorkerProcess:
 
     def __init__(self, limits: WorkerLimits):
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
-        self._process = subprocess.Popen(
-            _command(limits),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=_environment(limits.sandbox is not None),
-            cwd="/",
-            bufsize=0,
-            start_new_session=True,
-        )
+        with sheltered(*SCHEDULERS):
+            self._process = subprocess.Popen(
+                _command(limits),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=_environment(limits.sandbox is not None),
+                cwd="/",
+                bufsize=0,
+                start_new_session=True,
+            )
         self._lock = threading.Lock()
         self._reaped = False
         self._buffer = bytearray()
