@@ -45,7 +45,8 @@ BY_TEXT = (
     ("node", r"uncorrectable ECC|fallen off the bus|Stale file handle|Input/output error"
      r"|Transport endpoint is not connected|Bus error"),
     ("nccl", r"NCCL[^\n]*([Ee]rror|[Tt]imeout|[Tt]imed out|[Aa]bort)|nccl\w*Error|DistBackendError"
-     r"|DistNetworkError|Watchdog caught collective|learner\.ranks: rank \d+ (was|gave|ended|failed|did not|could not)"),
+     r"|DistNetworkError|Watchdog caught collective"
+     r"|learner\.ranks: rank \d+ (was|gave|ended|failed|did not|could not)"),
 )  # fmt: skip
 """What was said to a class; the first that matches counts (a rank that ran out of memory is no matter of
 communication)."""
