@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dash_exp.config import ACTIONS, Config, DatasetConfig, ModelConfig, dataset_places, parts_of, to_config
+from dash_exp.config import ACTIONS, Config, DatasetConfig, ModelConfig, dataset_places, to_config
 from dash_exp.hashing import file_hash, model_hash, package_path, package_version
 
 FORMAT = 1
@@ -37,22 +37,32 @@ class Cell:
         return root / "cells" / f"{self.name}-{self.id}"
 
 
-def make_cell(config: Config, cache: Path) -> Cell:
-    """Resolve paths, hash what they hold, and name the cell."""
+def make_cell(config: Config, cache: Path | None) -> Cell:
+    """Resolve paths, hash what they hold, and name the cell. `cache`: where hashes are remembered."""
     resolve_paths(config)
+    return cell_of(*described(config, cache))
+
+
+def described(config: Config, cache: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is frozen of a config with resolved paths, and what its identity is made of."""
     frozen = {k: v for k, v in asdict(config).items() if k not in ACTIONS}
     identity = {**frozen, "format": FORMAT}
-    if config.hardware is None:
-        identity.pop("hardware")
     identity["model"] = _model_identity(config.model, frozen["model"], cache)
     identity["dataset"] = _dataset_identity(config.dataset, cache)
     identity["evaluation"] = {
         **frozen["evaluation"],
         "sets": {label: _dataset_identity(one, cache) for label, one in config.evaluation.sets.items()},
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    data = "+".join(one.name for one in parts_of(config.dataset).values())
-    name = f"{config.algorithm.name}-{config.model.name}-{data}-s{config.seed}"
+    return frozen, identity
+
+
+def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
+    """The cell of what `described` said."""
+    hashed = {k: v for k, v in identity.items() if k != "hardware" or v is not None}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    mixed = frozen["dataset"]["mix"]
+    data = "+".join([frozen["dataset"]["name"], *(mixed[label]["name"] for label in sorted(mixed))])
+    name = f"{frozen['algorithm']['name']}-{frozen['model']['name']}-{data}-s{frozen['seed']}"
     readable = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
     return Cell(cell_id(digest), readable, frozen, digest)
 
@@ -84,7 +94,7 @@ def dataset_file(one: DatasetConfig, data_folder: str | None) -> Path | None:
     return None
 
 
-def _dataset_identity(one: DatasetConfig, cache: Path) -> dict[str, Any]:
+def _dataset_identity(one: DatasetConfig, cache: Path | None) -> dict[str, Any]:
     """A dataset's settings with its files, and those of what is mixed in, replaced by what they hold."""
     kept = asdict(one)
     kept["mix"] = {label: _dataset_identity(part, cache) for label, part in one.mix.items()}
@@ -99,7 +109,7 @@ def _dataset_identity(one: DatasetConfig, cache: Path) -> dict[str, Any]:
     return kept
 
 
-def _model_identity(one: ModelConfig, plain: dict[str, Any], cache: Path) -> dict[str, Any]:
+def _model_identity(one: ModelConfig, plain: dict[str, Any], cache: Path | None) -> dict[str, Any]:
     kept = {"name": one.name, "add_bos": one.add_bos}
     if one.path:
         return {**kept, "folder": model_hash(Path(one.path), cache)}

@@ -62,9 +62,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
     Does not ask whether the config makes sense: that is `validation.check`.
     """
-    with _opened():
+    with opened():
         try:
-            return _composed(overrides)
+            return composed_config(overrides)
         except COMPOSITION_ERRORS as error:
             faults = find_faults(overrides, checked=False)
             raise UserError(faults or Fault("config", str(error))) from None
@@ -76,16 +76,16 @@ def find_faults(overrides: Sequence[str], *, sweep: bool = False, checked: bool 
     `sweep`: several values for a key are allowed, and all combinations are looked at (up to
     MAX_CELLS, with each value at least once). `checked=False` leaves out `validation.check`.
     """
-    with _opened():
-        parsed, faults = _parse(overrides)
+    with opened():
+        parsed, faults = parse(overrides)
         absent_places = _searchpath_faults(parsed)
         if absent_places:
             parsed = [o for o in parsed if o.key_or_group != "hydra.searchpath"]
             faults += absent_places
-        options = _options(_search_dirs(parsed))
+        options = options_in(search_dirs(parsed))
         axes: list[list[Override]] = []
         for override in parsed:
-            variants, variant_faults = _variants(override, sweep)
+            variants, variant_faults = variants_of(override, sweep)
             found = [override_faults(variant, options) for variant in variants]
             faults += variant_faults + [fault for many in found for fault in many]
             axes.append([v for v, many in zip(variants, found, strict=True) if not many])
@@ -135,7 +135,7 @@ def _partner_faults(config: Config, cell: Sequence[Override], options: Options) 
         return []
 
     def compose_partner(overrides: Sequence[str]) -> Config:
-        parsed, faults = _parse(overrides)
+        parsed, faults = parse(overrides)
         made = faults or _try(parsed, KEY, options)
         if isinstance(made, Config):
             return made
@@ -166,28 +166,34 @@ def _attributed(cell: Sequence[Override], options: Options) -> list[Fault]:
 
 def _try(overrides: Sequence[Override], where: str, options: Options) -> Config | list[Fault]:
     try:
-        return _composed([override.input_line or "" for override in overrides])
+        return composed_config([override.input_line or "" for override in overrides])
     except UserError as error:
         return error.faults
     except COMPOSITION_ERRORS as error:
         return [composition_fault(error, where, options)]
 
 
-def _composed(overrides: Sequence[str]) -> Config:
-    composed = hydra.compose("config", overrides=list(overrides))
-    absent = [Fault(key, "has no value", f"set {key}=") for key in _absent(composed)]
+def raw(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of these overrides, nothing interpolated yet. Within `opened`."""
+    return hydra.compose("config", overrides=list(overrides))
+
+
+def composed_config(overrides: Sequence[str]) -> Config:
+    """The config of these overrides. Within `opened`; raises COMPOSITION_ERRORS or UserError."""
+    composed = raw(overrides)
+    absent = [Fault(key, "has no value", f"set {key}=") for key in absent_keys(composed)]
     if absent:
         raise UserError(absent)
     return to_config(composed)
 
 
-def _absent(node: DictConfig, prefix: str = "") -> Iterator[str]:
+def absent_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Keys without a value. (OmegaConf.missing_keys raises where one is interpolated.)"""
     for name in map(str, node):
         if OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
             yield f"{prefix}{name}"
         elif not OmegaConf.is_interpolation(node, name) and OmegaConf.is_dict(node[name]):
-            yield from _absent(node[name], f"{prefix}{name}.")
+            yield from absent_keys(node[name], f"{prefix}{name}.")
 
 
 def _cells(axes: list[list[Override]], options: Options) -> list[tuple[Override, ...]]:
@@ -205,7 +211,7 @@ def _cells(axes: list[list[Override]], options: Options) -> list[tuple[Override,
 
 
 @contextmanager
-def _opened() -> Iterator[None]:
+def opened() -> Iterator[None]:
     """Hydra's compose on our folder; whatever Hydra was doing before goes on afterwards."""
     register()
     before = GlobalHydra.instance().hydra
@@ -217,7 +223,8 @@ def _opened() -> Iterator[None]:
         GlobalHydra.instance().hydra = before  # Hydra has put another instance in place
 
 
-def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
+def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
+    """Those that can be read, and what is wrong with the others. Within `opened`."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     parsed, faults = [], []
     for text in overrides:
@@ -241,7 +248,7 @@ def _unreadable(text: str, why: object) -> Fault:
     return Fault(key or text, f"cannot read {text!r}: {str(why).splitlines()[0]}", quoted)
 
 
-def _variants(override: Override, sweep: bool) -> tuple[list[Override], list[Fault]]:
+def variants_of(override: Override, sweep: bool) -> tuple[list[Override], list[Fault]]:
     """The override once for each of its values."""
     key = override.get_key_element()
     if not override.is_sweep_override():
@@ -257,7 +264,7 @@ def _variants(override: Override, sweep: bool) -> tuple[list[Override], list[Fau
     return OverridesParser.create().parse_overrides(texts), []
 
 
-def _search_dirs(overrides: Sequence[Override]) -> list[str]:
+def search_dirs(overrides: Sequence[Override]) -> list[str]:
     """Folders that options come from, ours first, none of Hydra's own."""
     return [str(conf_dir()), *(path for path in _searchpath(overrides) if "://" not in path)]
 
@@ -277,7 +284,7 @@ def _searchpath_faults(overrides: Sequence[Override]) -> list[Fault]:
     ]
 
 
-def _options(folders: Sequence[str]) -> dict[str, list[str]]:
+def options_in(folders: Sequence[str]) -> dict[str, list[str]]:
     """Each config group's options, in all folders; `demo/minute` is the file minute in demo."""
     groups = [path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra"]
     options: dict[str, list[str]] = {}

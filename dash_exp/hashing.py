@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -42,14 +43,20 @@ def file_hash(path: Path, cache: Path | None = None) -> str:
         text = known.read_text().strip()
         if len(text) == 64:
             return text
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = _sha256(path, key)
     if known:
         known.parent.mkdir(parents=True, exist_ok=True)
         temporary = known.with_suffix(f".{os.getpid()}")
         temporary.write_text(digest)
         temporary.replace(known)
     return digest
+
+
+@functools.cache
+def _sha256(path: Path, key: str) -> str:
+    """Read once in a process, as long as nothing in `key` changes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def model_hash(folder: Path, cache: Path | None = None) -> str:

@@ -40,10 +40,12 @@ def partner_of(
         faults = check(partner)
     except UserError as error:
         faults = error.faults
-    if faults:
-        told = [Fault(KEY, f"its partner {match!r}: {f.where}: {f.what}", f.hint or HINT) for f in faults]
-        return told, None
-    return [], partner
+    return (told(match, faults), None) if faults else ([], partner)
+
+
+def told(match: str, faults: Sequence[Fault]) -> list[Fault]:
+    """Faults of a partner, as faults of the cell that names it."""
+    return [Fault(KEY, f"its partner {match!r}: {f.where}: {f.what}", f.hint or HINT) for f in faults]
 
 
 def without_budget(config: Config) -> Config:

@@ -69,6 +69,33 @@ class Command:
 
 def parse(arguments: Sequence[str]) -> Command:
     """Raises UserError with every fault of a command line."""
+    command, faults = _read(arguments)
+    config, traces = command.config, command.traces
+    faults += [f for f in check(config) if any(f.where == k or f.where.startswith(f"{k}.") for k in USED)]
+    if config.dataset.mix:
+        faults.append(Fault("dataset.mix", "traces are sampled for one dataset at a time"))
+    if config.sampler.name == "hf" and traces.samples > config.sampler.max_sequences:
+        what = f"got {config.sampler.max_sequences}, less than traces.samples={traces.samples}"
+        faults.append(Fault("sampler.max_sequences", what, "a group is sampled together: raise it"))
+    if faults:
+        raise UserError(faults)
+    config.sampler.max_new_tokens, config.dataset.max_new_tokens = traces.max_new_tokens, None
+    return command
+
+
+def out_of(arguments: Sequence[str]) -> Path:
+    """The file that a command line would write, whether or not it could be started here.
+
+    Raises UserError where it cannot be read.
+    """
+    command, faults = _read(arguments)
+    if faults:
+        raise UserError(faults)
+    return command.out
+
+
+def _read(arguments: Sequence[str]) -> tuple[Command, list[Fault]]:
+    """A command, and what is wrong with its own keys. Raises UserError where it cannot be composed."""
     own = [text.removeprefix("traces.") for text in arguments if text.startswith("traces.")]
     rest = [text for text in arguments if not text.startswith("traces.")]
     traces, faults = settings_of(own)
@@ -80,16 +107,7 @@ def parse(arguments: Sequence[str]) -> Command:
         raise UserError(faults + found)
     config = compose(overrides)
     config.algorithm.source = "sampler"  # the dataset's `traces` are what is made here
-    faults += [f for f in check(config) if any(f.where == k or f.where.startswith(f"{k}.") for k in USED)]
-    if config.dataset.mix:
-        faults.append(Fault("dataset.mix", "traces are sampled for one dataset at a time"))
-    if config.sampler.name == "hf" and traces.samples > config.sampler.max_sequences:
-        what = f"got {config.sampler.max_sequences}, less than traces.samples={traces.samples}"
-        faults.append(Fault("sampler.max_sequences", what, "a group is sampled together: raise it"))
-    if faults:
-        raise UserError(faults)
-    config.sampler.max_new_tokens, config.dataset.max_new_tokens = traces.max_new_tokens, None
-    return Command(config, traces)
+    return Command(config, traces), faults
 
 
 def settings_of(texts: Sequence[str]) -> tuple[TracesConfig, list[Fault]]:
