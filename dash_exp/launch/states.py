@@ -107,6 +107,11 @@ def state_of(folder: Path, jobs: Mapping[str, JobState], now: float) -> CellStat
     return states_of([folder], jobs, now)[0]
 
 
+def asked_about(reading: Reading) -> str | None:
+    """The job that the queue is asked about: of what has finished nobody wants to know."""
+    return None if reading.status.get("state") == "finished" else reading.job()
+
+
 def states_of(
     folders: Sequence[Path], jobs: Mapping[str, JobState], now: float, code: str | None = None
 ) -> list[CellState]:  # fmt: skip

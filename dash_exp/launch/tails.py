@@ -47,8 +47,31 @@ def last_rows(path: Path, count: int, size: int = STEP_BYTES) -> list[Row]:
 
 
 def last_lines(path: Path, count: int, size: int = TEXT_BYTES) -> list[str]:
-    """The last lines of a text that say something, as a terminal would have left them: what a progress bar
-    overwrote is dropped."""
-    text = end_of(path, size).decode("utf-8", errors="replace")
+    """The last lines of a text that say something, as a terminal would have left them."""
+    return shown_lines(end_of(path, size))[-count:] if count > 0 else []
+
+
+def shown_lines(data: bytes) -> list[str]:
+    """Lines without what a progress bar overwrote, without colours, and without empty ones."""
+    text = data.decode("utf-8", errors="replace")
     lines = [CONTROL.sub("", line.rstrip().rpartition("\r")[2]) for line in text.split("\n")]
-    return [line for line in lines if line.strip()][-count:] if count > 0 else []
+    return [line for line in lines if line.strip()]
+
+
+class Follower:
+    """What is added to a text after its first `start` bytes, in whole lines."""
+
+    def __init__(self, path: Path, start: int = 0):
+        self.path = path
+        self._place = start
+
+    def more(self) -> list[str]:
+        try:
+            with self.path.open("rb") as stream:
+                self._place = min(self._place, stream.seek(0, os.SEEK_END))
+                stream.seek(self._place)
+                whole, newline, _ = stream.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self._place += len(whole) + len(newline)
+        return shown_lines(whole)

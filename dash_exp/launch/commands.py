@@ -1,0 +1,106 @@
+"""The commands of `python -m dash_exp.sweep`. Each returns an exit code. Torch-free."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+
+from dash_exp.errors import UserError
+from dash_exp.launch import journal
+from dash_exp.launch.cancel import cancel
+from dash_exp.launch.endings import is_cancelled
+from dash_exp.launch.lookup import select
+from dash_exp.launch.status import Watched, watch
+from dash_exp.launch.watching import (
+    OK,
+    chosen_of,
+    logs_command,
+    needed,
+    out,
+    root_of,
+    say,
+    say_json,
+    status_command,
+)
+from dash_exp.terminal import seconds_text
+
+__all__ = [
+    "cancel_command", "launch_command", "list_command", "logs_command", "plan_command", "retry_command",
+    "status_command",
+]  # fmt: skip
+
+
+def list_command(args: Namespace) -> int:
+    from dash_exp.launch.listing import listing, views
+
+    rows, faults = listing(root_of(args.overrides))
+    if args.json:
+        say_json([row.as_json() for row in rows])
+    else:
+        out(*views(rows))
+    if faults:
+        raise UserError(faults, "the other sweeps are listed")
+    return OK
+
+
+def plan_command(args: Namespace) -> int:
+    from dash_exp.launch.planning import plan_named, scripts
+    from dash_exp.launch.preview import preview
+    from dash_exp.launch.report import plan_view
+
+    order = plan_named(args.sweep, args.overrides, root_of(args.overrides))
+    made = preview(order.plan, order.root, scripts(order))
+    if args.json:
+        say_json(made.as_json())
+    else:
+        out(plan_view(made))
+    return OK
+
+
+def launch_command(args: Namespace) -> int:
+    from dash_exp.launch.planning import plan_named, start
+
+    overrides = [*args.overrides, "run.force=true"] if args.force else list(args.overrides)
+    order = plan_named(args.sweep, overrides, root_of(overrides))
+    for cell in order.plan.cells:  # a launch is a request for what was cancelled, too
+        folder = cell.cell.folder(order.root)
+        if is_cancelled(journal.read(folder)):
+            journal.note(folder, "retry")
+    return start(order, args.n_jobs, args.wait)
+
+
+def retry_command(args: Namespace) -> int:
+    from dash_exp.launch.planning import again, start
+
+    manifest, patterns = needed(args)
+    state = watch(manifest)
+    wanted = ("failed",) if args.failed else ("failed", "interrupted", "cancelled")
+    chosen = chosen_of(state, patterns)
+    ready = [one for one in chosen if one.cell.state in wanted]
+    for one in ready:
+        journal.note(one.cell.folder, "retry")
+    others = [one for one in chosen if one not in ready]
+    say(
+        f"{len(ready)} of {len(chosen)} cells start anew"
+        + (f"; the others: {_states(others)}" if others else "")
+    )
+    return start(again(manifest), args.n_jobs, args.wait) if ready else OK
+
+
+def _states(cells: Sequence[Watched]) -> str:
+    states = [one.cell.state for one in cells]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def cancel_command(args: Namespace) -> int:
+    manifest, patterns = needed(args)
+    chosen = select(manifest.entries, patterns)
+    done = cancel(manifest, {entry.id for entry in chosen}, whole=not patterns, again=args.now)
+    for one in done.ending:
+        pace = f"a step takes {seconds_text(one.cell.step_s)}" if one.cell.step_s else "it has no step yet"
+        say(f"{one.label} ({one.entry.id}) was asked to end and will, after its step; {pace}")
+    for one, why in done.left:
+        say(f"{one.label} ({one.entry.id}) is left alone: {why}; name it to cancel it all the same")
+    open_text = f", {len(done.ending)} ending" if done.ending else ""
+    say(f"{len(done.ended)} of {len(chosen)} cells cancelled{open_text}; launch or retry goes on with them")
+    return OK
