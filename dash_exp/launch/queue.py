@@ -60,11 +60,20 @@ def jobs(ids: Iterable[str]) -> dict[str, JobState]:
     return {one: listed.get(one) or over.get(one) or JobState("ended") for one in wanted}
 
 
-def cancel(ids: Sequence[str]) -> bool:
-    """Ask SLURM to end jobs, running or queued; ids that are gone are no error. Whether it was reached."""
+def active(ids: Iterable[str]) -> set[str] | None:
+    """Those of the jobs that run or will run; None where SLURM does not answer: then nothing is known."""
     wanted = [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
+    listed = _squeue(wanted or ["1"])
+    return None if listed is None else {one for one in wanted if one in listed and listed[one].active}
+
+
+def cancel(ids: Sequence[str], now: bool = False) -> bool:
+    """Take queued jobs back, and ask running ones to end: theirs cells do, after their step. `now`: have
+    them killed soon (after SLURM's KillWait). Ids that are gone are no error. Whether SLURM was reached."""
+    wanted = [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
+    kinds: list[list[str]] = [[]] if now else [["--state=PENDING"], ["--state=RUNNING", "--signal=TERM"]]
     pieces = [wanted[i : i + AT_ONCE] for i in range(0, len(wanted), AT_ONCE)]
-    reached = [run(["scancel", "--quiet", *piece]) is not None for piece in pieces]
+    reached = [run(["scancel", "--quiet", *kind, *piece]) is not None for piece in pieces for kind in kinds]
     return all(reached)
 
 

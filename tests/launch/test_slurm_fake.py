@@ -1,0 +1,315 @@
+"""SLURM's answers read, sweeps submitted and refused, against a pretended cluster on PATH."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dash_exp.cells import Cell
+from dash_exp.errors import UserError
+from dash_exp.launch import journal, queue, slurm
+from dash_exp.launch.jobs import Plan, PlannedCell, Resources
+from dash_exp.launch.manifest import Manifest
+from dash_exp.launch.queue import JobState
+from dash_exp.launch.slurm_faults import gpus_of, minutes_of
+from dash_exp.record import lock, write_json
+from tests.launch.slurm_fixtures import SMALL_JOB, FakeSlurm, cluster_of, made_up, write_made_up
+
+pytest_plugins = ["tests.launch.slurm_fixtures"]
+
+
+def told(entries: list[slurm.Entry], **settings: object) -> list[str]:
+    return [f"{f.where}: {f.what} | {f.hint}" for f in slurm.faults(entries, cluster_of(**settings))]
+
+
+def rows_of(manifest: Manifest, entry: slurm.Entry, kind: str = "queued") -> list[str]:
+    return [str(r["job"]) for r in journal.read(manifest.cell(entry)) if r["kind"] == kind]
+
+
+# What squeue and sacct say ------------------------------------------------------------------------
+
+
+def test_states_of_jobs_come_from_one_squeue_and_one_sacct(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.change("7_0", state="RUNNING", nodes="n1")
+    fake_slurm.change("7_1", state="PENDING", reason="Dependency")
+    fake_slurm.change("8", state="COMPLETING")
+    fake_slurm.change("9", state="TIMEOUT", reason="TimeLimit")
+    fake_slurm.change("10", state="x", accounted="CANCELLED by 1000", exit="0:15", forgotten=True, nodes="n2")
+    fake_slurm.change("11", state="x", accounted="FAILED", exit="3:0", forgotten=True)
+    found = queue.jobs(["7_0", "7_1", "8", "9", "10", "11", "12", "nonsense; rm"])
+    assert found == {
+        "7_0": JobState("running", "RUNNING", None, None, "n1"),
+        "7_1": JobState("queued", "PENDING", "Dependency"),
+        "8": JobState("completing", "COMPLETING"),
+        "9": JobState("ended", "TIMEOUT", "TimeLimit"),
+        "10": JobState("ended", "CANCELLED", None, 143, "n2"),
+        "11": JobState("ended", "FAILED", None, 3),
+        "12": JobState("ended"),  # nobody knows it any more
+    }
+    (squeue,), (sacct,) = fake_slurm.calls("squeue"), fake_slurm.calls("sacct")
+    assert "--jobs=1,7,8,9,10,11,12 " in squeue  # whole arrays, and never a single id
+    assert "--jobs=10,11,12 " in sacct
+    assert queue.active(["7_0", "7_1", "8", "9", "12"]) == {"7_0", "7_1", "8"}
+
+
+def test_accounting_that_is_late_or_off_is_no_error(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.change("5", state="x", accounted="RUNNING", forgotten=True)
+    assert queue.jobs(["5"]) == {"5": JobState("ended")}  # the controller knows better
+    fake_slurm.set(silent=["sacct"])
+    assert queue.jobs(["5", "6"]) == {"5": JobState("ended"), "6": JobState("ended")}
+
+
+def test_a_controller_that_is_down_leaves_jobs_unknown(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.change("5", state="x", accounted="COMPLETED", exit="0:0")
+    fake_slurm.set(silent=["squeue"])
+    assert queue.jobs(["5", "6"]) == {"5": JobState("ended", "COMPLETED", None, 0), "6": JobState("unknown")}
+    assert queue.active(["5"]) is None
+    fake_slurm.set(silent=["squeue", "sacct", "scancel"])
+    assert queue.jobs(["5"]) == {"5": JobState("unknown")}
+    assert not queue.cancel(["5"])
+
+
+def test_without_slurm_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert queue.jobs(["5"]) == {"5": JobState("unknown")}
+    assert not queue.cancel(["5"])
+
+
+def test_a_command_that_hangs_is_given_up(fake_slurm: FakeSlurm) -> None:
+    (fake_slurm.home / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    assert queue.run(["squeue"], timeout_s=0.2) is None
+
+
+def test_cancel_takes_queued_jobs_back_and_asks_running_ones(fake_slurm: FakeSlurm) -> None:
+    for job, state in (("7_0", "RUNNING"), ("7_1", "RUNNING"), ("8", "PENDING"), ("9", "RUNNING")):
+        fake_slurm.change(job, state=state)
+    assert queue.cancel(["7_0", "7_0", "8", "99"])
+    found = fake_slurm.jobs()
+    assert [f"{j['state']} {j.get('signal')}" for j in found.values()] == [
+        "RUNNING TERM", "RUNNING None", "CANCELLED None", "RUNNING None",
+    ]  # fmt: skip
+    assert queue.cancel(["7_0", "9"], now=True)
+    assert fake_slurm.calls("scancel")[-1] == "scancel --quiet 7_0 9"
+    states = [job["state"] for job in fake_slurm.jobs().values()]
+    assert states == ["CANCELLED", "RUNNING", "CANCELLED", "CANCELLED"]
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def test_a_sweep_that_fits_has_no_fault(fake_slurm: FakeSlurm) -> None:
+    two_nodes = Resources(4, 16, 12, 24 * 60, nodes=2, tasks=4)
+    assert told([*made_up(2), *made_up(1, two_nodes, first=10)]) == []
+
+
+def test_no_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (fault,) = told(made_up(1))
+    assert fault.startswith("cluster: sbatch, srun, squeue, scontrol not found on PATH")
+    assert "cluster=local" in fault
+
+
+def test_a_controller_that_is_down(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.set(silent=["sinfo"])
+    assert told(made_up(1)) == ["cluster: SLURM does not answer | sinfo says more; is its controller up?"]
+
+
+def test_all_unknown_names_at_once_with_the_nearest(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.set(account=["root", "physics"], qos=["normal", "high"])
+    found = told(made_up(1), partition="mian", account="phisics", qos="hihg")
+    assert [fault.split(":")[0] for fault in found] == ["cluster.partition", "cluster.account", "cluster.qos"]
+    for fault, name in zip(found, ["main", "physics", "high"], strict=True):
+        assert f"did you mean {name!r}" in fault
+
+
+def test_what_accounting_does_not_tell_is_no_fault(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.set(silent=["sacctmgr"])
+    assert told(made_up(1), account="any", qos="any") == []
+
+
+def test_an_account_of_others(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.set(account=["root", "physics"])
+    fake_slurm.set(**{"account of mine": ["physics"]})
+    assert told(made_up(1), account="root") == []  # nobody enforces it
+    fake_slurm.set(config={"AccountingStorageEnforce": "associations,limits"})
+    (fault,) = told(made_up(1), account="root")
+    assert fault.startswith("cluster.account: got 'root', which you may not use")
+
+
+def test_more_than_the_partition_has(fake_slurm: FakeSlurm) -> None:
+    """Nodes of `main`: 8 CPUs, 15.6 GB, 2 GPUs. One fault per profile and kind, with how many cells."""
+    large = Resources(gpus=4, cpus=16, memory_gb=32, minutes=3 * 24 * 60)
+    found = told([*made_up(3, large), *made_up(1)])
+    folder = made_up(1, large)[0].folder
+    assert found == [
+        f"cluster.gpus: asks for 4 GPUs of a node (for {folder} and 2 more) | partition main has at most 2",
+        f"cluster.cpus: asks for 16 CPUs of a node (for {folder} and 2 more) | partition main has at most 8",
+        f"cluster.memory_gb: asks for 32 GB of memory of a node (for {folder} and 2 more)"
+        " | partition main has at most 15.62",
+        f"cluster.hours: asks for 72 hours (for {folder} and 2 more)"
+        " | partition main allows 24; a cell goes on in a new job where one ended",
+    ]
+
+
+def test_several_partitions_need_one_that_fits(fake_slurm: FakeSlurm) -> None:
+    one_gpu = Resources(gpus=1, cpus=1, memory_gb=1, minutes=60)
+    assert told(made_up(1, one_gpu), partition="debug,main") == []
+    found = told(made_up(1, one_gpu), partition="debug")
+    assert [fault.split(":")[0] for fault in found] == ["cluster.gpus", "cluster.hours"]
+
+
+def test_no_node_has_all_of_it_or_too_few_do(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.set(sinfo=["p*|infinite|1|64|4000|(null)|(null)", "p*|infinite|1|4|4000|gpu:a100:4(S:0-1)|x"])
+    (fault,) = told(made_up(1, Resources(gpus=1, cpus=32, memory_gb=1, minutes=60)))
+    assert "asks for 1 nodes of 1 GPUs, 32 CPUs and 1 GB each" in fault and "has 0 so large" in fault
+    (fault,) = told(made_up(1, Resources(gpus=8, cpus=8, memory_gb=1, minutes=60, nodes=2, tasks=8)))
+    assert "asks for 2 nodes" in fault and "has 1 so large" in fault
+
+
+def test_memory_that_slurm_was_not_told_is_not_compared(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.set(sinfo=["p*|infinite|1|64|1|(null)|(null)"])
+    assert told(made_up(1, replace(SMALL_JOB, memory_gb=500))) == []
+
+
+def test_features_and_no_default_partition(fake_slurm: FakeSlurm) -> None:
+    assert told(made_up(1), constraint="a100&fast|a100*2") == []
+    (fault,) = told(made_up(1), constraint="a100&fats")
+    assert fault.startswith("cluster.constraint: got 'fats'") and "did you mean 'fast'" in fault
+    fake_slurm.set(sinfo=["p|infinite|1|64|4000|(null)|(null)"])
+    (fault,) = told(made_up(1))
+    assert fault == "cluster.partition: is not set, and this cluster has no default | allowed: p"
+
+
+def test_a_warning_longer_than_the_job(fake_slurm: FakeSlurm) -> None:
+    (fault,) = told(made_up(1, replace(SMALL_JOB, minutes=2)), warning_s=120)
+    assert fault.startswith("cluster.warning_s: got 120 s before the end of jobs of 2 min")
+
+
+def test_limits_and_gpus_as_slurm_writes_them() -> None:
+    assert [minutes_of(t) for t in ("1-02:03:00", "2:00:00", "30:00", "1:30")] == [1563, 120, 30, 1.5]
+    assert minutes_of("infinite") == float("inf")
+    assert [gpus_of(t) for t in ("(null)", "gpu:2", "gpu:0")] == [0, 2, 0]
+    assert gpus_of("gpu:a100:4(S:0-1),gpu:2,shard:8") == 6
+
+
+# What is submitted --------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_queued_once(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    entries = [*made_up(3), *made_up(1, replace(SMALL_JOB, gpus=1), first=10)]
+    sweep = write_made_up(tmp_path, entries)
+    assert slurm.submit(sweep, entries, [], cluster_of()) == ["101_0", "101_1", "101_2", "102"]
+    assert [rows_of(sweep, entry) for entry in entries] == [["101_0"], ["101_1"], ["101_2"], ["102"]]
+    assert slurm.submit(sweep, entries, [], cluster_of()) == []
+    fake_slurm.change("101_1", state="FAILED")
+    assert slurm.submit(sweep, entries, [], cluster_of()) == ["103"]
+    assert rows_of(sweep, entries[1]) == ["101_1", "103"]
+
+
+def test_the_script_is_what_a_dry_run_shows(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    cluster = cluster_of(account="lab", partition="main", qos="high", constraint="a100", max_parallel=2,
+                         setup=["module load cuda", "ulimit -n 4096"], warning_s=300)  # fmt: skip
+    entries = made_up(3, Resources(gpus=2, cpus=6, memory_gb=10, minutes=90))
+    plan = Plan("trial", tuple(
+        PlannedCell(Cell(e.id, e.folder.removesuffix(f"-{e.id}"), {}, ""), e.overrides, e.resources, e.needs)
+        for e in entries
+    ))  # fmt: skip
+    (shown,) = slurm.sbatch_text(plan, tmp_path, cluster)
+    assert not (tmp_path / "sweeps").exists()
+    slurm.submit(write_made_up(tmp_path, entries), entries, [], cluster)
+    text = fake_slurm.jobs()["101_0"]["script"]
+    assert text == shown
+    flags = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert flags >= {
+        "--array=0-2%2", "--account=lab", "--partition=main", "--qos=high", "--constraint=a100", "--requeue",
+        "--time=90", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=6", "--gpus-per-node=2",
+        "--mem=10GB", "--signal=USR2@300", "--open-mode=append", "--job-name=trial-dash-tiny",
+        f"--output={tmp_path}/sweeps/trial/jobs/%A_%a_0_log.out",
+    }  # fmt: skip
+    assert not any(flag.startswith(("--wckey", "--error", "--dependency")) for flag in flags)
+    assert text.index("module load cuda\nulimit -n 4096\n") < text.index("srun --unbuffered")
+    assert "--cpus-per-task=6 --kill-on-bad-exit=0" in text
+
+
+def test_arrays_are_cut_at_the_largest_size(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    fake_slurm.set(config={"MaxArraySize": "4"})
+    entries = made_up(9)
+    assert slurm.submit(write_made_up(tmp_path, entries), entries, [], cluster_of()) == [
+        *(f"101_{n}" for n in range(4)), *(f"102_{n}" for n in range(4)), "103"
+    ]  # fmt: skip
+
+
+def test_a_cell_waits_for_the_jobs_of_its_needs(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    """One need is in this launch, one was queued by another sweep, one is finished, one nobody runs."""
+    here, other, done, nobody = (made_up(1, first=n)[0] for n in (1, 2, 3, 4))
+    write_made_up(tmp_path, [other], "another")
+    journal.note(tmp_path / "cells" / other.folder, "queued", job="50_1", sweep="another")
+    fake_slurm.change("50_1", state="RUNNING")
+    waiting = made_up(1, first=10, needs=(here.id, other.id, done.id))[0]
+    stuck = made_up(1, first=20, needs=(nobody.id,))[0]
+    after_stuck = made_up(1, first=30, needs=(stuck.id,))[0]
+    entries = [after_stuck, stuck, waiting, here]
+    sweep = write_made_up(tmp_path, [*entries, done, nobody])
+    write_json(sweep.cell(done) / "status.json", {"state": "finished"})
+    assert slurm.submit(sweep, entries, [], cluster_of()) == ["101", "102"]
+    assert rows_of(sweep, here) == ["101"] and rows_of(sweep, waiting) == ["102"]
+    assert "#SBATCH --dependency=afterany:101:50_1\n" in fake_slurm.jobs()["102"]["script"]
+    assert rows_of(sweep, stuck) == rows_of(sweep, after_stuck) == []
+
+
+def test_what_is_finished_or_runs_here_is_not_queued(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    entries = made_up(3)
+    sweep = write_made_up(tmp_path, entries)
+    write_json(sweep.cell(entries[0]) / "status.json", {"state": "finished"})
+    descriptor = lock(sweep.cell(entries[1]))
+    assert slurm.submit(sweep, entries, [], cluster_of()) == ["101"]
+    assert rows_of(sweep, entries[2]) == ["101"]
+    os.close(descriptor)
+
+
+def test_two_launches_at_once_queue_every_cell_once(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    entries = made_up(6)
+    sweeps = [write_made_up(tmp_path, entries, name) for name in ("one", "two", "three")]
+    launches = [
+        threading.Thread(target=slurm.submit, args=(sweep, entries, [], cluster_of())) for sweep in sweeps
+    ]
+    for launch in launches:
+        launch.start()
+    for launch in launches:
+        launch.join()
+    assert len(fake_slurm.calls("sbatch")) == 1
+    assert all(len(rows_of(sweeps[0], entry)) == 1 for entry in entries)
+
+
+def test_a_refusal_in_the_middle_keeps_what_was_queued(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    fake_slurm.set(config={"MaxArraySize": "2"}, most_submissions=2)
+    entries = made_up(5)
+    sweep = write_made_up(tmp_path, entries)
+    with pytest.raises(UserError, match=r"4 of 5 jobs were queued.*\n.*QOSMaxSubmitJobPerUserLimit"):
+        slurm.submit(sweep, entries, [], cluster_of())
+    fake_slurm.set(most_submissions=100)
+    assert slurm.submit(sweep, entries, [], cluster_of()) == ["103"]
+
+
+def test_nothing_is_queued_while_slurm_does_not_answer(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    fake_slurm.set(silent=["squeue"])
+    entries = made_up(1)
+    with pytest.raises(UserError, match="SLURM does not answer"):
+        slurm.submit(write_made_up(tmp_path, entries), entries, [], cluster_of())
+    assert fake_slurm.calls("sbatch") == []
+
+
+def test_a_launch_from_within_a_job_does_not_inherit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "3")
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    monkeypatch.setenv("SLURM_CONF", "/there")
+    with slurm.outside_a_job():
+        assert "SLURM_MEM_PER_CPU" not in os.environ and os.environ["SLURM_CONF"] == "/there"
+    assert os.environ["SLURM_MEM_PER_CPU"] == "100"
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with slurm.outside_a_job():
+        assert os.environ["SLURM_MEM_PER_CPU"] == "100"
