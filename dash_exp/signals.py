@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -70,11 +71,12 @@ def sheltered(*numbers: int) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_forwarding(command: list[str]) -> tuple[int, int | None]:
-    """Run a command in a session of its own, handing on each stopping signal exactly once. Returns its
-    exit code and the signal handed on, if any."""
-    process = subprocess.Popen(command, start_new_session=True)
+def run_forwarding(command: list[str], output: Path | None = None) -> tuple[int, int | None]:
+    """Run a command in a session of its own, handing on each stopping signal exactly once. `output`: a file
+    that gets what it says. Returns its exit code and the signal handed on, if any."""
     handed: list[int] = []
+    with output.open("ab") if output else nullcontext() as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
         handed.append(number)

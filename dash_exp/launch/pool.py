@@ -78,9 +78,9 @@ class Pool:
         self.running: list[Worker] = []
         self.states: dict[str, str] = {}
         self._folders = {job.name.rpartition("-")[2]: job.folder for job in jobs}
-        slots = max(1, min(terms.slots, len(jobs)))
-        self._threads = threads_each(slots) if slots > 1 else None
-        self._gpus = Gpus(visible_gpus() if slots > 1 else (), terms.cells_per_gpu)
+        # By slots, not by how many cells are left: a time can be compared only with equal threads.
+        self._threads = threads_each(terms.slots) if terms.slots > 1 else None
+        self._gpus = Gpus(visible_gpus() if terms.slots > 1 else (), terms.cells_per_gpu)
         self._told: set[str] = set()
         self._not_before: dict[str, float] = {}
 

@@ -19,8 +19,11 @@ from dash_exp.record import Row, read_json
 
 OUTPUT = "output.txt"
 TAIL_BYTES = 16_000
-CELL_ACTIONS = ("run.", "tracking.", "cluster.threads=", "cluster.server_urls=")
-"""What of a sweep's actions its cells are told; the rest is for those who start them."""
+FOR_LAUNCHERS = (
+    "name", "gpus", "gpus_per_node", "cpus", "cpus_per_gpu", "memory_gb", "hours", "cells_per_gpu",
+    "max_parallel", "account", "partition", "qos", "constraint", "setup", "warning_s", "requeues", "retries",
+)  # fmt: skip
+"""Keys of `cluster` that are for those who start cells; the others are told to the cells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,14 @@ class Job:
 
 def cell_actions(actions: Sequence[str], threads: int | None) -> list[str]:
     """The actions of a cell. `threads`: its part of the machine, where the user has set nothing."""
-    kept = [text for text in actions if text.startswith(CELL_ACTIONS)]
-    given = any(text.startswith("cluster.threads=") and not text.endswith("=null") for text in kept)
+    kept = [text for text in actions if not text.endswith("=null") and not _is_for_launchers(text)]
+    given = any(text.startswith("cluster.threads=") for text in kept)
     return kept if given or threads is None else [*kept, f"cluster.threads={threads}"]
+
+
+def _is_for_launchers(action: str) -> bool:
+    group, _, rest = action.partition("=")[0].partition(".")
+    return group == "cluster" and rest.partition(".")[0] in FOR_LAUNCHERS
 
 
 def kernel_kills() -> int:
@@ -88,10 +96,10 @@ class Worker:
         self._handed = len(numbers)
 
     def ask_to_end(self) -> None:
-        """Once, and only once: again would mean at once."""
-        if not self.asked_to_end:
-            self.asked_to_end = True
+        """Once, and only where no signal has been handed on: again would mean at once."""
+        if not self.asked_to_end and not self._handed:
             self.process.send_signal(signal.SIGTERM)
+        self.asked_to_end = True
 
     def status(self) -> Row:
         """What this process recorded last; {} where what there is, is older."""
