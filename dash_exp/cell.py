@@ -28,6 +28,7 @@ from dash_exp.cells import freeze, make_cell, read_frozen
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.world import placed
+from dash_exp.mirror_follow import Follower
 from dash_exp.process import share_cores
 from dash_exp.record import CellBusy, Recorder, lock, read_final, read_json
 from dash_exp.signals import Interrupted, Stop, handling, run_forwarding
@@ -127,9 +128,11 @@ def run(folder: Path, config: Config, links: Links | None = None) -> int:
     display = Display(config.algorithm.steps or 0, config.run.progress)
     stop = Stop()
     try:
-        with handling(stop), Recorder(folder) as recorder:
+        mirror = Follower(folder, config, display.note)  # ends last, when the cell's lock is free again
+        with handling(stop), mirror, Recorder(folder) as recorder:
             if read_json(folder / "status.json").get("state") == "finished":
                 return tell_finished(folder, display)
+            mirror.start(recorder.attempt)
             return run_locked(folder, config, recorder, display, stop, links)
     except CellBusy as error:
         raise UserError(Fault(show(folder), "is being run by another process", "see its log.txt")) from error

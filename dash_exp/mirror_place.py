@@ -1,0 +1,129 @@
+"""Where the mirror lies: from settings to an address that MLflow understands, and an address as it may be
+shown. Imports neither MLflow nor torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote
+
+from dash_exp.config import TrackingConfig
+from dash_exp.errors import Fault
+
+URI, EXPERIMENT, VARIABLE = "tracking.uri", "tracking.experiment", "MLFLOW_TRACKING_URI"
+PACKAGE = "mlflow"
+DATABASE = "mlflow.db"
+SERVERS = ("http", "https")
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+LONGEST_EXPERIMENT = 500
+USER_OF_SERVER = re.compile(r"(?<=://)(?P<user>[^/?#@:]*)(:(?P<password>[^/?#]*))?@")
+USER_OF_DATABASE = re.compile(r"(?<=://)(?P<user>[^/@:]*)(:(?P<password>[^@]*))?@")
+SECRET_VALUE = re.compile(
+    r"(?P<name>[?&;][^=&;]*(?:pass|pwd|secret|token|key)[^=&;]*=)(?P<value>[^&;#]*)", re.I
+)
+HIDDEN = "***"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tracking server or database, and an experiment there. The address may hold a password: print
+    `shown`, and pass what others say about it through `clean`."""
+
+    uri: str = field(repr=False)
+    experiment: str
+
+    @property
+    def shown(self) -> str:
+        return hide(self.uri)
+
+    @property
+    def file(self) -> Path | None:
+        """The database's file, where it is one."""
+        found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", self.uri)
+        return Path(found[1]) if found else None
+
+    @property
+    def mark(self) -> str:
+        """Names this place in the name of a lock's file."""
+        return hashlib.sha256(f"{self.shown}\0{self.experiment}".encode()).hexdigest()[:8]
+
+    def clean(self, text: str) -> str:
+        """A text without the address's secrets."""
+        for secret in sorted(secrets_of(self.uri), key=len, reverse=True):
+            text = text.replace(secret, HIDDEN)
+        return text
+
+
+def place_of(tracking: TrackingConfig, root: Path, environment: Mapping[str, str] = os.environ) -> Place:
+    """`tracking.uri`, else the variable MLFLOW_TRACKING_URI, else a database below the outputs. A database's
+    file is named absolutely, so that processes in other folders find it."""
+    uri = tracking.uri or environment.get(VARIABLE) or f"sqlite:///{root.resolve() / DATABASE}"
+    found = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^?/][^?]*)(\?.*)?", uri)
+    if found:
+        uri = f"{found[1]}{Path(found[2]).resolve()}{found[3] or ''}"
+    return Place(uri, tracking.experiment)
+
+
+def tracking_faults(
+    tracking: TrackingConfig, installed: Callable[[str], bool], environment: Mapping[str, str] = os.environ
+) -> Iterator[Fault]:
+    """What keeps a mirror from ever working, found before anything is started. Whether a server answers is
+    not asked: it may later."""
+    if tracking.name != "mlflow":
+        return
+    if not installed(PACKAGE):
+        yield Fault("tracking", f"tracking=mlflow needs the package {PACKAGE}, which is not installed",
+                    "pip install 'dash-exp[mlflow]', or leave it out: python -m dash_exp.mirror can "
+                    "mirror the records at any later time")  # fmt: skip
+    yield from place_faults(tracking, environment)
+
+
+def place_faults(tracking: TrackingConfig, environment: Mapping[str, str] = os.environ) -> Iterator[Fault]:
+    uri = tracking.uri or environment.get(VARIABLE)
+    where = URI if tracking.uri else VARIABLE
+    if uri:
+        yield from _uri_faults(where, uri)
+    if tracking.uri and secrets_of(tracking.uri):
+        yield Fault(URI, f"{hide(uri or '')} holds a password, which would be written into records",
+                    f"set the variable {VARIABLE} instead, or for a server MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD")  # fmt: skip
+    name = tracking.experiment
+    if not name.strip() or len(name) > LONGEST_EXPERIMENT:
+        yield Fault(EXPERIMENT, f"got {name[:40]!r}, must have 1 to {LONGEST_EXPERIMENT} characters")
+
+
+def _uri_faults(where: str, uri: str) -> Iterator[Fault]:
+    scheme, colon, rest = uri.partition("://")
+    kind = scheme.partition("+")[0].lower()
+    if not colon or kind == "file":
+        yield Fault(where, f"{hide(uri)} is a folder or file: MLflow's file store, which it refuses by now",
+                    f"name a database (sqlite:////folder/{DATABASE}) or a server (http://host:5000)"
+        )  # fmt: skip
+    elif kind not in (*SERVERS, *DATABASES):
+        allowed = ", ".join((*SERVERS, *DATABASES))
+        yield Fault(where, f"{hide(uri)} begins with {scheme!r}", f"allowed: {allowed}")
+    elif kind == "sqlite" and not re.match(r"/(?!:memory:)[^?]", rest):
+        yield Fault(where, f"{hide(uri)} names no file, and other processes could not see it",
+                    f"write sqlite:////a/folder/{DATABASE}: three slashes, then the path")  # fmt: skip
+
+
+def hide(uri: str) -> str:
+    """An address with its secrets left out."""
+    shown = _user(uri).sub(lambda m: f"{m['user']}{':' + HIDDEN if m['password'] is not None else ''}@", uri)
+    return SECRET_VALUE.sub(lambda m: f"{m['name']}{HIDDEN}", shown)
+
+
+def _user(uri: str) -> re.Pattern[str]:
+    """How the user is written: a database's password may hold a slash as it is."""
+    return USER_OF_SERVER if uri.lower().startswith(SERVERS) else USER_OF_DATABASE
+
+
+def secrets_of(uri: str) -> set[str]:
+    """Passwords and keys in an address, as written and decoded."""
+    found = [m["password"] for m in _user(uri).finditer(uri)]
+    found += [m["value"] for m in SECRET_VALUE.finditer(uri)]
+    return {text for secret in found if secret for text in (secret, unquote(secret))}
