@@ -13,6 +13,7 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
@@ -27,7 +28,8 @@ INTERRUPTED = 128
 
 
 class CellFailedError(Exception):
-    """A cell of a sweep ended with an exit code other than 0. Hydra still runs the other cells."""
+    """A cell of a sweep that one of Hydra's own launchers runs (ours does without this) ended with an exit
+    code other than 0. Hydra still runs the other cells."""
 
 
 def main() -> int:
@@ -35,6 +37,7 @@ def main() -> int:
     # Hydra would print a cell's failure, and its own hints, on top of what a run has said already.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register()
+    register_launcher()
     try:
         args, flags = parse_arguments()
         faults = command_line_faults(args, flags)
@@ -50,6 +53,13 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED + 2
     return 0
+
+
+def register_launcher() -> None:
+    """Make our launcher known to Hydra, whose own search misses it in an editable install."""
+    from hydra_plugins.dash_exp_launcher.launcher import DashLauncher
+
+    Plugins.instance().register(DashLauncher)
 
 
 def parse_arguments() -> tuple[Namespace, list[str]]:
@@ -87,7 +97,8 @@ def command_line_faults(args: Namespace, flags: list[str]) -> list[Fault]:
 
 
 def run_job(composed: Any) -> None:
-    """What Hydra calls for each cell. Only a cell that a signal ended stops a sweep."""
+    """What Hydra calls for a cell: the only one, or, by another launcher than ours, each of a sweep, which
+    only a cell that a signal ended stops."""
     try:
         code = run_cell(composed)
     except UserError as error:

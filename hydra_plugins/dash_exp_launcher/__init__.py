@@ -1,0 +1,1 @@
+"""Found by Hydra: the launcher of `python -m dash_exp -m`."""
