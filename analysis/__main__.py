@@ -1,0 +1,71 @@
+"""`python -m analysis <folders> --out <folder>`: every table and figure that the data allow."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dash_exp.errors import UserError
+
+COMPLETE, LEFT_OUT, USER_ERROR = 0, 1, 2
+SHOWN = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 all is in it; 1 made, but something was left out or does not follow; 2 nothing made."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["live"]:
+            from analysis.live import watch
+
+            return watch(given[1:])
+        return build(parser().parse_args(given))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m analysis",
+        description="Tables and figures from run folders, the paper's values beside them.",
+        epilog="python -m analysis live <folder>: a terminal view of a running sweep.",
+    )
+    made.add_argument("places", nargs="+", type=Path, metavar="folder",
+                      help="sweeps (outputs/sweeps/<name>), cells, or a root of outputs")  # fmt: skip
+    made.add_argument("--out", type=Path, default=Path("report"), help="where the report goes (report)")
+    made.add_argument("--check", action="store_true",
+                      help="write nothing: do the tables in --out still follow from the data?")  # fmt: skip
+    return made
+
+
+def build(options: argparse.Namespace) -> int:
+    from analysis.load import load
+    from analysis.make import differences, make, write
+
+    records = load(options.places, options.out / ".cache" if options.out.is_dir() else None)
+    report = make(records, pictures=not options.check)
+    if options.check:
+        wrong = differences(report, options.out)
+        print("\n".join(wrong) or f"{options.out}: every table follows from the data")
+        return LEFT_OUT if wrong else COMPLETE
+    write(report, options.out)
+    figures = sum(name.endswith(".png") for name in report.files)
+    print(f"{len(records.cells)} cells -> {len(report.tables)} tables, {figures} figures")
+    counts = {
+        v: sum(f.verdict == v for f in report.findings) for v in ("supported", "contradicted", "undecided")
+    }
+    if report.findings:
+        print("claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
+    for problem in report.problems[:SHOWN]:
+        print(f"  {problem.where}: {problem.what}")
+    if len(report.problems) > SHOWN:
+        print(f"  and {len(report.problems) - SHOWN} more, listed in the report")
+    print(f"page: {options.out / 'report.html'}")
+    return LEFT_OUT if report.problems else COMPLETE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Figure 5 (pass@k) and the figures that a reader wants beside the paper's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.ticker import ScalarFormatter
+
+from analysis import estimates as est
+from analysis import paper_values, quantities, style
+from analysis.figures import (
+    SMOOTH,
+    STACK,
+    Picture,
+    cells_of,
+    draw_curves,
+    legend_of_all,
+    metric_curve,
+    places_of,
+    time_unit,
+)
+from analysis.load import Records
+from analysis.table import scaled
+from analysis.tables import MODEL_NAMES, before_training
+from analysis.variants import Variant
+
+WATCHED = {
+    "filter/kept_share": "kept share of completions",
+    "policy/logprob_gap": "log-prob gap (nats)",
+    "policy/entropy_nats": "entropy (nats / token)",
+    "kl/mean": "KL to the first model (nats)",
+}
+
+
+def pass_at_k(records: Records, variants: Sequence[Variant]) -> list[Picture]:
+    """Figure 5: pass@k against k on a log axis, with bands over prompts (and seeds), crossings marked."""
+    made = []
+    for model, data in places_of(variants):
+        own = [v for v in variants if (v.model, v.data) == (model, data)]
+        for dataset in quantities.eval_sets(records, own):
+            picture = _pass_picture(records, own, model, data, dataset)
+            if picture is not None:
+                made.append(picture)
+    return made
+
+
+def _pass_picture(
+    records: Records, own: Sequence[Variant], model: str, data: str, dataset: str
+) -> Picture | None:
+    found = {v: quantities.scores(records, v, dataset, after=v.arm != "base") for v in own}
+    trained = [v for v in own if v.arm != "base"]
+    lines = [(v.label, v.arm, s) for v, s in found.items() if s.n > 1 and (s.correct_SP >= 0).all()]
+    if not any(arm == "base" for _, arm, _ in lines) and trained:
+        base = before_training(records, trained, dataset)
+        if base.n > 1 and (base.correct_SP >= 0).all():
+            lines.insert(0, ("Base", "base", base))
+    if not lines:
+        return None
+    drawn, (axis,) = style.figure(height=2.8)
+    means: dict[str, tuple[list[int], list[float]]] = {}
+    for label, arm, scores in lines:
+        k = powers(scores.n)
+        curve = est.pass_at_k_curve(scores.correct_SP, scores.n, k)
+        values = [point.value for point in curve]
+        means[label] = (k, values)
+        axis.plot(k, values, marker="o", markersize=3, label=label, **style.line_of(arm))
+        axis.fill_between(k, [p.low for p in curve], [p.high for p in curve], alpha=0.15, linewidth=0,
+                          color=style.line_of(arm)["color"])  # fmt: skip
+        if paper := paper_values.pass_curve(model, arm):
+            axis.plot(*zip(*paper, strict=True), linestyle="none", marker="x", markersize=4,
+                      color=style.line_of(arm)["color"])  # fmt: skip
+    told = _crossings(axis, means)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.set_xlabel("k (samples)")
+    axis.set_ylabel(f"pass@k, {dataset}")
+    axis.legend()
+    crosses = (
+        " Crosses: the paper's values, read off its plot." if paper_values.pass_curve(model, "dash") else ""
+    )
+    n = "; ".join(
+        f"{label} {len(s.cells)} seeds x {len(s.prompts)} prompts, n={s.n}" for label, _, s in lines
+    )
+    return Picture(
+        f"figure5-{model}-{data}-{dataset}", f"Figure 5. pass@k, {MODEL_NAMES.get(model, model)}",
+        "Unbiased estimate; bands: 95 %, prompts (and, from three runs on, seeds) resampled. "
+        f"{n}. {told}{crosses}",
+        drawn, tuple(c for _, _, s in lines for c in s.cells),
+    )  # fmt: skip
+
+
+def powers(n: int) -> list[int]:
+    """1, 2, 4, ... up to n."""
+    return [2**i for i in range(n.bit_length()) if 2**i <= n]
+
+
+def _crossings(axis, means: dict[str, tuple[list[int], list[float]]]) -> str:  # type: ignore[no-untyped-def]
+    """Mark where a trained arm's curve meets the base model's. Returns it in words."""
+    if "Base" not in means:
+        return ""
+    told = []
+    k_base, base = means["Base"]
+    for label, (k, values) in means.items():
+        common = [i for i in range(min(len(k), len(k_base))) if k[i] == k_base[i]]
+        for place in est.crossing(k[: len(common)], values[: len(common)], base[: len(common)]):
+            height = float(np.interp(math.log(place), np.log(k), values))
+            axis.plot([place], [height], marker="D", markersize=5, color="none", markeredgecolor="black")
+            told.append(f"{label} meets Base at k = {place:.1f}")
+    return f"{'; '.join(told)}." if told else "No curve crosses Base."
+
+
+def phases(records: Records, variants: Sequence[Variant]) -> list[Picture]:
+    """Seconds of a step by phase, over the steps of each arm's first run."""
+    made = []
+    for model, data in places_of(variants):
+        own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base" and v.cells]
+        own = [v for v in own if len(quantities.steps_of(records, v.cells[0])) > 1][:9]
+        if not own:
+            continue
+        columns = min(3, len(own))
+        drawn, axes = style.figure(columns, math.ceil(len(own) / columns), height=1.6)
+        for axis, variant in zip(axes, own, strict=False):
+            rows = quantities.steps_of(records, variant.cells[0]).sort_values("step")
+            parts = [rows[[f"time/{p}_s" for p in of]].sum(axis=1) for of in STACK.values()]
+            axis.stackplot(rows["step"], parts, labels=list(STACK), colors=list(style.PHASE_COLOURS.values()))
+            axis.set_title(variant.label, loc="left")
+            axis.set_xlabel("step")
+            axis.set_ylabel("s / step")
+        for axis in axes[len(own) :]:
+            axis.set_visible(False)
+        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(STACK))
+        made.append(
+            Picture(f"phases-{model}-{data}", "Where the seconds go", "The first run of each arm.",
+                    drawn, tuple(v.cells[0] for v in own))
+        )  # fmt: skip
+    return made
+
+
+def watched(records: Records, variants: Sequence[Variant]) -> list[Picture]:
+    """What tells whether a run is well: kept share, log-prob gap, entropy, KL."""
+    made = []
+    for model, data in places_of(variants):
+        own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
+        rows = records.steps[records.steps["cell"].isin(cells_of(own))]
+        present = {m: w for m, w in WATCHED.items() if m in rows and rows[m].notna().any()}
+        if not own or not present:
+            continue
+        drawn, axes = style.figure(2, math.ceil(len(present) / 2))
+        for axis, (metric, words) in zip(axes, present.items(), strict=False):
+            draw_curves(records, axis, own, metric_curve(metric), words)
+        for axis in axes[len(present) :]:
+            axis.set_visible(False)
+        legend_of_all(drawn, axes)
+        made.append(
+            Picture(f"watched-{model}-{data}", "Kept share, log-prob gap, entropy and KL",
+                    f"Mean over seeds, moving mean of {SMOOTH} steps; band: the range of the seeds.",
+                    drawn, tuple(c for v in own for c in v.cells))
+        )  # fmt: skip
+    return made
+
+
+def accuracy_against_cost(records: Records, variants: Sequence[Variant]) -> list[Picture]:
+    """Accuracy after training against training time, a point per arm, on one kind of hardware."""
+    made = []
+    for model, data in places_of(variants):
+        own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
+        machines = {m for v in own for m in quantities.hardware_of(records, quantities.finished(records, v))}
+        for dataset in quantities.eval_sets(records, own)[:1] if len(machines) == 1 else ():
+            points = [
+                (v, quantities.time_of(records, v), quantities.scores(records, v, dataset)) for v in own
+            ]
+            points = [(v, t, s) for v, t, s in points if math.isfinite(t.value) and s.cells]
+            if len(points) < 2:
+                continue
+            drawn, (axis,) = style.figure(height=2.8)
+            unit, size = time_unit(max(t.value for _, t, _ in points))
+            for variant, time, scores in points:
+                accuracy, at = est.accuracy(scores.scores_SP), scaled(time, 1 / size)
+                colour = style.line_of(variant.arm)["color"]
+                axis.errorbar(at.value, accuracy.value, xerr=_arms(at), yerr=_arms(accuracy), color=colour,
+                              marker=style.MARKS.get(variant.arm, "o"), markersize=5, linestyle="none",
+                              elinewidth=0.8, label=variant.label)  # fmt: skip
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_formatter(ScalarFormatter())
+            axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+            axis.set_xlabel(f"training time ({unit})")
+            axis.set_ylabel(f"accuracy, {dataset}")
+            made.append(
+                Picture(f"cost-{model}-{data}", "Accuracy against training time",
+                        f"95 % intervals, on {next(iter(machines))}.", drawn,
+                        tuple(c for v, _, _ in points for c in v.cells))
+            )  # fmt: skip
+    return made
+
+
+def _arms(point: est.Estimate) -> list[list[float]] | None:
+    """Lengths of error bars, below and above."""
+    if not point.has_interval:
+        return None
+    return [[point.value - point.low], [point.high - point.value]]

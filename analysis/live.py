@@ -1,0 +1,90 @@
+"""`python -m analysis live <folder>`: states and reward curves of a running sweep, in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from analysis import quantities
+from analysis.load import Records, load
+from analysis.variants import Variant, variants
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+CURVE = "reward/mean"
+
+
+def watch(arguments: Sequence[str]) -> int:
+    """Exit code 0; Ctrl-C ends it. `--once` prints one picture."""
+    parser = argparse.ArgumentParser(prog="python -m analysis live")
+    parser.add_argument("places", nargs="+", type=Path, metavar="folder")
+    parser.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks (5)")
+    parser.add_argument("--once", action="store_true", help="print one picture and end")
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    if options.once or not console.is_terminal:
+        console.print(picture(load(options.places), console.width))
+        return 0
+    with Live(console=console, auto_refresh=False) as view:
+        try:
+            while True:
+                records = load(options.places)
+                view.update(picture(records, console.width), refresh=True)
+                if not records.cells["state"].isin(["pending", "blocked", "running", "interrupted"]).any():
+                    return 0
+                time.sleep(options.every)
+        except KeyboardInterrupt:
+            return 0
+
+
+def picture(records: Records, width: int) -> RenderableType:
+    """A line per run: state, steps, reward and its curve, scaled alike for all runs."""
+    found = variants(records)
+    counts = records.cells["state"].value_counts()
+    head = Text(", ".join(f"{count} {state}" for state, count in counts.items()), style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name, side in (("recipe", "left"), ("seed", "right"), ("state", "left"), ("step", "right"),
+                       ("s/step", "right"), ("reward", "right"), ("", "left")):  # fmt: skip
+        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    curves = {c: _curve(records, c) for v in found for c in v.cells}
+    values = np.concatenate([c.to_numpy(float) for c in curves.values()]) if curves else np.empty(0)
+    low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if len(values) else (0.0, 1.0)
+    room = max(8, width - 62)
+    for variant in found:
+        for seed, cell in zip(variant.seeds, variant.cells, strict=True):
+            table.add_row(*_row(records, variant, seed, cell), spark(curves[cell], room, low, high))
+    scale = Text(f"{CURVE}, from {low:.2f} to {high:.2f}", style="dim")
+    return Group(head, table, scale)
+
+
+def _row(records: Records, variant: Variant, seed: int, cell: str) -> list[str]:
+    facts, steps = records.cells.loc[cell], quantities.steps_of(records, cell)
+    pace = f"{steps['time/step_s'].tail(10).median():.1f}" if len(steps) else "-"
+    curve = _curve(records, cell)
+    reward = f"{curve.tail(5).mean():.2f}" if len(curve) else "-"
+    done = len(steps) and int(steps["step"].max())
+    planned = facts["steps"] if pd.notna(facts["steps"]) else "?"
+    label = f"{variant.label} {variant.model}"
+    return [label[:24], str(seed), str(facts["state"]), f"{done}/{planned}", pace, reward]
+
+
+def _curve(records: Records, cell: str) -> pd.Series:
+    steps = quantities.steps_of(records, cell)
+    return steps[CURVE].dropna() if CURVE in steps else pd.Series(dtype=float)
+
+
+def spark(values: pd.Series, room: int, low: float, high: float) -> str:
+    """A curve in `room` characters: means of equal parts, from `low` to `high`."""
+    if values.empty:
+        return ""
+    parts = np.array_split(values.to_numpy(float), min(room, len(values)))
+    span = high - low or 1.0
+    return "".join(BLOCKS[min(7, int((p.mean() - low) / span * 8))] for p in parts)

@@ -1,0 +1,225 @@
+"""Run folders to tidy tables. Every cell is read from its own records; nothing is averaged here.
+
+Unfinished cells, records of older versions, torn lines, unequal seeds and steps are all allowed: what is
+missing or odd is listed in `problems`, which every later stage shows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.json
+import yaml
+
+from analysis.remembered import Remembered, signature
+from dash_exp.errors import Fault, UserError
+from dash_exp.record import Row, read_json, read_rows
+
+FACTS = ("id", "folder", "sweeps", "arm", "model", "data", "seed", "state", "failure", "step", "steps",
+         "hardware", "commit", "code_hash", "requeues", "started")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What was left out, or taken with a doubt: where, and what."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """All that was read. `cells`: a row per cell, indexed by its folder's name (columns FACTS, and
+    `config.<key>` for every setting). `steps`, `evals`: a row per step, and per metric of an evaluation,
+    with the cell's name in `cell`. Only rows that count: of the last attempt of each step."""
+
+    cells: pd.DataFrame
+    steps: pd.DataFrame
+    evals: pd.DataFrame
+    problems: tuple[Problem, ...]
+
+
+def find_cells(places: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]], list[Problem]]:
+    """Cell folders below these places (a cell, a sweep's folder, or a root of outputs), the sweeps that name
+    each, and what was named but is not there. Raises UserError for a place that holds no cell at all."""
+    folders: dict[str, Path] = {}
+    sweeps: dict[str, list[str]] = {}
+    problems: list[Problem] = []
+    faults: list[Fault] = []
+    for place in places:
+        found = list(_cells_of(place, sweeps, problems))
+        if not found:
+            what = "holds no cells" if place.is_dir() else "is not a folder"
+            faults.append(
+                Fault(str(place), what, "name a sweep's folder (outputs/sweeps/<name>), a cell, or outputs")
+            )
+        for folder in found:
+            known = folders.setdefault(folder.name, folder)
+            if known.resolve() != folder.resolve() and not _same_config(known, folder):
+                faults.append(Fault(folder.name, f"is two different cells: {known} and {folder}",
+                                    "equal ids with different content cannot be told apart"))  # fmt: skip
+    if faults:
+        raise UserError(faults, "nothing was made")
+    return [folders[name] for name in sorted(folders)], sweeps, problems
+
+
+def _cells_of(place: Path, sweeps: dict[str, list[str]], problems: list[Problem]) -> Iterator[Path]:
+    if (place / "config.yaml").is_file():
+        yield place
+    elif (place / "manifest.json").is_file():
+        manifest = read_json(place / "manifest.json")
+        for row in manifest.get("cells", ()):
+            folder = place.parent.parent / "cells" / row["folder"]
+            if not (folder / "config.yaml").is_file():
+                problems.append(Problem(row["folder"], f"named by the sweep {place.name}, but not there"))
+                continue
+            sweeps.setdefault(folder.name, []).append(str(manifest.get("name", place.name)))
+            yield folder
+        problems += [
+            Problem(" ".join(row["overrides"]), f"waits for {row['traces']}")
+            for row in manifest.get("waiting", ())
+        ]
+    elif place.is_dir():
+        pool = place / "cells" if (place / "cells").is_dir() else place
+        yield from (path.parent for path in sorted(pool.glob("*/config.yaml")))
+
+
+def _same_config(one: Path, other: Path) -> bool:
+    return (one / "config.yaml").read_bytes() == (other / "config.yaml").read_bytes()
+
+
+def load(places: Sequence[Path], cache: Path | None = None) -> Records:
+    """Read everything below these places. `cache`: a folder that remembers the tables of cells whose files
+    have not changed since (by size and time of change)."""
+    folders, sweeps, problems = find_cells(places)
+    facts = []
+    known = Remembered.read(cache)
+    parts: dict[str, list[pd.DataFrame]] = {"steps": [], "evals": []}
+    for folder in folders:
+        row, found = cell_facts(folder, sweeps.get(folder.name, []))
+        problems += found
+        facts.append(row)
+        end = row["step"] if row["state"] == "finished" else np.inf
+        for name in known.forget_unless(folder, signature(folder)):
+            table, found = read_table(folder / f"{name}.jsonl")
+            problems += found
+            if found:
+                known.fresh.pop(str(folder), None)  # read again next time, so that it is told again
+            if len(table):
+                parts[name].append(final_rows(table, end).assign(cell=folder.name, folder=str(folder)))
+    whole = {name: _together(known.kept(name, folders) + parts[name]) for name in parts}
+    if cache is not None:
+        known.write(cache, whole)
+    cells = pd.DataFrame(facts).set_index("cell")
+    steps, evals = (whole[name].drop(columns="folder", errors="ignore") for name in ("steps", "evals"))
+    return Records(cells, steps, evals, tuple(problems))
+
+
+def _together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    made = list(tables)
+    if not made:
+        return pd.DataFrame({"cell": [], "step": []})
+    whole = pd.concat(made, ignore_index=True, copy=False)
+    for name in ("cell", "folder"):
+        whole[name] = whole[name].astype("category")
+    return whole
+
+
+def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
+    """One row of `Records.cells`."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
+    status, provenance = read_json(folder / "status.json"), read_json(folder / "provenance.json")
+    algorithm = config["algorithm"]
+    problems = []
+    state = str(status.get("state", "pending"))
+    if state != "finished":
+        problems.append(Problem(folder.name, f"is {state} (step {status.get('step', 0)})"))
+    machines = {_machine(a.get("hardware", {})) for a in provenance.get("attempts", [])}
+    if len(machines) > 1:
+        problems.append(Problem(folder.name, f"ran on different hardware: {'; '.join(sorted(machines))}"))
+    row = {
+        "cell": folder.name,
+        "id": folder.name.rpartition("-")[2],
+        "folder": str(folder),
+        "sweeps": tuple(sweeps),
+        "arm": "base" if algorithm.get("steps") == 0 else algorithm["name"],
+        "model": config["model"]["name"],
+        "data": config["dataset"]["name"],
+        "seed": config["seed"],
+        "state": state,
+        "failure": status.get("failure"),
+        "step": int(status.get("step", 0)),
+        "steps": algorithm.get("steps"),
+        "hardware": " / ".join(sorted(machines)) or None,
+        "commit": provenance.get("commit"),
+        "code_hash": provenance.get("code_hash"),
+        "requeues": provenance.get("requeues", 0),
+        "started": max((a.get("started", 0.0) for a in provenance.get("attempts", [])), default=0.0),
+        **{f"config.{key}": value for key, value in flattened(config)},
+    }
+    return row, problems
+
+
+def _machine(hardware: Row) -> str:
+    """Hardware in words, as far as a time depends on it."""
+    gpus = hardware.get("gpus") or []
+    named = f"{len(gpus)} x {gpus[0]}" if gpus else f"{hardware.get('threads')} threads"
+    return f"{hardware.get('cpu')}, {named}"
+
+
+def flattened(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values, so that they can be compared and grouped by: lists as JSON, null as a
+    word, which tells it from a key that an older record has not."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            plain = json.dumps(value) if isinstance(value, list) or value is None else value
+            yield f"{prefix}{key}", plain
+
+
+def read_table(path: Path) -> tuple[pd.DataFrame, list[Problem]]:
+    """A JSON-lines file as a table; lines that cannot be read are left out and counted."""
+    if not path.exists() or path.stat().st_size == 0:
+        return pd.DataFrame(), []
+    data = path.read_bytes()
+    try:
+        options = pa.json.ReadOptions(use_threads=True, block_size=max(1 << 20, len(data)))
+        return pa.json.read_json(io.BytesIO(data), read_options=options).to_pandas(), []
+    except pa.ArrowInvalid:  # a torn line, or rows that differ in type: row by row
+        rows = read_rows(path)
+        torn = [Problem(f"{path.parent.name}/{path.name}", f"{rows.torn} torn lines left out")]
+        return pd.DataFrame(rows.rows), torn if rows.torn else []
+
+
+def final_rows(table: pd.DataFrame, end: float) -> pd.DataFrame:
+    """The rows that count (as `dash_exp.record.read_final`): of each step's, and dataset's, last attempt,
+    and not beyond the step at which a finished cell ended; in order of steps."""
+    keys = ["step", "dataset"] if "dataset" in table else ["step"]
+    newest = table.groupby(keys, sort=False)["attempt"].transform("max")
+    kept = table[(table["attempt"] == newest) & (table["step"] <= end)]
+    return kept.sort_values("step", kind="stable")
+
+
+def scores_of(folder: Path, dataset: str, step: int) -> pd.DataFrame:
+    """What each prompt of an evaluation was worth: columns prompt, score (mean verdict), correct, n."""
+    rows = [r for r in read_rows(folder / "eval_samples.jsonl").rows
+            if r["dataset"] == dataset and r["step"] == step]  # fmt: skip
+    newest = max((r["attempt"] for r in rows), default=0)
+    found = []
+    for row in (r for r in rows if r["attempt"] == newest):
+        judged = [(s, o) for s, o in zip(row["scores"], row["outcomes"], strict=True) if s is not None]
+        if judged:
+            correct = sum(outcome == "correct" for _, outcome in judged)
+            score = sum(s for s, _ in judged) / len(judged)
+            found.append({"prompt": row["prompt"], "score": score, "correct": correct, "n": len(judged)})
+    return pd.DataFrame(found, columns=["prompt", "score", "correct", "n"])

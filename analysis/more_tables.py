@@ -1,0 +1,185 @@
+"""Tables beside the paper's: what runs cost, what answers were worth, and in what state the sweep is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from analysis import estimates as est
+from analysis import quantities
+from analysis.claims import speed_up
+from analysis.figures import cells_of, places_of
+from analysis.load import Records
+from analysis.table import Column, Entry, Table, scaled
+from analysis.tables import MODEL_NAMES
+from analysis.variants import Variant
+
+COUNTS = {
+    "tokens/sampled": "sampled",
+    "tokens/forwarded": "forwarded",
+    "tokens/backpropagated": "backpropagated",
+    "tokens/dropped_by_filter": "dropped by filter",
+}
+STATES = ("finished", "running", "pending", "blocked", "interrupted", "failed", "cancelled")
+
+
+def more_tables(records: Records, variants: Sequence[Variant]) -> list[Table]:
+    made = [state_table(records, variants)]
+    for model, data in places_of(variants):
+        own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
+        own = [v for v in own if quantities.finished(records, v)]
+        if own:
+            made += [
+                speed_table(records, own, model, data),
+                cost_table(records, own, model, data),
+                outcome_table(records, own, model, data),
+            ]
+    return [table for table in made if table.columns]
+
+
+def speed_table(records: Records, own: Sequence[Variant], model: str, data: str) -> Table:
+    """How much faster than GRPO (else than the first arm) each trained, when it reached the reward that the
+    baseline ended with, and how much its curve swings."""
+    base = next((v for v in own if v.arm == "grpo"), own[0])
+    target = _end_reward(records, base)
+    columns = (
+        Column(f"speed-up over {base.label}", "x", digits=2),
+        Column("updates made", "", better=0, digits=0),
+        Column(f"seconds to reward {target:.2f}", "s", better=-1),
+        Column("swing of the reward curve", "sd", better=-1, digits=3),
+    )
+    rows = []
+    for variant in own:
+        cells = quantities.finished(records, variant)
+        entries = (
+            est.Estimate(1.0, n_seeds=len(cells)) if variant is base else speed_up(records, variant, base)[0],
+            est.over_seeds([_total(records, c, "updates") for c in cells]),
+            _over(cells, lambda c: seconds_to(records, c, target), f"not every run reached {target:.2f}"),
+            _over(cells, lambda c: est.instability(curve_of(records, c)), "curves too short"),
+        )
+        rows.append((variant.label, tuple(Entry(entry) for entry in entries)))
+    return Table(
+        f"speed-{model}-{data}", f"Speed and stability, {MODEL_NAMES.get(model, model)} on {data}",
+        "Speed-up: ratio of training times as configured, paired by seed (geometric mean). Swing: "
+        "standard deviation of the sampled reward about its local trend. 95 % intervals over seeds "
+        "(Student's t); n is seeds.", columns, tuple(rows), (), cells_of(own),
+    )  # fmt: skip
+
+
+def curve_of(records: Records, cell: str) -> est.Array:
+    steps = quantities.steps_of(records, cell)
+    return steps["reward/mean"].dropna().to_numpy(float) if "reward/mean" in steps else np.empty(0)
+
+
+def _end_reward(records: Records, variant: Variant) -> float:
+    """Mean sampled reward of a variant's last five steps."""
+    ends = [curve_of(records, c)[-5:].mean() for c in variant.cells if len(curve_of(records, c))]
+    return float(np.mean(ends)) if ends else math.nan
+
+
+def seconds_to(records: Records, cell: str, target: float) -> float:
+    """Training seconds until the mean reward of five steps was at least the target; NaN: never."""
+    curve = curve_of(records, cell)
+    return est.time_to(curve, quantities.seconds(records, cell).to_numpy(float)[: len(curve)], target)
+
+
+def _over(cells: Sequence[str], number: Callable[[str], float], why: str) -> est.Estimate:
+    """A number of each run over seeds; NA where a run has none: the mean of the others would flatter."""
+    values = [number(cell) for cell in cells]
+    if not values or not np.isfinite(values).all():
+        return est.Estimate(math.nan, n_seeds=len(values), note=why)
+    return est.over_seeds(values)
+
+
+def cost_table(records: Records, own: Sequence[Variant], model: str, data: str) -> Table:
+    """Machine hours (all of a run: evaluation and checkpoints too) and thousands of tokens, per run."""
+    columns = [Column("machine time", "device h", better=-1, digits=3)]
+    columns += [Column(f"tokens {words}", "thousands", better=0, digits=1) for words in COUNTS.values()]
+    rows = []
+    for variant in own:
+        cells = quantities.finished(records, variant)
+        entries = [Entry(device_hours(records, variant))]
+        for metric in COUNTS:
+            totals = [_total(records, cell, metric) for cell in cells]
+            entries.append(Entry(scaled(est.over_seeds(totals), 1e-3)))
+        rows.append((variant.label, tuple(entries)))
+    return Table(
+        f"cost-{model}-{data}", f"Cost of a run, {MODEL_NAMES.get(model, model)} on {data}",
+        "Mean over finished runs with a 95 % interval (Student's t); n is seeds. A device is a GPU, or "
+        "without one a machine's processor.", tuple(columns), tuple(rows), (), cells_of(own),
+    )  # fmt: skip
+
+
+def device_hours(records: Records, variant: Variant) -> est.Estimate:
+    """Hours times devices of a run; none where the hardware of runs differs."""
+    cells = quantities.finished(records, variant)
+    if len(machines := quantities.hardware_of(records, cells)) > 1:
+        return est.Estimate(math.nan, n_seeds=len(cells), note=f"different hardware: {'; '.join(machines)}")
+    spent = [float(quantities.steps_of(records, c)["time/step_s"].sum()) / 3600 for c in cells]
+    return est.over_seeds(
+        [s * _devices(str(records.cells.loc[c, "hardware"])) for s, c in zip(spent, cells, strict=True)]
+    )
+
+
+def _devices(hardware: str) -> int:
+    """GPUs of a machine as `load` describes it; 1 where it has none."""
+    count = hardware.rpartition(", ")[2].partition(" x ")
+    return int(count[0]) if count[1] and count[0].isdigit() else 1
+
+
+def _total(records: Records, cell: str, metric: str) -> float:
+    steps = quantities.steps_of(records, cell)
+    return float(np.nansum(steps[metric])) if metric in steps else 0.0
+
+
+def outcome_table(records: Records, own: Sequence[Variant], model: str, data: str) -> Table:
+    """Shares of verdicts while training, over all sampled completions."""
+    kinds = [c for c in records.steps if c.startswith("outcome/")]
+    rows_of = {v.label: records.steps[records.steps["cell"].isin(v.cells)] for v in own}
+    present = [k for k in kinds if any(k in r and np.nansum(r[k]) > 0 for r in rows_of.values())]
+    columns = tuple(Column(k.removeprefix("outcome/"), "%", better=0) for k in present)
+    rows = []
+    for variant in own:
+        shares = [_shares(records, cell, kinds, present) for cell in quantities.finished(records, variant)]
+        table = pd.DataFrame([s for s in shares if s is not None])
+        entries = tuple(
+            Entry(scaled(est.over_seeds(table[k]), 100))
+            if len(table)
+            else Entry(est.Estimate(math.nan, note="shown, not judged"))
+            for k in present
+        )
+        rows.append((variant.label, entries))
+    return Table(
+        f"outcomes-{model}-{data}", f"What samples were worth, {MODEL_NAMES.get(model, model)} on {data}",
+        "Share of verdicts over all completions of training; mean over runs, 95 % interval (Student's t).",
+        columns, tuple(rows), (), cells_of(own),
+    )  # fmt: skip
+
+
+def _shares(
+    records: Records, cell: str, kinds: Sequence[str], present: Sequence[str]
+) -> dict[str, float] | None:
+    totals = {k: _total(records, cell, k) for k in kinds}
+    judged = sum(totals.values())
+    return {k: totals[k] / judged for k in present} if judged else None
+
+
+def state_table(records: Records, variants: Sequence[Variant]) -> Table:
+    """How many runs of each recipe are in which state."""
+    present = [s for s in STATES if (records.cells["state"] == s).any()]
+    rows = []
+    for variant in variants:
+        states = records.cells.loc[list(variant.cells), "state"]
+        counts = tuple(
+            Entry(est.Estimate(float((states == s).sum()), n_seeds=len(states))) for s in present
+        )  # fmt: skip
+        rows.append(
+            (f"{variant.label}, {MODEL_NAMES.get(variant.model, variant.model)}, {variant.data}", counts)
+        )
+    return Table(
+        "state", "State of the runs", "Number of runs; n is how many there are of the recipe.",
+        tuple(Column(s, "", better=0, digits=0) for s in present), tuple(rows), (), cells_of(variants),
+    )  # fmt: skip

@@ -1,0 +1,130 @@
+"""Numbers of single cells and variants, from rows to estimates. Each says what it could not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis import estimates as est
+from analysis.load import Records, scores_of
+from analysis.variants import Variant
+
+PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
+"""Of training time; evaluation and checkpoints are told apart (dash_exp/ledger.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """`scores_SP`: mean verdicts; `correct_SP`: how many of n samples were correct, -1 where n differs."""
+
+    cells: tuple[str, ...]
+    seeds: tuple[int, ...]
+    prompts: tuple[str, ...]
+    scores_SP: est.Array
+    correct_SP: est.Array
+    n: int
+    notes: tuple[str, ...]
+
+
+def training_seconds(steps: pd.DataFrame) -> float:
+    """Seconds spent training: neither evaluation nor checkpoints."""
+    return float((steps["time/step_s"] - steps["time/evaluate_s"] - steps["time/checkpoint_s"]).sum())
+
+
+def steps_of(records: Records, cell: str) -> pd.DataFrame:
+    return records.steps[records.steps["cell"] == cell]
+
+
+def finished(records: Records, variant: Variant) -> tuple[str, ...]:
+    return tuple(c for c in variant.cells if records.cells.loc[c, "state"] == "finished")
+
+
+def hardware_of(records: Records, cells: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted({str(records.cells.loc[c, "hardware"]) for c in cells}))
+
+
+def time_of(records: Records, variant: Variant) -> est.Estimate:
+    """Training seconds over the finished cells of a variant; no value where their hardware differs."""
+    cells = finished(records, variant)
+    if not cells:
+        return est.Estimate(np.nan, note="no finished cell")
+    if len(machines := hardware_of(records, cells)) > 1:
+        return est.Estimate(np.nan, n_seeds=len(cells), note=f"different hardware: {'; '.join(machines)}")
+    return est.over_seeds([training_seconds(steps_of(records, c)) for c in cells])
+
+
+@cache
+def _read(folder: str, dataset: str, step: int, stamp: int) -> pd.DataFrame:
+    return scores_of(Path(folder), dataset, step)
+
+
+def scores(records: Records, variant: Variant, dataset: str, *, after: bool = True) -> Scores:
+    """Verdicts of the last evaluation (or of the one before training) of each finished cell, for the prompts
+    that all of them could judge."""
+    tables, cells, notes = [], [], []
+    for cell in finished(records, variant):
+        folder = str(records.cells.loc[cell, "folder"])
+        step = int(records.cells.loc[cell, "step"]) if after else 0
+        stamp = (Path(folder) / "eval_samples.jsonl").stat().st_mtime_ns if Path(folder).exists() else 0
+        table = _read(folder, dataset, step, stamp)
+        if table.empty:
+            notes.append(f"{cell} has no evaluation on {dataset} at step {step}")
+            continue
+        tables.append(table.set_index("prompt"))
+        cells.append(cell)
+    if not tables:
+        return Scores((), (), (), np.empty((0, 0)), np.empty((0, 0)), 0, tuple(notes))
+    common = sorted(set.intersection(*(set(t.index) for t in tables)))
+    asked = max(len(t) for t in tables)
+    if len(common) < asked:
+        notes.append(f"{asked - len(common)} of {asked} prompts of {dataset} were not judged in every run")
+    rows = [t.loc[common] for t in tables]
+    n = int(rows[0]["n"].min()) if common else 0
+    same = all((r["n"] == n).all() for r in rows)
+    correct = np.array([r["correct"].to_numpy(float) if same else np.full(len(common), -1.0) for r in rows])
+    seeds = tuple(int(records.cells.loc[c, "seed"]) for c in cells)
+    return Scores(tuple(cells), seeds, tuple(common), np.array([r["score"].to_numpy(float) for r in rows]),
+                  correct, n, tuple(notes))  # fmt: skip
+
+
+def paired(one: Scores, other: Scores) -> tuple[est.Array, est.Array]:
+    """The scores of both at the seeds and prompts that both have, in the same order."""
+    seeds = [s for s in one.seeds if s in other.seeds]
+    prompts = [p for p in one.prompts if p in set(other.prompts)]
+
+    def cut(found: Scores) -> est.Array:
+        places = {p: i for i, p in enumerate(found.prompts)}
+        columns = [places[p] for p in prompts]
+        return found.scores_SP[[found.seeds.index(s) for s in seeds]][:, columns]
+
+    if not seeds or not prompts:
+        return np.empty((0, 0)), np.empty((0, 0))
+    return cut(one), cut(other)
+
+
+def curve(records: Records, cells: Sequence[str], metric: str) -> pd.DataFrame:
+    """A metric by step: one column per cell, one row per step, NaN where a cell has none."""
+    rows = records.steps[records.steps["cell"].isin(list(cells))]
+    if metric not in rows:
+        return pd.DataFrame()
+    return rows.pivot_table(index="step", columns="cell", values=metric, observed=True)
+
+
+def seconds(records: Records, cell: str) -> pd.Series:
+    """Training seconds that had passed at the end of each step, by step."""
+    rows = steps_of(records, cell).set_index("step")
+    spent = rows["time/step_s"] - rows["time/evaluate_s"] - rows["time/checkpoint_s"]
+    return spent.cumsum()
+
+
+def eval_sets(records: Records, variants: Sequence[Variant]) -> list[str]:
+    """The labels of evaluation sets that these variants have results for, in the order they were asked."""
+    cells = [c for v in variants for c in v.cells]
+    if "dataset" not in records.evals:
+        return []
+    return list(dict.fromkeys(records.evals.loc[records.evals["cell"].isin(cells), "dataset"]))

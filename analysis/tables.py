@@ -1,0 +1,257 @@
+"""The paper's tables from records, and the tables that a reader wants beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis import estimates as est
+from analysis import paper_values, quantities
+from analysis.load import Records
+from analysis.table import Column, Entry, Table, scaled
+from analysis.variants import ARMS, Variant
+from dash_exp.statistics import pass_at_k
+
+MATH, CODE = "math", "code"
+PAPER_DATA = {"math": MATH, "mbppplus": CODE}
+"""The paper's own training sets: only beside these are its values comparable."""
+SET_NAMES = {"math500": "MATH-500", "gsm8k": "GSM8K", "mbppplus": "MBPP+", "arithmetic": "arithmetic",
+             "functions": "functions", "aime24": "AIME 2024"}  # fmt: skip
+MODEL_NAMES = {"qwen0.5b": "Qwen2.5-0.5B", "qwen1.5b": "Qwen2.5-1.5B", "qwen3b": "Qwen2.5-3B",
+               "smollm2_135m": "SmolLM2-135M"}  # fmt: skip
+UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A table of the paper: its rows, whether training time is a column, and the row that others are
+    compared with."""
+
+    number: int
+    title: str
+    task: str
+    arms: tuple[str, ...]
+    timed: bool
+    baseline: str
+
+
+ABLATION = ("base", "grpo", "no_gf", "dash")
+SAVED = "What preemptive sampling and the filter save"
+AGAINST_SFT = "RL against supervised fine-tuning"
+PAPER_TABLES = (
+    Wanted(1, f"{AGAINST_SFT}, math", MATH, ("base", "sft_h", "sft_m", "dash"), False, "base"),
+    Wanted(2, f"{AGAINST_SFT}, code", CODE, ("base", "sft_h", "dash"), False, "base"),
+    Wanted(3, f"{SAVED}, math", MATH, ABLATION, True, "grpo"),
+    Wanted(4, f"{SAVED}, code", CODE, ABLATION, True, "grpo"),
+    Wanted(
+        5, "Reusing samples, at equal training time", MATH, ("dash", "ppo_multi", "ppo_mini"), False, "dash"
+    ),
+    Wanted(6, "Without KL regularisation", MATH, ("dash", "no_kl"), True, "dash"),
+)
+
+
+def task_of(records: Records, variant: Variant) -> str:
+    """`math` or `code`, by what judges the training set."""
+    verifier = records.cells.loc[variant.cells[0]].get("config.dataset.verifier")
+    return CODE if verifier == "code" else MATH
+
+
+def paper_tables(records: Records, variants: Sequence[Variant]) -> list[Table]:
+    """Tables 1 to 6, each once per training set that has at least two of its rows."""
+    made = []
+    for wanted in PAPER_TABLES:
+        mine = [v for v in variants if v.arm in wanted.arms and task_of(records, v) == wanted.task]
+        for data in dict.fromkeys(v.data for v in mine):
+            rows = [v for v in mine if v.data == data]
+            if len({v.arm for v in rows} - {"base"}) >= min(2, len(wanted.arms) - 1):
+                made.append(paper_table(records, wanted, data, rows))
+    return made
+
+
+def paper_table(records: Records, wanted: Wanted, data: str, rows: Sequence[Variant]) -> Table:
+    """One table: methods down, models and metrics across."""
+    models = list(dict.fromkeys(v.model for v in rows))
+    columns: list[Column] = []
+    cells: dict[str, list[Entry]] = {}
+    notes: list[str] = []
+    labels = _labels(wanted, rows)
+    for model in models:
+        own = {label: next((v for v in found if v.model == model), None) for label, found in labels.items()}
+        for column, entries in _columns(records, wanted, data, model, own, notes):
+            columns.append(column)
+            for label, entry in entries.items():
+                cells.setdefault(label, []).append(entry)
+    shown = [(label, tuple(cells[label])) for label in labels]
+    twin = "" if data in PAPER_DATA else f" (twin on {data})"
+    names = [c for v in rows for c in v.cells]
+    return Table(
+        f"table{wanted.number}-{data}", f"Table {wanted.number}. {wanted.title}{twin}",
+        _caption(wanted, data), tuple(columns), _with_holm(shown), tuple(dict.fromkeys(notes)), tuple(names),
+    )  # fmt: skip
+
+
+def _labels(wanted: Wanted, rows: Sequence[Variant]) -> dict[str, list[Variant]]:
+    """Row labels in the paper's order, and the variants of each (one per model)."""
+    found: dict[str, list[Variant]] = {"Base": []} if "base" in wanted.arms else {}
+    for arm in wanted.arms:
+        for variant in (v for v in rows if v.arm == arm):
+            found.setdefault(variant.label, []).append(variant)
+    return found
+
+
+def _caption(wanted: Wanted, data: str) -> str:
+    text = (
+        "Accuracy in percent with a 95 % interval (prompts and, from three runs on, seeds resampled); n is "
+        f"seeds x prompts. Differences are to {ARMS[wanted.baseline]}, paired by seed and prompt."
+    )
+    if wanted.timed:
+        text += (
+            " Training time is without evaluation and checkpoints; 95 % interval over seeds (Student's t)."
+        )
+    if data not in PAPER_DATA:
+        text += (
+            " The paper trained other models on other data: its values for Qwen2.5-0.5B are shown as context."
+        )
+    return text
+
+
+def _columns(
+    records: Records, wanted: Wanted, data: str, model: str, own: dict[str, Variant | None], notes: list[str]
+) -> list[tuple[Column, dict[str, Entry]]]:
+    found: list[tuple[Column, dict[str, Entry]]] = []
+    present = [v for v in own.values() if v is not None]
+    group = MODEL_NAMES.get(model, model)
+    source = model if data in PAPER_DATA else "qwen0.5b"
+    if wanted.timed:
+        found.append(_time_column(records, wanted, source, group, own))
+    for dataset in quantities.eval_sets(records, present):
+        for metric in ("pass@1", "pass@8") if wanted.task == CODE else ("accuracy",):
+            entries, more = _metric(records, wanted, source, dataset, metric, own)
+            name = SET_NAMES.get(dataset, dataset)
+            heading = f"{name} {metric}" if wanted.task == CODE else name
+            found.append((Column(heading, "%", group), entries))
+            notes += more
+    return found
+
+
+def _time_column(
+    records: Records, wanted: Wanted, source: str, group: str, own: dict[str, Variant | None]
+) -> tuple[Column, dict[str, Entry]]:
+    """Training time; of all rows on one kind of hardware, or of none."""
+    times = {
+        label: quantities.time_of(records, v) if v and v.arm != "base" else est.NOTHING
+        for label, v in own.items()
+    }
+    machines = {m for v in own.values() if v and v.arm != "base" for m in
+                quantities.hardware_of(records, quantities.finished(records, v))}  # fmt: skip
+    if len(machines) > 1:
+        reason = f"rows ran on different hardware: {'; '.join(sorted(machines))}"
+        times = {label: est.Estimate(math.nan, note=reason) for label in times}
+    largest = max((t.value for t in times.values() if math.isfinite(t.value)), default=0.0)
+    unit, size = next(((u, s) for u, s in UNITS if largest >= 2 * s), UNITS[-1])
+    entries = {}
+    for label, variant in own.items():
+        paper = paper_values.seconds(wanted.task, source, variant.arm) if variant else None
+        time = times[label] if variant and variant.arm != "base" else replace(est.NOTHING, note="not trained")
+        entries[label] = Entry(scaled(time, 1 / size), None if paper is None else paper / size)
+    return Column("training time", unit, group, better=-1), entries
+
+
+def _metric(
+    records: Records, wanted: Wanted, source: str, dataset: str, metric: str, own: dict[str, Variant | None]
+) -> tuple[dict[str, Entry], list[str]]:
+    """An accuracy or pass@k column, with differences to the baseline row."""
+    found: dict[str, quantities.Scores] = {}
+    notes: list[str] = []
+    for label, variant in own.items():
+        if variant is not None:
+            found[label] = quantities.scores(records, variant, dataset, after=variant.arm != "base")
+            notes += found[label].notes
+    trained = [v for v in own.values() if v is not None and v.arm != "base"]
+    if "Base" in own and own["Base"] is None and trained:
+        found["Base"] = before_training(records, trained, dataset)
+    value = value_of(metric)
+    base_label = next((name for name, v in own.items() if (v.arm if v else "base") == wanted.baseline), None)
+    entries = {}
+    for label, variant in own.items():
+        scores = found.get(label)
+        arm = variant.arm if variant else "base"
+        paper = paper_values.percent(wanted.task, source, arm, _paper_metric(dataset, metric))
+        delta = _delta(scores, found.get(base_label or ""), value, label == base_label)
+        entries[label] = Entry(_percent(scores, value), paper, delta)
+    return entries, notes
+
+
+def before_training(records: Records, variants: Sequence[Variant], dataset: str) -> quantities.Scores:
+    """The base model's verdicts: the evaluation before training, of one run (all runs share it)."""
+    for variant in variants:
+        found = quantities.scores(records, variant, dataset, after=False)
+        if found.cells:
+            return replace(found, cells=found.cells[:1], seeds=found.seeds[:1], scores_SP=found.scores_SP[:1],
+                           correct_SP=found.correct_SP[:1])  # fmt: skip
+    return quantities.Scores((), (), (), np.empty((0, 0)), np.empty((0, 0)), 0, ())
+
+
+Value = Callable[[quantities.Scores], est.Array]
+
+
+def value_of(metric: str) -> Value:
+    """From verdicts to a value per seed and prompt: the mean verdict, or pass@k of all samples."""
+    if metric == "accuracy":
+        return lambda scores: scores.scores_SP
+    k = int(metric.partition("@")[2])
+
+    def of_k(scores: quantities.Scores) -> est.Array:
+        if scores.n < k or (scores.correct_SP < 0).any():
+            return np.empty((0, 0))
+        table = np.array([pass_at_k(scores.n, c, k) for c in range(scores.n + 1)])
+        return np.asarray(table[scores.correct_SP.astype(int)])
+
+    return of_k
+
+
+def _percent(scores: quantities.Scores | None, value: Value) -> est.Estimate:
+    if scores is None or not scores.cells:
+        return est.NOTHING
+    values = value(scores)
+    if values.size == 0:
+        return est.Estimate(math.nan, note=f"k is more than the {scores.n} samples there are")
+    return scaled(est.accuracy(values), 100)
+
+
+def _delta(
+    scores: quantities.Scores | None, base: quantities.Scores | None, value: Value, is_base: bool
+) -> est.Difference | None:
+    if is_base or scores is None or base is None or not scores.cells or not base.cells:
+        return None
+    one, other = value(scores), value(base)
+    if one.size == 0 or other.size == 0:
+        return None
+    if len(base.seeds) == 1:  # an untrained model: the same for every seed
+        base = replace(base, seeds=scores.seeds, scores_SP=np.repeat(other, len(scores.seeds), axis=0))
+        other = base.scores_SP
+    a, b = quantities.paired(replace(scores, scores_SP=one), replace(base, scores_SP=other))
+    if a.size == 0:
+        return None
+    found = est.difference(a, b)
+    return est.Difference(scaled(found.estimate, 100), found.p)
+
+
+def _paper_metric(dataset: str, metric: str) -> str:
+    if metric != "accuracy":
+        return metric
+    return dataset if dataset in paper_values.SETS else "math500"
+
+
+def _with_holm(rows: list[tuple[str, tuple[Entry, ...]]]) -> tuple[tuple[str, tuple[Entry, ...]], ...]:
+    """P values adjusted over all differences of a table."""
+    places = [(i, j) for i, (_, entries) in enumerate(rows) for j, e in enumerate(entries) if e.delta]
+    adjusted = est.holm([rows[i][1][j].delta.p for i, j in places])  # type: ignore[union-attr]
+    values = dict(zip(places, adjusted, strict=True))
+    return tuple(
+        (label, tuple(replace(e, p_adjusted=values.get((i, j), math.nan)) for j, e in enumerate(entries)))
+        for i, (label, entries) in enumerate(rows)
+    )

@@ -1,0 +1,139 @@
+"""Which cells are runs of one recipe, and what to call it. Nothing is ever averaged across settings that
+differ: two cells are of one variant when their frozen configs are equal but for the seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis.load import Problem, Records
+
+ARMS = {
+    "base": "Base",
+    "sft_h": "SFT-H",
+    "sft_m": "SFT-M",
+    "grpo": "GRPO",
+    "no_gf": "No-GF",
+    "dash": "DASH",
+    "no_kl": "No-KL",
+    "ppo_multi": "Multi",
+    "ppo_mini": "Mini",
+    "pg": "PG",
+    "rloo": "RLOO",
+    "dr_grpo": "Dr. GRPO",
+}
+"""The paper's names, in the order of its tables; other arms follow by their own names."""
+
+OF_THE_ARM = (
+    "config.algorithm.", "config.filter.name", "config.filter.threshold", "config.sampler.schedule",
+)  # fmt: skip
+"""Settings that an arm's name stands for, unless two variants of it differ in them."""
+PLACES = ("path", "traces")
+"""Last part of the keys of files: where they lie does not make another recipe."""
+PARTNER = "config.budget.match"
+"""Another cell's id, one for each seed: all of them mean `as long as the partner`."""
+SIZES = {
+    "config.algorithm.prompts_per_step": "prompts",
+    "config.algorithm.group_size": "G",
+    "config.sampler.streaming": "streaming",
+    "config.filter.threshold": "threshold",
+    "config.algorithm.beta": "beta",
+    "config.algorithm.steps": "steps",
+    "config.learner.lr": "lr",
+}
+"""Short words for what variants often differ in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Runs of one recipe: `cells` by seed, of one model on one dataset. `label` names it among the others."""
+
+    key: str
+    arm: str
+    model: str
+    data: str
+    label: str
+    cells: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+def variants(records: Records) -> list[Variant]:
+    """All variants, in the order of the paper's arms, then of labels."""
+    settings = _settings(records.cells)
+    keys = settings.apply(_digest, axis=1)
+    order = {arm: place for place, arm in enumerate(ARMS)}
+    found = []
+    groups = ["arm", "model", "data"]
+    for (arm, model, data), same in records.cells.groupby(groups, sort=False):
+        own = keys.loc[same.index]
+        same = same.assign(done=same["state"] == "finished")
+        labels = _labels(str(arm), settings.loc[same.index], own)
+        for key in own.unique():
+            cells = same.loc[own.index[own == key]].sort_values(["seed", "done", "started"])
+            cells = cells.drop_duplicates("seed", keep="last")  # `repeated` tells of them
+            found.append(Variant(key, str(arm), str(model), str(data), labels[key], tuple(cells.index),
+                                 tuple(int(s) for s in cells["seed"])))  # fmt: skip
+    return sorted(found, key=lambda v: (v.data, v.model, order.get(v.arm, len(order)), v.arm, v.label))
+
+
+def repeated(records: Records, found: Sequence[Variant]) -> list[Problem]:
+    """Cells left out because another has the same recipe and seed (other code, or an older record)."""
+    used = {cell for variant in found for cell in variant.cells}
+    return [
+        Problem(cell, "left out: another cell has the same recipe and seed, finished or later")
+        for cell in records.cells.index if cell not in used
+    ]  # fmt: skip
+
+
+def _settings(cells: pd.DataFrame) -> pd.DataFrame:
+    """What distinguishes recipes: every setting but the seed and the places of files."""
+    columns = [
+        name for name in cells.columns
+        if name.startswith("config.") and name != "config.seed" and name.rpartition(".")[2] not in PLACES
+    ]  # fmt: skip
+    table = cells[columns].astype(object)
+    if PARTNER in table:
+        table[PARTNER] = table[PARTNER].where(table[PARTNER] == "null", "partner")
+    for column in table.columns[table.isna().any()]:
+        known = table[column].dropna().map(str).unique()
+        if len(known) == 1:  # older records lack the key: what all others have is what it meant
+            table[column] = known[0]
+    return table
+
+
+def _digest(row: pd.Series) -> str:
+    text = json.dumps({k: str(v) for k, v in row.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _labels(arm: str, settings: pd.DataFrame, keys: pd.Series) -> dict[str, str]:
+    """A name per variant: the arm's, and where it has several, what they differ in."""
+    name = ARMS.get(arm, arm)
+    first = {key: settings.loc[keys.index[keys == key][0]] for key in keys.unique()}
+    if len(first) == 1:
+        return dict.fromkeys(first, name)
+    table = pd.DataFrame(first).T.map(str)
+    differing = [column for column in table if table[column].nunique() > 1]
+    shown = _enough(table, [c for c in SIZES if c in differing] + [c for c in differing if c not in SIZES])
+    return {key: f"{name} ({', '.join(f'{_short(c)} {table.loc[key, c]}' for c in shown)})" for key in first}
+
+
+def _enough(table: pd.DataFrame, columns: Sequence[str]) -> list[str]:
+    """The first columns that tell all rows apart."""
+    chosen: list[str] = []
+    for column in columns:
+        if len(table[[*chosen, column]].drop_duplicates()) > (
+            len(table[chosen].drop_duplicates()) if chosen else 1
+        ):
+            chosen.append(column)
+        if chosen and len(table[chosen].drop_duplicates()) == len(table):
+            break
+    return chosen
+
+
+def _short(column: str) -> str:
+    return SIZES.get(column, column.removeprefix("config."))

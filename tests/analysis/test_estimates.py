@@ -1,0 +1,159 @@
+"""Estimates against scipy, brute force and hand-worked cases."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis import estimates as est
+
+
+def test_mean_over_seeds_has_students_interval() -> None:
+    values = [0.60, 0.66, 0.72]
+    found = est.over_seeds(values)
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert found.value == pytest.approx(0.66)
+    assert (found.low, found.high) == pytest.approx((low, high))
+    # by hand: s = 0.06, s / sqrt(3) = 0.034641, t(0.975, 2) = 4.302653, half = 0.149048
+    assert found.high - found.value == pytest.approx(0.149048, abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.5, 0.7]])
+def test_too_few_seeds_have_no_interval_and_say_so(values: list[float]) -> None:
+    found = est.over_seeds(values)
+    assert not found.has_interval and f"{len(values)} seed" in found.note
+
+
+def test_a_value_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be numbers"):
+        est.over_seeds([0.5, math.nan, 0.7])
+
+
+def test_students_interval_covers_what_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = sum(
+        (found := est.over_seeds(rng.normal(1.0, 0.3, 3))).low <= 1.0 <= found.high for _ in range(4000)
+    )
+    assert 0.93 < hits / 4000 < 0.97  # 0.95, standard error 0.0034
+
+
+def test_iqm_drops_a_quarter_at_each_end() -> None:
+    assert est.iqm([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -100.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert est.iqm([1.0, 2.0, 6.0]) == pytest.approx(3.0)
+
+
+def test_interval_of_another_centre_is_wider_than_the_plain_percentiles() -> None:
+    values = np.array([0.2, 0.4, 0.5, 0.55, 0.7, 0.9])
+    found = est.centre_over_seeds(values, est.iqm, seed=3)
+    plain = stats.bootstrap((values,), lambda x: est.iqm(x), method="percentile", vectorized=False,
+                            n_resamples=4000, rng=np.random.default_rng(0)).confidence_interval  # fmt: skip
+    assert found.low < plain.low and found.high > plain.high
+    assert values.min() <= found.low and found.high <= values.max()
+
+
+def test_accuracy_resamples_seeds_and_prompts() -> None:
+    """Seeds differ, prompts do not: all the noise is of seeds, and prompts alone would hide it."""
+    scores = np.repeat(np.array([[0.2], [0.5], [0.8]]), 100, axis=1)
+    found = est.accuracy(scores)
+    assert found.value == pytest.approx(0.5) and found.n_seeds == 3 and found.n_prompts == 100
+    assert found.low <= 0.3 and found.high >= 0.7
+    split = est.noise(scores)
+    assert split.prompts == 0.0
+    assert split.seeds == pytest.approx(0.3 / math.sqrt(3))
+
+
+def test_accuracy_of_one_run_is_over_prompts_only() -> None:
+    rng = np.random.default_rng(0)
+    scores = (rng.random((1, 400)) < 0.4).astype(float)
+    found = est.accuracy(scores)
+    half = 1.96 * scores.std() / math.sqrt(400)
+    assert "1 seed" in found.note
+    assert found.high - found.value == pytest.approx(half, rel=0.1)
+
+
+def test_bootstrap_means_have_the_variance_of_both_sources() -> None:
+    """Var of the pigeonhole bootstrap for crossed effects a_s + b_p: var(a)/S + var(b)/P (population
+    variances; the product of weights adds nothing to an additive table)."""
+    a, b = np.array([0.0, 0.3, 0.9]), np.linspace(-0.5, 0.5, 50)
+    means = est.resampled_means(a[:, None] + b[None, :], resamples=60_000)
+    assert means.var() == pytest.approx(a.var() / 3 + b.var() / 50, rel=0.03)
+
+
+def test_difference_is_paired() -> None:
+    """Both arms swing with the seed by the same amount: their difference does not."""
+    rng = np.random.default_rng(2)
+    base = np.clip(rng.random((3, 200)) * 0.2 + np.array([[0.1], [0.4], [0.7]]), 0, 1)
+    found = est.difference(base + 0.05, base)
+    assert found.estimate.value == pytest.approx(0.05)
+    assert found.estimate.high - found.estimate.low < 1e-9
+    assert found.p < 1e-6
+
+
+def test_paired_p_is_scipys() -> None:
+    one, other = np.array([0.61, 0.70, 0.66, 0.72]), np.array([0.60, 0.66, 0.67, 0.65])
+    assert est.paired_p(one, other) == pytest.approx(stats.ttest_rel(one, other).pvalue)
+    assert math.isnan(est.paired_p(one[:2], other[:2]))
+    assert est.paired_p(one, one) == 1.0
+
+
+def test_pairs_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="equal shapes"):
+        est.difference(np.zeros((3, 20)), np.zeros((3, 21)))
+
+
+def test_holm_by_hand() -> None:
+    # sorted 0.005 0.01 0.03 0.04 -> x4, x3, x2, x1 = 0.02 0.03 0.06 0.04 -> monotone 0.02 0.03 0.06 0.06
+    assert est.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert est.holm([0.6, 0.9]) == [1.0, 1.0]
+    with_gap = est.holm([0.01, math.nan, 0.02])
+    assert with_gap[0] == pytest.approx(0.02) and math.isnan(with_gap[1])
+
+
+def test_speed_up_is_a_ratio_with_a_ratio_s_interval() -> None:
+    found = est.speed_up([40.0, 44.0, 42.0], [10.0, 11.0, 10.5])
+    assert found.value == pytest.approx(4.0)
+    assert found.low == pytest.approx(4.0) and found.high == pytest.approx(4.0)
+    swapped = est.speed_up([10.0, 12.0, 14.0], [40.0, 44.0, 42.0])
+    forth = est.speed_up([40.0, 44.0, 42.0], [10.0, 12.0, 14.0])
+    assert swapped.value == pytest.approx(1 / forth.value)
+    assert (swapped.low, swapped.high) == pytest.approx((1 / forth.high, 1 / forth.low))
+
+
+def test_time_to_accuracy() -> None:
+    values, times = np.array([0.1, 0.2, 0.6, 0.7, 0.8]), np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    # means of two: .15 .4 .65 .75 -> 0.64 is reached at time 4
+    assert est.time_to(values, times, 0.64, window=2) == 4.0
+    assert math.isnan(est.time_to(values, times, 0.9, window=2))
+    assert math.isnan(est.time_to(values[:1], times[:1], 0.0, window=2))
+
+
+def test_pass_at_k_curve_against_brute_force() -> None:
+    outcomes = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    counts = np.repeat(np.array([[sum(o) for o in outcomes]]), 1, axis=0)
+    counts = np.tile(counts, (1, 10))  # thirty prompts
+    curve = est.pass_at_k_curve(counts, 4, [1, 2, 4, 8])
+    for k, found in zip((1, 2, 4), curve, strict=False):
+        brute = np.mean([np.mean([any(c) for c in itertools.combinations(o, k)]) for o in outcomes])
+        assert found.value == pytest.approx(brute)
+        assert found.low < found.value < found.high
+    assert math.isnan(curve[3].value) and "k = 8 > n = 4" in curve[3].note
+
+
+def test_crossing_is_linear_in_log_k() -> None:
+    assert est.crossing([1, 4], [0.6, 0.8], [0.4, 1.0]) == pytest.approx([2.0])
+    assert est.crossing([1, 2, 4], [0.5, 0.6, 0.7], [0.4, 0.5, 0.6]) == []
+
+
+def test_instability_ignores_the_trend() -> None:
+    place = np.linspace(0, 1, 40)
+    trend = 0.2 + 0.5 * place - 0.3 * place**2  # what a local quadratic follows exactly
+    assert est.instability(trend) == pytest.approx(0.0, abs=1e-12)
+    swings = np.array(
+        [est.instability(trend + np.random.default_rng(i).normal(0, 0.05, 40)) for i in range(300)]
+    )
+    assert math.sqrt((swings**2).mean()) == pytest.approx(0.05, rel=0.05)  # unbiased in the square
+    assert math.isnan(est.instability(trend[:11]))

@@ -1,0 +1,234 @@
+"""From folders to a report: what is read, what is left out and said, and that nothing is averaged unasked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analysis import quantities
+from analysis.__main__ import main
+from analysis.claims import findings
+from analysis.load import load
+from analysis.make import Report, differences, make, write
+from analysis.variants import repeated, variants
+from dash_exp.errors import UserError
+from dash_exp.record import write_json
+from tests.analysis.folders import CPU, config, make_cell, step_row
+from tests.conftest import REPOSITORY
+
+PROMPTS = 40
+
+
+def verdicts(correct: int) -> list[float]:
+    return [1.0] * correct + [0.0] * (PROMPTS - correct)
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    return pair_of_arms(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pair_of_arms(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def report(pair: Path) -> Report:
+    return make(load([pair]))
+
+
+def pair_of_arms(tmp_path: Path) -> Path:
+    """DASH and GRPO at three seeds: DASH a little better, and four times as fast."""
+    for seed in range(3):
+        make_cell(tmp_path, f"dash-smollm2_135m-arithmetic-s{seed}-d000000{seed}", config("dash", seed),
+                  step_s=10.0, before=verdicts(10), after=verdicts(30 + seed))  # fmt: skip
+        make_cell(tmp_path, f"grpo-smollm2_135m-arithmetic-s{seed}-e000000{seed}", config("grpo", seed),
+                  step_s=40.0, before=verdicts(10), after=verdicts(26 + seed))  # fmt: skip
+    return tmp_path
+
+
+def row_of(text: str, row: str, column: str) -> dict[str, str]:
+    return next(r for r in csv.DictReader(io.StringIO(text)) if r["row"] == row and r["column"] == column)
+
+
+def test_a_table_by_hand(report: Report) -> None:
+    text = report.files["tables/table3-arithmetic.csv"].decode()
+    time = row_of(text, "DASH", "training time")
+    assert (float(time["value"]), time["unit"]) == (
+        pytest.approx(40.0 / 60),
+        "min",
+    )  # 4 x 10 s, no checkpoints
+    assert float(time["paper"]) == pytest.approx(6.6 * 60)
+    accuracy = row_of(text, "DASH", "arithmetic")
+    assert float(accuracy["value"]) == pytest.approx(100 * (30 + 31 + 32) / 3 / PROMPTS)
+    assert (accuracy["n_seeds"], accuracy["n_prompts"]) == ("3", str(PROMPTS))
+    assert float(accuracy["delta"]) == pytest.approx(100 * 4 / PROMPTS)
+    base = row_of(text, "Base", "arithmetic")
+    assert float(base["value"]) == pytest.approx(25.0)
+
+
+def test_claims_are_decided_by_intervals(outputs: Path) -> None:
+    records = load([outputs])
+    told = {f.claim: f for f in findings(records, variants(records))}
+    faster = told["DASH needs less training time than GRPO."]
+    assert faster.verdict == "supported" and faster.effect.value == pytest.approx(4.0)
+    same = told["DASH loses no accuracy against GRPO."]
+    assert same.verdict != "supported"  # ten points better is not the same
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    make_cell(tmp_path, "dash-m-d-s0-d0000000", config("dash"), after=verdicts(30))
+    make_cell(tmp_path, "grpo-m-d-s0-e0000000", config("grpo"), step_s=40.0, after=verdicts(10))
+    records = load([tmp_path])
+    told = findings(records, variants(records))
+    assert told and {f.verdict for f in told} == {"undecided"}
+    assert all("1 seed" in f.effect.note for f in told)
+
+
+def test_times_of_different_hardware_are_not_mixed(outputs: Path) -> None:
+    make_cell(outputs, "dash-smollm2_135m-arithmetic-s3-d0000003", config("dash", 3), step_s=1.0,
+              after=verdicts(30), hardware={**CPU, "cpu": "Faster CPU"})  # fmt: skip
+    records = load([outputs])
+    dash = next(v for v in variants(records) if v.arm == "dash")
+    found = quantities.time_of(records, dash)
+    assert math.isnan(found.value) and "different hardware" in found.note
+    text = make(records, pictures=False).files["tables/table3-arithmetic.csv"].decode()
+    assert row_of(text, "GRPO", "training time")["value"] == ""  # beside it there would be a wrong comparison
+
+
+def test_settings_that_differ_are_not_averaged(outputs: Path) -> None:
+    make_cell(outputs, "dash-smollm2_135m-arithmetic-s0-f0000000", config("dash", 0, filter__threshold=0.6),
+              after=verdicts(20))  # fmt: skip
+    labels = {v.label: len(v.cells) for v in variants(load([outputs])) if v.arm == "dash"}
+    assert labels == {"DASH (threshold 0.1)": 3, "DASH (threshold 0.6)": 1}
+
+
+def test_an_older_record_lacks_keys_and_is_the_same_recipe(outputs: Path) -> None:
+    newer = config("dash", 3)
+    newer["sampler"]["waves"] = 4
+    make_cell(outputs, "dash-smollm2_135m-arithmetic-s3-d0000003", newer, after=verdicts(30))
+    dash = [v for v in variants(load([outputs])) if v.arm == "dash"]
+    assert [len(v.cells) for v in dash] == [4]
+
+
+def test_the_same_seed_twice_counts_once(outputs: Path) -> None:
+    make_cell(outputs, "dash-smollm2_135m-arithmetic-s0-f0000000", config("dash", 0), rewards=(0.1,),
+              state="failed")  # fmt: skip
+    records = load([outputs])
+    found = variants(records)
+    dash = next(v for v in found if v.arm == "dash")
+    assert dash.seeds == (0, 1, 2) and dash.cells[0].endswith("d0000000")  # the finished one
+    assert [p.where for p in repeated(records, found)] == ["dash-smollm2_135m-arithmetic-s0-f0000000"]
+
+
+def test_torn_lines_and_redone_steps(outputs: Path) -> None:
+    folder = outputs / "cells" / "dash-smollm2_135m-arithmetic-s0-d0000000"
+    with (folder / "steps.jsonl").open("a") as stream:
+        stream.write('{"attempt": 1, "step": 5, "rew\n')
+        stream.write(json.dumps({"attempt": 2, **step_row(4, 0.5, 20.0)}) + "\n")
+        stream.write(json.dumps({"attempt": 2, **step_row(5, 0.9, 20.0)}) + "\n")  # beyond the end
+    records = load([outputs])
+    rows = quantities.steps_of(records, folder.name)
+    assert list(rows["step"]) == [1, 2, 3, 4]
+    assert rows["reward/mean"].iloc[-1] == 0.5
+    assert any("1 torn lines" in p.what for p in records.problems)
+
+
+def test_what_is_missing_is_listed(outputs: Path) -> None:
+    sweep = outputs / "sweeps" / "pair"
+    sweep.mkdir(parents=True)
+    names = [f"dash-smollm2_135m-arithmetic-s{s}-d000000{s}" for s in range(4)]
+    write_json(sweep / "manifest.json", {"format": 1, "name": "pair", "cells": [{"folder": n} for n in names],
+                                         "waiting": []})  # fmt: skip
+    records = load([sweep])
+    assert len(records.cells) == 3
+    assert [(p.where, "not there" in p.what) for p in records.problems] == [(names[3], True)]
+    assert records.cells["sweeps"].iloc[0] == ("pair",)
+
+
+def test_equal_ids_with_different_content_are_refused(outputs: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    make_cell(other, "dash-smollm2_135m-arithmetic-s0-d0000000", config("dash", 0, algorithm__beta=0.0))
+    with pytest.raises(UserError, match="two different cells"):
+        load([outputs, other])
+
+
+def test_the_same_data_give_the_same_bytes(report: Report, pair: Path, tmp_path: Path) -> None:
+    again = make(load([shutil.copytree(pair, tmp_path / "elsewhere")]))
+    wrong = [name for name, data in report.files.items() if again.files[name] != data]
+    assert wrong == [] and again.files.keys() == report.files.keys()
+
+
+def test_check_fails_when_a_table_no_longer_follows(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    write(make(load([outputs]), pictures=False), out)
+    assert main([str(outputs), "--out", str(out), "--check"]) == 0
+    table = out / "tables" / "table3-arithmetic.csv"
+    table.write_text(table.read_text().replace("77.5", "97.5"))
+    capsys.readouterr()
+    assert main([str(outputs), "--out", str(out), "--check"]) == 1
+    assert "tables/table3-arithmetic.csv does not follow" in capsys.readouterr().out
+
+
+def test_a_second_writing_touches_nothing(outputs: Path, tmp_path: Path) -> None:
+    report, out = make(load([outputs]), pictures=False), tmp_path / "report"
+    write(report, out)
+    times = {p: os.stat(p).st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    write(report, out)
+    assert times == {p: os.stat(p).st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    assert differences(report, out) == []
+
+
+def test_the_page_stands_alone(report: Report) -> None:
+    text = report.files["report.html"].decode()
+    assert "http://" not in text and "https://" not in text and "<script" not in text
+    assert 'name="viewport"' in text
+    assert text.count("data:image/png;base64,") >= 4
+
+
+@pytest.mark.parametrize("state", ["running", "failed", "interrupted"])
+def test_an_unfinished_cell_is_told_and_not_averaged(outputs: Path, state: str) -> None:
+    make_cell(
+        outputs, "dash-smollm2_135m-arithmetic-s3-d0000003", config("dash", 3), rewards=(0.1,), state=state
+    )
+    records = load([outputs])
+    dash = next(v for v in variants(records) if v.arm == "dash")
+    assert quantities.time_of(records, dash).n_seeds == 3
+    assert any(state in p.what for p in records.problems)
+
+
+@pytest.mark.parametrize(
+    ("make_place", "told"),
+    [(lambda p: p / "nowhere", "is not a folder"), (lambda p: p, "holds no cells")],
+)
+def test_a_place_without_cells_is_refused(
+    tmp_path: Path, make_place: object, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = make_place(tmp_path)  # type: ignore[operator]
+    assert main([str(place), "--out", str(tmp_path / "report")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_analysis_imports_no_torch() -> None:
+    code = "import sys, analysis.make, analysis.live, analysis.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_live_shows_a_line_per_run(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["live", str(outputs), "--once"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "6 finished" in lines[0]
+    assert sum("DASH" in line and "4/4" in line for line in lines) == 3
