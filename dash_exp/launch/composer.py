@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -141,6 +142,7 @@ class Composer:
 
     def __init__(self, places: Sequence[str] = ()):
         self._places = list(places)
+        self._faults: dict[str, list[Fault]] = {}
         self._pieces: dict[str, Piece] = {}
         self._bases: dict[tuple[str, ...], Base | list[Fault]] = {}
         self._schema = OmegaConf.structured(Config)
@@ -157,14 +159,17 @@ class Composer:
 
     def faults_of(self, text: str) -> list[Fault]:
         """What is wrong with an override taken alone."""
-        parsed, faults = parse([text])
-        for override in parsed:
-            if override.is_sweep_override():
-                what = f"got several values: {text}"
-                faults.append(Fault(override.get_key_element(), what, "quote one value with commas"))
-            else:
-                faults += override_faults(override, self.options)
-        return faults
+        if text not in self._faults:
+            parsed, self._faults[text] = parse([text])
+            for override in parsed:
+                self._faults[text] = self._alone(override, text)
+        return self._faults[text]
+
+    def _alone(self, override: Override, text: str) -> list[Fault]:
+        if override.is_sweep_override():
+            what = f"got several values: {text}"
+            return [Fault(override.get_key_element(), what, "a cell has one; quote a value that has commas")]
+        return [] if self._kept(override, text).plain else override_faults(override, self.options)
 
     def compose(self, overrides: Sequence[str]) -> Composition:
         """Raises UserError with what is wrong with these overrides together."""
@@ -201,14 +206,25 @@ class Composer:
             parsed, faults = parse([text])
             if faults:
                 raise UserError(faults)
-            self._pieces[text] = self._read(parsed[0], text)
+            return self._kept(parsed[0], text)
+        return self._pieces[text]
+
+    def _kept(self, override: Override, text: str) -> Piece:
+        if text not in self._pieces:
+            self._pieces[text] = self._read(override, text)
         return self._pieces[text]
 
     def _read(self, override: Override, text: str) -> Piece:
         key, value = override.key_or_group, override.value()
         composed = Piece(text, key, key in self.options and not isinstance(value, dict))
         changes = override.is_delete() or override.is_add() or override.is_force_add() or override.package
-        if changes or isinstance(value, dict) or "${" in text or not is_leaf(key):
+        if (
+            override.is_sweep_override()
+            or changes
+            or isinstance(value, dict)
+            or "${" in text
+            or not is_leaf(key)
+        ):
             return composed
         if composed.chooses or key.partition(".")[0] in COMPOSED:
             return composed
@@ -238,6 +254,7 @@ def _faults_together(overrides: Sequence[str]) -> list[Fault]:
     return find_faults(overrides, checked=False) or [Fault("config", f"{told}: cannot be composed")]
 
 
+@functools.cache
 def is_leaf(key: str) -> bool:
     """Whether a dotted key leads through dataclasses to a value, or a list."""
     above = key.rpartition(".")[0]
