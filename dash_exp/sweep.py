@@ -63,6 +63,7 @@ def parser_of(command: str) -> Parser:
         add("--failed", action="store_true", help="only cells that failed")
     if command in ("launch", "retry"):
         add("--wait", action="store_true", help="follow it; exit code 1 if a cell failed")
+    if command in ("plan", "launch", "retry"):
         add("-n", "--n-jobs", type=int, metavar="N", help="cells at once on this machine")
     _add_own(parser, command)
     return parser

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dash_exp.errors import UserError
 from dash_exp.launch import journal
 from dash_exp.launch.cancel import cancel
-from dash_exp.launch.endings import is_cancelled
 from dash_exp.launch.lookup import select
 from dash_exp.launch.status import Watched, watch
 from dash_exp.launch.watching import (
@@ -44,47 +43,44 @@ def list_command(args: Namespace) -> int:
 
 
 def plan_command(args: Namespace) -> int:
-    from dash_exp.launch.planning import plan_named, scripts
+    from dash_exp.launch.planning import order_of, scripts
     from dash_exp.launch.preview import preview
     from dash_exp.launch.report import plan_view
 
-    order = plan_named(args.sweep, args.overrides, root_of(args.overrides))
-    made = preview(order.plan, order.root, scripts(order))
+    order = order_of(args.sweep, args.overrides, root_of(args.overrides), args.n_jobs)
+    texts, faults = scripts(order)
+    made = preview(order.plan, order.root, texts)
     if args.json:
-        say_json(made.as_json())
+        say_json({**made.as_json(), "refused": [str(fault) for fault in faults]})
     else:
         out(plan_view(made))
+    if faults:
+        raise UserError(faults, "launching it would be refused")
     return OK
 
 
 def launch_command(args: Namespace) -> int:
-    from dash_exp.launch.planning import plan_named, start
+    from dash_exp.launch.planning import order_of, start
 
-    overrides = [*args.overrides, "run.force=true"] if args.force else list(args.overrides)
-    order = plan_named(args.sweep, overrides, root_of(overrides))
-    for cell in order.plan.cells:  # a launch is a request for what was cancelled, too
-        folder = cell.cell.folder(order.root)
-        if is_cancelled(journal.read(folder)):
-            journal.note(folder, "retry")
-    return start(order, args.n_jobs, args.wait)
+    overrides = [*args.overrides, *(["run.force=true"] if args.force else [])]
+    return start(order_of(args.sweep, overrides, root_of(overrides), args.n_jobs), args.wait)
 
 
 def retry_command(args: Namespace) -> int:
+    manifest, patterns = needed(args)
+    wanted = ("failed",) if args.failed else ("failed", "interrupted", "cancelled")
+    chosen = chosen_of(watch(manifest), patterns)
+    ready = [one for one in chosen if one.cell.state in wanted]
+    others = [one for one in chosen if one not in ready]
+    left = f"; the others: {_states(others)}" if others else ""
+    say(f"{len(ready)} of {len(chosen)} cells start anew{left}")
+    if not ready:
+        return OK
     from dash_exp.launch.planning import again, start
 
-    manifest, patterns = needed(args)
-    state = watch(manifest)
-    wanted = ("failed",) if args.failed else ("failed", "interrupted", "cancelled")
-    chosen = chosen_of(state, patterns)
-    ready = [one for one in chosen if one.cell.state in wanted]
-    for one in ready:
+    for one in ready:  # budgets of retries count anew
         journal.note(one.cell.folder, "retry")
-    others = [one for one in chosen if one not in ready]
-    say(
-        f"{len(ready)} of {len(chosen)} cells start anew"
-        + (f"; the others: {_states(others)}" if others else "")
-    )
-    return start(again(manifest), args.n_jobs, args.wait) if ready else OK
+    return start(again(manifest, [one.entry.folder for one in ready], args.n_jobs), args.wait)
 
 
 def _states(cells: Sequence[Watched]) -> str:

@@ -12,12 +12,10 @@ from typing import Any
 import yaml
 
 from dash_exp import provenance
-from dash_exp.cells import Cell
 from dash_exp.launch import queue
 from dash_exp.launch.estimate import LOADER, hours_by_profile, profile
 from dash_exp.launch.jobs import Plan, PlannedCell, Resources
 from dash_exp.launch.lookup import labels, launched_folders
-from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.states import CellState, Reading, asked_about, states_from
 from dash_exp.record import read_json
 
@@ -157,12 +155,3 @@ def _frozen(cell: PlannedCell, root: Path) -> Mapping[str, Any]:
         return cell.cell.frozen
     loaded: dict[str, Any] = yaml.load((cell.cell.folder(root) / "config.yaml").read_text("utf-8"), LOADER)
     return loaded
-
-
-def plan_of(manifest: Manifest) -> Plan:
-    """A launched sweep as a plan again: its cells are frozen, so nothing is composed."""
-    cells = tuple(
-        PlannedCell(Cell(e.id, e.folder.removesuffix(f"-{e.id}"), {}, ""), e.overrides, e.resources, e.needs)
-        for e in manifest.entries
-    )
-    return Plan(manifest.name, cells, manifest.waiting, 0, manifest.actions, manifest.about)

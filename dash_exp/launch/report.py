@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -69,14 +68,14 @@ def status_view(state: SweepState, chosen: Sequence[Watched], long: bool) -> Ren
     parts += _more(len(chosen))
     if state.waiting and len(chosen) == len(state.cells):
         parts += waiting_lines(str(w.traces.path) for w in state.waiting)
-    parts += endings(chosen, long)
+    parts += endings(state.manifest.name, chosen, long)
     parts += advice(state)
     return Group(*parts)
 
 
 def head(state: SweepState) -> RenderableType:
-    left = left_text(state.eta_s)
-    lines = [f"{state.manifest.name}   {counts_text(state.counts)}" + (f"; about {left}" if left else "")]
+    left = f", about {left_text(state.eta_s)}" if state.eta_s is not None else ""
+    lines = [state.manifest.name, counts_text(state.counts) + left]
     facts = state.controller
     if facts and facts.get("alive") is not False:
         place = f"process {facts['pid']}" + (f" on {facts['host']}" if facts.get("host") else "")
@@ -126,21 +125,26 @@ def waiting_lines(traces: Iterable[str]) -> list[RenderableType]:
     return [Text(line) for line in lines]
 
 
-def endings(chosen: Sequence[Watched], long: bool) -> list[RenderableType]:
-    """Why cells failed, and the end of what they said; of the first few only, unless asked for `long`."""
+def endings(name: str, chosen: Sequence[Watched], long: bool) -> list[RenderableType]:
+    """Why cells of a sweep failed, and the end of what they said; of the first few only, unless asked for
+    `long`."""
     ended = [one for one in chosen if one.cell.state == "failed" or (long and one.cell.attempt)]
     shown = ended if long else ended[:SHOWN_FAILURES]
-    parts: list[RenderableType] = []
-    for one in shown:
-        cell = one.cell
-        why = ": ".join(text for text in (cell.failure_class, cell.failure) if text) or cell.note
-        parts += [Text(""), Text(f"{one.label} ({one.entry.id}), {cell.state}" + (f": {why}" if why else ""))]
-        lines = end_of_output(cell.folder, LONG_END if long else SHORT_END)
-        parts.append(Padding(Text("\n".join(f"| {line}" for line in lines), style="dim"), (0, 0, 0, 2)))
+    parts = [part for one in shown for part in ending(one, LONG_END if long else SHORT_END)]
     if len(ended) > len(shown):
-        parts += [Text(""), Text(f"... and {len(ended) - len(shown)} more have failed: status "
-                                 f"{chosen[0].entry.id if not chosen else '<sweep>'} --failed")]  # fmt: skip
+        more = len(ended) - len(shown)
+        parts.append(Text(f"\n{more} more failed: python -m dash_exp.sweep status {name} --failed"))
     return parts
+
+
+def ending(one: Watched, count: int) -> list[RenderableType]:
+    cell = one.cell
+    why = ": ".join(text for text in (cell.failure_class, cell.failure) if text) or cell.note
+    quoted = Table.grid(padding=(0, 1, 0, 0))
+    for line in end_of_output(cell.folder, count):
+        quoted.add_row("  |", Text(line, overflow="fold"), style="dim")
+    head_line = f"\n{one.label} ({one.entry.id}), {cell.state}" + (f": {why}" if why else "")
+    return [Text(head_line), quoted]
 
 
 def advice(state: SweepState) -> list[RenderableType]:

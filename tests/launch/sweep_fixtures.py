@@ -1,0 +1,106 @@
+"""Sweeps of cells that were run by hand: real folders, manifests, journals, locks and processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dash_exp.cells import Cell
+from dash_exp.launch import manifest as manifests
+from dash_exp.launch.jobs import Plan, PlannedCell, Resources, Traces, Waiting
+from dash_exp.launch.manifest import Manifest
+from dash_exp.record import Recorder, write_json
+from tests.conftest import REPOSITORY
+
+SMALL = Resources(gpus=0, cpus=2, memory_gb=8, minutes=60)
+FROZEN: dict[str, Any] = {
+    "seed": 0,
+    "model": {"name": "tiny"},
+    "algorithm": {"name": "dash", "steps": 20, "epochs": None, "prompts_per_step": 4, "group_size": 8},
+    "sampler": {"name": "hf", "max_new_tokens": 6, "streaming": True, "servers": 1, "colocated": False},
+    "dataset": {"name": "arithmetic", "mix": {}, "limit": None},
+    "learner": {"ranks": 1, "device": "auto", "precision": "bf16_mixed", "preflight": False},
+    "evaluation": {"name": "none", "before": True, "after": True, "every": 0, "samples": 1, "limit": None},
+    "budget": {"seconds": None, "match": None},
+}
+"""What is looked at of a frozen config; the names and the nesting are those of a real one."""
+
+HOLDER = """
+import signal, sys, time
+from pathlib import Path
+from dash_exp.record import Recorder
+from dash_exp.signals import Interrupted, Stop, handling
+step = int(sys.argv[2])
+try:
+    with handling(Stop()), Recorder(Path(sys.argv[1])) as recorder:
+        recorder.status("running", step)
+        print("running", flush=True)
+        try:
+            time.sleep(60)
+        except Interrupted:
+            recorder.status("interrupted", step, failure="SIGTERM")
+            raise
+except Interrupted as reason:
+    sys.exit(128 + reason.number)
+"""
+"""A process that holds a cell as `python -m dash_exp.cell` does, without a model."""
+
+
+def cell_of(arm: str, seed: int, number: int, needs: Sequence[str] = (), **algorithm: Any) -> PlannedCell:
+    frozen = {**FROZEN, "seed": seed, "algorithm": {**FROZEN["algorithm"], "name": arm, **algorithm}}
+    name = f"{arm}-tiny-arithmetic-s{seed}"
+    cell = Cell(f"{number:07x}c", name, frozen, f"{number:07x}c" + "0" * 56)
+    return PlannedCell(cell, (f"algorithm={arm}", f"seed={seed}", "model=tiny"), SMALL, tuple(needs))
+
+
+def sweep_of(
+    root: Path, cells: Sequence[PlannedCell], name: str = "demo", waiting: Sequence[Path] = (),
+    about: dict[str, object] | None = None,
+) -> Manifest:  # fmt: skip
+    later = tuple(Waiting(("algorithm=sft_m",), Traces(path, ("model=tiny",))) for path in waiting)
+    return manifests.write(Plan(name, tuple(cells), later, 0, (), about), root)
+
+
+def steps_rows(count: int, seconds: float = 2.0, reward: float = 0.5, first: int = 1) -> list[dict[str, Any]]:
+    return [
+        {"step": n, "time/step_s": seconds, "reward/mean": reward, "pad": "x" * 1200}
+        for n in range(first, first + count)
+    ]
+
+
+def ran(folder: Path, state: str, step: int, code: str = "now", **more: Any) -> None:
+    """A cell that a process ran and left: its steps, its status, its provenance."""
+    with Recorder(folder) as recorder:
+        recorder.append("steps", steps_rows(step))
+        recorder.log("said last")
+        write_json(folder / "provenance.json", {
+            "code_hash": code, "hardware": {"gpus": []},
+            "attempts": [{"attempt": 1, "started": time.time() - 360.0}],
+        })  # fmt: skip
+        recorder.status(state, step, **more)
+
+
+def rewrite(folder: Path, **more: Any) -> None:
+    """Change what a status says, as another machine or an earlier time would have written it."""
+    path = folder / "status.json"
+    write_json(path, {**json.loads(path.read_text()), **more})
+
+
+@contextmanager
+def held_by_a_process(folder: Path, step: int = 3) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs the cell, until it is told to end."""
+    command = [sys.executable, "-c", HOLDER, str(folder), str(step), "dash_exp.cell"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "running\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
