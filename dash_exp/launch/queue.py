@@ -53,6 +53,9 @@ def jobs(ids: Iterable[str]) -> dict[str, JobState]:
     if listed is None:
         recorded = _sacct(wanted)
         return {one: recorded.get(one, JobState("unknown")) for one in wanted}
+    for one in wanted:  # tasks that were taken back before they ran are told as their array
+        if one not in listed and (parent := listed.get(one.partition("_")[0])) and not parent.active:
+            listed[one] = parent
     missing = [one for one in wanted if one not in listed]
     recorded = _sacct(missing) if missing else {}
     # accounting lags: what the controller has forgotten is over, whatever is recorded of it
@@ -68,13 +71,26 @@ def active(ids: Iterable[str]) -> set[str] | None:
 
 
 def cancel(ids: Sequence[str], now: bool = False) -> bool:
-    """Take queued jobs back, and ask running ones to end: theirs cells do, after their step. `now`: have
-    them killed soon (after SLURM's KillWait). Ids that are gone are no error. Whether SLURM was reached."""
+    """Take queued jobs back, and ask running ones to end: their cells do, after their step. `now`: have
+    these killed too, after SLURM's KillWait. Whether SLURM was reached; jobs that are gone are no error.
+
+    Which ones are queued is asked first: `scancel --state=PENDING 12_3` takes back all of array 12.
+    """
     wanted = [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
-    kinds: list[list[str]] = [[]] if now else [["--state=PENDING"], ["--state=RUNNING", "--signal=TERM"]]
-    pieces = [wanted[i : i + AT_ONCE] for i in range(0, len(wanted), AT_ONCE)]
-    reached = [run(["scancel", "--quiet", *kind, *piece]) is not None for piece in pieces for kind in kinds]
+    listed = _squeue(wanted or ["1"])
+    if listed is None:
+        return False
+    queued = [one for one in wanted if one in listed and listed[one].state == "queued"]
+    begun = [one for one in wanted if one in listed and listed[one].active and one not in queued]
+    reached = [run(["scancel", "--quiet", *piece]) is not None for piece in _pieces(queued)]
+    for piece in _pieces(begun):
+        done = run(["scancel", "--quiet", *([] if now else ["--signal=TERM"]), *piece])
+        reached += [done is not None] if now else []  # a signal for one that has ended fails
     return all(reached)
+
+
+def _pieces(ids: Sequence[str]) -> list[Sequence[str]]:
+    return [ids[i : i + AT_ONCE] for i in range(0, len(ids), AT_ONCE)]
 
 
 def run(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str | None:
@@ -125,11 +141,21 @@ def _accounted(fields: Sequence[str]) -> JobState:
 
 
 def _read(text: str, reader: Callable[[Sequence[str]], JobState]) -> Iterator[tuple[str, JobState]]:
-    """Id and state of each line; of a task that is told by a range, as `12_[3-5]`, nothing."""
+    """Id and state of each line; tasks that never ran share one."""
     for line in text.splitlines():
         name, *fields = line.strip().split("|")
-        if JOB_ID.fullmatch(name) and len(fields) >= 3:
-            yield name, reader(fields)
+        if len(fields) >= 3:
+            for one in tasks_in(name):
+                yield one, reader(fields)
+
+
+def tasks_in(name: str) -> list[str]:
+    """The ids that a line is about: `12_[0,3-5%2]` is 12_0, 12_3, 12_4 and 12_5."""
+    ranges = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", name)
+    if not ranges:
+        return [name] if JOB_ID.fullmatch(name) else []
+    ends = [part.split("-") for part in ranges[2].split(",")]
+    return [f"{ranges[1]}_{n}" for part in ends for n in range(int(part[0]), int(part[-1]) + 1)]
 
 
 def _state(word: str) -> str:
@@ -146,5 +172,6 @@ def _given(text: str) -> str | None:
 
 def _parents(wanted: Sequence[str]) -> list[str]:
     """The ids of whole jobs and arrays, joined by commas, in pieces for one command line each."""
-    parents = list(dict.fromkeys(one.partition("_")[0] for one in wanted))
-    return [",".join(parents[i : i + AT_ONCE]) for i in range(0, len(parents), AT_ONCE)]
+    return [
+        ",".join(piece) for piece in _pieces(list(dict.fromkeys(one.partition("_")[0] for one in wanted)))
+    ]

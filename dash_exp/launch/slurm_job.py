@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dash_exp.launch import journal
+from dash_exp.launch import journal, queue
 from dash_exp.launch.endings import is_cancelled, say_state
 from dash_exp.launch.failures import may_retry
 from dash_exp.launch.pool import Relay, Terms, run_pool
-from dash_exp.launch.queue import TIMEOUT_S, run
 from dash_exp.launch.tails import last_lines
 from dash_exp.launch.worker import OUTPUT, Job, cell_actions
 from dash_exp.record import Row, read_json
@@ -146,7 +145,7 @@ class SlurmJob:
         failed = [name for name, state in states.items() if state == "failed"]
         again = [name for name in failed if self._may_start_again(name)]
         cut_short = [name for name, state in states.items() if state not in SETTLED]
-        if relay.first == WARNING:
+        if relay.first is not None and out_of_time(relay, place.job):
             self._requeue([*cut_short, *again], "timeout", place)
         elif relay.first is None and place.tasks > 1 and again:
             self._requeue(again, last_failure(self.folder(again[0])) or "unknown", place)
@@ -191,6 +190,14 @@ def unmet(pool: Path, need: str) -> str | None:
     return None if state == "finished" else f"{folder.name}, which is {state}"
 
 
+def out_of_time(relay: Relay, job: str) -> bool:
+    """Whether the signals are those of a time limit: its warning alone, or an end that SLURM says is one. A
+    preemption is SLURM's to make good, and who cancels a job does not want it back."""
+    if all(number == WARNING for number in relay.numbers):
+        return True
+    return queue.jobs([job])[job].reason == "TimeLimit"
+
+
 def last_failure(folder: Path) -> str | None:
     """The class of a cell's last failure."""
     ends = [row for row in journal.read(folder) if row["kind"] == "end"]
@@ -199,28 +206,30 @@ def last_failure(folder: Path) -> str | None:
 
 def threads(cpus: int | None, slots: int) -> int | None:
     """How many threads each cell may use where a cluster gives CPUs but does not confine jobs to them."""
-    return max(1, cpus // slots) if cpus and cpus < len(os.sched_getaffinity(0)) else None
+    usable = len(os.sched_getaffinity(0))
+    return max(1, cpus // slots) if cpus and cpus < usable else None
 
 
 def used_requeues(rows: Sequence[Row], place: Place) -> int:
     """How often a cell was queued anew since a person last asked for another start. Restarts of this job
     count before anything has been written of them, so that all its ranks find the same number."""
-    of_this = sum(row["kind"] == "requeue" and row.get("job") == place.job for row in rows)
-    written = sum(row["kind"] == "requeue" for row in journal.since_retry(rows))
-    return written + max(0, place.restarts - of_this)
+    written = [row for row in journal.since_retry(rows) if row["kind"] == "requeue"]
+    return len(written) + max(0, place.restarts - requeues_of(rows, place.job))
+
+
+def requeues_of(rows: Sequence[Row], job: str) -> int:
+    return len([row for row in rows if row["kind"] == "requeue" and row.get("job") == job])
 
 
 def note_restarts(folder: Path, place: Place) -> None:
     """Write down that SLURM queued this job anew by itself, or at a person's request."""
-    rows = journal.read(folder)
-    known = sum(row["kind"] == "requeue" and row.get("job") == place.job for row in rows)
-    for _ in range(place.restarts - known):
+    for _ in range(place.restarts - requeues_of(journal.read(folder), place.job)):
         journal.note(folder, "requeue", reason=restart_reason(place.job), job=place.job)
 
 
 def restart_reason(job: str) -> str:
     """What ended the job's run before this one."""
-    text = run(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"--jobs={job}",
+    text = queue.run(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"--jobs={job}",
                 "--format=State"]) or ""  # fmt: skip
     runs = text.split("\n")[:-1]
     return BY_STATE.get(runs[-2].split(" ")[0], "requeued") if len(runs) > 1 else "requeued"
@@ -232,7 +241,7 @@ def queue_anew(job: str) -> bool:
         time.sleep(PAUSE_S if attempt else 0.0)
         try:
             done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True,
-                                  timeout=TIMEOUT_S, check=False)  # fmt: skip
+                                  timeout=queue.TIMEOUT_S, check=False)  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             say(f"scontrol requeue {job}: {error}")
             continue

@@ -1,58 +1,21 @@
-"""A pretended SLURM on PATH, and cells of a sweep to hand to one."""
+"""Two clusters for tests: a pretended SLURM on PATH, and a real one on this machine."""
 
 from __future__ import annotations
 
-import json
 import os
 import stat
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dash_exp.cells import make_cell
-from dash_exp.compose import compose
-from dash_exp.config import ClusterConfig
-from dash_exp.launch import manifest
-from dash_exp.launch.jobs import Plan, PlannedCell, Resources
-from dash_exp.launch.manifest import Entry, Manifest
-from tests.test_run import SMALL
+from tests.launch.real_slurm import LARGEST_ARRAY, SCRIPTS, Cluster
+from tests.launch.slurm_helpers import FakeSlurm
 
 FAKE = Path(__file__).parent / "fake_slurm" / "fake.py"
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo", "sacctmgr")
-SMALL_JOB = Resources(gpus=0, cpus=1, memory_gb=1, minutes=60)
-
-
-class FakeSlurm:
-    """The folder of a pretended cluster."""
-
-    def __init__(self, home: Path):
-        self.home = home
-        self.settings: dict[str, Any] = {
-            "sinfo": ["main*|1-00:00:00|2|8|16000|gpu:2|a100,fast", "debug|30:00|1|4|8000|(null)|(null)"],
-            "config": {"MaxArraySize": "1001", "AccountingStorageEnforce": "none"},
-        }
-        self.set()
-
-    def set(self, **settings: Any) -> None:
-        self.settings |= settings
-        (self.home / "settings.json").write_text(json.dumps(self.settings))
-
-    def jobs(self) -> dict[str, dict[str, Any]]:
-        path = self.home / "jobs.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-
-    def change(self, job: str, **facts: Any) -> None:
-        known, new = self.jobs(), {"script": "", "reason": "None", "nodes": "", "restarts": 0}
-        known[job] = {**new, **known.get(job, {}), **facts}
-        (self.home / "jobs.json").write_text(json.dumps(known))
-
-    def calls(self, command: str) -> list[str]:
-        path = self.home / "calls.txt"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if line.split()[0] == command]
 
 
 @pytest.fixture
@@ -69,42 +32,17 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     return FakeSlurm(home)
 
 
-def cluster_of(**settings: Any) -> ClusterConfig:
-    """`cluster=slurm` with these settings."""
-    cluster = compose(["model=tiny", "cluster=slurm"]).cluster
-    for name, value in settings.items():
-        assert hasattr(cluster, name), name
-        setattr(cluster, name, value)
-    return cluster
-
-
-def made_up(
-    count: int, resources: Resources = SMALL_JOB, arm: str = "dash", first: int = 0, **more: Any
-) -> list[Entry]:
-    """Entries of cells that nobody will run."""
-    ids = [f"{first + n:07d}a" for n in range(count)]
-    return [
-        Entry(one, f"{arm}-tiny-arithmetic-s{n}-{one}", (f"seed={n}",), resources, more.get("needs", ()))
-        for n, one in enumerate(ids)
-    ]
-
-
-def write_sweep(
-    root: Path, variants: Sequence[Sequence[str]], *, name: str = "trial", resources: Sequence[Resources] = ()
-) -> Manifest:
-    """A sweep of tiny cells as it is frozen on disk, without the planner."""
-    cells = []
-    for place, overrides in enumerate(variants):
-        cell = make_cell(compose([*SMALL, f"run.dir={root}", *overrides]), root / "cache")
-        own = resources[place] if resources else SMALL_JOB
-        cells.append(PlannedCell(cell, tuple(overrides), own))
-    return manifest.write(Plan(name, tuple(cells)), root)
-
-
-def write_made_up(root: Path, entries: Sequence[Entry], name: str = "trial") -> Manifest:
-    """A sweep in memory, whose cells have folders and nothing in them."""
-    for entry in entries:
-        (root / "cells" / entry.folder).mkdir(parents=True, exist_ok=True)
-    folder = root / "sweeps" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return Manifest(name, folder, root, tuple(entries), (), (), {}, 0.0)
+@pytest.fixture(scope="session")
+def real_cluster() -> Iterator[Cluster]:
+    if not (SCRIPTS / "start").is_file():
+        pytest.skip(f"no real SLURM: there is no {SCRIPTS / 'start'}")
+    if os.geteuid() != 0:
+        pytest.skip("no real SLURM: starting one needs root")
+    cluster = Cluster()
+    try:
+        cluster.start()
+    except subprocess.CalledProcessError:
+        pytest.skip("no real SLURM: it does not start here (see its messages)")
+    cluster.configure(MaxArraySize=str(LARGEST_ARRAY))
+    yield cluster
+    cluster.stop()

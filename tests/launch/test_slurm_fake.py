@@ -17,7 +17,7 @@ from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.queue import JobState
 from dash_exp.launch.slurm_faults import gpus_of, minutes_of
 from dash_exp.record import lock, write_json
-from tests.launch.slurm_fixtures import SMALL_JOB, FakeSlurm, cluster_of, made_up, write_made_up
+from tests.launch.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up, write_made_up
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]
 
@@ -84,12 +84,22 @@ def test_a_command_that_hangs_is_given_up(fake_slurm: FakeSlurm) -> None:
     assert queue.run(["squeue"], timeout_s=0.2) is None
 
 
+def test_tasks_that_never_ran_share_a_line(fake_slurm: FakeSlurm) -> None:
+    """Of the array 5 task 0 has run; the others were taken back, which squeue tells of their array."""
+    fake_slurm.change("5_0", state="FAILED")
+    fake_slurm.change("5", state="CANCELLED", reason="JobArrayTaskLimit")
+    fake_slurm.change("6_[0,2-3%1]", state="x", accounted="CANCELLED by 0", forgotten=True)
+    found = queue.jobs(["5_0", "5_2", "6_0", "6_1", "6_3"])
+    assert [state.word for state in found.values()] == ["FAILED", "CANCELLED", "CANCELLED", None, "CANCELLED"]
+    assert queue.tasks_in("6_[0,2-4%1]") == ["6_0", "6_2", "6_3", "6_4"]
+    assert queue.tasks_in("6_3.batch") == []
+
+
 def test_cancel_takes_queued_jobs_back_and_asks_running_ones(fake_slurm: FakeSlurm) -> None:
     for job, state in (("7_0", "RUNNING"), ("7_1", "RUNNING"), ("8", "PENDING"), ("9", "RUNNING")):
         fake_slurm.change(job, state=state)
     assert queue.cancel(["7_0", "7_0", "8", "99"])
-    found = fake_slurm.jobs()
-    assert [f"{j['state']} {j.get('signal')}" for j in found.values()] == [
+    assert [f"{j['state']} {j.get('signal')}" for j in fake_slurm.jobs().values()] == [
         "RUNNING TERM", "RUNNING None", "CANCELLED None", "RUNNING None",
     ]  # fmt: skip
     assert queue.cancel(["7_0", "9"], now=True)

@@ -14,10 +14,11 @@ import pytest
 
 from dash_exp.launch import journal, slurm
 from dash_exp.launch.manifest import Manifest
-from dash_exp.launch.slurm_job import Place, SlurmJob, threads, used_requeues
+from dash_exp.launch.pool import Relay
+from dash_exp.launch.slurm_job import Place, SlurmJob, out_of_time, threads, used_requeues
 from dash_exp.record import Row, read_json, read_rows
 from tests.conftest import REPOSITORY
-from tests.launch.slurm_fixtures import FakeSlurm, cluster_of, made_up, write_made_up, write_sweep
+from tests.launch.slurm_helpers import FakeSlurm, cluster_of, made_up, write_made_up, write_sweep
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]
 RETRIES = {"config": 0, "unknown": 1, "nccl": 2}
@@ -170,6 +171,18 @@ def test_who_is_queued_anew(in_job: FakeSlurm, tmp_path: Path) -> None:
     assert [kinds(folder) for folder in (on, cancelled, spent)] == [["requeue"], ["cancel"], ["requeue"]]
 
 
+def test_the_end_at_a_time_limit_is_told_from_others(in_job: FakeSlurm) -> None:
+    def ended_by(*numbers: int) -> bool:
+        relay = Relay()
+        relay.numbers += numbers
+        return out_of_time(relay, "7_3")
+
+    assert ended_by(signal.SIGUSR2, signal.SIGUSR2)
+    assert not ended_by(signal.SIGUSR2, signal.SIGTERM)  # cancelled after the warning
+    in_job.change("7_3", state="COMPLETING", reason="TimeLimit")
+    assert ended_by(signal.SIGUSR2, signal.SIGTERM) and ended_by(signal.SIGTERM)
+
+
 def test_a_controller_that_refuses_to_requeue(
     in_job: FakeSlurm, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -188,8 +201,6 @@ def test_ranks_on_several_nodes_start_again_together(in_job: FakeSlurm, tmp_path
     name = sweep.entries[0].folder
     job = job_of(sweep, requeues=5)
     both = Place("7_3", tasks=2)
-    from dash_exp.launch.pool import Relay
-
     journal.note(sweep.cell(sweep.entries[0]), "end", exit=1, failure_class="config", step=0)
     assert job._ended({name: "failed"}, both, Relay()) == 1
     assert in_job.calls("scontrol") == []

@@ -31,7 +31,7 @@ def sbatch(jobs: Jobs, settings: dict[str, object], arguments: list[str]) -> str
     text = Path(arguments[0]).read_text(encoding="utf-8")
     if len(of_parents(jobs)) >= int(str(settings.get("most_submissions", 10**6))):
         sys.exit("sbatch: error: QOSMaxSubmitJobPerUserLimit")
-    parent = str(1 + max((int(k.partition("_")[0]) for k in jobs), default=100))
+    parent = str(1 + max([100, *(int(k.partition("_")[0]) for k in jobs)]))
     array = re.search(r"^#SBATCH --array=0-(\d+)", text, re.MULTILINE)
     ids = [f"{parent}_{i}" for i in range(int(array[1]) + 1)] if array else [parent]
     for one in ids:
@@ -56,10 +56,9 @@ def sacct(jobs: Jobs, settings: dict[str, object], arguments: list[str]) -> str:
 
 
 def scancel(jobs: Jobs, settings: dict[str, object], arguments: list[str]) -> str:
-    state, signal = option(arguments, "state"), option(arguments, "signal")
+    signal = option(arguments, "signal")
     for job in of_these(jobs, ",".join(a for a in arguments if not a.startswith("-"))).values():
-        if state in ("", job["state"]):
-            job.update({"signal": signal} if signal else {"state": "CANCELLED"})
+        job.update({"signal": signal} if signal else {"state": "CANCELLED"})
     return ""
 
 

@@ -1,0 +1,303 @@
+"""Sweeps of tiny cells on a real SLURM: ends, requeues, kills. Skipped where none can be started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dash_exp.launch import journal, queue, slurm
+from dash_exp.launch.jobs import Resources
+from dash_exp.launch.manifest import Entry, Manifest
+from dash_exp.record import differences, read_json, read_rows
+from tests.conftest import REPOSITORY
+from tests.launch.real_slurm import (
+    LARGEST_ARRAY,
+    Cluster,
+    accounted,
+    kinds,
+    output_of,
+    requeues,
+    state,
+    steps,
+    wait_for,
+)
+from tests.launch.slurm_helpers import SMALL_JOB, cluster_of, write_sweep
+from tests.test_run import run_here
+
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("real_cluster")]
+pytest_plugins = ["tests.launch.slurm_fixtures"]
+
+ACTIONS = ["run.progress=plain", "cluster.threads=1"]
+SLOW = ["algorithm.steps=120", "checkpoint.every=0"]
+"""Long enough to be interrupted; saved only when it is."""
+QUICK = ["algorithm.steps=2", "evaluation=none"]
+WITH_GPU = Resources(gpus=1, cpus=1, memory_gb=1, minutes=60)
+
+
+@pytest.fixture(autouse=True)
+def _from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs start where they were submitted; what they run is found there."""
+    monkeypatch.chdir(REPOSITORY)
+
+
+def submit(sweep: Manifest, entries: tuple[Entry, ...] | None = None, **settings: object) -> list[str]:
+    return slurm.submit(sweep, sweep.entries if entries is None else entries, ACTIONS, cluster_of(**settings))
+
+
+def wait_until(sweep: Manifest, is_so: Callable[[], object], what: str, timeout_s: float = 240) -> None:
+    try:
+        wait_for(is_so, timeout_s, what)
+    except AssertionError as error:
+        shown = subprocess.run(["squeue", "--states=all"], capture_output=True, text=True, check=False).stdout
+        raise AssertionError(f"{error}\n{shown}\n{output_of(sweep.folder)}") from error
+
+
+def wait_for_end(sweep: Manifest, *jobs: str) -> None:
+    wait_until(sweep, lambda: queue.active(jobs) == set(), f"jobs {jobs} to end")
+
+
+def one_cell(root: Path, *overrides: str) -> tuple[Manifest, Path]:
+    sweep = write_sweep(root, [overrides])
+    return sweep, sweep.cell(sweep.entries[0])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of the slow cell, run here in one go."""
+    return run_here(tmp_path_factory.mktemp("undisturbed"), *SLOW)
+
+
+def test_three_arms_two_seeds_two_profiles_two_nodes_and_one_that_fails(tmp_path: Path) -> None:
+    """Cut into arrays of four; the failed cell's job is FAILED, and the others of its array finish."""
+    variants = [
+        [f"algorithm={arm}", f"seed={seed}", *QUICK] for arm in ("dash", "grpo", "rloo") for seed in (0, 1)
+    ]
+    resources = [WITH_GPU if place >= 4 else SMALL_JOB for place in range(6)]
+    sweep = write_sweep(tmp_path, [["seed=7", *QUICK], *variants], resources=[SMALL_JOB, *resources])
+    broken = sweep.entries[0]
+    (sweep.cell(broken) / "config.yaml").write_text("algorithm: [")
+    jobs = submit(sweep)
+    assert len(jobs) == 7
+    arrays = [sum(job.startswith(f"{parent}_") for job in jobs) for parent in
+              dict.fromkeys(job.partition("_")[0] for job in jobs)]  # fmt: skip
+    assert arrays == [LARGEST_ARRAY, 0, 2]  # the fifth is a job of its own
+    named = subprocess.run(["squeue", "-h", "-j", jobs[0].partition("_")[0], "-t", "all", "-o", "%j"],
+                           capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    assert set(named) == {"trial-dash+grpo-tiny"}
+    assert submit(sweep) == []  # all of them are on their way
+    wait_for_end(sweep, *jobs)
+    found = [state(sweep.cell(entry)) for entry in sweep.entries]
+    assert found == ["failed", *["finished"] * 6], output_of(sweep.folder)
+    assert [accounted(job) for job in jobs] == ["FAILED|1:0", *["COMPLETED|0:0"] * 6]
+    assert {accounted(job, "NodeList") for job in jobs} == {"n1", "n2"}
+    assert all("gres/gpu=1" in accounted(job, "AllocTRES") for job in jobs[5:])
+    ends = [row for row in journal.read(sweep.cell(broken)) if row["kind"] == "end"]
+    assert [(row["exit"], row["failure_class"]) for row in ends] == [(2, "config")]
+    told = queue.jobs(jobs)
+    assert [told[job].word for job in jobs] == ["FAILED", *["COMPLETED"] * 6]
+    assert len(submit(sweep)) == 1  # only what is not finished
+
+
+def test_a_time_limit_is_survived(tmp_path: Path, undisturbed: Path) -> None:
+    """A job of one minute, warned 20 to 50 s after its start, for a cell that takes longer."""
+    slower = ["algorithm.steps=900", "checkpoint.every=0"]
+    sweep = write_sweep(tmp_path, [slower], resources=[replace(SMALL_JOB, minutes=1)])
+    folder = sweep.cell(sweep.entries[0])
+    (job,) = submit(sweep, warning_s=10)
+    wait_until(sweep, lambda: state(folder) == "finished", "the cell to finish", 600)
+    wait_for_end(sweep, job)
+    assert {row["reason"] for row in requeues(folder)} == {"timeout"}
+    assert accounted(job) == "COMPLETED|0:0"
+    status = read_json(folder / "status.json")
+    assert status["step"] == 900 and status["attempt"] == len(requeues(folder)) + 1 >= 2
+    rows = read_rows(folder / "steps.jsonl").rows
+    assert sorted({row["step"] for row in rows}) == list(range(1, 901))
+    assert len(rows) == 900  # no step was done twice: each warning left a checkpoint
+
+
+def test_a_job_queued_anew_by_a_person_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+    sweep, folder = one_cell(tmp_path, *SLOW)
+    (job,) = submit(sweep)
+    wait_until(sweep, lambda: steps(folder) >= 3, "three steps")
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_until(sweep, lambda: state(folder) == "finished", "the cell to finish")
+    wait_for_end(sweep, job)
+    assert [row["reason"] for row in requeues(folder)] == ["requeued"]
+    assert read_json(folder / "status.json")["attempt"] == 2
+    assert differences(undisturbed, folder) == []
+
+
+@pytest.mark.parametrize("verifier", ["integer", "math"])
+def test_a_warning_to_the_whole_step_saves_and_queues_anew(
+    tmp_path: Path, verifier: str, undisturbed: Path
+) -> None:  # fmt: skip
+    """SLURM signals every process of a job, verifier workers too, and the job hands it on besides."""
+    sweep, folder = one_cell(tmp_path, *SLOW, f"dataset.verifier={verifier}", *(
+        ["dataset.extraction=boxed_or_last"] if verifier == "math" else []
+    ))  # fmt: skip
+    (job,) = submit(sweep)
+    wait_until(sweep, lambda: steps(folder) >= 3, "three steps")
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    wait_until(sweep, lambda: requeues(folder), "the job to be queued anew")
+    saved = read_json(folder / "status.json")
+    assert saved["state"] == "interrupted" and saved["step"] >= 3
+    wait_until(sweep, lambda: state(folder) == "finished", "the cell to finish")
+    wait_for_end(sweep, job)
+    assert f"resuming after step {saved['step']}\n" in (folder / "log.txt").read_text()
+    assert not [row for row in read_rows(folder / "events.jsonl").rows if row["kind"] == "fault"]
+    if verifier == "integer":
+        assert differences(undisturbed, folder) == []
+
+
+def test_cancelled_cells_save_and_a_launch_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+    """One that runs ends after its step, one that waits is taken back."""
+    sweep = write_sweep(tmp_path, [SLOW, [*QUICK, "seed=1"]])
+    running, waiting = (sweep.cell(entry) for entry in sweep.entries)
+    entries = (sweep.entries[0], replace(sweep.entries[1], needs=(sweep.entries[0].id,)))
+    jobs = submit(sweep, entries)
+    wait_until(sweep, lambda: steps(running) >= 3, "three steps")
+    assert queue.jobs(jobs)[jobs[1]].reason == "Dependency"
+    for folder in (running, waiting):
+        journal.note(folder, "cancel")
+    assert queue.cancel(jobs)
+    wait_for_end(sweep, *jobs)
+    saved = read_json(running / "status.json")
+    assert saved["state"] == "cancelled" and saved["step"] >= 3
+    assert state(waiting) == "pending" and "start" not in kinds(waiting)
+    assert requeues(running) == []
+    for folder in (running, waiting):
+        journal.note(folder, "retry")
+    wait_for_end(sweep, *submit(sweep, entries))
+    assert [state(running), state(waiting)] == ["finished", "finished"], output_of(sweep.folder)
+    assert f"resuming after step {saved['step']}\n" in (running / "log.txt").read_text()
+    assert differences(undisturbed, running) == []
+
+
+def test_scancel_by_hand_leaves_a_cell_to_go_on_with(tmp_path: Path, undisturbed: Path) -> None:
+    sweep, folder = one_cell(tmp_path, *SLOW)
+    jobs = submit(sweep)
+    wait_until(sweep, lambda: steps(folder) >= 3, "three steps")
+    subprocess.run(["scancel", *jobs], check=True)
+    wait_for_end(sweep, *jobs)
+    assert accounted(jobs[0]).startswith("CANCELLED")
+    assert state(folder) == "interrupted" and requeues(folder) == []
+    wait_for_end(sweep, *submit(sweep))
+    assert state(folder) == "finished" and differences(undisturbed, folder) == []
+
+
+def test_the_launching_process_killed_in_the_middle(tmp_path: Path) -> None:
+    """Killed after its first array of several: the next launch queues the rest, and no cell runs twice."""
+    variants = [[*QUICK, f"seed={seed}"] for seed in range(LARGEST_ARRAY + 3)]
+    sweep = write_sweep(tmp_path, variants)
+    code = (
+        "import sys; from pathlib import Path; from dash_exp.launch import manifest, slurm\n"
+        "from tests.launch.slurm_helpers import cluster_of\n"
+        "sweep = manifest.read(Path(sys.argv[1]))\n"
+        f"slurm.submit(sweep, sweep.entries, {ACTIONS!r}, cluster_of())\n"
+    )
+    launch = subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)])
+    wait_until(sweep, lambda: any(kinds(sweep.cell(e)) for e in sweep.entries), "the first array")
+    launch.send_signal(signal.SIGKILL)
+    launch.wait()
+    first = [e for e in sweep.entries if "queued" in kinds(sweep.cell(e))]
+    assert 0 < len(first) < len(variants)
+    submit(sweep)
+    jobs = [job for entry in sweep.entries for job in slurm.job_ids(sweep.cell(entry))]
+    wait_for_end(sweep, *jobs)
+    for entry in sweep.entries:
+        status = read_json(sweep.cell(entry) / "status.json")
+        assert (status["state"], status["attempt"]) == ("finished", 1), output_of(sweep.folder)
+
+
+def test_slurms_controller_killed_while_a_cell_runs(
+    tmp_path: Path, real_cluster: Cluster, undisturbed: Path
+) -> None:  # fmt: skip
+    sweep, folder = one_cell(tmp_path, *SLOW)
+    (job,) = submit(sweep)
+    wait_until(sweep, lambda: steps(folder) >= 3, "three steps")
+    real_cluster.kill_controller()
+    assert queue.active([job]) is None
+    assert queue.jobs([job])[job].state in ("running", "unknown")
+    (fault,) = slurm.faults(sweep.entries, cluster_of())
+    assert "SLURM does not answer" in fault.what
+    real_cluster.start()
+    wait_for_end(sweep, job)
+    assert state(folder) == "finished" and differences(undisturbed, folder) == []
+    assert read_json(folder / "status.json")["attempt"] == 1
+
+
+def test_needs_run_first_and_small_cells_share_a_job(tmp_path: Path) -> None:
+    """Three cells in two jobs, a fourth after the first; a fifth stays blocked, as what it needs fails."""
+    variants = [[*QUICK, f"seed={seed}"] for seed in range(5)]
+    sweep = write_sweep(tmp_path, variants)
+    first, second, broken, after, stuck = sweep.entries
+    (sweep.cell(broken) / "config.yaml").write_text("algorithm: [")
+    entries = (first, second, broken, replace(after, needs=(first.id,)), replace(stuck, needs=(broken.id,)))
+    jobs = submit(sweep, entries, cells_per_gpu=2)
+    assert len(jobs) == 4  # {first, second}, {broken}, and one each for the last two
+    wait_for_end(sweep, *jobs)
+    found = [state(sweep.cell(entry)) for entry in entries]
+    assert found == ["finished", "finished", "failed", "finished", "blocked"], output_of(sweep.folder)
+    end = journal.read(sweep.cell(first))[-1]["time"]
+    assert [r["time"] for r in journal.read(sweep.cell(after)) if r["kind"] == "start"] >= [end]
+    assert read_json(sweep.cell(stuck) / "status.json")["reason"].endswith("which is failed")
+    assert [accounted(job) for job in jobs[1:]] == ["FAILED|1:0", "COMPLETED|0:0", "FAILED|3:0"]
+
+
+def test_ranks_on_two_nodes_go_on_together(tmp_path: Path) -> None:
+    two = ["learner.ranks=2", "learner.precision=fp32", *SLOW]
+    whole = run_here(tmp_path / "whole", *two)
+    spread = Resources(gpus=2, cpus=2, memory_gb=1, minutes=60, nodes=2, tasks=2)
+    sweep = write_sweep(tmp_path, [two], resources=[spread])
+    folder = sweep.cell(sweep.entries[0])
+    # both nodes are this machine, so their names have no address
+    (job,) = submit(sweep, setup=["export MASTER_ADDR=127.0.0.1"])
+    wait_until(sweep, lambda: steps(folder) >= 3, "three steps")
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    wait_until(sweep, lambda: state(folder) == "finished", "the cell to finish")
+    wait_for_end(sweep, job)
+    assert [row["reason"] for row in requeues(folder)] == ["timeout"], output_of(sweep.folder)
+    assert accounted(job, "NodeList,State") == "n[1-2]|COMPLETED"
+    assert read_json(folder / "status.json")["attempt"] == 2
+    assert differences(whole, folder) == []
+
+
+def test_what_the_cluster_does_not_have(tmp_path: Path) -> None:
+    """Two nodes of 2 CPUs, 4000 MB and 2 GPUs."""
+    sweep = write_sweep(tmp_path, [QUICK], resources=[Resources(3, 3, 4, 60)])
+    found = slurm.faults(sweep.entries, cluster_of(account="rot", qos="nromal"))
+    assert [fault.where.removeprefix("cluster.") for fault in found] == [
+        "gpus", "cpus", "memory_gb", "account", "qos"
+    ]  # fmt: skip
+    assert "did you mean 'root'" in found[3].hint and "did you mean 'normal'" in found[4].hint
+    assert [f.where for f in slurm.faults([], cluster_of(partition="mian"))] == ["cluster.partition"]
+    fits = write_sweep(tmp_path / "b", [QUICK], resources=[Resources(4, 4, 3, 60, nodes=2, tasks=4)])
+    assert slurm.faults(fits.entries, cluster_of(account="root", qos="normal", partition="main")) == []
+
+
+def test_without_accounting(tmp_path: Path, real_cluster: Cluster) -> None:
+    """Last, as it restarts the cluster: the same sweep, states from squeue and the folders alone."""
+    before = os.environ["SLURM_CONF"]
+    real_cluster.configure(AccountingStorageType="accounting_storage/none")
+    try:
+        sweep = write_sweep(tmp_path, [QUICK, [*QUICK, "seed=1"]])
+        (sweep.cell(sweep.entries[1]) / "config.yaml").write_text("algorithm: [")
+        assert slurm.faults(sweep.entries, cluster_of(account="any", qos="any")) == []
+        jobs = submit(sweep)
+        wait_for_end(sweep, *jobs)
+        assert [state(sweep.cell(e)) for e in sweep.entries] == ["finished", "failed"]
+        found = queue.jobs([*jobs, "9999"])
+        assert [(s.state, s.word) for s in found.values()] == [
+            ("ended", "COMPLETED"), ("ended", "FAILED"), ("ended", None)
+        ]  # fmt: skip
+        assert len(submit(sweep)) == 1
+    finally:
+        assert os.environ["SLURM_CONF"] == before
+        real_cluster.configure(AccountingStorageType="accounting_storage/slurmdbd")
