@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,18 @@ from torch import Tensor
 
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
+from dash_exp.learning.member import device_of
 from dash_exp.learning.world import local_ranks
-from dash_exp.sampling.member import Member, Patience
+from dash_exp.sampling.member import KEY_VARIABLE, Member, Needs, Patience
+from dash_exp.sampling.path_transfer import FileWeights, PathTransfer
 from dash_exp.sampling.placement import Processors, gpus, processors
 from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
+from dash_exp.sampling.shared_weights import SharedWeights
+from dash_exp.sampling.transfer import Transfer
+from dash_exp.server_faults import transfer_of
 
-KEY_VARIABLE = "DASH_SERVER_KEY"
-SHARED = "dash_shared"  # as in sampling/vllm_server.py, which imports vLLM
+Named = Iterable[tuple[str, Tensor]]
 
 
 def overlapped(config: Config) -> bool:
@@ -40,43 +44,113 @@ def split(config: Config) -> Processors:
 
 def make_servers(
     config: Config, model: Path, *, vocabulary: int, longest: int, decode: Callable[[Sequence[int]], str],
-    weights: Callable[[], Iterable[tuple[str, Tensor]]], folder: Path, event: Callable[..., None],
+    weights: Callable[[], Named], folder: Path, event: Callable[..., None],
 ) -> ServerSampler:  # fmt: skip
     """Start the servers, or reach those that are named, and wait until all answer. `longest`: tokens of the
     longest prompt with its completion; `folder`: for their logs."""
-    s = config.sampler
-    urls = config.cluster.server_urls
-    members = [Member(f"server-{n}", None, url) for n, url in enumerate(urls)]
-    key = os.environ.get(KEY_VARIABLE, "") if urls else secrets.token_urlsafe(32)
-    if urls and not key:
+    s, named = config.sampler, bool(config.cluster.server_urls)
+    key = os.environ.get(KEY_VARIABLE, "") if named else secrets.token_urlsafe(32)
+    if not key:
         raise UserError(Fault(KEY_VARIABLE, "is not set, but cluster.server_urls names servers",
                               "set it to the key they were started with"))  # fmt: skip
-    if not urls:
-        settings = _settings(config, model, vocabulary, longest)
-        members = [Member(f"server-{n}", one) for n, one in enumerate(settings)]
-    return ServerSampler(
-        members, weights, key=key, folder=folder, vocabulary=vocabulary, max_sequences=s.max_sequences,
-        dtype=getattr(torch, s.dtype), decode=decode, restarts=s.restarts,
-        patience=Patience(stall_s=s.stall_s), in_order=config.learner.deterministic,
-        colocated=s.colocated, event=event,
+    transfer = make_transfer(config)
+    sampler = ServerSampler(
+        make_members(config, model, vocabulary, longest, transfer.engine), or_of_folder(weights, model),
+        transfer, key=key, folder=folder, vocabulary=vocabulary, max_sequences=s.max_sequences,
+        decode=decode, restarts=s.restarts, patience=Patience(stall_s=s.stall_s),
+        in_order=config.learner.deterministic, colocated=s.colocated, event=event,
+        tag=f"-{secrets.token_hex(4)}" if named else "",
     )  # fmt: skip
+    if named:  # whatever a run before this one has left in them
+        try:
+            sampler.load_weights(0)
+        except BaseException:
+            sampler.close()
+            raise
+    return sampler
 
 
-def _settings(config: Config, model: Path, vocabulary: int, longest: int) -> list[ServerSettings]:
-    s, count = config.sampler, torch.cuda.device_count()
-    plain = ServerSettings(
+def make_transfer(config: Config) -> Transfer:
+    """The way weights take to the servers of this config."""
+    local = local_ranks(config.learner.ranks, os.environ)
+    device = device_of(config.learner.device, 0 if local > 1 else None)
+    kind = transfer_of(config, torch.cuda.device_count(), device.type == "cuda")
+    dtype = getattr(torch, config.sampler.dtype)
+    if kind == "shared":
+        return PathTransfer(SharedWeights(dtype))
+    if kind == "file":
+        assert config.cluster.weights_dir is not None
+        place = Path(config.cluster.weights_dir).expanduser()
+        try:
+            return PathTransfer(FileWeights(place, dtype))
+        except OSError as error:
+            raise UserError(Fault("cluster.weights_dir", f"cannot be used: {error}")) from error
+    from dash_exp.sampling.device_transfer import BroadcastTransfer, HandleTransfer, Staged
+    from dash_exp.sampling.vllm_link import connector, exporter
+
+    if device.type != "cuda":
+        raise UserError(Fault("cluster.transfer", f"{kind} is between GPUs, but the learner has none"))
+    gpu = torch.device("cuda", device.index or 0)
+    staged = Staged(dtype, gpu)
+    if kind == "nccl":
+        return BroadcastTransfer(staged, connector(gpu))
+    return HandleTransfer(staged, exporter(gpu))
+
+
+def make_members(
+    config: Config, model: Path, vocabulary: int, longest: int, engine: str
+) -> list[Member]:  # fmt: skip
+    """The servers, not started yet."""
+    s, urls, count = config.sampler, config.cluster.server_urls, torch.cuda.device_count()
+    if urls:
+        needs = Needs(vocabulary, longest, s.dtype, engine)
+        return [Member(f"server-{n}", None, url, needs) for n, url in enumerate(urls)]
+    plain = server_settings(config, model, vocabulary, longest, engine)
+    if count:
+        learners = local_ranks(config.learner.ranks, os.environ)
+        settings = [replace(plain, gpu=gpu) for gpu in gpus(count, s.servers, learners, s.colocated)]
+    else:
+        settings = [replace(plain, cores=cores) for cores in split(config).servers]
+    return [Member(f"server-{n}", one) for n, one in enumerate(settings)]
+
+
+def server_settings(
+    config: Config, model: Path, vocabulary: int, longest: int, engine: str
+) -> ServerSettings:  # fmt: skip
+    """Of a server anywhere."""
+    s = config.sampler
+    return ServerSettings(
         model=str(model.resolve()),
         vocabulary=vocabulary,
         max_model_len=longest,
         max_sequences=s.max_sequences,
         dtype=s.dtype,
         enforce_eager=s.enforce_eager,
-        transfer=SHARED,
+        transfer=engine,
         sleep=s.colocated,
         kv_cache_gb=s.kv_cache_gb,
-        gpu_memory_utilization=s.gpu_memory_utilization if count else None,
+        gpu_memory_utilization=s.gpu_memory_utilization if torch.cuda.device_count() else None,
     )
-    if count:
-        learners = local_ranks(config.learner.ranks, os.environ)
-        return [replace(plain, gpu=gpu) for gpu in gpus(count, s.servers, learners, s.colocated)]
-    return [replace(plain, cores=cores) for cores in split(config).servers]
+
+
+def or_of_folder(weights: Callable[[], Named], model: Path) -> Callable[[], Named]:
+    """The learner's weights; those of the model's folder where nothing learns."""
+
+    def named() -> Iterator[tuple[str, Tensor]]:
+        count = 0
+        for count, pair in enumerate(weights(), 1):  # noqa: B007
+            yield pair
+        if count == 0:
+            yield from weights_in(model)
+
+    return named
+
+
+def weights_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's safetensors files, by name."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                yield name, file.get_tensor(name)

@@ -306,6 +306,12 @@ class ClusterConfig:
     server_urls: list[str] = field(default_factory=list)
     """`sampler=vllm_servers`: use these, that run already (docs/engine.md), instead of starting some. Their
     key is in the variable DASH_SERVER_KEY."""
+    transfer: str = "auto"
+    """How weights get to servers: `shared` (memory of this machine), `file` (in `weights_dir`), `nccl`
+    (from GPU to GPU), `ipc` (within a GPU that both share); `auto`: what fits."""
+    weights_dir: str | None = None
+    """A folder that the machines of learner and servers both see, under the same path, for weights on
+    their way; `auto` uses it where it is set."""
     gpus: int | None = None
     """Of a cell; null: one each for its learners and its servers (0 where `learner.device=cpu`)."""
     gpus_per_node: int = MISSING

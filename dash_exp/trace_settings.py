@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp.compose import compose, find_faults
 from dash_exp.config import Config
-from dash_exp.errors import Fault, UserError, nearest
+from dash_exp.errors import Fault, UserError
 from dash_exp.limits import COUNT, NATURAL, Range
-from dash_exp.override_faults import describe
+from dash_exp.own_settings import own_settings, split_off
 from dash_exp.validation import check
 
 TEACHER = "qwen7b_instruct"
@@ -96,8 +91,7 @@ def out_of(arguments: Sequence[str]) -> Path:
 
 def _read(arguments: Sequence[str]) -> tuple[Command, list[Fault]]:
     """A command, and what is wrong with its own keys. Raises UserError where it cannot be composed."""
-    own = [text.removeprefix("traces.") for text in arguments if text.startswith("traces.")]
-    rest = [text for text in arguments if not text.startswith("traces.")]
+    own, rest = split_off("traces", arguments)
     traces, faults = settings_of(own)
     written = {text.partition("=")[0] for text in rest}
     defaults = [f"model={TEACHER}", "evaluation=none"]
@@ -112,23 +106,7 @@ def _read(arguments: Sequence[str]) -> tuple[Command, list[Fault]]:
 
 def settings_of(texts: Sequence[str]) -> tuple[TracesConfig, list[Fault]]:
     """The settings of these `name=value`, and what is wrong with them."""
-    settings = OmegaConf.structured(TracesConfig)
-    types = typing.get_type_hints(TracesConfig)
-    faults = []
-    for text in texts:
-        name, equals, value = text.partition("=")
-        where = f"traces.{name}"
-        if not equals:
-            faults.append(Fault(where, "is not key=value"))
-        elif name not in types:
-            faults.append(Fault(where, "unknown key", nearest(name, types)))
-        else:
-            try:
-                settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([text]))
-            except OmegaConfBaseException:
-                faults.append(Fault(where, f"got {value!r}, expected {describe(types[name])}"))
-    made: Any = OmegaConf.to_object(settings)
-    assert isinstance(made, TracesConfig)
+    made, faults = own_settings(TracesConfig, "traces", texts)
     return made, faults + list(_setting_faults(made))
 
 

@@ -25,6 +25,7 @@ from dash_exp.limits import (
     unknown,
 )
 from dash_exp.preconditions import TRACES_HINT, Installed, is_installed, missing
+from dash_exp.server_faults import server_faults
 
 
 def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
@@ -32,7 +33,7 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
     package can be imported, without importing it."""
     parts: tuple[Callable[[Config], Iterator[Fault]], ...] = (
         _names, _numbers, dataset_faults, _group, _sampling, _arm, _filter, _kl_and_passes,
-        _supervised, _budget, _evaluation, _random_model,
+        _supervised, _budget, _evaluation, _random_model, server_faults,
     )  # fmt: skip
     faults = [fault for part in parts for fault in part(config)]
     return faults + list(missing(config, installed))

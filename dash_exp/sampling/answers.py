@@ -11,7 +11,9 @@ from dash_exp.sampling.protocol import Decoding
 from dash_exp.types import FinishReason
 
 GENERATE = "/inference/v1/generate"
-BASE_VERSION = "default"
+FACTS = "/dash_exp/facts"
+"""Our own route: what the server was started with."""
+BASE_LABEL = "default"
 """What vLLM calls the weights that it read from the model's folder."""
 
 
@@ -45,9 +47,9 @@ def question(prompt: Sequence[int], seed: int, decoding: Decoding) -> dict[str, 
     }
 
 
-def read_answer(reply: Any, decoding: Decoding, vocabulary: int, version: int) -> Answer:
-    """The completion in a server's reply. Raises GarbageError where it is none: of other weights than
-    `version`, too long, with tokens that do not exist, or log-probabilities that are none."""
+def read_answer(reply: Any, decoding: Decoding, vocabulary: int, label: str) -> Answer:
+    """The completion in a server's reply. Raises GarbageError where it is none: of other weights than those
+    called `label`, too long, with tokens that do not exist, or log-probabilities that are none."""
     try:
         (choice,) = reply["choices"]
         ids = tuple(choice["token_ids"])
@@ -63,9 +65,8 @@ def read_answer(reply: Any, decoding: Decoding, vocabulary: int, version: int) -
         raise GarbageError("tokens that the tokenizer does not have")
     if any(not math.isfinite(value) or value > 1e-3 for value in logprobs):
         raise GarbageError("log-probabilities that are none")
-    known = {BASE_VERSION, "0"} if version == 0 else {str(version)}
-    if not versions <= known:
-        raise GarbageError(f"tokens of weights {sorted(versions)} where {version} was current")
+    if versions != {label}:
+        raise GarbageError(f"tokens of weights {sorted(versions)} where {label} was current")
     stopped = ids[-1] in decoding.stop_ids
     if not stopped and len(ids) < decoding.max_new_tokens:
         raise GarbageError(f"it stopped after {len(ids)} tokens without a stop token")

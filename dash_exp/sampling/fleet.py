@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dash_exp.sampling.answers import question, read_answer
+from dash_exp.errors import Fault, UserError
+from dash_exp.sampling.answers import BASE_LABEL, question, read_answer
 from dash_exp.sampling.delivery import Delivery
-from dash_exp.sampling.member import FAULTS, Member, Owed, Patience
+from dash_exp.sampling.member import FAULTS, POLL_S, Member, Patience
 from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.sampling.server_client import RefusedError, ServerClient
 from dash_exp.sampling.server_process import LAUNCH
+from dash_exp.sampling.transfer import OutdatedError, Transfer, Weights
+from dash_exp.sampling.work import Batch, Owed
 from dash_exp.types import Completion, Group, Origin
 
 Event = Callable[..., None]
@@ -28,35 +30,15 @@ SLEEP, WAKE = "/sleep?level=1", "/wake_up"
 """Level 1: weights go to CPU memory, the cache is given up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What every server must hold before it is asked anything. `update`: as its transfer wants it."""
-
-    version: int
-    update: Mapping[str, Any]
-
-
-@dataclass(eq=False)
-class Batch:
-    """What is being sampled now."""
-
-    decoding: Decoding
-    version: int
-    delivery: Delivery
-    queue: deque[Owed]
-    limit: int | None
-    """Groups on their way at once, over all servers."""
-
-
 class Fleet:
     """All methods are coroutines or are called within the loop; `servers.py` is the door for others."""
 
     def __init__(
-        self, members: Sequence[Member], *, key: str, folder: Path, vocabulary: int, max_sequences: int,
-        decode: Callable[[Sequence[int]], str], event: Event, restarts: int, patience: Patience,
-        command: Sequence[str] = LAUNCH,
+        self, members: Sequence[Member], transfer: Transfer, *, key: str, folder: Path, vocabulary: int,
+        max_sequences: int, decode: Callable[[Sequence[int]], str], event: Event, restarts: int,
+        patience: Patience, command: Sequence[str] = LAUNCH,
     ):  # fmt: skip
-        self.members = list(members)
+        self.members, self.transfer = list(members), transfer
         self.key, self.folder, self.vocabulary = key, folder, vocabulary
         self.max_sequences, self.decode, self.event = max_sequences, decode, event
         self.restarts_left, self.patience, self.command = restarts, patience, command
@@ -69,21 +51,18 @@ class Fleet:
     # --- members: start, watch, lose, start again ---
 
     async def start(self) -> None:
-        """Start every server and wait until all serve. Raises RuntimeError if one cannot."""
+        """Start every server, or find it where it is named, and wait until all serve. Raises RuntimeError if
+        one cannot be started, UserError if one that is named is not there or does not fit."""
         await asyncio.gather(*(self._begin(m) for m in self.members))
 
     async def _begin(self, member: Member) -> None:
         try:
-            async with asyncio.timeout(self.patience.start_s):
-                await member.begin(self.key, self.folder, self.command, self.patience)
-                await self._until_current(member)
-                if self.asleep and member.client is not None:
-                    await member.client.call(SLEEP)
-        except TimeoutError as error:
-            await member.put_away()
-            raise RuntimeError(f"{member.name} did not start within {self.patience.start_s:g} s") from error
+            await member.begin(self.key, self.folder, self.command, self.patience)
+            await self._until_current(member)
+            if self.asleep and member.client is not None:
+                await member.client.call(SLEEP)
         except BaseException:
-            await member.put_away()
+            await self._put_away(member)
             raise
         member.state, member.last_token = "serving", time.monotonic()
         member.watch = asyncio.create_task(self._watch(member))
@@ -96,7 +75,16 @@ class Fleet:
         while held is not self.weights:
             held = self.weights
             assert held is not None
-            await member.client.load(held.update, held.version)
+            try:
+                await self.transfer.send(member.client, held)
+            except OutdatedError:  # newer ones are on their way here
+                held = None
+                await asyncio.sleep(POLL_S)
+
+    async def _put_away(self, member: Member) -> None:
+        if member.client is not None:
+            self.transfer.forget(member.client)
+        await member.put_away()
 
     async def _watch(self, member: Member) -> None:
         if reason := await member.trouble(self.patience):
@@ -106,7 +94,7 @@ class Fleet:
         """Give its unfinished groups to the others, end it, and start it again if that is allowed."""
         if member.state != "serving":
             return
-        member.state = "lost"
+        member.state, member.reason = "lost", reason
         back = sorted(member.owed)
         now = time.time()
         self.event("fault", now, now, what="server lost", worker=member.name, reason=reason,
@@ -122,22 +110,25 @@ class Fleet:
         await self._tell()
 
     async def _again(self, member: Member) -> None:
-        await member.put_away()
-        if self.restarts_left <= 0:
-            await self._tell()
+        """Start a lost server again, or wait for one that was started by hand, as often as is allowed."""
+        await self._put_away(member)
+        while self.restarts_left > 0:
+            self.restarts_left -= 1
+            start = time.time()
+            member.state = "starting"
+            try:
+                await self._begin(member)
+            except (RuntimeError, UserError, *FAULTS) as error:
+                member.state = "lost"
+                self.event("fault", start, time.time(), what="server did not start again",
+                           worker=member.name, reason=str(error))  # fmt: skip
+                if member.settings is not None:
+                    continue
+                break
+            self.event("restart", start, time.time(), worker=member.name, version=self._version)
             return
-        self.restarts_left -= 1
-        start = time.time()
-        member.state = "starting"
-        try:
-            await self._begin(member)
-        except (RuntimeError, *FAULTS) as error:
-            member.state = "lost"
-            self.event("fault", start, time.time(), what="server did not start again",
-                       worker=member.name, reason=str(error))  # fmt: skip
-            await self._again(member)
-            return
-        self.event("restart", start, time.time(), worker=member.name, version=self._version)
+        member.state = "gone"
+        await self._tell()
 
     def _in_background(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -149,13 +140,17 @@ class Fleet:
         return [m for m in self.members if m.state == "serving"]
 
     def all_gone(self) -> bool:
-        return all(m.state == "lost" for m in self.members) and self.restarts_left <= 0
+        return all(m.state == "gone" for m in self.members)
+
+    def _gone(self) -> UserError:
+        reasons = "; ".join(f"{m.name} at {m.url}: {m.reason}" for m in self.members)
+        return UserError(Fault("sampler.restarts", f"every server is lost: {reasons}", GONE), KEPT)
 
     async def _tell(self) -> None:
         """Something changed: whoever waits may look again, and free servers get work."""
         self._assign()
         if self.batch is not None and self.all_gone():
-            self.batch.delivery.fail(RuntimeError(GONE))
+            self.batch.delivery.fail(self._gone())
         async with self.changed:
             self.changed.notify_all()
 
@@ -167,14 +162,14 @@ class Fleet:
 
     async def load(self, weights: Weights) -> int:
         """Every serving server gets these weights, all at once; one that cannot take them is lost. Returns
-        how many hold them. Raises RuntimeError when none is left."""
+        how many hold them. Raises UserError when none is left."""
         await self.wake()
         self.weights = weights
-        await self._all(lambda client: client.load(weights.update, weights.version), "took no weights")
+        await self._all(lambda client: self.transfer.send(client, weights), "took no weights")
         async with self.changed:
             await self.changed.wait_for(lambda: self.serving or self.all_gone())
         if not self.serving:
-            raise RuntimeError(GONE)
+            raise self._gone()
         return len(self.serving)
 
     async def _all(self, call: Callable[[ServerClient], Awaitable[Any]], trouble: str) -> None:
@@ -210,7 +205,8 @@ class Fleet:
         await self.wake()
         owed = [Owed(r, [None] * len(r.seeds), w) for r, w in zip(requests, work, strict=True)]
         queue = deque(sorted(owed, key=lambda one: -one.work))
-        self.batch = Batch(decoding, self._version, delivery, queue, limit)
+        label = BASE_LABEL if self.weights is None else self.weights.label
+        self.batch = Batch(decoding, self._version, label, delivery, queue, limit)
         await self._tell()
 
     async def abandon(self) -> None:
@@ -252,7 +248,7 @@ class Fleet:
         asked = question(request.prompt.token_ids, request.seeds[index], batch.decoding)
         try:
             reply = await member.client.generate(asked)
-            answer = read_answer(reply, batch.decoding, self.vocabulary, batch.version)
+            answer = read_answer(reply, batch.decoding, self.vocabulary, batch.label)
         except RefusedError as error:
             batch.delivery.fail(
                 RuntimeError(f"{member.name} refuses the prompt {request.prompt.id}: {error}")
@@ -285,11 +281,9 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self.background, return_exceptions=True)
         for member in self.members:
-            member.state = "lost"
-            await member.put_away()
+            member.state = "gone"
+            await self._put_away(member)
 
 
-GONE = (
-    "every server is lost and may not be started again (sampler.restarts); the events of this cell say why. "
-    "The same command goes on from the last checkpoint"
-)
+KEPT = "what was recorded is kept"
+GONE = "the events of this cell tell more; the same command goes on from the last checkpoint"

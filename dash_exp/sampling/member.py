@@ -4,58 +4,80 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import aiohttp
 
-from dash_exp.sampling.answers import Answer, GarbageError
-from dash_exp.sampling.protocol import Request
-from dash_exp.sampling.server_client import ServerClient
+from dash_exp.errors import Fault, UserError
+from dash_exp.sampling.answers import GarbageError
+from dash_exp.sampling.server_client import RefusedError, ServerClient
 from dash_exp.sampling.server_process import ServerProcess, ServerSettings
+from dash_exp.sampling.transfer import ENGINES
+from dash_exp.sampling.work import Owed
 
-State = Literal["starting", "serving", "lost"]
+State = Literal["starting", "serving", "lost", "gone"]
+"""A lost one may be started again; one that is gone may not."""
 FAULTS = (OSError, TimeoutError, aiohttp.ClientError, GarbageError)
 """What a call of a broken server raises."""
 POLL_S = 0.1
+WHERE, KEY_VARIABLE = "cluster.server_urls", "DASH_SERVER_KEY"
 MISSED_HEALTH = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds. `start`: until a started server answers. `stall`: without one token while some are owed.
+    """Seconds. `start`: until a started server answers. `found`: until one that was started by hand does.
+    `stall`: without one token while some are owed.
     `health`: between two questions whether it is well. `answer`: until it answers such a question."""
 
     start_s: float = 600.0
+    found_s: float = 120.0
     stall_s: float = 300.0
     health_s: float = 2.0
     answer_s: float = 10.0
 
 
-@dataclass(eq=False, slots=True)
-class Owed:
-    """One group on its way: the request, and its completions so far."""
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a server that was started by hand must have been started with."""
 
-    request: Request
-    answers: list[Answer | None]
-    work: float
-    start: float = 0.0
+    vocabulary: int
+    longest: int
+    dtype: str
+    transfer: str
 
-    @property
-    def missing(self) -> list[int]:
-        return [i for i, answer in enumerate(self.answers) if answer is None]
+    def unmet(self, url: str, facts: Mapping[str, Any]) -> list[Fault]:
+        """`facts`: what it says of itself."""
+        found = []
+        for name, wanted in (("dtype", self.dtype), ("vocabulary", self.vocabulary)):
+            if facts.get(name) != wanted:
+                found.append(Fault(WHERE, f"{url} has {name} {facts.get(name)}, this run {wanted}",
+                                   "start it with the model and sampler of the run"))  # fmt: skip
+        length = int(facts.get("max_model_len", 0))
+        if length < self.longest:
+            found.append(Fault(WHERE, f"{url} takes {length} tokens, this run needs {self.longest}",
+                               f"start it with serve.max_model_len={self.longest}"))  # fmt: skip
+        if facts.get("transfer") != self.transfer:
+            own = next(name for name, engine in ENGINES.items() if engine == self.transfer)
+            found.append(Fault(WHERE, f"{url} takes weights by {facts.get('transfer')}, not {self.transfer}",
+                               f"start it with serve.transfer={own}, or set cluster.transfer"))  # fmt: skip
+        return found
 
 
 @dataclass(eq=False)
 class Member:
-    """A server and what it owes. `settings` None: it was given by URL and is not ours to start."""
+    """A server and what it owes. `settings` None: it was started by hand and is not ours to start; it has a
+    URL, and must meet `needs`."""
 
     name: str
     settings: ServerSettings | None
     url: str | None = None
+    needs: Needs | None = None
     state: State = "starting"
+    reason: str = ""
     process: ServerProcess | None = None
     client: ServerClient | None = None
     owed: dict[int, Owed] = field(default_factory=dict)
@@ -72,10 +94,24 @@ class Member:
         return sum(len(one.missing) for one in self.owed.values())
 
     async def begin(self, key: str, folder: Path, command: Sequence[str], patience: Patience) -> None:
-        """Start it, if it is ours, and wait until it answers. Raises RuntimeError where its process ends."""
+        """Start it, if it is ours, and wait until it answers. Raises RuntimeError where its process ends or
+        does not answer, UserError where one that was started by hand does not, or does not fit."""
         self.state = "starting"
         if self.settings is not None:
             self.process = ServerProcess(self.settings, key, folder, self.name, command)
+        wait_s = patience.found_s if self.settings is None else patience.start_s
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._answering(key, patience)
+        except TimeoutError as error:
+            if self.settings is not None:
+                raise RuntimeError(f"{self.name} did not start within {wait_s:g} s") from error
+            hint = "start it with python -m dash_exp.serve (docs/engine.md)"
+            raise UserError(Fault(WHERE, f"{self.url} does not answer, {wait_s:g} s long", hint)) from error
+        if self.needs is not None:
+            await self._check(self.needs)
+
+    async def _answering(self, key: str, patience: Patience) -> None:
         while True:
             if self.process is not None:
                 if (code := self.process.exit_code) is not None:
@@ -89,6 +125,18 @@ class Member:
             except FAULTS:
                 pass
             await asyncio.sleep(POLL_S)
+
+    async def _check(self, needs: Needs) -> None:
+        assert self.client is not None
+        try:
+            facts = await self.client.facts()
+        except (RefusedError, *FAULTS) as error:
+            if "401" in str(error):
+                raise UserError(Fault(KEY_VARIABLE, f"is not the key of {self.url}")) from error
+            what = f"{self.url} was not started with python -m dash_exp.serve: {error}"
+            raise UserError(Fault(WHERE, what)) from error
+        if faults := needs.unmet(str(self.url), facts):
+            raise UserError(faults)
 
     async def trouble(self, patience: Patience) -> str:
         """Watch it while it serves. Returns when it is not to be relied on any more, and why; empty if it is

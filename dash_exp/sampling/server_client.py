@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import aiohttp
 
-from dash_exp.sampling.answers import GENERATE, GarbageError
+from dash_exp.sampling.answers import FACTS, GENERATE, GarbageError
 
 CONTROL_TIMEOUT_S = 300.0
 TOKENS_METRIC = "vllm:generation_tokens_total"
@@ -40,15 +40,31 @@ class ServerClient:
         return await self._post(GENERATE, question, None)
 
     async def load(
-        self, update: Mapping[str, Any], version: int, timeout_s: float = CONTROL_TIMEOUT_S
-    ) -> None:
-        """Put weights in, name their version, and forget all that was computed with earlier ones."""
-        await self._post("/start_weight_update", None, timeout_s)
-        await self._post("/update_weights", {"update_info": update}, timeout_s)
-        await self._post("/finish_weight_update", {"weight_version": str(version)}, timeout_s)
+        self, update: Mapping[str, Any], label: str, beside: Callable[[], Awaitable[None]] | None = None,
+        timeout_s: float = CONTROL_TIMEOUT_S,
+    ) -> None:  # fmt: skip
+        """Put weights in, give them their name, and forget all that was computed with earlier ones.
+        `beside`: what is to be done while the server takes them."""
+        try:
+            await self._post("/start_weight_update", None, timeout_s)
+        except GarbageError:  # who began an update before was killed in the middle of it
+            await self._post("/finish_weight_update", None, timeout_s)
+            await self._post("/start_weight_update", None, timeout_s)
+        await _together(
+            self._post("/update_weights", {"update_info": update}, timeout_s),
+            *([] if beside is None else [beside()]),
+        )
+        await self._post("/finish_weight_update", {"weight_version": label}, timeout_s)
         reply = await self._post("/reset_prefix_cache", None, timeout_s)
         if not reply.get("success"):
             raise GarbageError("it kept its prefix cache")
+
+    async def facts(self) -> dict[str, Any]:
+        """What it was started with."""
+        facts = await self._get(FACTS, self.answer_s)
+        if not isinstance(facts, dict):
+            raise GarbageError(f"{FACTS} answers {str(facts)[:80]!r}")
+        return facts
 
     async def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Any other route that takes a POST."""
@@ -81,6 +97,16 @@ class ServerClient:
             self._session.post(f"{self.url}{path}", json=body) as reply,
         ):
             return await _content(reply)
+
+
+async def _together(*work: Awaitable[Any]) -> None:
+    """All of it; the first failure ends the rest."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _content(reply: aiohttp.ClientResponse) -> Any:

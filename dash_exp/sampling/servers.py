@@ -15,16 +15,14 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from dash_exp.checksums import checksum
 from dash_exp.sampling.delivery import Delivery
-from dash_exp.sampling.fleet import Fleet, Weights
+from dash_exp.sampling.fleet import Fleet
 from dash_exp.sampling.member import Member, Patience
 from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.sampling.server_process import LAUNCH
-from dash_exp.sampling.shared_weights import SharedWeights
+from dash_exp.sampling.transfer import Transfer
 from dash_exp.types import Group
 
 Result = TypeVar("Result")
@@ -36,28 +34,30 @@ class ServerSampler:
     """Samples with servers that hold copies of the learner's weights."""
 
     def __init__(
-        self, members: Sequence[Member], weights: Callable[[], Iterable[tuple[str, Tensor]]], *,
-        key: str, folder: Path, vocabulary: int, max_sequences: int, dtype: torch.dtype,
+        self, members: Sequence[Member], weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        transfer: Transfer, *, key: str, folder: Path, vocabulary: int, max_sequences: int,
         decode: Callable[[Sequence[int]], str], restarts: int, patience: Patience,
         in_order: bool, colocated: bool, event: Callable[..., None], command: Sequence[str] = LAUNCH,
+        tag: str = "",
     ):  # fmt: skip
-        """`folder`: for logs. `in_order`: ask in the batch's order, not the longest first. `colocated`: the
+        """`folder`: for logs. `tag`: put to the names of weights, where others may bring theirs to the same
+        servers. `in_order`: ask in the batch's order, not the longest first. `colocated`: the
         servers sleep while they have nothing to sample. `event`: the recorder's, called in the thread that
         samples."""
         self.weights, self.in_order, self.colocated = weights, in_order, colocated
         self.policy_version = 0
         self.lengths = Lengths()
         self._event, self._events = event, deque[tuple[tuple[Any, ...], dict[str, Any]]]()
-        self._shared = SharedWeights(dtype)
+        self._transfer, self._tag = transfer, tag
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fleet", daemon=True)
         self._thread.start()
         self.sync_seconds: dict[str, float] = {}
         try:
             self.fleet = self._run(self._make(
-                members, key=key, folder=folder, vocabulary=vocabulary, max_sequences=max_sequences,
-                decode=decode, event=self._note, restarts=restarts, patience=patience,
-                command=command,
+                members, transfer=transfer, key=key, folder=folder, vocabulary=vocabulary,
+                max_sequences=max_sequences, decode=decode, event=self._note, restarts=restarts,
+                patience=patience, command=command,
             ))  # fmt: skip
             self._run(self.fleet.start())
         except BaseException:
@@ -81,18 +81,13 @@ class ServerSampler:
 
     def load_weights(self, version: int) -> None:
         """Hand the learner's weights to every server, and wait until all that serve hold them."""
-        start = time.perf_counter()
-        path, tensors = self._shared.write(self.weights())
-        written = time.perf_counter()
-        sums = {name: checksum(tensor) for name, tensor in tensors.items()}
-        summed = time.perf_counter()
+        weights = self._transfer.stage(self.weights(), version, f"{version}{self._tag}")
+        staged = time.perf_counter()
         try:
-            self._run(self.fleet.load(Weights(version, {"path": str(path), "checksums": sums})))
+            self._run(self.fleet.load(weights))
         finally:
             self._tell_events()
-        self.sync_seconds = {
-            "write": written - start, "checksum": summed - written, "load": time.perf_counter() - summed,
-        }  # fmt: skip
+        self.sync_seconds = {**self._transfer.seconds, "load": time.perf_counter() - staged}
         self.policy_version = version
 
     def stream(
@@ -125,7 +120,7 @@ class ServerSampler:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(30)
             self._loop.close()
-        self._shared.close()
+        self._transfer.close()
         self._tell_events()
 
 

@@ -25,6 +25,8 @@ class SharedWeights:
     """Two files in turn, so that a server that is still reading the older one can finish. New files cost
     more than the copy itself (the system clears every page), so each is made once and then filled."""
 
+    arrival_s = 0.0
+
     def __init__(self, dtype: torch.dtype):
         """`dtype`: what the tensors are turned into on the way."""
         place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())

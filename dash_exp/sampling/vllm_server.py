@@ -2,8 +2,8 @@
 
 vLLM's own HTTP server, with four things added. The port is chosen when the socket is bound, and told
 through a file. Every route but /health wants the key: vLLM guards the public ones only, and those that
-change weights are as powerful as a shell. Weights come through a file in shared memory, each tensor
-checked against the learner's checksum. The server ends when its standard input does, so with the run.
+change weights are as powerful as a shell. Weights are checked against the learner's checksums where they
+arrive (vllm_receive.py). The server ends when its standard input does, so with whoever started it.
 """
 
 from __future__ import annotations
@@ -15,40 +15,29 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
-
-from dash_exp.checksums import checksum
+import dash_exp.sampling.vllm_receive  # noqa: F401  (registers our transfers with vLLM)
 from dash_exp.record import write_json
-from dash_exp.sampling.vllm_parts import repack_output, scheduling
+from dash_exp.sampling.answers import FACTS
+from dash_exp.sampling.vllm_parts import scheduling
 
 MODULE = "dash_exp.sampling.vllm_server"
-SHARED = "dash_shared"
-"""Name of the transfer through shared memory."""
 END_WAIT_S = 10.0
+TOLD = ("vocabulary", "max_model_len", "max_sequences", "dtype", "transfer")
 _OPEN = ("/health",)
 _key = ""
+_facts: dict[str, Any] = {}
 _answering = threading.Event()
 """Set once the server handles signals itself; before, SIGTERM would end it without its children."""
 
 
 class RequireKey:
-    """ASGI middleware: 401 for every request without the key, whatever its route."""
+    """ASGI middleware: 401 for every request without the key, whatever its route. It also answers what the
+    server was started with."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -56,77 +45,21 @@ class RequireKey:
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN and not _has_key(scope):
-            headers = [(b"content-type", b"text/plain")]
-            await send({"type": "http.response.start", "status": 401, "headers": headers})
-            await send({"type": "http.response.body", "body": b"the key is missing or wrong"})
+            await _reply(send, 401, b"text/plain", b"the key is missing or wrong")
+        elif scope["type"] == "http" and scope["path"] == FACTS:
+            await _reply(send, 200, b"application/json", json.dumps(_facts).encode())
         elif scope["type"] != "websocket":
             await self.app(scope, receive, send)
+
+
+async def _reply(send: Any, status: int, kind: bytes, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _has_key(scope: Mapping[str, Any]) -> bool:
     given = dict(scope["headers"]).get(b"authorization", b"")
     return hmac.compare_digest(given, f"Bearer {_key}".encode())
-
-
-@dataclass
-class SharedInit(WeightTransferInitInfo):
-    """Nothing to agree on."""
-
-
-@dataclass
-class SharedUpdate(WeightTransferUpdateInfo):
-    """`path`: a safetensors file that both processes can read. `checksums`: of each of its tensors."""
-
-    path: str
-    checksums: dict[str, str]
-
-
-class SharedTransfer(WeightTransferEngine[SharedInit, SharedUpdate]):
-    """Takes the learner's weights from a file, in practice in shared memory."""
-
-    init_info_cls = SharedInit
-    update_info_cls = SharedUpdate
-
-    def init_transfer_engine(self, init_info: SharedInit) -> None:
-        """Nothing to open."""
-
-    def start_weight_update(self) -> None:
-        """Everything happens in one go, below."""
-
-    def finish_weight_update(self) -> None:
-        """As above."""
-
-    def shutdown(self) -> None:
-        """Nothing is held."""
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """The whole update. Not the base class's, which waits for an accelerator."""
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: SharedUpdate) -> None:
-        """Raises ValueError for a tensor that is missing, too many, or not what the learner sent."""
-        initialize_layerwise_reload(self.model)
-        loaded = self.model.load_weights(_checked(update_info))
-        finalize_layerwise_reload(self.model, self.model_config)
-        repack_output(self.model)
-        names = {name for name, _ in self.model.named_parameters()}
-        if missing := sorted(names - (loaded or set())):
-            raise ValueError(f"no weights came for {missing}")
-
-
-def _checked(update: SharedUpdate) -> Iterator[tuple[str, Tensor]]:
-    expected = dict(update.checksums)
-    with safe_open(update.path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            tensor = file.get_tensor(name)
-            if checksum(tensor) != expected.pop(name, None):
-                raise ValueError(f"{name} is not what the learner sent")
-            yield name, tensor
-    if expected:
-        raise ValueError(f"{sorted(expected)} did not arrive")
-
-
-WeightTransferEngineFactory.register_engine(SHARED, SharedTransfer)
 
 
 class Worker:
@@ -161,17 +94,25 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
 
 
 def end_with_stdin() -> None:
-    """Take the whole process group down when standard input closes: whoever started this is gone."""
+    """Take the whole process group down when standard input closes: whoever started this is gone, or wants
+    an end of it."""
 
     def wait() -> None:
         while os.read(0, 4096):
             pass
         if _answering.is_set():  # killed at once, vLLM leaves files in shared memory behind
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))  # of this thread
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
             time.sleep(END_WAIT_S)
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True, name="end with the run").start()
+
+
+def stay_deaf() -> None:
+    """A scheduler's signals are kept from this process and its children by a mask (signals.sheltered), of
+    which Python's tracker of shared memory would let SIGTERM through when it is started (up to 3.12)."""
+    resource_tracker._HAVE_SIGMASK = False  # type: ignore[attr-defined]
 
 
 def _first_line() -> bytes:
@@ -203,7 +144,9 @@ def main() -> None:
     global _key
     settings = json.loads(_first_line())
     _key = settings["key"]
+    _facts.update({name: settings[name] for name in TOLD})
     end_with_stdin()
+    stay_deaf()
     import uvloop
 
     uvloop.run(serve(arguments(settings), Path(settings["ready"])))

@@ -1,8 +1,12 @@
 """A program that answers as a vLLM server does, without a model: real process, real port, real HTTP.
 
-Tokens are a function of the seed and of the weights' version. What it does wrong is told to it by POST
+Tokens are a function of the seed and of the weights' name. What it does wrong is told to it by POST
 /fake {"mode": ...}: `hang` (answers nothing more), `garbage` (no JSON), `short` (a completion without its
-log-probabilities), `old` (tokens of other weights), `refuse` (takes no weights), `dead` (its engine died).
+log-probabilities), `old` (tokens of other weights), `refuse` (takes no weights), `dead` (its engine died),
+`late` (dies in the middle of a broadcast).
+
+Started with the transfer `dash_nccl` it takes weights as vLLM does, but over a plain socket instead of
+NCCL: it joins the learner while it is asked to, and reads what is sent while it is told to update.
 """
 
 from __future__ import annotations
@@ -10,14 +14,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+import xxhash
 from aiohttp import web
 
 NEW_TOKENS = 5
+SIZES = {"float32": 4, "bfloat16": 2}
 
 
 def tokens_of(seed: int, version: str) -> list[int]:
@@ -27,8 +35,11 @@ def tokens_of(seed: int, version: str) -> list[int]:
 
 
 class Fake:
-    def __init__(self, settings: dict[str, object]):
-        self.key = settings["key"]
+    def __init__(self, settings: dict[str, Any]):
+        self.key, self.settings = settings["key"], settings
+        self.active = False
+        self.calls: list[str] = []
+        self.group: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.delay = float(str(settings["model"]).rpartition("=")[2])
         self.asleep = False
         self.version, self.mode, self.tokens, self.asked = "default", "", 0, 0
@@ -42,11 +53,18 @@ class Fake:
             return web.Response(status=401)
         body = await request.json() if request.can_read_body else {}
         route = request.path.strip("/").replace("/", "_")
+        if "weight" in route or route == "reset_prefix_cache":
+            self.calls.append(route)
         return await getattr(self, f"do_{route}")(body)  # type: ignore[no-any-return]
 
     async def do_fake(self, body: dict[str, str]) -> web.Response:
         self.mode = body["mode"]
-        return web.json_response({"asked": self.asked, "asleep": self.asleep})
+        known = {"asked": self.asked, "asleep": self.asleep, "calls": self.calls, "version": self.version}
+        return web.json_response(known)
+
+    async def do_dash_exp_facts(self, body: object) -> web.Response:
+        names = ("vocabulary", "max_model_len", "max_sequences", "dtype", "transfer")
+        return web.json_response({name: self.settings[name] for name in names})
 
     async def do_metrics(self, body: object) -> web.Response:
         return web.Response(text=f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}\n')
@@ -73,6 +91,19 @@ class Fake:
         return web.json_response({"choices": [choice]})
 
     async def do_start_weight_update(self, body: object) -> web.Response:
+        if self.active:
+            return web.Response(status=500, text="a weight update is already active")
+        self.active = True
+        return web.json_response({})
+
+    async def do_shutdown_weight_transfer_engine(self, body: object) -> web.Response:
+        return web.json_response({})
+
+    async def do_init_weight_transfer_engine(self, body: dict[str, dict[str, Any]]) -> web.Response:
+        info = body["init_info"]
+        if self.settings["transfer"] == "dash_nccl":
+            assert (info["rank_offset"], info["world_size"], info["packed"]) == (1, 2, True)
+            self.group = await asyncio.open_connection(info["master_address"], info["master_port"])
         return web.json_response({})
 
     async def do_sleep(self, body: object) -> web.Response:
@@ -83,12 +114,34 @@ class Fake:
         self.asleep = False
         return web.json_response({})
 
-    async def do_update_weights(self, body: dict[str, dict[str, str]]) -> web.Response:
-        exists = Path(body["update_info"]["path"]).exists() and not self.asleep
-        return web.json_response({}, status=500 if self.mode == "refuse" or not exists else 200)
+    async def do_update_weights(self, body: dict[str, dict[str, Any]]) -> web.Response:
+        info, taken = body["update_info"], False
+        if self.settings["transfer"] == "dash_shared":
+            taken = Path(info["path"]).exists()
+        elif self.settings["transfer"] == "dash_nccl" and self.active:
+            taken = await self.receive(info)
+        elif self.settings["transfer"] == "dash_ipc":
+            taken = info["ipc_handles_pickled"] == "handles of " + ",".join(info["names"])
+        if self.mode == "refuse" or not taken or self.asleep:
+            self.active = False
+            return web.Response(status=500, text="these are not the weights that were sent")
+        return web.json_response({})
+
+    async def receive(self, info: dict[str, Any]) -> bool:
+        """Read each tensor as it is announced; whether all are what their checksums say."""
+        assert self.group is not None
+        whole = True
+        for name, kind, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
+            data = await self.group[0].readexactly(SIZES[kind] * math.prod(shape))
+            size = "x".join(map(str, shape))
+            whole &= info["checksums"][name] == f"{xxhash.xxh3_128_hexdigest(data)}-{kind}-{size}"
+            if self.mode == "late":
+                os._exit(1)
+        return whole
 
     async def do_finish_weight_update(self, body: dict[str, str]) -> web.Response:
-        self.version = body["weight_version"]
+        self.active = False
+        self.version = body.get("weight_version", self.version)
         return web.json_response({})
 
     async def do_reset_prefix_cache(self, body: object) -> web.Response:

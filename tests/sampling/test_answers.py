@@ -29,10 +29,10 @@ def test_the_question_holds_tokens_and_a_seed_and_ends_where_we_say() -> None:
 
 
 def test_a_completion_stops_at_a_stop_token_or_is_cut() -> None:
-    assert read_answer(reply([5, 6, 9]), DECODING, 100, 3) == Answer((5, 6, 9), (-0.5,) * 3, "stop")
-    assert read_answer(reply([5, 6, 7, 8]), DECODING, 100, 3).finish_reason == "length"
-    assert read_answer(reply([5, 6, 7, 1]), DECODING, 100, 3).finish_reason == "stop"
-    assert read_answer(reply([1], version="default"), DECODING, 100, 0).token_ids == (1,)
+    assert read_answer(reply([5, 6, 9]), DECODING, 100, "3") == Answer((5, 6, 9), (-0.5,) * 3, "stop")
+    assert read_answer(reply([5, 6, 7, 8]), DECODING, 100, "3").finish_reason == "length"
+    assert read_answer(reply([5, 6, 7, 1]), DECODING, 100, "3").finish_reason == "stop"
+    assert read_answer(reply([1], version="default"), DECODING, 100, "default").token_ids == (1,)
 
 
 def broken(**entry: Any) -> dict[str, Any]:
@@ -64,4 +64,4 @@ def broken(**entry: Any) -> dict[str, Any]:
 )
 def test_garbage(given: Any, why: str) -> None:
     with pytest.raises(GarbageError, match=why):
-        read_answer(given, DECODING, 100, 3)
+        read_answer(given, DECODING, 100, "3")

@@ -1,0 +1,50 @@
+"""vLLM's transfers between GPUs, with each tensor checked where it arrives. Never run: it needs a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.weight_transfer.ipc_engine import (
+    IPCWeightTransferEngine,
+    IPCWeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferUpdateInfo,
+)
+
+from dash_exp.sampling.vllm_receive import checking
+
+
+@dataclass
+class NCCLUpdate(NCCLWeightTransferUpdateInfo):
+    """`checksums`: of each tensor, by name."""
+
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class IPCUpdate(IPCWeightTransferUpdateInfo):
+    """As above."""
+
+    checksums: dict[str, str] = field(default_factory=dict)
+
+
+class NCCLTransfer(NCCLWeightTransferEngine):
+    """From the learner's GPU to this one."""
+
+    update_info_cls = NCCLUpdate
+
+    def receive_weights(self, update_info: NCCLUpdate) -> None:
+        with checking(self, update_info.checksums):
+            super().receive_weights(update_info)
+
+
+class IPCTransfer(IPCWeightTransferEngine):
+    """Within the GPU that learner and server share."""
+
+    update_info_cls = IPCUpdate
+
+    def receive_weights(self, update_info: IPCUpdate) -> None:
+        with checking(self, update_info.checksums):
+            super().receive_weights(update_info)

@@ -1,0 +1,37 @@
+"""What is asked of servers: groups on their way, and the batch that they belong to. Torch-free."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from dash_exp.sampling.answers import Answer
+from dash_exp.sampling.delivery import Delivery
+from dash_exp.sampling.protocol import Decoding, Request
+
+
+@dataclass(eq=False, slots=True)
+class Owed:
+    """One group on its way: the request, and its completions so far."""
+
+    request: Request
+    answers: list[Answer | None]
+    work: float
+    start: float = 0.0
+
+    @property
+    def missing(self) -> list[int]:
+        return [i for i, answer in enumerate(self.answers) if answer is None]
+
+
+@dataclass(eq=False)
+class Batch:
+    """What is being sampled now. `label`: what servers call the weights of `version`."""
+
+    decoding: Decoding
+    version: int
+    label: str
+    delivery: Delivery
+    queue: deque[Owed]
+    limit: int | None
+    """Groups on their way at once, over all servers."""

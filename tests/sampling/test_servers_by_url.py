@@ -1,0 +1,160 @@
+"""Servers that somebody else has started: they are checked, given the learner's weights, and left alone.
+Real processes and HTTP; the servers have no model (fake_server.py). With vLLM: tests/test_serve.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_exp.errors import UserError
+from dash_exp.sampling.member import Member, Needs
+from dash_exp.sampling.path_transfer import FileWeights, PathTransfer
+from dash_exp.sampling.protocol import arrived
+from dash_exp.sampling.server_process import ServerProcess, ServerSettings
+from dash_exp.sampling.servers import ServerSampler
+from dash_exp.sampling.transfer import PATH, Transfer
+from tests.sampling.test_servers import DECODING, FAKE, NAMED, PATIENCE, ask, check, shared, until
+
+NEEDS = Needs(vocabulary=100, longest=64, dtype="float32", transfer=PATH)
+SETTINGS = ServerSettings("fake delay=0.01", 100, 64, 16, "float32", True, PATH)
+
+
+class Town:
+    """Servers of their own, and samplers that name them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.servers: list[ServerProcess] = []
+        self.guests: list[ServerSampler] = []
+        self.events: list[dict[str, Any]] = []
+
+    def server(self, port: int = 0) -> ServerProcess:
+        one = ServerProcess(
+            replace(SETTINGS, port=port), "secret", self.folder, f"serve-{len(self.servers)}", FAKE
+        )
+        self.servers.append(one)
+        until(lambda: one.url is not None)
+        return one
+
+    def guest(
+        self, key: str = "secret", restarts: int = 0, tag: str = "-ours", transfer: Transfer | None = None,
+        needs: Needs = NEEDS, urls: list[str] | None = None,
+    ) -> ServerSampler:  # fmt: skip
+        urls = urls or [str(s.url) for s in self.servers]
+        made = ServerSampler(
+            [Member(f"server-{n}", None, url, needs) for n, url in enumerate(urls)], lambda: NAMED,
+            transfer or shared(), key=key, folder=self.folder, vocabulary=100, max_sequences=16, decode=str,
+            restarts=restarts, patience=PATIENCE, in_order=False, colocated=False, event=self.event, tag=tag,
+        )  # fmt: skip
+        self.guests.append(made)
+        return made
+
+    def event(self, kind: str, start: float, end: float, **more: Any) -> None:
+        self.events.append({"kind": kind, **more})
+
+
+@pytest.fixture
+def town(tmp_path: Path) -> Iterator[Town]:
+    made = Town(tmp_path)
+    yield made
+    for guest in made.guests:
+        guest.close()
+    for server in made.servers:
+        server.kill()
+
+
+def test_they_are_used_and_left_alone(town: Town) -> None:
+    """One run after another, each with its own weights under its own name."""
+    for _ in range(2):
+        town.server()
+    for tag in ("-first", "-second"):
+        guest = town.guest(tag=tag)
+        guest.load_weights(0)
+        asked = ask(8)
+        groups = list(arrived(guest.stream(asked, DECODING)))
+        check(groups, asked, f"0{tag}")
+        assert {g.origin.worker for g in groups if g.origin} == {"server-0", "server-1"}
+        guest.close()
+    assert [s.exit_code for s in town.servers] == [None, None]
+    assert town.events == []
+
+
+def test_two_runs_at_one_server_are_noticed(town: Town) -> None:
+    """Equal versions, other weights: not one token of the other run's is taken."""
+    town.server()
+    first, second = town.guest(tag="-first"), town.guest(tag="-second")
+    first.load_weights(1)
+    second.load_weights(1)
+    with pytest.raises(UserError, match=r"tokens of weights \['1-second'\] where 1-first was current"):
+        list(first.stream(ask(2), DECODING))
+
+
+@pytest.mark.parametrize(
+    ("needs", "what"),
+    [
+        (replace(NEEDS, longest=65), r"takes 64 tokens, this run needs 65\n.*serve\.max_model_len=65"),
+        (replace(NEEDS, vocabulary=99), "has vocabulary 100, this run 99"),
+        (replace(NEEDS, dtype="bfloat16"), "has dtype float32, this run bfloat16"),
+        (replace(NEEDS, transfer="dash_nccl"), r"takes weights by dash_shared.*\n.*serve\.transfer=nccl"),
+    ],
+)
+def test_one_that_does_not_fit_is_refused(town: Town, needs: Needs, what: str) -> None:
+    town.server()
+    with pytest.raises(UserError, match=what):
+        town.guest(needs=needs)
+
+
+def test_a_wrong_key_and_no_server_are_told(town: Town) -> None:
+    town.server()
+    with pytest.raises(UserError, match="DASH_SERVER_KEY: is not the key of http"):
+        town.guest(key="wrong")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer, 1 s long\n.*dash_exp\.serve"):
+        town.guest(urls=["http://127.0.0.1:9"])
+
+
+def test_one_that_is_lost_is_waited_for_and_gets_its_weights_again(town: Town) -> None:
+    first = town.server()
+    port = int(str(first.url).rpartition(":")[2])
+    guest = town.guest(restarts=1)
+    guest.load_weights(3)
+    os.killpg(first.process.pid, signal.SIGKILL)
+    until(lambda: guest.fleet.members[0].state == "starting")
+    town.server(port)
+    until(lambda: guest.fleet.members[0].state == "serving")
+    asked = ask(4)
+    check(list(arrived(guest.stream(asked, DECODING))), asked, "3-ours")
+
+
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_one_that_does_not_come_back_is_told_once(town: Town, restarts: int) -> None:
+    """Nobody here can start it: it is waited for once, not as often as one of our own."""
+    guest = town.guest(restarts=restarts, urls=[str(town.server().url)])
+    os.killpg(town.servers[0].process.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"every server is lost: server-0 at http.*(no sign of life|Client)"):
+        list(guest.stream(ask(2), DECODING))
+    guest.close()
+    assert len([e for e in town.events if e["what"] == "server did not start again"]) == min(restarts, 1)
+
+
+def test_weights_go_through_a_folder_where_memory_is_not_shared(town: Town, tmp_path: Path) -> None:
+    """Whole files under new names, two of them at most; nothing is left when the run ends."""
+    for _ in range(2):
+        town.server()
+    place = tmp_path / "between" / "machines"
+    files = FileWeights(place, torch.bfloat16)
+    guest = town.guest(transfer=PathTransfer(files))
+    for version in range(4):
+        guest.load_weights(version)
+        asked = ask(4)
+        check(list(arrived(guest.stream(asked, DECODING))), asked, f"{version}-ours")
+        kept = sorted(p.name for p in files.folder.iterdir() if p.suffix == ".safetensors")
+        assert kept == [f"weights-{n}.safetensors" for n in range(max(0, version - 1), version + 1)]
+    guest.close()
+    assert list(place.iterdir()) == [] and town.events == []
