@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,27 @@ sys.exit(code)
 '''
 
 
+SWEEP_STAND_IN = '''
+"""Imported by every Python that is started: the process of a cell ends here, having said which it is."""
+import os, sys
+
+if sys.orig_argv[1:3] == ["-m", "dash_exp.cell"]:
+    import json, pathlib, time, yaml
+
+    folder = pathlib.Path(sys.orig_argv[3])
+    c = yaml.safe_load((folder / "config.yaml").read_text())
+    names = (c[part]["name"] for part in ("algorithm", "model", "dataset", "sampler", "recipe", "evaluation"))
+    print("cell", c["seed"], *names, *sys.orig_argv[4:], flush=True)
+    what = os.environ.get("CELL_%d" % c["seed"], "0")
+    if what == "crash":
+        print("RuntimeError: a bug", flush=True)
+    if what == "0":
+        status = {"state": "finished", "attempt": 1, "step": 0, "heartbeat": time.time()}
+        (folder / "status.json").write_text(json.dumps(status))
+    os._exit({"refuse": 2, "crash": 1}.get(what) or int(what))
+'''
+
+
 class Shell:
     """An empty working directory, and commands run in it."""
 
@@ -51,12 +73,28 @@ class Shell:
         self.folder = folder
         (folder / "here").mkdir()
         (folder / "stand_in.py").write_text(STAND_IN)
+        (folder / "sweep.py").write_text(STAND_IN.replace('sys.modules["dash_exp.cell"] = cell', ""))
+        (folder / "started").mkdir()
+        (folder / "started" / "sitecustomize.py").write_text(SWEEP_STAND_IN)
 
     def real(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return self._run([sys.executable, "-m", "dash_exp", *arguments], variables)
 
     def stand_in(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return self._run([sys.executable, str(self.folder / "stand_in.py"), *arguments], variables)
+
+    def sweep(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """A sweep, with the process of each cell replaced."""
+        path = os.pathsep.join([str(self.folder / "started"), str(ROOT)])
+        command = [sys.executable, str(self.folder / "sweep.py"), "-m", *arguments]
+        return self._run(command, {"PYTHONPATH": path, **variables})
+
+    def said(self) -> list[str]:
+        """What the cells of sweeps have said, in the order in which they were started."""
+        files = (self.folder / "here").glob("outputs/cells/*/output.txt")
+        rows = {file: (file.parent / "launch.jsonl").read_text().splitlines() for file in files}
+        order = sorted(rows, key=lambda file: json.loads(rows[file][0])["time"])
+        return [line for file in order for line in file.read_text().splitlines()]
 
     def _run(self, command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
         inherited = {k: v for k, v in os.environ.items() if k not in ("DASH_DATA", "HYDRA_FULL_ERROR")}
@@ -153,7 +191,7 @@ def test_wrong_input_gives_one_message_with_every_fault_and_exit_code_2(shell: S
 
 
 def test_overrides_on_both_sides_of_a_flag(shell: Shell) -> None:
-    done = shell.stand_in("model=tiny", "-m", "seed=0,1", "algorithm=pg")
+    done = shell.stand_in("model=tiny", "-m", "seed=0,1", "algorithm=pg", "hydra/launcher=basic")
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[1:3] for line in done.stdout.splitlines()] == [["0", "pg"], ["1", "pg"]]
 
@@ -173,14 +211,18 @@ def test_one_cell_is_run_and_leaves_nothing_of_hydras(shell: Shell) -> None:
 
 
 def test_the_papers_sweep_as_typed(shell: Shell) -> None:
-    done = shell.stand_in("-m", "algorithm=dash,grpo,ppo_multi", "model=qwen0.5b,qwen1.5b,qwen3b")
+    done = shell.sweep("algorithm=dash,grpo,ppo_multi", "model=qwen0.5b,qwen1.5b,qwen3b")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [
+    assert shell.said() == [
         f"cell 0 {algorithm} {model} math vllm paper math"
         for algorithm in ("dash", "grpo", "ppo_multi")
         for model in ("qwen0.5b", "qwen1.5b", "qwen3b")
     ]
-    assert shell.left() == ["outputs", "outputs/multirun", "outputs/multirun/multirun.yaml"]
+    lines = done.stdout.splitlines()
+    table = lines[next(n for n, line in enumerate(lines) if line.startswith("cell ")) : -2]
+    assert len(table) == 11 and max(map(len, table)) <= 80
+    below = {path.split("/")[1] for path in shell.left() if "/" in path}
+    assert below == {"cache", "cells", "multirun", "sweeps"}
 
 
 @pytest.mark.parametrize(
@@ -201,14 +243,25 @@ def test_the_exit_code_of_one_cell(shell: Shell, what: str, code: int, says: str
 
 
 def test_a_failed_cell_does_not_stop_a_sweep_but_fails_it(shell: Shell) -> None:
-    done = shell.stand_in("-m", "model=tiny", "seed=0,1,2", CELL_0="refuse", CELL_1="1")
+    done = shell.sweep("model=tiny", "seed=0,1,2,3", CELL_0="refuse", CELL_1="crash", CELL_2="130")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [line.split()[1] for line in shell.said() if line.startswith("cell")] == [
+        "0",  # the user has to mend it: once
+        "1", "1",  # once more
+        "2", "2", "2", "2", "2", "2",  # five times more: somebody's signal is no fault of the cell
+        "3",
+    ]  # fmt: skip
+    assert "4 cells: 2 failed, 1 finished, 1 interrupted" in done.stdout
+    assert "failed (unknown): ended with exit code 1: RuntimeError: a bug" in done.stdout
+
+
+def test_a_failed_cell_under_hydras_own_launcher(shell: Shell) -> None:
+    own = ("-m", "hydra/launcher=basic", "model=tiny", "seed=0,1,2")
+    done = shell.stand_in(*own, CELL_0="refuse", CELL_1="1")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["0", "1", "2"]
-
-
-def test_an_interrupted_cell_ends_the_sweep(shell: Shell) -> None:
-    done = shell.stand_in("-m", "model=tiny", "seed=0,1,2", CELL_1="130")
+    done = shell.stand_in(*own, CELL_1="130")
     assert done.returncode == 130
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["0", "1"]
 

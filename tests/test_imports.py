@@ -18,8 +18,11 @@ LAYERS = [
      "process"},
     {"tasks", "verifiers", "sampling.protocol", "learning.advantages", "learning.filters",
      "learning.losses", "learning.schedules", "record", "validation", "preconditions", "provenance",
-     "override_faults", "dataset_faults", "capacity_model",
-     "partners", "compose", "metrics", "terminal", "limits", "learning.world", "checksums"},
+     "override_faults", "own_settings", "dataset_faults", "server_faults", "capacity_model",
+     "partners", "compose", "metrics", "terminal", "limits", "learning.world", "checksums",
+     "mirror_place", "launch.jobs", "launch.journal", "launch.manifest", "launch.processes"},
+    {"mirror", "mirror_beside", "mirror_cell", "mirror_facts", "mirror_follow", "mirror_points",
+     "mirror_store", "mirror_sweeps"},
     {"modeling", "learning.logprobs"},
     {"checkpoint", "learning", "sampling", "evaluation", "trace_file", "trace_settings", "subject"},
     {"plan"},
@@ -31,7 +34,8 @@ LAYERS = [
     {"build", "judge"},
     {"attempt", "inference", "rank"},
     {"cell"},
-    {"__main__", "evaluate", "traces", "capacity", "capacity_curves"},
+    {"launch"},
+    {"__main__", "evaluate", "traces", "serve", "capacity", "capacity_curves", "sweep"},
 ]  # fmt: skip
 """A module imports from its own layer and from earlier ones. The longest matching name counts."""
 
@@ -43,10 +47,13 @@ TORCH_FREE = ["types", "errors", "seeding", "statistics", "config", "limits", "h
               "learning.advantages", "learning.filters", "learning.schedules", "learning.world",
               "__main__", "evaluation", "cell", "signals", "process", "rank",
               "learning.rank_process", "learning.watch", "budget", "partners",
-              "judge", "evaluate", "traces", "trace_file", "trace_settings", "subject",
-              "capacity", "capacity_curves", "capacity_model"]  # fmt: skip
+              "judge", "evaluate", "traces", "serve", "trace_file", "trace_settings", "subject",
+              "capacity", "capacity_curves", "capacity_model", "sweep",
+              "mirror", "mirror_beside", "mirror_follow",
+              *(f"launch.{file.stem}" for file in (PACKAGE / "launch").glob("[a-z]*.py"))]  # fmt: skip
 ONE_PLACE = {"vllm": "sampling/vllm_", "peft": "learning/adapters.py",
-             "reasoning_gym": "tasks/gym.py"}  # fmt: skip
+             "reasoning_gym": "tasks/gym.py", "submitit": "launch/slurm",
+             "mlflow": "mirror_store.py"}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -29,7 +29,7 @@ from dash_exp.launch.pool import Relay, Say
 from dash_exp.launch.processes import Locks
 from dash_exp.launch.states import is_stale
 from dash_exp.launch.status import is_moving, watch
-from dash_exp.launch.summary import closing_lines, ended, table_of
+from dash_exp.launch.summary import closing_lines, ended, status_command, table_of
 from dash_exp.record import CellBusy, read_json
 from dash_exp.terminal import show
 
@@ -69,7 +69,7 @@ def launch(
         waits = True
         local.launch(manifest, n_jobs, cells, say, relay)
     if not waits:
-        say(f"python -m dash_exp.sweep status {show(manifest.folder)}")
+        say(status_command(manifest))
         return OK
     if cluster.name == "slurm" or detached:
         follow(manifest, say)

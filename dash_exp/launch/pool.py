@@ -19,6 +19,7 @@ from dash_exp.launch.failures import classify, may_retry, signal_of
 from dash_exp.launch.processes import HERE, Locks
 from dash_exp.launch.shares import Gpus, Lease, threads_each, visible_gpus
 from dash_exp.launch.states import ACTIVE, state_of
+from dash_exp.launch.verdict import LOST
 from dash_exp.launch.worker import Job, Worker, cell_actions
 from dash_exp.record import read_json
 from dash_exp.signals import handling
@@ -212,10 +213,11 @@ class Pool:
             self.waiting.append(job)
             self.say(f"{job.name} {told}; it will be started again")
             return
-        state = worker.status().get("state")
-        if state not in ("failed", "interrupted"):
-            say_state(job.folder, "failed", failure=reason)
-        self._settle(job, "interrupted" if state == "interrupted" else "failed", told)
+        state = str(worker.status().get("state"))
+        if state not in ("failed", "interrupted"):  # it died without a word
+            state = "interrupted" if failure in LOST else "failed"
+            say_state(job.folder, state, failure=reason)
+        self._settle(job, state, told)
 
     def _say_busy(self, job: Job, who: str) -> None:
         if job.name not in self._told:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dash_exp.launch import journal
-from dash_exp.launch.lookup import labels
+from dash_exp.launch.lookup import default_root, labels
 from dash_exp.launch.manifest import Entry, Manifest
 from dash_exp.launch.queue import jobs
 from dash_exp.launch.states import CellState, states_of
@@ -49,7 +49,7 @@ def ended(manifest: Manifest, cells: Sequence[str] | None, now: float) -> Ended:
 
 def table_of(seen: Ended) -> Table:
     """Cell, state, steps, reward, accuracy, training time."""
-    rows = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    rows = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     rows.add_column("cell", overflow="fold")
     for name in ("state", "steps", "reward", "accuracy", "time"):
         rows.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
@@ -95,4 +95,10 @@ def closing_lines(seen: Ended) -> list[str]:
     if len(broken) > SHOWN_FAILURES:
         lines.append(f"  ... and {len(broken) - SHOWN_FAILURES} more")
     place = show(seen.manifest.folder)
-    return [*lines, f"sweep   {place}", f"status  python -m dash_exp.sweep status {place}"]
+    return [*lines, f"sweep   {place}", f"status  {status_command(seen.manifest)}"]
+
+
+def status_command(manifest: Manifest) -> str:
+    """What shows a sweep at any later time: by its name where that is enough."""
+    usual = manifest.root.resolve() == default_root().resolve()
+    return f"python -m dash_exp.sweep status {manifest.name if usual else show(manifest.folder)}"
