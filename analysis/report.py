@@ -12,7 +12,7 @@ from analysis import render, trace
 from analysis.claims import Finding
 from analysis.figures import Picture
 from analysis.load import Problem, Records
-from analysis.table import Table
+from analysis.table import Table, counted
 from analysis.variants import Variant
 
 STYLE = """
@@ -71,10 +71,13 @@ def _lead(records: Records, variants: Sequence[Variant], problems: Sequence[Prob
     states = records.cells["state"].value_counts()
     told = ", ".join(f"{count} {state}" for state, count in states.items())
     seeds = sorted({len(v.cells) for v in variants})
-    spread = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    rest = f' <a href="#left-out">{len(problems)} things are missing or odd.</a>' if problems else ""
+    spread = (
+        f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
+    )
+    some = "1 thing is" if len(problems) == 1 else f"{len(problems)} things are"
+    rest = f' <a href="#left-out">{some} missing or odd.</a>' if problems else ""
     return (
-        f"<p>{len(records.cells)} runs ({told}) of {len(variants)} recipes, {spread} seeds each. Every "
+        f"<p>{len(records.cells)} runs ({told}) of {len(variants)} recipes, {spread} each. Every "
         f"number has its 95 % interval and n; NA has a reason.{rest}</p>"
     )
 
@@ -90,9 +93,10 @@ def _claim(f: Finding) -> str:
     if math.isnan(effect.value):
         told = f"no value: {_esc(effect.note)}"
     else:
-        note = f" <span class=small>{_esc(effect.note)}</span>" if effect.note else ""
-        n = f"{effect.n_seeds} seeds" + (f" x {effect.n_prompts} prompts" if effect.n_prompts else "")
-        told = f"{effect.value:+.2f}{render.interval(effect, 2)} {_esc(f.unit)}, n = {n}{note}"
+        note = f"; {_esc(effect.note)}" if effect.note else ""
+        n = counted(effect).replace("x", " seeds x ") + (" prompts" if effect.n_prompts else " seeds")
+        value = f"{effect.value:.2f}" if f.unit.startswith("x") else f"{effect.value:+.2f}"
+        told = f"{value}{render.interval(effect, 2)} {_esc(f.unit)}, n = {n}{note}"
     return (
         f'<div class="claim {f.verdict}"><span class=verdict>{MARKS[f.verdict]} {f.verdict}</span> &middot; '
         f"{_esc(f.claim)}<br><span class=small>{_esc(f.where)}: {told}. Paper: {_esc(f.paper)}.</span></div>"
