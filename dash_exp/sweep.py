@@ -1,19 +1,19 @@
-"""Sweeps, named by a yaml, by a name below <run.dir>/sweeps, or by their folder:
+"""Sweeps, named by a yaml, by a name below <run.dir>/sweeps, or a folder:
 
-  python -m dash_exp.sweep list                 what each asks, how far it is here
-  python -m dash_exp.sweep plan <sweep>         a dry run: cells, hours, scripts
-  python -m dash_exp.sweep launch <sweep>       start it, or go on; returns at once
-  python -m dash_exp.sweep status [<sweep>]     what its cells are doing
-  python -m dash_exp.sweep logs <sweep>         the end of what its cells said
-  python -m dash_exp.sweep retry <sweep>        let failed cells start anew
-  python -m dash_exp.sweep cancel <sweep>       let cells end; they can go on later
+  python -m dash_exp.sweep list               what each asks, how far it is
+  python -m dash_exp.sweep plan <sweep>       a dry run: cells, hours, scripts
+  python -m dash_exp.sweep launch <sweep>     start it or go on; returns at once
+  python -m dash_exp.sweep status [<sweep>]   what its cells are doing
+  python -m dash_exp.sweep logs <sweep>       the end of what its cells said
+  python -m dash_exp.sweep retry <sweep>      let failed cells start anew
+  python -m dash_exp.sweep cancel <sweep>     let cells end, to go on later
 
 plan and launch take overrides of the sweep's own (cluster=slurm seed=0,1), the
 others patterns, which select cells: an override (algorithm=dash), a part of a
 folder's name, or either with wildcards; each further one narrows the choice.
-run.dir=<folder> looks elsewhere than in outputs/. `<command> --help` lists flags
-(--json, --watch, --wait, --failed). Everything may be repeated, and run twice at
-once. More in docs/sweeps.md.
+run.dir=<folder> looks elsewhere than in outputs/. `<command> --help` lists
+flags (--json, --watch, --wait, --failed). Everything may be repeated, and run
+twice at once. More in docs/sweeps.md.
 """
 
 from __future__ import annotations

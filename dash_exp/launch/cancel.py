@@ -19,6 +19,7 @@ from dash_exp.launch.processes import ask_to_end
 from dash_exp.launch.states import ACTIVE
 from dash_exp.launch.status import OPEN, SweepState, Watched, watch
 
+NOTHING = "nothing was cancelled"
 PATIENCE_S = 10.0
 """How long the command stays to see cells end; they end by themselves."""
 
@@ -36,7 +37,7 @@ def cancel(
     manifest: Manifest, ids: set[str], *, whole: bool, again: bool = False, patience_s: float = PATIENCE_S
 ) -> Cancelled:
     """Cancel the unfinished cells among `ids`. `whole`: the sweep itself, so that its controller is to end
-    too, but no cell that another sweep runs. `again`: signal those too that were asked before, so that they
+    too, but no cell that another sweep runs. `again`: ask those too that were asked before, so that they
     stop in the middle of a step. Raises UserError where a job also runs cells that were not meant (nothing
     is done then), or SLURM does not answer."""
     done = Cancelled()
@@ -48,11 +49,15 @@ def cancel(
             done.left = [(one, f"run by the sweep {name}") for one, name in others]
             chosen = [one for one in chosen if one not in [other for other, _ in others]]
         jobs = _jobs(chosen, state)
+        if jobs and queue.active(jobs) is None:
+            raise UserError(Fault("scancel", "SLURM does not answer", "try again later"), NOTHING)
         fresh = [one for one in chosen if not is_cancelled(journal.read(one.cell.folder))]
         for one in fresh:
             journal.note(one.cell.folder, "cancel")
-        if jobs and not queue.cancel(jobs):
-            raise UserError(Fault("scancel", f"SLURM did not take back {len(jobs)} jobs", "try again"),
+        asked = [one for one in chosen if again or one in fresh or one.cell.state == "queued"]
+        mine = sorted({one.cell.job for one in asked if one.cell.job in jobs and one.cell.job})
+        if mine and not queue.cancel(mine, now=again):
+            raise UserError(Fault("scancel", f"SLURM did not take back {len(mine)} jobs", "add --now"),
                             "cells that wait will not be started")  # fmt: skip
         if whole:
             _end_controller(state)
@@ -73,7 +78,7 @@ def _run_by_another(one: Watched, manifest: Manifest) -> str | None:
     return str(name) if name and name != manifest.name else None
 
 
-def _jobs(chosen: Sequence[Watched], state: SweepState) -> list[str]:
+def _jobs(chosen: Sequence[Watched], state: SweepState) -> set[str]:
     """The jobs of these cells. Raises UserError where one of them runs other cells too."""
     jobs = {one.cell.job for one in chosen if one.cell.job and one.cell.state != "interrupted"}
     meant = {one.entry.id for one in chosen}
@@ -84,8 +89,8 @@ def _jobs(chosen: Sequence[Watched], state: SweepState) -> list[str]:
         if one.cell.job in jobs and one.entry.id not in meant and one.cell.state in ACTIVE
     ]  # fmt: skip
     if faults:
-        raise UserError(faults, "nothing was cancelled")
-    return sorted(jobs)
+        raise UserError(faults, NOTHING)
+    return jobs
 
 
 def _end_controller(state: SweepState) -> None:

@@ -84,7 +84,7 @@ def retry_command(args: Namespace) -> int:
 
 
 def _states(cells: Sequence[Watched]) -> str:
-    states = [one.cell.state for one in cells]
+    states = sorted(one.cell.state for one in cells)
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
@@ -97,6 +97,10 @@ def cancel_command(args: Namespace) -> int:
         say(f"{one.label} ({one.entry.id}) was asked to end and will, after its step; {pace}")
     for one, why in done.left:
         say(f"{one.label} ({one.entry.id}) is left alone: {why}; name it to cancel it all the same")
+    if not (done.ended or done.ending or done.left):
+        found = [one for one in watch(manifest).cells if one.entry in chosen]
+        say(f"nothing to cancel: {_states(found)}")
+        return OK
     open_text = f", {len(done.ending)} ending" if done.ending else ""
     say(f"{len(done.ended)} of {len(chosen)} cells cancelled{open_text}; launch or retry goes on with them")
     return OK

@@ -13,7 +13,7 @@ from dash_exp.config import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch.actions import cluster_of, part_of_machine
 from dash_exp.launch.dispatch import launch
-from dash_exp.launch.expand import combinations, key_of
+from dash_exp.launch.expand import key_of
 from dash_exp.launch.jobs import Plan, PlannedCell
 from dash_exp.launch.local import read_order
 from dash_exp.launch.lookup import find
@@ -48,7 +48,7 @@ def order_of(text: str, overrides: Sequence[str], root: Path, n_jobs: int | None
     target = find(text, root, name)
     jobs = jobs_of(n_jobs, given.get(N_JOBS), target.folder)
     if target.spec is not None:
-        part = part_of_machine(_cluster_asked(target.spec, rest), jobs)
+        part = _part(target.spec, rest, jobs)
         plan = plan_spec(target.spec, root=target.root, actions=part, extra=rest, name=name)
     else:
         plan = frozen_plan(target.manifest(), rest)
@@ -67,10 +67,14 @@ def jobs_of(flag: int | None, given: str | None, folder: Path) -> int:
     return before.n_jobs if before else 1
 
 
-def _cluster_asked(spec: Spec, overrides: Sequence[str]) -> ClusterConfig:
-    """What the settings of a launch make of the cluster; they are the same for all cells."""
-    own, settings = split(overrides)
-    return compose((*combinations(spec, own)[0], *settings)).cluster
+def _part(spec: Spec, overrides: Sequence[str], n_jobs: int) -> tuple[str, ...]:
+    """Each cell's part of this machine, by the settings of the launch; what is wrong with these is told
+    together with all else."""
+    settings = (*split(spec.overrides)[1], *split(overrides)[1])
+    try:
+        return part_of_machine(compose(settings).cluster, n_jobs)
+    except UserError:
+        return ()
 
 
 def frozen_plan(manifest: Manifest, overrides: Sequence[str]) -> Plan:

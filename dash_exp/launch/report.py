@@ -178,7 +178,7 @@ def plan_view(made: Preview) -> RenderableType:
     parts += [Text(""), resource_table(made), *_hours_note(made)]
     for number_, script in enumerate(made.sbatch, 1):
         parts += [Text(f"\nscript {number_} of {len(made.sbatch)}:\n", style="bold"), Text(script.rstrip())]
-    parts += [Text("\nNothing was written or started.", style="dim")]
+    parts += [Text("\nNothing was written, started or queued.", style="dim")]
     return Group(*parts)
 
 
@@ -217,15 +217,17 @@ def resource_table(made: Preview) -> Table:
     for resources, lines in made.profiles().items():
         open_ones = [line for line in lines if line.rest > 0]
         add(rows, str(resources), str(len(lines)), str(len(open_ones)),
-            hours_text(total(line.hours_left for line in open_ones)),
-            hours_text(total(line.gpu_hours for line in open_ones)))  # fmt: skip
+            sum_text([line.hours_left for line in open_ones]),
+            sum_text([line.gpu_hours for line in open_ones]))  # fmt: skip
     return rows
 
 
-def total(values: Iterable[float | None]) -> float | None:
-    """A sum; None where a part is not known."""
-    known = list(values)
-    return None if any(value is None for value in known) else sum(value or 0.0 for value in known)
+def sum_text(values: Sequence[float | None]) -> str:
+    """A sum of hours; with a + where parts are not known, a dash where none is."""
+    known = [value for value in values if value is not None]
+    if len(known) == len(values):
+        return hours_text(sum(known))
+    return f"{hours_text(sum(known))}+" if known else "-"
 
 
 def hours_text(hours: float | None) -> str:
@@ -236,4 +238,5 @@ def _hours_note(made: Preview) -> list[RenderableType]:
     unknown = sum(line.hours_left is None for line in made.lines)
     if not unknown:
         return []
-    return [Text(f"-: no finished cell here has the profile of {unknown} of them (arm, model, data, sizes)")]
+    many = "any of them" if unknown == len(made.lines) else f"{unknown} of them"
+    return [Text(f"no cell with the arm, model, data and sizes of {many} has finished here")]
