@@ -50,6 +50,9 @@ def main() -> int:
         return refuse(error)
     except (HydraException, OmegaConfBaseException) as error:
         return refuse(UserError(Fault("config", str(error))))
+    except OSError as error:  # Hydra's own files; what a cell meets is told by the cell
+        what = f"cannot write {error.filename}: {error.strerror or error}"
+        return refuse(UserError(Fault("run.dir", what, "set run.dir=<folder>")))
     except KeyboardInterrupt:
         return INTERRUPTED + 2
     return 0

@@ -24,7 +24,7 @@ from dash_exp.launch import manifest as manifests
 from dash_exp.launch.actions import tracking_of
 from dash_exp.launch.endings import is_cancelled
 from dash_exp.launch.jobs import Plan
-from dash_exp.launch.manifest import Entry, Manifest
+from dash_exp.launch.manifest import SWEEP_NAME, Entry, Manifest
 from dash_exp.launch.pool import Relay, Say
 from dash_exp.launch.processes import Locks
 from dash_exp.launch.states import is_stale
@@ -56,6 +56,9 @@ def launch(
     """
     if n_jobs < 1:
         raise UserError(Fault("hydra.launcher.n_jobs", f"got {n_jobs}, must be at least 1"))
+    if not SWEEP_NAME.fullmatch(plan.name):
+        hint = "up to 100 letters, digits and _.+-, a letter or digit first"
+        raise UserError(Fault("run.sweep", f"got {plan.name!r}, which cannot name a folder", hint))
     manifest = prepare(plan, root, cluster, force, cells, say)
     entries = [e for e in manifest.entries if cells is None or e.folder in cells]
     ask_again(manifest, entries)
