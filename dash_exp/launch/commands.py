@@ -54,6 +54,9 @@ def plan_command(args: Namespace) -> int:
         say_json({**made.as_json(), "refused": [str(fault) for fault in faults]})
     else:
         out(plan_view(made))
+        for number, text in enumerate(texts, 1):
+            say(f"\nscript {number} of {len(texts)}:\n\n{text.strip()}")
+        say("\nNothing was written, started or queued.")
     if faults:
         raise UserError(faults, "launching it would be refused")
     return OK

@@ -14,8 +14,7 @@ from rich.text import Text
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch import spec as specs
 from dash_exp.launch.expand import combinations
-from dash_exp.launch.lookup import launched_folders
-from dash_exp.launch.manifest import read
+from dash_exp.launch.lookup import launched
 from dash_exp.launch.report import counts_text
 from dash_exp.launch.status import SweepState, watch_all
 
@@ -47,8 +46,9 @@ class Listed:
 
 def listing(root: Path) -> tuple[list[Listed], list[Fault]]:
     """Every sweep, those of sweeps/ first, and what is wrong with their files."""
-    states = {state.manifest.name: state for state in watch_all([read(f) for f in launched_folders(root)])}
-    rows, faults = [], []
+    there, faults = launched(root)
+    states = {state.manifest.name: state for state in watch_all(there)}
+    rows = []
     for name in specs.names():
         try:
             spec = specs.load(name)

@@ -55,6 +55,17 @@ def launched_folders(root: Path) -> list[Path]:
     return sorted(path.parent for path in (root / "sweeps").glob(f"*/{manifests.NAME}"))
 
 
+def launched(root: Path) -> tuple[list[Manifest], list[Fault]]:
+    """All sweeps launched below this root, and what is wrong with those that cannot be read."""
+    found, faults = [], []
+    for folder in launched_folders(root):
+        try:
+            found.append(manifests.read(folder))
+        except UserError as error:
+            faults += error.faults
+    return found, faults
+
+
 def find(text: str, root: Path, name: str | None = None) -> Target:
     """The sweep meant by a yaml, a name or a folder. `name`: another name to run it under (`run.sweep`)."""
     folder = Path(text)
@@ -69,10 +80,10 @@ def find(text: str, root: Path, name: str | None = None) -> Target:
     folder = manifests.sweep_folder(root, text)
     if (folder / manifests.NAME).is_file():
         return Target(text, folder, root, None)
-    launched = [path.name for path in launched_folders(root)]
+    there = [path.name for path in launched_folders(root)]
     raise UserError(
         Fault(text, f"is no sweep: neither a file in sweeps/, nor one launched in {root}, nor a folder",
-              nearest(text, {*known, *launched}) if known or launched else LIST_HINT),
+              nearest(text, {*known, *there}) if known or there else LIST_HINT),
         "nothing was changed",
     )  # fmt: skip
 

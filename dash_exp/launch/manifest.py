@@ -101,7 +101,8 @@ def _refuse_other(known: dict[str, Any], plan: Plan, folder: Path) -> None:
         raise UserError(
             Fault("run.sweep", f"{folder} is another sweep: {len(lost)} of its {len(before)} cells are not "
                   "in this one",
-                  "choose another name (run.sweep=...); a sweep keeps its cells, it can only grow")
+                  f"choose another name (run.sweep=...): a sweep can only grow; {folder} as a name goes on "
+                  "with its own cells, as they are frozen")
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dash_exp.launch.preview import Line, Preview
-from dash_exp.launch.status import SweepState, Watched, end_of_output, is_moving
+from dash_exp.launch.status import SweepState, Watched, end_of_output, has_controller, is_moving
 from dash_exp.terminal import number, seconds_text, show
 
 STYLES = {
@@ -77,7 +77,7 @@ def head(state: SweepState) -> RenderableType:
     left = f", about {left_text(state.eta_s)}" if state.eta_s is not None else ""
     lines = [state.manifest.name, counts_text(state.counts) + left]
     facts = state.controller
-    if facts and facts.get("alive") is not False:
+    if facts and has_controller(state):
         place = f"process {facts['pid']}" + (f" on {facts['host']}" if facts.get("host") else "")
         lines.append(f"{show(state.manifest.folder)}, run by {place}")
     else:
@@ -153,9 +153,10 @@ def advice(state: SweepState) -> list[RenderableType]:
     said = []
     if counts.get("failed"):
         said.append(f"python -m dash_exp.sweep retry {name} --failed   starts what failed once more")
-    waiting = sum(counts.get(kind, 0) for kind in ("pending", "blocked", "interrupted", "cancelled"))
-    if waiting and not is_moving(state):
-        said.append(f"python -m dash_exp.sweep launch {name}   goes on: nothing runs")
+    left = [kind for kind in ("pending", "interrupted", "cancelled") if counts.get(kind)]
+    left += ["blocked"] if counts.get("blocked") and not is_moving(state) else []
+    if left and not has_controller(state):
+        said.append(f"python -m dash_exp.sweep launch {name}   goes on with what is {' or '.join(left)}")
     return [Text(""), *(Text(line) for line in said)] if said else []
 
 
@@ -176,9 +177,6 @@ def plan_view(made: Preview) -> RenderableType:
         command = f"python -m dash_exp.traces {' '.join(waiting.arguments)}"
         parts.append(Text(f"{many} more once there are traces; made first, by\n  {command}"))
     parts += [Text(""), resource_table(made), *_hours_note(made)]
-    for number_, script in enumerate(made.sbatch, 1):
-        parts += [Text(f"\nscript {number_} of {len(made.sbatch)}:\n", style="bold"), Text(script.rstrip())]
-    parts += [Text("\nNothing was written, started or queued.", style="dim")]
     return Group(*parts)
 
 

@@ -164,7 +164,11 @@ def _rest_s(state: CellState, usual_step_s: float) -> float | None:
     return (state.step_s or usual_step_s) * max(0, state.steps - state.step)
 
 
+def has_controller(state: SweepState) -> bool:
+    """Whether a process starts the sweep's cells, as far as can be known."""
+    return bool(state.controller and state.controller.get("alive") is not False)
+
+
 def is_moving(state: SweepState) -> bool:
     """Whether anything is about to happen to a sweep by itself."""
-    alive = bool(state.controller and state.controller.get("alive") is not False)
-    return alive or any(one.cell.state in ACTIVE for one in state.cells)
+    return has_controller(state) or any(one.cell.state in ACTIVE for one in state.cells)

@@ -88,7 +88,7 @@ def _active(seen: Evidence, said: str) -> Verdict | None:
         return Verdict("queued", seen.job.reason or "")
     submitted = seen.time_of("queued", "requeue")
     ended = bool(seen.end()) and seen.time_of("end") >= submitted
-    if job in ("running", "completing") and not ended and not _died_here(seen):
+    if job in ("running", "completing") and not ended:  # else the job's pool would have seen its end
         return Verdict("running", asked or ("" if said == "running" else "starting"))
     if job != "unknown" or ended:
         return None
@@ -103,12 +103,6 @@ def _active(seen: Evidence, said: str) -> Verdict | None:
 
 def quiet_limit_s(step_s: float | None) -> float:
     return QUIET_BEFORE_STEPS_S if step_s is None else max(QUIET_S, QUIET_STEPS * step_s)
-
-
-def _died_here(seen: Evidence) -> bool:
-    """Whether a run was seen to start on this machine, where no process of it is left."""
-    start = seen.time_of("start")
-    return seen.here and start > 0 and start >= seen.time_of("queued", "requeue")
 
 
 def _started_without_a_word(seen: Evidence) -> bool:

@@ -17,12 +17,12 @@ from rich.text import Text
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch import lookup
-from dash_exp.launch.lookup import LIST_HINT, Target, find, launched_folders, select
-from dash_exp.launch.manifest import Manifest, read
+from dash_exp.launch.lookup import LIST_HINT, Target, find, launched, select
+from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.report import status_view, sweep_lines
 from dash_exp.launch.status import OPEN, SweepState, Watched, is_moving, watch, watch_all
 from dash_exp.launch.tails import Follower, last_lines
-from dash_exp.terminal import show
+from dash_exp.terminal import complain, show
 
 OK = 0
 ROOT = "run.dir="
@@ -96,7 +96,10 @@ class Look:
 
 
 def look_at_all(root: Path) -> Look:
-    return Look(watch_all([read(folder) for folder in launched_folders(root)]), place=show(root))
+    there, faults = launched(root)
+    for fault in faults:
+        complain(str(fault))
+    return Look(watch_all(there), place=show(root))
 
 
 def look_at_one(target: Target, patterns: Sequence[str], failed: bool, long: bool) -> Look:

@@ -73,8 +73,8 @@ CASES = {
     "its job was queued anew and runs again": (
         said("interrupted", 30), [QUEUED, START, end(140, "timeout"), row("requeue", 50, job="7")],
         {"job": RUNS, "here": False}, "running"),
-    "died on this machine, in a job that goes on": (
-        said("running", 30), [QUEUED, START], {"job": RUNS, "here": True}, "interrupted"),
+    "its job was killed, queued anew, and has just begun again": (
+        said("interrupted", 30), [QUEUED, START], {"job": RUNS, "here": True}, "running"),
     "its job is over": (
         said("running", 30), [QUEUED, START], {"job": ENDED, "here": False}, "interrupted"),
     "its job ran out of memory": (

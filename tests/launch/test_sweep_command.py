@@ -156,6 +156,34 @@ def test_plan_shows_what_would_run(tmp_path: Path, capsys: Capture) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+def test_two_sweeps_under_one_name_are_refused_before_anything_starts(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    path = write_yaml(tmp_path, algorithm=["dash"])
+    root = tmp_path / "outputs"
+    manifest = sweep_of(root, [cell_of("dash", 0, 1)], name="tried")
+    told = refused(capsys, "launch", path, f"run.dir={root}")
+    assert "is another sweep: 1 of its 1 cells are not in this one" in told
+    assert sorted(file.name for file in manifest.folder.iterdir() if file.name[0] != ".") == ["manifest.json"]
+    assert len(list((root / "cells").iterdir())) == 1
+
+
+def test_a_broken_manifest_hides_no_other_sweep(root: Path, capsys: Capture) -> None:
+    sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
+    broken = sweep_of(root, [cell_of("dash", 0, 1)], name="torn").folder / "manifest.json"
+    broken.write_text(broken.read_text()[:100])
+    assert command("status", f"run.dir={root}") == 0
+    told = capsys.readouterr()
+    assert "mine" in told.out and "torn: holds no manifest.json" in told.err
+    assert "torn: holds no manifest.json" in refused_after(capsys, "list", f"run.dir={root}")
+
+
+def refused_after(capsys: Capture, *words: object) -> str:
+    """As `refused`, after something was shown."""
+    assert command(*words) == 2
+    return capsys.readouterr().err
+
+
 def test_list_tells_claims_and_how_far_each_is(root: Path, capsys: Capture) -> None:
     manifest = sweep_of(root, [cell_of("dash", 0, 1), cell_of("dash", 1, 2)], name="mine")
     ran(manifest.cell(manifest.entries[0]), "finished", 20)
