@@ -27,7 +27,8 @@ from dash_exp.learning.packing import Packer
 from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.settings import Objective, Optimization
 from dash_exp.learning.world import local_ranks
-from dash_exp.modeling.source import ModelSource, load_tokenizer, locate, position_limit
+from dash_exp.modeling.attention import ATTENTION
+from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, locate, position_limit
 from dash_exp.plan import Parts, Plan
 from dash_exp.provenance import packages
 from dash_exp.sampling.hf import HFSampler
@@ -124,6 +125,7 @@ def make_spec(
         ),
         vocabulary=vocabulary, logit_chunk=opt.logit_chunk,
         gradient_checkpointing=opt.gradient_checkpointing, device=opt.device, threads=threads,
+        sharding=opt.sharding,
     )  # fmt: skip
 
 
@@ -147,15 +149,22 @@ def make_adapters(config: Config) -> Adapters | None:
     return Adapters(lora.rank, lora.alpha, tuple(lora.targets), seed_for(config.seed, "adapters"))
 
 
+def model_to_sample(config: Config, learner: ParallelLearner, folder: Path, device: torch.device) -> Any:
+    """The learner's own model; where its weights are shared out among ranks, a whole copy."""
+    if not learner.sharded:
+        return learner.local.model
+    return load_computing(folder, config.learner.precision, ATTENTION).to(device)
+
+
 def make_sampler(
     config: Config, folder: Path, tokenizer: Any, *,
     model: Callable[[], Any], weights: Callable[[], Iterator[tuple[str, torch.Tensor]]], longest: int,
-    logs: Path, event: Callable[..., None] = lambda *what, **more: None,
+    logs: Path, event: Callable[..., None] = lambda *what, **more: None, shared: bool = True,
 ) -> Sampler:  # fmt: skip
-    """The engine an option names. `model` gives the weights' owner to an engine that shares it,
-    `weights` what an engine with weights of its own is to copy at each sync; `longest`: tokens of
-    the longest prompt and its completion. `logs`, `event`: where servers leave their logs, and tell of
-    their faults."""
+    """The engine an option names. `model` gives a model to an engine in this process (`shared`: the weights'
+    owner, else a copy), `weights` what an engine with weights of its own is to copy at each sync; `longest`:
+    tokens of the longest prompt and its completion. `logs`, `event`: where servers leave their logs, and tell
+    of their faults."""
     s, vocabulary = config.sampler, len(tokenizer)
     if s.name == "vllm":
         from dash_exp.sampling.vllm_engine import VLLMSampler
@@ -173,7 +182,7 @@ def make_sampler(
         )  # fmt: skip
     return HFSampler(
         model(), decode,
-        vocabulary=vocabulary, max_sequences=s.max_sequences,
+        vocabulary=vocabulary, max_sequences=s.max_sequences, weights=None if shared else weights,
     )  # fmt: skip
 
 
@@ -209,8 +218,9 @@ def build(
             note(f"waiting for servers: {', '.join(config.cluster.server_urls) or config.sampler.servers}")
         sampler = make_sampler(
             config, source.folder, tokenizer,
-            model=lambda: learner.local.model, weights=learner.compute_weights, longest=longest,
-            logs=logs, event=event,
+            model=lambda: model_to_sample(config, learner, source.folder, device),
+            weights=learner.compute_weights, longest=longest, logs=logs, event=event,
+            shared=not learner.sharded,
         )  # fmt: skip
     except BaseException:
         judges.close()

@@ -59,6 +59,8 @@ def described(config: Config, cache: Path | None) -> tuple[dict[str, Any], dict[
 def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
     """The cell of what `described` said."""
     hashed = {k: v for k, v in identity.items() if k != "hardware" or v is not None}
+    # a key that came later changes no id where it stands for what was done before it
+    hashed["learner"] = {k: v for k, v in hashed["learner"].items() if (k, v) != ("sharding", "none")}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     mixed = frozen["dataset"]["mix"]
     data = "+".join([frozen["dataset"]["name"], *(mixed[label]["name"] for label in sorted(mixed))])

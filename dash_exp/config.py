@@ -238,6 +238,8 @@ class LearnerConfig:
     device: str = MISSING
     ranks: int = MISSING
     """H', how many processes learn, one device each; changes the result by rounding only."""
+    sharding: str = "none"
+    """`fsdp`: every rank holds a part of weights, gradients and optimizer only; `none`: all of them."""
     timeout_s: float = MISSING
     """With several ranks: one that does not answer for so long has failed, and so has the run."""
 

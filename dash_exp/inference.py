@@ -15,7 +15,7 @@ from dash_exp.build_task import Judges, Questions
 from dash_exp.config import Config
 from dash_exp.learning.member import device_of
 from dash_exp.modeling.attention import ATTENTION
-from dash_exp.modeling.source import ModelSource, load_model, load_tokenizer, position_limit
+from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, position_limit
 from dash_exp.provenance import hardware
 from dash_exp.sampling.protocol import Decoding, Sampler
 from dash_exp.tasks.prompts import PromptSet
@@ -61,13 +61,9 @@ class Answerer:
         return self._sampler
 
     def _model(self) -> Any:
-        """Rounded as the learner rounds: from fp32, the parameters alone (position tables stay exact), so
-        that on CPU a checkpoint answers to the bit as it did in training."""
-        model = load_model(self.source.folder, torch.float32, ATTENTION).eval().requires_grad_(False)
-        if self.config.learner.precision != "fp32":
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(torch.bfloat16)
-        return model.to(device_of(self.config.learner.device))
+        """Rounded as the learner rounds, so that on CPU a checkpoint answers to the bit as in training."""
+        opt = self.config.learner
+        return load_computing(self.source.folder, opt.precision, ATTENTION).to(device_of(opt.device))
 
     def __enter__(self) -> Self:
         return self

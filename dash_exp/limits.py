@@ -35,6 +35,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "filter.denominator": ("all", "kept"),
     "learner.schedule": LR_SCHEDULES,
     "learner.precision": ("bf16_mixed", "fp32", "bf16"),
+    "learner.sharding": ("none", "fsdp"),
     "run.progress": ("auto", "plain", "none"),
     "cluster.name": ("local", "slurm"),
     "tracking.name": ("none", "mlflow"),

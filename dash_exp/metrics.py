@@ -112,6 +112,8 @@ def learner_values(facts: BatchFacts) -> Row:
         if "first/kl" in sums or "later/kl" in sums:
             row["kl/mean"] = (sums.get("first/kl", 0.0) + sums.get("later/kl", 0.0)) / learned
             row["kl/beta"] = last.beta
+    if "update/reduce_s" in sums:  # of several ranks; part of the optimizer's time
+        row["time/reduce_s"] = round(sums["update/reduce_s"], 6)
     if "gpu_peak_mb" in sums:
         row["memory/gpu_peak_mb"] = sums["gpu_peak_mb"]
     return row

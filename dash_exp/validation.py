@@ -33,7 +33,7 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
     package can be imported, without importing it."""
     parts: tuple[Callable[[Config], Iterator[Fault]], ...] = (
         _names, _numbers, dataset_faults, _group, _sampling, _arm, _filter, _kl_and_passes,
-        _supervised, _budget, _evaluation, _random_model, server_faults,
+        _supervised, _sharding, _budget, _evaluation, _random_model, server_faults,
     )  # fmt: skip
     faults = [fault for part in parts for fault in part(config)]
     return faults + list(missing(config, installed))
@@ -180,6 +180,28 @@ def _supervised(config: Config) -> Iterator[Fault]:
         yield Fault(
             "dataset.traces", "not set, but algorithm.source=traces learns from that file", TRACES_HINT
         )
+
+
+def _sharding(config: Config) -> Iterator[Fault]:
+    opt = config.learner
+    if opt.sharding != "fsdp":
+        return
+    key = "learner.sharding"
+    if opt.ranks == 1:
+        yield Fault(key, "got fsdp, but learner.ranks=1: there is nobody to share the weights with",
+                    "set learner.ranks to the number of GPUs, or leave it out")  # fmt: skip
+    if opt.precision == "bf16":
+        yield Fault(key, "got fsdp with learner.precision=bf16, whose gradient sums would be rounded",
+                    "use bf16_mixed or fp32")  # fmt: skip
+    if opt.lora.rank > 0:
+        yield Fault(key, "got fsdp with learner.lora.rank above 0",
+                    "adapters leave hardly anything to share out: leave learner.sharding out")  # fmt: skip
+    if config.sampler.name == "vllm":
+        yield Fault(key, "got fsdp with sampler=vllm: both want torch's default process group of one process",
+                    "use sampler=vllm_servers")  # fmt: skip
+    if ":" in opt.device:
+        yield Fault(key, f"got fsdp with learner.device={opt.device}, one device for all ranks",
+                    "use learner.device=auto")  # fmt: skip
 
 
 def _budget(config: Config) -> Iterator[Fault]:

@@ -7,10 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dash_exp.record import differences, read_json, read_rows
 from tests.conftest import REPOSITORY
@@ -38,7 +41,8 @@ def test_two_ranks_give_the_record_of_one(two: Path, tmp_path: Path) -> None:
     learned = [row for row in steps_of(one) if row["updates"]]
     assert len(learned) > 2
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
-        assert a.keys() == b.keys()
+        assert b.keys() - a.keys() == {"time/reduce_s"} and not a.keys() - b.keys()
+        assert 0 < b["time/reduce_s"] < b["time/optimizer_s"]
         for name in (
             "reward/mean",
             "tokens/sampled",
@@ -55,6 +59,34 @@ def test_two_ranks_give_the_record_of_one(two: Path, tmp_path: Path) -> None:
         assert {e["worker"] for e in events if e["step"] == row["step"]} == {"learner-0", "learner-1"}
 
 
+SHARDED = [*TWO, "learner.sharding=fsdp"]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of an undisturbed run with two ranks that hold half of everything each."""
+    return run_here(tmp_path_factory.mktemp("sharded"), *SHARDED)
+
+
+@pytest.mark.long
+def test_sharded_ranks_give_the_record_of_whole_ones(two: Path, sharded: Path) -> None:
+    """The sampler has a copy of the model: equal samples say that it gets the weights."""
+    assert sharded.name != two.name
+    for a, b in zip(steps_of(two), steps_of(sharded), strict=True):
+        assert a.keys() - b.keys() == {"time/reduce_s"} and not b.keys() - a.keys()
+        for name in ("reward/mean", "tokens/sampled", "tokens/backpropagated", "updates", "tokens/computed"):
+            assert a[name] == b[name], name
+        for name in ("optimizer/grad_norm", "policy/entropy_nats", "kl/mean", "policy/logprob_mean"):
+            if name in a:
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
+    (one,), (other,) = ((cell / "checkpoints").iterdir() for cell in (two, sharded))
+    names = {file.name for file in one.iterdir()}
+    assert {file.name for file in other.iterdir()} == names
+    weights, found = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert weights.keys() == found.keys()
+    assert all(torch.allclose(weights[n], found[n], rtol=0, atol=1e-5) for n in weights)
+
+
 @pytest.mark.parametrize(
     ("arm", "more"), [("ppo_mini", ["algorithm.mini_batch=16"]), ("sft_h", [])], ids=["ppo_mini", "sft_h"]
 )
@@ -68,9 +100,9 @@ def test_other_arms(tmp_path: Path, arm: str, more: list[str]) -> None:
         assert b["optimizer/grad_norm"] == pytest.approx(a["optimizer/grad_norm"], rel=1e-3)
 
 
-def lose(root: Path, number: int, *options: str) -> tuple[str, Path]:
+def lose(root: Path, number: int, *options: str, common: Sequence[str] = TWO) -> tuple[str, Path]:
     """Send the only other rank of a run a signal in the middle of training: what is said, the cell."""
-    process = start(root, *TWO, *options)
+    process = start(root, *common, *options)
     wait_for_steps(root, 2, process)
     (rank,) = ranks_of(process)
     os.kill(rank.pid, number)
@@ -92,6 +124,27 @@ def test_a_rank_killed_fails_the_run_and_the_same_command_resumes(two: Path, tmp
     assert again.returncode == 0, output
     assert "resuming after step" in output
     assert differences(two, folder) == []
+
+
+@pytest.mark.long
+def test_a_sharded_rank_killed_fails_the_run_and_the_same_command_resumes(
+    sharded: Path, tmp_path: Path
+) -> None:
+    output, folder = lose(tmp_path, signal.SIGKILL, common=SHARDED)
+    assert read_json(folder / "status.json")["state"] == "failed"
+    assert "rank 1 was killed by SIGKILL" in output
+    again = start(tmp_path, *SHARDED)
+    output = finish(again)
+    assert again.returncode == 0, output
+    assert "resuming after step" in output
+    assert differences(sharded, folder) == []
+
+
+@pytest.mark.long
+def test_a_sharded_rank_stopped_fails_the_run(tmp_path: Path) -> None:
+    output, folder = lose(tmp_path, signal.SIGSTOP, "learner.timeout_s=3", common=SHARDED)
+    assert read_json(folder / "status.json")["state"] == "failed"
+    assert re.search(r"rank 1 (gave no answer to '\w+' within 3 s|was silent while sums were taken)", output)
 
 
 @pytest.mark.long

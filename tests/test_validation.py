@@ -50,6 +50,7 @@ NAMES = {
     "filter.denominator": "all, kept",
     "learner.schedule": "constant, linear",
     "learner.precision": "bf16, bf16_mixed, fp32",
+    "learner.sharding": "fsdp, none",
     "learner.device": "auto, cpu, cuda, cuda:0",
     "run.progress": "auto, none, plain",
     "dataset.kind": "arithmetic, functions, jsonl, reasoning_gym",
@@ -358,6 +359,24 @@ def test_random_model_lacks_or_knows_no_size(config: Config) -> None:
     del config.model.random["heads"]
     config.model.random["head"] = 2
     assert [f.what for f in check(config)] == ["got 'head'", "lacks heads"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("learner.ranks", 1, "nobody to share"),
+        ("learner.precision", "bf16", "rounded"),
+        ("learner.lora.rank", 4, "adapters"),
+        ("sampler.name", "vllm", "sampler=vllm_servers"),
+        ("learner.device", "cuda:0", "learner.device=auto"),
+    ],
+)
+def test_what_sharded_weights_do_not_go_with(config: Config, key: str, value: Any, said: str) -> None:
+    config.learner.sharding, config.learner.ranks = "fsdp", 2
+    assert not [f for f in check(config) if f.where == "learner.sharding"]
+    put(config, key, value)
+    (fault,) = [f for f in check(config) if f.where == "learner.sharding"]
+    assert said in str(fault)
 
 
 def test_all_faults_at_once(config: Config) -> None:

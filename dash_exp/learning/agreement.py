@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dash_exp.checkpoint import Snapshot
 from dash_exp.checksums import checksum
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 BUCKET = 1 << 24
 """Numbers that travel at once: large enough to use the wire, small beside the gradients themselves."""
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def in_buckets(tensors: Sequence[Tensor], apply: Callable[[Tensor], None], size: int = BUCKET) -> None:
@@ -41,38 +43,51 @@ def _as_one(tensors: Sequence[Tensor], apply: Callable[[Tensor], None]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def state_facts(learner: Learner) -> dict[str, Any]:
-    """What another rank must know before it takes this one's state: counters, and whose moments exist."""
-    moved = [name for name, master in learner.masters.items() if master in learner.optimizer.state]
-    return {"updates": learner.updates, "moved": moved}
+@dataclass(frozen=True, slots=True)
+class StateFacts:
+    """What a rank must know of a snapshot before it takes its tensors. `stored`: where each weight lies in
+    the snapshot, by its name; `steps`: how often each weight that has moments was moved."""
+
+    updates: int
+    stored: Mapping[str, str]
+    steps: Mapping[str, float]
+
+
+def facts_of(snapshot: Snapshot) -> StateFacts:
+    kept = snapshot.optimizer
+    stored = {name: f"weights/{name}" for name in snapshot.weights}
+    stored |= {key.removeprefix("master/"): key for key in kept if key.startswith("master/")}
+    steps = {key.removeprefix("step/"): float(kept[key]) for key in kept if key.startswith("step/")}
+    return StateFacts(int(snapshot.state["updates"]), stored, steps)
 
 
 @torch.no_grad()
-def share_state(learner: Learner, facts: dict[str, Any], hand_on: Callable[[Tensor], None]) -> None:
-    """Take over weights, masters, moments and counters of the rank that `facts` come from: called on every
-    rank at the same time, `hand_on` fills a tensor with that rank's."""
-    for name in facts["moved"]:
-        master = learner.masters[name]
-        if master not in learner.optimizer.state:
+def take_state(
+    learner: Learner, facts: StateFacts, snapshot: Snapshot | None, hand_on: Callable[[Tensor], None]
+) -> None:
+    """Go on from a snapshot that rank 0 has (the others: None): called on every rank at the same time,
+    `hand_on` fills a tensor with rank 0's. One whole tensor at a time is held beside the learner's own."""
+    held = learner.weights
+
+    def whole(name: str, key: str) -> Tensor:
+        made = torch.empty(held.shape(name), dtype=torch.float32, device=held.device)
+        if snapshot is not None:
+            kind, _, rest = key.partition("/")
+            made.copy_(snapshot.weights[rest] if kind == "weights" else snapshot.optimizer[key])
+        hand_on(made)
+        return made
+
+    for name in held.names():
+        if name in facts.stored:  # else frozen beneath an adapter, so as it was loaded
+            held.take(name, whole(name, facts.stored[name]))
+    for name, master in learner.masters.items():
+        if name in facts.steps:
+            moments = {key: held.part(name, whole(name, f"{key}/{name}")) for key in MOMENTS}
             learner.optimizer.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master.data),
-                "exp_avg_sq": torch.zeros_like(master.data),
+                "step": torch.tensor(facts.steps[name], dtype=torch.float32, device=master.device),
+                **{key: value.to(master, copy=True) for key, value in moments.items()},
             }
-    for tensor in _state_tensors(learner, facts["moved"]):
-        hand_on(tensor)
-    learner.updates = facts["updates"]
-
-
-def _state_tensors(learner: Learner, moved: Sequence[str]) -> Iterator[Tensor]:
-    """Weights, masters and moments, in an order that is the same on every rank."""
-    parameters = list(learner.model.parameters())
-    own = {id(p) for p in parameters}
-    yield from (p.data for p in parameters)
-    yield from (m.data for m in learner.masters.values() if id(m) not in own)
-    for name in moved:
-        state = learner.optimizer.state[learner.masters[name]]
-        yield from (state[key] for key in MOMENTS)
+    learner.updates = facts.updates
 
 
 def fingerprint(learner: Learner) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,44 +14,44 @@ from dash_exp.checkpoint import Snapshot
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning import losses
 from dash_exp.learning.adapters import add_adapters, disabled, plain_weights
-from dash_exp.learning.agreement import in_buckets
-from dash_exp.learning.logprobs import token_logprobs
-from dash_exp.learning.packing import MicroBatch, Packed, pack
+from dash_exp.learning.agreement import facts_of, take_state
+from dash_exp.learning.packing import MicroBatch, Packed, nothing, pack
 from dash_exp.learning.schedules import kl_coefficient, learning_rate
+from dash_exp.learning.scorer import Scorer, frozen_copy
 from dash_exp.learning.settings import BatchSums, Objective, Optimization, UpdateStats
+from dash_exp.learning.weights import Weights
 
 
 class Learner:
-    """Owns the policy. `model` computes (bf16 or fp32); `masters` are what the optimizer moves.
-
-    With `bf16_mixed` every trainable tensor has an fp32 master and the model holds its rounded copy;
-    with `fp32` and `bf16` the model's own tensors are the masters.
-    """
+    """Owns the policy: what `weights` holds of it moves by the sums of its gradients."""
 
     def __init__(
         self, model: Any, objective: Objective, setting: Optimization, *,
         vocabulary: int, logit_chunk: int, gradient_checkpointing: bool = False,
+        hold: Callable[[Scorer, str], Weights] = Weights,
     ):  # fmt: skip
+        """`hold`: what is to keep the policy's tensors."""
         self.objective, self.setting = objective, setting
-        self.vocabulary, self.logit_chunk = vocabulary, logit_chunk
         self.model = model.eval()  # dropout is never on: two scorings of a sample are identical
-        self.head: Tensor = model.get_output_embeddings().weight
+        refuse_dropout(model)
         if setting.adapters is not None:
             add_adapters(model, setting.adapters)
         elif setting.freeze_embeddings:
             model.get_input_embeddings().weight.requires_grad_(False)
-            self.head.requires_grad_(False)
-        self.masters: dict[str, Tensor] = {}
-        self._prepare_precision()
-        self.gradients = {name: torch.zeros_like(m, dtype=torch.float32) for name, m in self.masters.items()}
-        self._touched: set[str] = set()
-        self._hook()
+            model.get_output_embeddings().weight.requires_grad_(False)
+        scorer = partial(Scorer, temperature=objective.temperature, vocabulary=vocabulary, chunk=logit_chunk)
+        self.reference: Scorer | None = None
+        if objective.beta > 0 and setting.adapters is None:  # else the base lies beneath the adapters
+            dtype = torch.float32 if setting.precision == "fp32" else torch.bfloat16
+            self.reference = scorer(frozen_copy(model, dtype))
         if gradient_checkpointing:
-            model.train()  # transformers checkpoints in training mode only; dropout is refused below
+            model.train()  # transformers checkpoints in training mode only
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        refuse_dropout(model)
-        copied = objective.beta > 0 and setting.adapters is None  # else the base lies beneath the adapters
-        self.reference = copy.deepcopy(model).requires_grad_(False).eval() if copied else None
+        self.policy = scorer(model)
+        self.weights = hold(self.policy, setting.precision)
+        if self.reference is not None:
+            self.weights.guard(self.reference)
+        self.masters, self.gradients = self.weights.masters, self.weights.gradients
         for master in self.masters.values():
             master.grad = None
         self.optimizer = torch.optim.AdamW(
@@ -62,50 +62,15 @@ class Learner:
         self.sums = BatchSums()
         self._laid_out: tuple[MicroBatch, Packed] | None = None
 
-    def _prepare_precision(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            full = parameter.data.float()
-            if self.setting.precision != "fp32":
-                parameter.data = full.to(torch.bfloat16)
-            if parameter.requires_grad:
-                mixed = self.setting.precision == "bf16_mixed"
-                self.masters[name] = full.clone() if mixed else parameter
-
-    def _hook(self) -> None:
-        """Each backward's gradient goes to the fp32 sum at once and is freed."""
-
-        def to_sum(name: str) -> Any:
-            def add(parameter: Tensor) -> None:
-                assert parameter.grad is not None
-                if name in self._touched:
-                    self.gradients[name] += parameter.grad
-                else:
-                    self.gradients[name].copy_(parameter.grad)
-                    self._touched.add(name)
-                parameter.grad = None
-
-            return add
-
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(to_sum(name))
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
 
     def _pack(self, batch: MicroBatch) -> Packed:
         """Lay it out on the device; the last one is kept, since the reference's forward comes before."""
         if self._laid_out is None or self._laid_out[0] is not batch:
-            self._laid_out = (batch, pack(batch, self.head.device))
+            self._laid_out = (batch, pack(batch, self.device))
         return self._laid_out[1]
-
-    def _score(self, model: Any, batch: Packed) -> tuple[Tensor, Tensor]:
-        hidden = model.get_decoder()(
-            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
-            context=batch.context, use_cache=False,
-        ).last_hidden_state[0]  # fmt: skip
-        return token_logprobs(
-            hidden.index_select(0, batch.logit_index), model.get_output_embeddings().weight,
-            batch.targets, temperature=self.objective.temperature, vocabulary=self.vocabulary,
-            chunk=self.logit_chunk,
-        )  # fmt: skip
 
     @property
     def beta(self) -> float:
@@ -127,7 +92,7 @@ class Learner:
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities [C] of the current policy, without gradient."""
         packed = self._pack(batch)
-        logprobs, entropy = self._score(self.model, packed)
+        logprobs, entropy = self.policy(packed)
         self.sums.add(
             "scored",
             entropy=float(entropy.sum()),
@@ -143,10 +108,13 @@ class Learner:
         """Log-probabilities [C] of the initial model; None where the objective has no KL term."""
         if self.objective.beta == 0:
             return None
+        found: Tensor
         if self.reference is not None:
-            return self._score(self.reference, self._pack(batch))[0]
+            found = self.reference(self._pack(batch))[0]
+            return found
         with disabled(self.model):
-            return self._score(self.model, self._pack(batch))[0]
+            found = self.policy(self._pack(batch))[0]
+            return found
 
     def accumulate(
         self, batch: MicroBatch, reference: Tensor | None = None, old: Tensor | None = None
@@ -159,7 +127,7 @@ class Learner:
         """
         goal = self.objective
         packed = self._pack(batch)
-        logprobs, entropy = self._score(self.model, packed)
+        logprobs, entropy = self.policy(packed)
         detached = logprobs.detach()
         before = detached if old is None else old.to(detached.device)
         low, high = goal.clip_low, goal.clip_high
@@ -188,19 +156,18 @@ class Learner:
         return detached
 
     @torch.no_grad()
-    def sum_gradients(self, total: Callable[[Tensor], None]) -> None:
-        """Add the gradient sums of other ranks to these; `total` sums a tensor over all ranks, in place.
-        A tensor that no rank touched stays untouched; one that another touched counts as 0 here."""
-        names = list(self.masters)
-        touched = torch.tensor([name in self._touched for name in names], dtype=torch.float32)
-        touched = touched.to(self.head.device)
-        total(touched)
-        wanted = [name for name, count in zip(names, touched.tolist(), strict=True) if count > 0]
-        for name in wanted:
-            if name not in self._touched:
-                self.gradients[name].zero_()
-        in_buckets([self.gradients[name] for name in wanted], total)
-        self._touched = set(wanted)
+    def accompany(self, what: str) -> None:
+        """An empty micro-batch: one token of weight 0, which adds nothing. With sharded weights a rank that
+        has nothing to compute takes part in the others' `accumulate`, `score` or `reference` this way."""
+        packed = pack(nothing(), self.device)
+        if what == "reference":
+            assert self.reference is not None
+            self.reference(packed)
+            return
+        with torch.set_grad_enabled(what == "accumulate"):
+            logprobs = self.policy(packed)[0]
+            if what == "accumulate":
+                (0.0 * logprobs).sum().backward()
 
     @torch.no_grad()
     def update(self, denominator: float) -> UpdateStats:
@@ -209,99 +176,62 @@ class Learner:
         Where nothing was accumulated (every completion dropped), or nothing is counted, nothing moves,
         not even by momentum or weight decay; the update still counts for the schedule.
         """
-        lr, beta = self.lr, self.beta
+        lr, beta, touched = self.lr, self.beta, self.weights.touched
         self.updates += 1
         self._laid_out = None
-        if not self._touched or denominator == 0:
-            self._touched.clear()
+        if not touched or denominator == 0:
+            touched.clear()
             return UpdateStats(0.0, lr, beta, skipped=True)
-        gradients = [self.gradients[name] for name in self.masters]
-        for name, gradient in self.gradients.items():
-            if name not in self._touched:
-                gradient.zero_()
-        norm = float(torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()) / denominator
+        norm = self.weights.norm() / denominator
+        touched.clear()
         if not math.isfinite(norm):
-            self._touched.clear()
             return UpdateStats(norm, lr, beta, skipped=True, finite=False)
         scale = min(1.0, self.setting.max_grad_norm / (norm + 1e-6)) / denominator
-        for master, gradient in zip(self.masters.values(), gradients, strict=True):
-            gradient *= scale
-            master.grad = gradient.to(master.dtype)
+        for name, master in self.masters.items():
+            self.gradients[name] *= scale
+            master.grad = self.gradients[name].to(master.dtype)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         for master in self.masters.values():
             master.grad = None
-        self._copy_masters()
-        self._touched.clear()
+        self.weights.follow()
         return UpdateStats(norm, lr, beta, skipped=False)
 
     def discard(self) -> None:
         """Forget what was accumulated, gradients and metrics alike."""
-        self._touched.clear()
+        self.weights.touched.clear()
         self.sums = BatchSums()
         self._laid_out = None
-
-    def _copy_masters(self) -> None:
-        if self.setting.precision == "bf16_mixed":
-            for name, parameter in self.model.named_parameters():
-                if name in self.masters:
-                    parameter.data.copy_(self.masters[name])
-
-    def compute_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights the policy computes with, by name, for a sampler that holds its own."""
-        if self.setting.adapters is not None:
-            yield from plain_weights(self.model)
-            return
-        for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
 
     def snapshot(
         self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None
     ) -> Snapshot:  # fmt: skip
-        """Weights (fp32, adapters merged), optimizer moments and counters, not copied: save before the
-        next update. `row` is what the record will say of this step."""
-        kept: dict[str, Tensor] = {}
+        """Whole weights (fp32, adapters merged), optimizer moments and counters, not copied: save before the
+        next update. `row` is what the record will say of this step. Sharded: by all ranks at once, for
+        rank 0."""
+        held, kept = self.weights, dict[str, Tensor]()
         if self.setting.adapters is not None:
             weights = dict(plain_weights(self.model, torch.float32))
             # merged weights cannot be taken apart again, so the adapters are kept beside them
             kept = {f"master/{name}": master.detach() for name, master in self.masters.items()}
         else:
-            weights = {
-                name: self.masters.get(name, parameter).detach().float()
-                for name, parameter in self.model.named_parameters()  # a tied tensor comes once
-            }
+            weights = {name: held.saved(name, held.exact(name)).float() for name in held.names()}
         for name, master in self.masters.items() if moments else ():
             for key, value in self.optimizer.state.get(master, {}).items():
-                kept[f"{key}/{name}"] = value
+                kept[f"{key}/{name}"] = value if key == "step" else held.saved(name, value)
         return Snapshot(weights, kept, {"step": step, "updates": self.updates, "row": row or {}})
 
-    @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot of the same model and settings."""
-        for name, parameter in self.model.named_parameters():
-            value = snapshot.optimizer.get(f"master/{name}", snapshot.weights.get(name))
-            if value is None:  # frozen beneath an adapter, so as it was loaded
-                continue
-            parameter.data.copy_(value)
-            if name in self.masters:
-                self.masters[name].copy_(value)
-        for name, master in self.masters.items():
-            keys = ("exp_avg", "exp_avg_sq", "step")
-            if f"step/{name}" in snapshot.optimizer:
-                state = {k: snapshot.optimizer[f"{k}/{name}"] for k in keys}
-                state["exp_avg"] = state["exp_avg"].to(master)
-                state["exp_avg_sq"] = state["exp_avg_sq"].to(master)
-                state["step"] = state["step"].to(master.device, torch.float32)
-                self.optimizer.state[master] = state
-        self.updates = int(snapshot.state["updates"])
+        take_state(self, facts_of(snapshot), snapshot, lambda tensor: None)
 
     def take_sums(self) -> dict[str, float]:
         """The sums since the last call, and start again from nothing."""
         sums, self.sums = self.sums.values, BatchSums()
-        if self.head.is_cuda:
-            sums["gpu_peak_mb"] = torch.cuda.max_memory_allocated(self.head.device) / 2**20
-            torch.cuda.reset_peak_memory_stats(self.head.device)
+        if self.device.type == "cuda":
+            sums["gpu_peak_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+            torch.cuda.reset_peak_memory_stats(self.device)
         return sums
 
 

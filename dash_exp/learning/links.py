@@ -1,27 +1,26 @@
-"""Between the ranks of a learner: commands and answers through a key-value store, sums by a process group.
+"""Between the ranks of a learner: commands and answers through a key-value store, sums by a process group
+(sums.py).
 
 Rank 0 commands, the others do. Commands do not travel by collectives: a rank may wait for the next one for as
 long as sampling lasts, which no timeout of a collective allows, and a store tells at once when the other
-side is gone. Gradients and weights go by gloo (CPU) or NCCL (a GPU each). The group is made here rather
-than by `init_process_group`, whose single default group an engine in the same process may want for itself.
+side is gone.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dash_exp.errors import Fault, UserError
+from dash_exp.learning.sums import BrokenSumError, Group, Sums
 
 TICK_S, SHORTEST_S, LONGEST_S = 0.5, 2e-4, 5e-3
 """How often a rank that waits looks after the others, and between which pauses it looks for its answer."""
@@ -32,10 +31,6 @@ STOP = "stop"
 Own = Callable[[], Any]
 
 
-class BrokenSumError(RuntimeError):
-    """A sum over the ranks failed: one of them is gone, or silent."""
-
-
 @dataclass(frozen=True, slots=True)
 class Failure:
     """The answer of a rank that could not do what it was asked. `broken`: it waited for another one."""
@@ -43,17 +38,6 @@ class Failure:
     text: str
     faults: tuple[Fault, ...] = ()
     broken: bool = False
-
-
-class Sums(Protocol):
-    """What each of `width` ranks has of the others. Called on every rank at the same time: `total` sums a
-    tensor over the ranks in place, `hand_on` gives rank 0's to all."""
-
-    width: int
-
-    def join(self, device: torch.device, backend: str) -> None: ...
-    def total(self, tensor: Tensor) -> None: ...
-    def hand_on(self, tensor: Tensor) -> None: ...
 
 
 class Links(Sums, Protocol):
@@ -67,12 +51,12 @@ class Links(Sums, Protocol):
 class Alone:
     """One rank: nobody to talk to."""
 
-    width = 1
+    rank, width = 0, 1
 
     def call(self, name: str, given: Sequence[Any], own: Own) -> list[Any]:
         return [own()]
 
-    def join(self, device: torch.device, backend: str) -> None:
+    def join(self, device: torch.device, backend: str, default: bool = False) -> None:
         pass
 
     def total(self, tensor: Tensor) -> None:
@@ -80,55 +64,12 @@ class Alone:
 
     def hand_on(self, tensor: Tensor) -> None:
         pass
+
+    def guarded(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def close(self) -> None:
         pass
-
-
-class Group:
-    """The process group of all ranks, once they have joined."""
-
-    def __init__(self, store: Any, rank: int, size: int, timeout_s: float):
-        self.store, self.rank, self.width, self.timeout_s = store, rank, size, timeout_s
-        self._group: Any = None
-
-    def join(self, device: torch.device, backend: str) -> None:
-        """Meet the others, once; every rank calls it at the same time."""
-        if self._group is not None:
-            return
-        wait = timedelta(seconds=self.timeout_s)
-        store = dist.PrefixStore("dash/group", self.store)
-        if backend == "nccl":
-            os.environ.setdefault(
-                "TORCH_NCCL_BLOCKING_WAIT", "1"
-            )  # an error here, not the end of the process
-            torch.cuda.set_device(device)
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = wait
-            self._group = dist.ProcessGroupNCCL(store, self.rank, self.width, options)
-        else:
-            self._group = self._guarded(lambda: dist.ProcessGroupGloo(store, self.rank, self.width, wait))
-        self._device = device if backend == "nccl" else torch.device("cpu")
-
-    def total(self, tensor: Tensor) -> None:
-        self._apply(tensor, lambda t: self._group.allreduce([t]).wait())
-
-    def hand_on(self, tensor: Tensor) -> None:
-        self._apply(tensor, lambda t: self._group.broadcast(t, 0).wait())
-
-    def _apply(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> None:
-        """Where the wire is: gloo moves CPU tensors, NCCL those of its GPU."""
-        there = tensor.to(self._device).contiguous()
-        self._guarded(lambda: collective(there))
-        if there is not tensor:
-            tensor.copy_(there)
-
-    @staticmethod
-    def _guarded(collective: Callable[[], Any]) -> Any:
-        try:
-            return collective()
-        except RuntimeError as error:
-            raise BrokenSumError(" ".join(str(error).split())[:500]) from error
 
 
 class Watched(Protocol):
@@ -148,7 +89,7 @@ class Leader(Group):
         self._number = 0
         self._closed = False
 
-    def join(self, device: torch.device, backend: str) -> None:
+    def join(self, device: torch.device, backend: str, default: bool = False) -> None:
         """Wait until all have started, then meet them."""
         deadline = time.monotonic() + max(START_S, self.timeout_s)
         for rank in range(1, self.width):
@@ -156,7 +97,7 @@ class Leader(Group):
                 self._refuse_dead()
                 if time.monotonic() > deadline:
                     raise self._lost(rank, "did not start")
-        super().join(device, backend)
+        super().join(device, backend, default)
 
     def call(self, name: str, given: Sequence[Any], own: Own) -> list[Any]:
         self._number += 1
@@ -211,6 +152,9 @@ class Leader(Group):
     def _fail(self, rank: int, failure: Failure) -> NoReturn:
         if failure.faults:
             raise UserError(failure.faults, "what was recorded is kept")
+        end = time.monotonic() + EXPLAIN_S
+        while self.members[rank].ending() is None and time.monotonic() < end:
+            time.sleep(LONGEST_S)  # it is about to end, and to say more in its log
         raise self._lost(rank, f"failed: {failure.text}")
 
     def _lost(self, rank: int, why: str) -> UserError:
@@ -234,6 +178,7 @@ class Leader(Group):
         end = time.monotonic() + END_S
         for member in self.members.values():  # the store must not be gone before they have read it
             member.end(max(0.1, end - time.monotonic()))
+        self.part()
 
 
 class Follower(Group):

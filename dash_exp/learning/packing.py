@@ -21,7 +21,7 @@ from dash_exp.modeling.attention import (
     GroupRows,
     additive_mask,
 )
-from dash_exp.types import AdvantagedGroup
+from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, ScoredGroup
 
 GROUP_ROW_CELLS = 1 << 18
 """Cells (rows x length^2) up to which whole groups share an attention row; longer ones go by completion."""
@@ -131,6 +131,14 @@ class Packer:
         if self._waiting:
             yield MicroBatch(tuple(self._waiting), self.aggregation)
         self._waiting, self._tokens = [], 0
+
+
+def nothing() -> MicroBatch:
+    """One token after one token, to be given weight 0."""
+    completion = Completion((0,), (0.0,), "", "length", 0)
+    group = Group(0, Prompt("nothing", "", "", (0,), ""), (completion,))
+    source = AdvantagedGroup(ScoredGroup(group, (Score(0.0, "wrong"),)), (0.0,), (False,))
+    return MicroBatch((Piece(source, (0,)),), "constant")
 
 
 def pack(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed:

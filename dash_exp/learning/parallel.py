@@ -15,15 +15,16 @@ from typing import Any
 from torch import Tensor
 
 from dash_exp.checkpoint import Snapshot
-from dash_exp.learning.agreement import state_facts
+from dash_exp.learning.agreement import BUCKET, facts_of
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.links import Alone, Links
 from dash_exp.learning.member import Done, Member, Spec, Work
 from dash_exp.learning.packing import MicroBatch
 from dash_exp.learning.rounds import Round
 from dash_exp.learning.settings import UpdateStats
+from dash_exp.learning.weights import Weights
 
-LARGEST = ("gpu_peak_mb",)
+LARGEST = ("gpu_peak_mb", "update/reduce_s")
 """Of these sums the largest rank's counts."""
 
 
@@ -38,8 +39,7 @@ class ParallelLearner:
     def of(cls, spec: Spec, links: Links, local_rank: int | None = None) -> ParallelLearner:
         """Build every rank's learner; they begin equal, which is checked."""
         made = cls(Member(links, local_rank), links)
-        made._all("build", spec)
-        made.check_equal()
+        compare(made._all("build", spec))
         return made
 
     @classmethod
@@ -90,39 +90,42 @@ class ParallelLearner:
                 sums[name] = max(known, value) if name in LARGEST else known + value
         return sums
 
+    @property
+    def sharded(self) -> bool:
+        return self.member.sharded
+
     def compute_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.local.compute_weights()
+        """The weights the policy computes with, whole, by name, for a sampler that holds its own."""
+        if not self.sharded:
+            yield from self.local.weights.computed()
+            return
+        for names in in_parts(self.local.weights):
+            yield from self._all("computed", names)[0]
 
     def snapshot(
         self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None
     ) -> Snapshot:  # fmt: skip
         """See `Learner.snapshot`; taken only where all ranks hold the same weights."""
         self.check_equal()
-        return self.local.snapshot(step, moments=moments, row=row)
+        if not self.sharded:
+            return self.local.snapshot(step, moments=moments, row=row)
+        made: Snapshot = self._all("snapshot", (step, moments, row))[0]
+        return made
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot, on every rank."""
-        self.local.restore(snapshot)
-        if self.width > 1:
-            self._all("take_state", state_facts(self.local))
-            self.check_equal()
+        """Go on from a snapshot, on every rank; it may come from any number of ranks, sharded or not."""
+        facts = facts_of(snapshot)
+        self.links.call("take_state", [facts] * self.width, lambda: self.member.take_state(facts, snapshot))
+        self.check_equal()
 
     def preflight(self, batch: MicroBatch) -> None:
         """Raises UserError where the largest micro-batch does not fit on some rank."""
         self._all("preflight", batch)
 
     def check_equal(self) -> None:
-        """Raises RuntimeError where ranks hold different weights."""
-        if self.width == 1:
-            return
-        first, *others = self._all("fingerprint", None)
-        for rank, sums in enumerate(others, 1):
-            different = [name for name in first if sums.get(name) != first[name]]
-            if different:
-                raise RuntimeError(
-                    f"ranks 0 and {rank} hold different weights: {len(different)} tensors of {len(first)}, "
-                    f"the first of them {different[0]}"
-                )
+        """Raises RuntimeError where ranks hold different weights. Sharded, no two of them hold the same."""
+        if self.width > 1 and not self.sharded:
+            compare(self._all("fingerprint", None))
 
     def close(self) -> None:
         self.links.close()
@@ -135,3 +138,29 @@ class ParallelLearner:
         """For every rank its own; None, an empty micro-batch, for those that there is nothing for."""
         each = [*given, *[None] * (self.width - len(given))]
         return self.links.call(name, each, lambda: self.member.perform(name, each[0]))
+
+
+def compare(found: Sequence[Mapping[str, str]]) -> None:
+    """Raises RuntimeError where the checksums of some rank are not those of rank 0."""
+    first, *others = found
+    for rank, sums in enumerate(others, 1):
+        different = [name for name in first if sums.get(name) != first[name]]
+        if different:
+            raise RuntimeError(
+                f"ranks 0 and {rank} hold different weights: {len(different)} tensors of {len(first)}, "
+                f"the first of them {different[0]}"
+            )
+
+
+def in_parts(weights: Weights, size: int = BUCKET) -> Iterator[list[str]]:
+    """The names of all tensors, some at a time: up to `size` numbers, or a larger one alone."""
+    waiting: list[str] = []
+    numbers = 0
+    for name in weights.names():
+        own = weights.shape(name).numel()
+        if waiting and numbers + own > size:
+            yield waiting
+            waiting, numbers = [], 0
+        waiting.append(name)
+        numbers += own
+    yield waiting

@@ -32,6 +32,14 @@ class Rounds:
                 yield tuple(self._waiting)
                 self._waiting = []
 
+    def take(self, group: AdvantagedGroup | None, *, eager: bool) -> Iterator[Round]:
+        """A group, or None where none has come yet: rather than let the ranks wait, `eager` hands on what is
+        held. How a batch is cut depends on time then, its gradient does not."""
+        if group is not None:
+            yield from self.add(group)
+        elif eager:
+            yield from self.flush()
+
     def flush(self) -> Iterator[Round]:
         """Yield what is waiting, if anything is."""
         rest = [*self._waiting, *self.packer.flush()]

@@ -172,6 +172,18 @@ def load_model(folder: Path, dtype: Any, attention: str) -> Any:
     return model
 
 
+def load_computing(folder: Path, precision: str, attention: str) -> Any:
+    """The model as a learner of this precision computes with it, frozen: rounded from fp32, the parameters
+    alone (position tables stay exact)."""
+    import torch
+
+    model = load_model(folder, torch.float32, attention).eval().requires_grad_(False)
+    if precision != "fp32":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. Raises UserError for a broken one or one without an end token."""
     from transformers import AutoTokenizer

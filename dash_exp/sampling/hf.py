@@ -7,7 +7,7 @@ one uniform number, drawn per completion, so a completion depends on its seed an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -89,18 +89,22 @@ def _least_likely_kept(logits: Tensor, top_p: float, count: int) -> Tensor:
 
 
 class HFSampler:
-    """Samples from `model`, which the learner updates in place: loading weights moves nothing."""
+    """Samples from `model`, which the learner updates in place: loading weights moves nothing. Where the
+    model is a copy, `weights` gives what to fill it with."""
 
     def __init__(
         self, model: Any, decode: Callable[[Sequence[int]], str], *,
         vocabulary: int, max_sequences: int,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
     ):  # fmt: skip
         """`decode` turns token ids into text; ids from `vocabulary` on are never drawn."""
-        self.model, self.decode = model, decode
+        self.model, self.decode, self.weights = model, decode, weights
         self.vocabulary, self.max_sequences = vocabulary, max_sequences
         self.policy_version = 0
 
     def load_weights(self, version: int) -> None:
+        for name, tensor in self.weights() if self.weights else ():
+            self.model.get_parameter(name).data.copy_(tensor)
         self.policy_version = version
 
     def close(self) -> None:

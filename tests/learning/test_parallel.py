@@ -6,10 +6,6 @@ The ranks are real processes, started once for the whole file.
 from __future__ import annotations
 
 import copy
-import os
-import signal
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,20 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dash_exp.errors import UserError
 from dash_exp.learning import losses
 from dash_exp.learning.adapters import Adapters
 from dash_exp.learning.links import Alone, Leader, Links
-from dash_exp.learning.member import Spec, device_of
+from dash_exp.learning.member import Spec
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.parallel import ParallelLearner
-from dash_exp.learning.rank_process import RankProcess
+from dash_exp.learning.parallel import ParallelLearner, compare
 from dash_exp.learning.ranks import start
 from dash_exp.learning.rounds import Rounds
 from dash_exp.learning.settings import Objective, UpdateStats
 from dash_exp.ledger import Ledger
 from dash_exp.record import Recorder
-from dash_exp.sampling.placement import gpus
 from dash_exp.types import AdvantagedGroup
 from dash_exp.updates import mini_batches, repeated_updates
 from tests.conftest import make_groups
@@ -109,7 +102,7 @@ def assert_equal(several: Learned, one: Learned) -> None:
             assert float((found[name] - value).abs().max()) <= 10 * TOLERANCE * scale, name
     for name, value in one.learner.local.masters.items():
         assert torch.allclose(several.learner.local.masters[name], value, atol=2e-6), name
-    assert several.sums.keys() == one.sums.keys()
+    assert several.sums.keys() - {"update/reduce_s"} == one.sums.keys()
     counts = ("tokens", "completions")
     for name, value in one.sums.items():
         if not name.endswith("computed"):  # a prompt that two ranks share is computed by both
@@ -229,6 +222,12 @@ def test_ranks_with_different_weights_are_found_out(links: Leader, tiny_folder: 
         learner.snapshot(1)
 
 
+def test_ranks_that_loaded_other_weights_are_found_out() -> None:
+    compare([{"a": "1", "b": "2"}, {"a": "1", "b": "2"}])
+    with pytest.raises(RuntimeError, match=r"ranks 0 and 1 hold different weights: 1 tensors of 2.* b$"):
+        compare([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}])
+
+
 def test_ranks_with_different_updates_are_found_out(links: Leader, tiny_folder: Path) -> None:
     learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
     learner.local.updates = 5
@@ -244,68 +243,3 @@ def test_preflight_on_every_rank(links: Leader, tiny_folder: Path) -> None:
     learner.preflight(ready[0])
     assert learner.take_sums() == {}
     assert learner.update(1.0).skipped
-
-
-def test_a_fault_of_another_rank_is_told_as_it_is(tiny_folder: Path, tmp_path: Path) -> None:
-    """And what fails there otherwise is told with the end of the rank's log."""
-    spec = spec_of(tiny_folder, objective())
-    made = start(2, 30.0, tmp_path)
-    try:
-        learner = ParallelLearner.of(spec, made)
-        with pytest.raises(UserError, match=r"rank 1 failed: AttributeError.*nonsense") as caught:
-            made.call("nonsense", [None, None], lambda: None)
-        assert "Traceback" in (tmp_path / "rank-1.log").read_text()
-        assert "rank-1.log" in str(caught.value)
-        assert learner.width == 2
-    finally:
-        made.close()
-
-
-@pytest.mark.parametrize(
-    ("ranks", "number", "says"),
-    [(3, signal.SIGKILL, "rank 2 was killed by SIGKILL"), (2, signal.SIGSTOP, "rank 1 was silent")],
-    ids=["dies", "stops"],
-)
-def test_a_rank_that_others_wait_for_in_a_sum_is_named(
-    tiny_folder: Path, tmp_path: Path, ranks: int, number: int, says: str
-) -> None:
-    made = start(ranks, 2.0, tmp_path)
-    try:
-        learner = ParallelLearner.of(spec_of(tiny_folder, objective()), made)
-        os.kill(made.members[ranks - 1].process.pid, number)
-        began = time.monotonic()
-        with pytest.raises(UserError, match=says):
-            learner.update(1.0)
-        assert time.monotonic() - began < 10
-    finally:
-        made.close()
-    assert all(member.ending() is not None for member in made.members.values())
-
-
-def test_a_rank_ends_with_its_standard_input_whatever_it_waits_for(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        settings = {"rank": 1, "size": 2, "port": silent.getsockname()[1], "timeout_s": 60}
-        process = RankProcess(1, settings, tmp_path)
-        assert process.ending() is None
-        process.end(15)
-    assert process.ending() == "ended with exit code 1"
-
-
-def test_servers_get_the_gpus_after_the_learners() -> None:
-    assert gpus(4, 2, learners=2) == ("2", "3")
-    assert gpus(4, 3) == ("1", "2", "3")
-    with pytest.raises(UserError, match="beside the 2 of the learner there are 2 GPUs"):
-        gpus(4, 3, learners=2)
-
-
-def test_devices_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device_of("auto") == device_of("cuda") == torch.device("cuda")
-    assert device_of("auto", 1) == torch.device("cuda:1")
-    assert device_of("cuda:0", 1) == torch.device("cuda:0")
-    assert device_of("cpu", 1) == torch.device("cpu")
-    with pytest.raises(UserError, match="there are 2 GPUs here"):
-        device_of("auto", 2)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # all that the scheduler shows this rank
-    assert device_of("cuda", 3) == torch.device("cuda:0")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp.learning.packing import MicroBatch, Packer, pieces_of
+from dash_exp.learning.packing import MicroBatch, Packer, nothing, pack, pieces_of
 from dash_exp.learning.rounds import Round, Rounds, balanced, length
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
@@ -92,8 +92,27 @@ def test_a_full_round_does_not_wait_for_the_flush() -> None:
     assert [len(one) for one in rounds.flush()] == [2]
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_what_is_held_goes_out_in_a_gap(width: int) -> None:
+    """But only where that is allowed, and once."""
+    rounds = Rounds(Packer(100, "constant", keep_for_kl=False), width)
+    groups = make_groups([[8], [6]], [2, 2])
+    assert [one for g in groups for one in rounds.take(g, eager=True)] == []
+    assert list(rounds.take(None, eager=False)) == []
+    (made,) = rounds.take(None, eager=True)
+    assert completions(list(made)) == Counter({(0, 0): 1, (1, 0): 1})
+    assert len(made) == width
+    assert list(rounds.take(None, eager=True)) == list(rounds.flush()) == []
+
+
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_nothing_kept_makes_no_round(width: int) -> None:
     groups = make_groups([[3, 4]], [2], kept=0.0)
     assert list(pieces_of(groups[0], 10, keep_for_kl=False)) == []
     assert rounds_of(groups, 10, width) == []
+
+
+def test_an_empty_micro_batch_is_one_token_without_weight() -> None:
+    packed = pack(nothing())
+    assert packed.input_ids.tolist() == [0] and len(packed.targets) == 1
+    assert packed.advantages.tolist() == [0.0]
