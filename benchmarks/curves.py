@@ -12,10 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.ours import STILL, Ours, asked, config_of
 from benchmarks.report import Options, Skipped, need_vllm, print_table
 from benchmarks.streaming import WORK, places
 from benchmarks.turns import WARM_UP, median, seconds
+from dash_exp.build import make_spec, thread_count
+from dash_exp.config import Config
+from dash_exp.learning.packing import nothing
+from dash_exp.learning.parallel import ParallelLearner
+from dash_exp.learning.ranks import start
 from dash_exp.record import Row
 from dash_exp.sampling.protocol import Request, arrived
 from dash_exp.tasks.prompts import batch, requests
@@ -26,13 +33,37 @@ LEAST_DECODE = 0.1
 
 def measure(options: Options) -> dict[str, Any]:
     config = config_of("none", 0.0, *place_of(options))
-    with tempfile.TemporaryDirectory() as scratch, Ours(config, options.cache, Path(scratch)) as ours:
-        curves = measured(ours, options.rounds)
+    with tempfile.TemporaryDirectory() as scratch:
+        with Ours(config, options.cache, Path(scratch)) as ours:
+            curves = measured(ours, options.rounds)
+        seconds = reduction(config, ours, Path(scratch), options.rounds)
+        curves["reduce_s"] = seconds
     rows = [[f"{n:.1f}", f"{rate:.1f}", f"{n / rate * 1e3:.1f}"] for n, rate in curves["decode"]]
     print_table("Decoding", ["sequences", "tokens/s", "ms a step"], rows)
-    names = ["learner_tokens_per_s", "prefill_tokens_per_s", "optimizer_s", "sync_s", "other_s"]
-    print_table("The rest", names, [[f"{curves[name]:.4g}" for name in names]])
+    names = ["learner_tokens_per_s", "prefill_tokens_per_s", "optimizer_s", "sync_s", "other_s", "reduce_s"]
+    told = ["not measured" if curves[name] is None else f"{curves[name]:.4g}" for name in names]
+    print_table("The rest", names, [told])
     return {"lines": [], "curves": curves}
+
+
+def reduction(config: Config, ours: Ours, folder: Path, rounds: int) -> float | None:
+    """Seconds of adding the gradients of two learners of this model on this machine, every tensor's, whatever
+    they were computed from. None where there are GPUs, but not two."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        return None
+    threads = max(1, thread_count(config.cluster.threads) // 2)
+    spec = make_spec(config, ours.machine.plan, ours.machine.source.folder, ours.vocabulary, threads)
+    links = start(2, config.learner.timeout_s, folder / "ranks")
+    try:
+        learner = ParallelLearner.of(spec, links, 0)
+        times = []
+        for _ in range(rounds + WARM_UP):
+            learner.accumulate((nothing(), nothing()), [None, None])
+            learner.update(1.0)
+            times.append(learner.take_sums()["update/reduce_s"])
+    finally:
+        links.close()
+    return statistics.median(times[WARM_UP:])
 
 
 def place_of(options: Options) -> tuple[int | None, list[str]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from dash_exp.capacity_model import Curves, Decode, Lengths, Setting, sample
+from dash_exp.capacity_model import Curves, Setting, of_two
+from dash_exp.capacity_sampling import Decode, Lengths, sample
 from dash_exp.errors import Fault, UserError
 from dash_exp.record import Row, read_final, read_rows
 
@@ -213,9 +214,11 @@ class _Cell:
         def median(*names: str) -> float:
             return float(statistics.median(sum(r[f"time/{n}_s"] for n in names) for r in self.steps))
 
+        reduced = [float(r.get("time/reduce_s", 0.0)) for r in self.steps]
         return {
-            "optimizer_s": median("optimizer"), "sync_s": median("sync"),
-            "other_s": median("verify", "other"),
+            "optimizer_s": max(0.0, median("optimizer") - statistics.median(reduced)),
+            "reduce_s": of_two(statistics.median(reduced), self.setting.learners),
+            "sync_s": median("sync"), "other_s": median("verify", "other"),
         }  # fmt: skip
 
 

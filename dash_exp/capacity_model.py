@@ -7,47 +7,15 @@ packs them, and learners take micro-batches as they fill (`learning/rounds.py`).
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
-from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from dash_exp.capacity_sampling import Decode, Lengths, Sampled, sample
+
 DRAWS = 8
 """Batches of lengths that a prediction is the mean of."""
-Lengths = tuple[tuple[int, ...], ...]
-"""Tokens of each completion, by group."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """Seconds of one decode step by how many sequences are decoded together: piecewise linear.
-
-    `points`: (sequences, seconds), in order of both. Below the first point a step takes as long as there,
-    beyond the last it grows as between the last two.
-    """
-
-    points: tuple[tuple[float, float], ...]
-
-    @classmethod
-    def of_rates(cls, rates: Sequence[tuple[float, float]]) -> Decode:
-        """From (sequences, tokens per second): a step of n sequences takes n / rate. More sequences never
-        make a step shorter; where noise says so, the longer time counts."""
-        points: list[tuple[float, float]] = []
-        longest = 0.0
-        for sequences, rate in sorted(rates):
-            longest = max(longest, sequences / rate)
-            points.append((sequences, longest))
-        return cls(tuple(points))
-
-    def seconds(self, sequences: int) -> float:
-        if len(self.points) == 1 or sequences <= self.points[0][0]:
-            return self.points[0][1]
-        place = min(bisect_left(self.points, (sequences, 0.0)), len(self.points) - 1)
-        (n0, s0), (n1, s1) = self.points[place - 1], self.points[place]
-        return s0 + (s1 - s0) * (sequences - n0) / (n1 - n0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,94 +95,6 @@ def draw_lengths(curves: Curves, setting: Setting, seed: int) -> Lengths:
     return tuple(groups)
 
 
-class _Server:
-    """One server: sequences at work, and how far they are. Times are absolute."""
-
-    def __init__(self, decode: Decode) -> None:
-        self.decode = decode
-        self.now = 0.0
-        self.busy_until = 0.0  # with prompts
-        self.steps = 0.0
-        self.ends: list[tuple[float, int]] = []  # decode step at which a sequence of a group ends
-        self.groups: set[int] = set()
-        self.most = 0
-
-    def move(self, time: float) -> None:
-        """Decode until then."""
-        if self.ends:
-            begin = max(self.now, self.busy_until)
-            self.steps += max(0.0, time - begin) / self.decode.seconds(len(self.ends))
-        self.now = time
-
-    def take(self, group: int, lengths: Sequence[int], prefill_s: float) -> None:
-        self.busy_until = max(self.busy_until, self.now) + prefill_s
-        for length in lengths:
-            heapq.heappush(self.ends, (self.steps + length, group))
-        self.groups.add(group)
-        self.most = max(self.most, len(self.ends))
-
-    def next_end(self) -> float:
-        if not self.ends:
-            return math.inf
-        left = max(0.0, self.ends[0][0] - self.steps)
-        return max(self.now, self.busy_until) + left * self.decode.seconds(len(self.ends))
-
-    def finish_next(self) -> int:
-        end, group = heapq.heappop(self.ends)
-        self.steps = max(self.steps, end)
-        return group
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """When each group of a batch was complete: (seconds, group), in that order."""
-
-    ends: tuple[tuple[float, int], ...]
-    sequences: int
-
-    @property
-    def seconds(self) -> float:
-        return self.ends[-1][0]
-
-
-def sample(
-    lengths: Lengths, decode: Decode, prefill_s: float, *, servers: int, max_sequences: int,
-    at_once: int | None,
-) -> Sampled:  # fmt: skip
-    """Continuous batching over some servers: a group goes to the one with the fewest groups, as long as it
-    has room, and at most `at_once` groups are on their way. `prefill_s`: seconds of a group's prompt."""
-    machines = [_Server(decode) for _ in range(servers)]
-    queue, left = deque(range(len(lengths))), [len(group) for group in lengths]
-    ends: list[tuple[float, int]] = []
-    nexts = [math.inf] * servers
-
-    def assign(now: float) -> None:
-        while queue and (at_once is None or sum(len(m.groups) for m in machines) < at_once):
-            size = len(lengths[queue[0]])
-            room = [n for n, m in enumerate(machines) if not m.groups or len(m.ends) + size <= max_sequences]
-            if not room:
-                return
-            chosen = min(room, key=lambda n: len(machines[n].groups))
-            machines[chosen].move(now)
-            group = queue.popleft()
-            machines[chosen].take(group, lengths[group], prefill_s)
-            nexts[chosen] = machines[chosen].next_end()
-
-    assign(0.0)
-    while (now := min(nexts)) < math.inf:
-        number = nexts.index(now)
-        machine = machines[number]
-        machine.move(now)
-        group = machine.finish_next()
-        left[group] -= 1
-        if left[group] == 0:
-            machine.groups.discard(group)
-            ends.append((now, group))
-            assign(now)
-        nexts[number] = machine.next_end()
-    return Sampled(tuple(ends), max(m.most for m in machines))
-
-
 def pieces(prompt: int, lengths: Sequence[int], most: int) -> Iterator[int]:
     """Input tokens of the pieces that a group is cut into, as `learning.packing.pieces_of` cuts it: the
     prompt comes once in each, and nothing is predicted from a completion's last token."""
@@ -232,9 +112,13 @@ def learn(
 ) -> float:
     """When everything is backpropagated. `arrivals`: (seconds, tokens of each piece) by group, in order.
     A micro-batch is full when the next piece would not fit into it. A round of one for each learner
-    starts when all are full, and lasts as long as its largest; what is left at the end is dealt out."""
-    free, waiting, full = 0.0, 0.0, list[float]()
+    starts when all are full, and lasts as long as its largest; what is left at the end, or when the learners
+    would have nothing to do until the next group comes, is dealt out."""
+    free, waiting, full, before = 0.0, 0.0, list[float](), 0.0
     for time, sizes in arrivals:
+        if (held := sum(full) + waiting) and max(free, before) < time:
+            free, waiting, full = max(free, before) + held / learners / rate, 0.0, []
+        before = time
         for tokens in sizes:
             if waiting and waiting + tokens > most:
                 full.append(waiting)
@@ -245,6 +129,12 @@ def learn(
             waiting += tokens
     rest = sum(full) + waiting
     return max(arrivals[-1][0], free) + rest / learners / rate if rest else free
+
+
+def of_two(seconds: float, learners: int) -> float:
+    """What a reduction over this many learners would take over two: in a ring each sends 2 (n - 1) / n of the
+    gradients. 0 where there is nobody else."""
+    return seconds * learners / (2 * (learners - 1)) if learners > 1 else 0.0
 
 
 def _part(curves: Curves, setting: Setting, lengths: Lengths) -> tuple[float, Sampled, float]:
@@ -270,7 +160,7 @@ def predict_batch(curves: Curves, setting: Setting, lengths: Lengths) -> Predict
     parts = [_part(curves, setting, lengths[i : i + size]) for i in range(0, len(lengths), size)]
     both = sum(end for end, _, _ in parts)
     sampling, backprop = sum(d.seconds for _, d, _ in parts), sum(alone for _, _, alone in parts)
-    reduce = curves.reduce_s * 2 * (setting.learners - 1) / setting.learners
+    reduce = curves.reduce_s / of_two(1.0, setting.learners) if setting.learners > 1 else 0.0
     return Prediction(
         step_s=both + reduce + curves.optimizer_s + curves.sync_s + curves.other_s,
         sampling_s=sampling, backprop_s=backprop, hidden_s=max(0.0, sampling + backprop - both),

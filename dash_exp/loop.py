@@ -95,8 +95,9 @@ def train_step(
     for first in range(0, len(asked), plan.prompts_per_call):
         call = asked[first : first + plan.prompts_per_call]
         for group in advantaged_groups(plan, parts, ledger, recorder, step, call):
-            groups.append(group)
-            for ready in rounds.add(group) if at_once else ():
+            if group is not None:
+                groups.append(group)
+            for ready in rounds.take(group, eager=not plan.in_prompt_order) if at_once else ():
                 backpropagate(parts, ledger, recorder, step, ready)
         for ready in rounds.flush():
             backpropagate(parts, ledger, recorder, step, ready)
@@ -115,17 +116,18 @@ def train_step(
 
 def advantaged_groups(
     plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int, call: list[Request]
-) -> Iterator[AdvantagedGroup]:
+) -> Iterator[AdvantagedGroup | None]:
     """Sample, judge and weigh the prompts of one call, group by group as they finish (in prompt order
-    if the plan says so; all at the end if it does not stream). A supervised arm only looks them up."""
+    if the plan says so; all at the end if it does not stream); None where none is there yet. A supervised
+    arm only looks them up."""
     if parts.demonstrations is not None:
         return (demonstrated(request, parts.demonstrations) for request in call)
     groups = sampled_groups(parts, ledger, recorder, step, call, plan.groups_at_once)
     scored = judged_groups(parts, ledger, recorder, step, groups)
     if plan.in_prompt_order:
         scored = in_prompt_order(scored, call[0].position)
-    weighed = (weigh(parts, group) for group in scored)
-    return weighed if plan.streaming else iter(list(weighed))
+    weighed = (weigh(parts, group) if group is not None else None for group in scored)
+    return weighed if plan.streaming else iter([group for group in weighed if group is not None])
 
 
 def sampled_groups(
@@ -149,9 +151,9 @@ def sampled_groups(
 
 def judged_groups(
     parts: Parts, ledger: Ledger, recorder: Recorder, step: int, groups: Iterator[Group | None]
-) -> Iterator[ScoredGroup]:
+) -> Iterator[ScoredGroup | None]:
     """Judge while sampling goes on. Verdicts are taken in the order in which groups came, so how fast
-    a verifier is never changes the order of anything."""
+    a verifier is never changes the order of anything. None where nothing has come and nothing is judged."""
     waiting: deque[tuple[Group, float, list[Future[Score]], list[float]]] = deque()
 
     def take() -> ScoredGroup:
@@ -171,8 +173,12 @@ def judged_groups(
             for future in futures:
                 future.add_done_callback(partial(_note_end, ends))
             waiting.append((group, start, futures, ends))
+        taken = False
         while waiting and all(f.done() for f in waiting[0][2]):
             yield take()
+            taken = True
+        if group is None and not taken:
+            yield None
     while waiting:
         yield take()
 
@@ -181,11 +187,13 @@ def _note_end(ends: list[float], _: Future[Score]) -> None:
     ends.append(time.time())
 
 
-def in_prompt_order(groups: Iterator[ScoredGroup], first: int) -> Iterator[ScoredGroup]:
-    """Hold back groups that finished before an earlier one."""
+def in_prompt_order(groups: Iterator[ScoredGroup | None], first: int) -> Iterator[ScoredGroup]:
+    """Hold back groups that finished before an earlier one; when there was none is nobody's business."""
     held: dict[int, ScoredGroup] = {}
     position = first
     for scored in groups:
+        if scored is None:
+            continue
         held[scored.group.position] = scored
         while position in held:
             yield held.pop(position)

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dash_exp.capacity_curves import curves_of, read_cells, read_curves
 from dash_exp.capacity_model import (
     Curves,
-    Decode,
     Setting,
     best_waves,
     draw_lengths,
     learn,
+    of_two,
     pieces,
     predict,
     predict_batch,
-    sample,
     splits,
     wave_choices,
 )
-from dash_exp.errors import UserError
+from dash_exp.capacity_sampling import Decode, sample
 from dash_exp.learning.packing import pieces_of
-from tests.conftest import REPOSITORY, make_groups
+from tests.conftest import make_groups
 
 SHARED = Decode.of_rates([(1, 100.0), (64, 100.0)])
 """A server that makes 100 tokens a second however many sequences share them."""
@@ -133,12 +126,25 @@ def test_learners_share_micro_batches_and_reduce_on_a_ring() -> None:
     assert p.reduce_s == pytest.approx(0.4)
 
 
-def test_a_micro_batch_starts_when_it_is_full() -> None:
-    """At 1 s one piece of 60 waits; at 2 s the second does not fit, so the first starts: 0.6 s. At 5 s the
-    third: the second starts, ends at 5.6, and the last, of 60, at 6.2."""
-    arrivals = [(float(t), [60.0]) for t in (1, 2, 5)]
-    assert learn(arrivals, 100.0, learners=1, most=100) == pytest.approx(6.2)
-    assert learn(arrivals, 100.0, learners=1, most=1000) == pytest.approx(5 + 1.8)
+def test_a_micro_batch_starts_when_it_is_full_or_when_there_is_nothing_else_to_do() -> None:
+    """Pieces of 60 tokens, 0.6 s each. Of 1, 2 and 5 s each is learned from before the next comes. Of 1, 1.2
+    and 1.4 s the first keeps the learner until 1.6; then it finds both others, in one micro-batch or two.
+    Two learners cut each piece in halves."""
+    apart, dense = ([(t, [60.0]) for t in times] for times in ((1.0, 2.0, 5.0), (1.0, 1.2, 1.4)))
+    for most in (100, 1000):
+        assert learn(apart, 100.0, learners=1, most=most) == pytest.approx(5.6)
+        assert learn(dense, 100.0, learners=1, most=most) == pytest.approx(1.6 + 1.2)
+        assert learn(apart, 100.0, learners=2, most=most) == pytest.approx(5.3)
+    at_once = [(0.0, [60.0]), (0.0, [60.0])]  # no gap, so as they are packed: of 60, not of 120
+    assert learn(at_once, 100.0, learners=2, most=100) == pytest.approx(0.6)
+
+
+def test_a_reduction_over_many_told_as_one_over_two() -> None:
+    """Over 4 learners each sends 2 x 3 / 4 = 1.5 of its gradients, over 2 one: 0.9 s there are 0.6 s here."""
+    assert of_two(0.9, 4) == pytest.approx(0.6)
+    assert of_two(0.9, 2) == 0.9 and of_two(0.9, 1) == 0.0
+    p = predict(curves(reduce_s=of_two(0.9, 4)), Setting(prompts=4, group=2, learners=4))
+    assert p.reduce_s == pytest.approx(0.9)
 
 
 @given(
@@ -226,126 +232,3 @@ def test_the_best_split_is_that_of_trying_all() -> None:
 
 
 # --- files and the command ---
-
-FOUND = {
-    "decode": [[1, 50.0], [8, 200.0], [32, 400.0]], "prefill_tokens_per_s": 1000.0,
-    "learner_tokens_per_s": 300.0, "lengths": [[5, 9, 7, 16], [16, 16, 12, 3]], "cap": 16,
-    "prompt_tokens": 29.0, "optimizer_s": 0.1, "sync_s": 0.5,
-    "setting": {"prompts": 8, "group": 4, "waves": 4, "streaming": True, "micro_batch_tokens": 256},
-}  # fmt: skip
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "curves.json"
-    path.write_text(json.dumps({"rows": {"curves": {"curves": FOUND}}}))
-    return path
-
-
-def capacity(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command; that it imports no torch is asserted in its own process."""
-    code = (
-        "import sys; from dash_exp.capacity import main; code = main(sys.argv[1:]);"
-        "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules); sys.exit(code)"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, env=dict(os.environ),
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-
-
-def test_the_command_predicts_what_was_measured_and_what_is_asked(file: Path) -> None:
-    done = capacity(f"curves={file}")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert all(len(line) <= 80 for line in lines[1:-1])  # the first names the file
-    found = json.loads(lines[-1])
-    assert found["setting"]["prompts"] == 8 and found["setting"]["tokens"] == 16
-    assert found["recommended_waves"] in wave_choices(8)
-    assert found["step_s"] >= found["step_s_at_recommended_waves"] > 0.6
-    other = capacity(f"curves={file}", "prompts=64", "group=4", "tokens=512", "kept=0.6", "gpus=8")
-    assert other.returncode == 0, other.stderr
-    assert all(len(line) <= 80 for line in other.stdout.splitlines()[1:-1])
-    summary = json.loads(other.stdout.splitlines()[-1])
-    assert [s["servers"] + s["learners"] for s in summary["splits"]] == [8] * 7
-    assert summary["splits"][0]["step_s"] == pytest.approx(summary["step_s"])
-    assert "note:" in other.stdout  # 512 tokens, and more learners, were not measured
-
-
-def test_every_fault_of_the_command_at_once(file: Path) -> None:
-    done = capacity("server=2", "kept=2", "tokens=0", "streaming=maybe", "prompts", f"cell={file.parent}",
-                    f"curves={file}", "gpus=4", "learners=1")  # fmt: skip
-    assert done.returncode == 2
-    assert "8 problems" not in done.stdout
-    for text in ("did you mean 'servers'", "between 0 and 1", "1 or more", "true or false", "not key=value",
-                 "both curves= and cell=", "leave them out"):  # fmt: skip
-        assert text in done.stderr, text
-    assert "Traceback" not in done.stderr
-    assert capacity().returncode == 2
-    assert capacity("curves=nowhere.json").returncode == 2
-    assert "does not divide" in capacity(f"curves={file}", "call=3").stderr
-    assert capacity("--help").returncode == 0
-
-
-def test_every_fault_of_a_file_at_once() -> None:
-    broken = {**FOUND, "decode": [[1, 0]], "lengths": [[]], "cap": "many", "sync_s": -1}
-    with pytest.raises(UserError) as error:
-        curves_of(broken)
-    assert [f.where for f in error.value.faults] == [
-        "curves.decode", "curves.lengths", "curves.cap", "curves.sync_s",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="above it"):
-        curves_of({**FOUND, "cap": 15})
-    with pytest.raises(UserError, match="no curves"):
-        curves_of({"rows": {}})
-
-
-def test_curves_of_a_file(file: Path) -> None:
-    measured = read_curves(file)
-    assert measured.curves.decode.seconds(8) == pytest.approx(8 / 200)
-    assert measured.setting == Setting(
-        prompts=8, group=4, waves=4, streaming=True, tokens=16, micro_batch_tokens=256
-    )
-    assert measured.notes == ()
-
-
-def test_curves_of_a_record(tmp_path: Path) -> None:
-    """Step 2: 2 prompts x 2 completions of 3, 5, 8 and 4 tokens, all at once: 8 decode steps, 20 tokens, so
-    2.5 sequences; 4 s of sampling: 5 tokens a second. One group is kept: 8 + 4 tokens, 10 of them inputs;
-    40 inputs computed, so its prompt has 30; 40 inputs in 0.5 + 1.5 s."""
-    config = {
-        "algorithm": {"prompts_per_step": 2, "group_size": 2},
-        "sampler": {"name": "hf", "max_new_tokens": 8, "schedule": "preemptive", "servers": 1, "waves": 1,
-                    "streaming": True, "prompts_per_call": 1, "max_sequences": 64},
-        "learner": {"micro_batch_tokens": 128},
-    }  # fmt: skip
-    (tmp_path / "config.yaml").write_text(json.dumps(config))
-    times = {"sample": 4.0, "verify": 0.1, "logprob": 0.5, "backprop": 1.5, "optimizer": 0.2, "sync": 0.3,
-             "other": 0.01}  # fmt: skip
-    row = {"tokens/computed": 40, "completions/forwarded": 2, "tokens/forwarded": 12,
-           "filter/kept_share": 0.5, **{f"time/{k}_s": v for k, v in times.items()}}  # fmt: skip
-    rows = [{**row, "step": n, "attempt": 1} for n in (1, 2)]
-    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    samples = [
-        {"step": n, "attempt": 1, "prompt": p, "index": i, "tokens": t}
-        for n in (1, 2)
-        for p, own in (("a", (3, 5)), ("b", (8, 4)))
-        for i, t in enumerate(own)
-    ]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in samples))
-    measured = read_cells([tmp_path])
-    assert measured.curves.decode.points == ((2.5, pytest.approx(2.5 / 5)),)
-    assert measured.curves.lengths == ((3, 5), (8, 4))
-    assert measured.curves.learner_tokens_per_s == pytest.approx(20.0)
-    assert measured.curves.prompt_tokens == 30
-    assert (measured.curves.optimizer_s, measured.curves.sync_s) == (0.2, 0.3)
-    assert measured.curves.other_s == pytest.approx(0.11)
-    assert measured.setting.kept == 0.5 and not measured.setting.streaming
-    assert "one point" in measured.notes[0]
-    p = predict_batch(measured.curves, measured.setting, measured.curves.lengths)
-    assert p.sampling_s == pytest.approx(4.0)
-
-
-def test_a_folder_that_is_no_cell(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a cell"):
-        read_cells([tmp_path])

@@ -19,7 +19,8 @@ LAYERS = [
     {"tasks", "verifiers", "sampling.protocol", "learning.advantages", "learning.filters",
      "learning.losses", "learning.schedules", "record", "validation", "preconditions", "provenance",
      "override_faults", "own_settings", "dataset_faults", "server_faults", "capacity_model",
-     "partners", "compose", "metrics", "terminal", "limits", "learning.world", "checksums",
+     "capacity_sampling", "partners", "compose", "metrics", "terminal", "limits", "learning.world",
+     "checksums",
      "mirror_place", "launch.jobs", "launch.journal", "launch.manifest", "launch.processes"},
     {"mirror", "mirror_beside", "mirror_cell", "mirror_facts", "mirror_follow", "mirror_points",
      "mirror_store", "mirror_sweeps"},
@@ -48,7 +49,7 @@ TORCH_FREE = ["types", "errors", "seeding", "statistics", "config", "limits", "h
               "__main__", "evaluation", "cell", "signals", "process", "rank",
               "learning.rank_process", "learning.watch", "budget", "partners",
               "judge", "evaluate", "traces", "serve", "trace_file", "trace_settings", "subject",
-              "capacity", "capacity_curves", "capacity_model", "sweep",
+              "capacity", "capacity_curves", "capacity_model", "capacity_sampling", "sweep",
               "mirror", "mirror_beside", "mirror_follow",
               *(f"launch.{file.stem}" for file in (PACKAGE / "launch").glob("[a-z]*.py"))]  # fmt: skip
 ONE_PLACE = {"vllm": "sampling/vllm_", "peft": "learning/adapters.py",

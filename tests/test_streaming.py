@@ -59,9 +59,9 @@ class Scripted:
 
 def learned(
     model: Any, script: Sequence[int | None], goal: Objective, aggregation: str, streaming: bool,
-    max_tokens: int,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:  # fmt: skip
-    """Weights and metric sums after one step."""
+    max_tokens: int, in_order: bool = False,
+) -> tuple[dict[str, torch.Tensor], dict[str, float], list[list[int]]]:  # fmt: skip
+    """Weights and metric sums after one step, and the groups of each micro-batch."""
     learner = Learner(copy.deepcopy(model), goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
     prompts = tuple(replace(g.group.prompt, answer="x" * n) for n, g in enumerate(BATCH))
     sampler = Scripted(script)
@@ -72,11 +72,23 @@ def learned(
         judges={"test": Rewards()}, advantages=weigh, keep=make_filter("advantage", 0.1),
         filter_advantages=weigh,
     )  # fmt: skip
-    plan = replace(plan_of(1, 4, aggregation), streaming=streaming, in_prompt_order=not streaming)
-    facts = train_step(plan, parts, Ledger(), cast(Recorder, NoRecord()), 1)
+    plan = replace(plan_of(1, 4, aggregation), streaming=streaming, in_prompt_order=in_order)
+    record = Events()
+    facts = train_step(plan, parts, Ledger(), cast(Recorder, record), 1)
     assert sampler.loaded == [1]
     assert sorted(g.group.position for g in facts.groups) == [0, 1, 2, 3]
-    return learner.masters, dict(facts.sums)
+    return learner.masters, dict(facts.sums), record.backpropagated
+
+
+class Events:
+    """Takes events; remembers which groups were learned from together."""
+
+    def __init__(self) -> None:
+        self.backpropagated: list[list[int]] = []
+
+    def event(self, kind: str, start: float, end: float, **more: Any) -> None:
+        if kind == "backprop":
+            self.backpropagated.append(list(more["groups"]))
 
 
 class Rewards:
@@ -105,14 +117,54 @@ def test_the_streamed_step_is_the_synchronous_one(
     tiny: Any, script: list[int | None], aggregation: str, beta: float
 ) -> None:
     goal = Objective("policy_gradient", 0.2, 0.2, beta, "constant", "k3", 1.0)
-    whole, sums = learned(tiny, [0, 1, 2, 3], goal, aggregation, streaming=False, max_tokens=1000)
-    parts, own = learned(tiny, script, goal, aggregation, streaming=True, max_tokens=20)
+    whole, sums, _ = learned(tiny, [0, 1, 2, 3], goal, aggregation, streaming=False, max_tokens=1000)
+    parts, own, _ = learned(tiny, script, goal, aggregation, streaming=True, max_tokens=20)
     for name, tensor in whole.items():
         torch.testing.assert_close(parts[name], tensor, rtol=0, atol=2e-6)
     before = dict(tiny.named_parameters())
     assert any(not torch.equal(whole[n], before[n]) for n in whole)
     for name in ("first/tokens", "first/completions", "first/logprob"):
         assert own[name] == pytest.approx(sums[name], rel=1e-5)
+
+
+GAPS: list[tuple[list[int | None], list[list[int]]]] = [
+    ([1, 3, None, 0, None, 2], [[1, 3], [0]]),
+    ([None, 1, None, None, 3, 0, 2, None], [[1], [0, 3]]),
+    ([3, 1, 2, 0], [[0, 1, 3]]),
+    ([0, 1, 3, 2, None], [[0, 1, 3]]),
+]
+"""When which group comes, and what is then learned from together: all fit one micro-batch. Place 2 has the
+prompt of whose completions none is kept."""
+
+
+@pytest.mark.parametrize(("script", "expected"), GAPS)
+def test_what_is_held_is_handed_on_where_the_learner_would_wait(
+    tiny: Any, script: list[int | None], expected: list[list[int]]
+) -> None:
+    """The weights are those of one micro-batch, to rounding."""
+    goal = Objective("policy_gradient", 0.2, 0.2, 0.04, "constant", "k3", 1.0)
+    whole, sums, one = learned(tiny, [0, 1, 2, 3], goal, "constant", streaming=False, max_tokens=1000)
+    assert [sorted(groups) for groups in one] == [[0, 1, 3]]
+    parts, own, made = learned(tiny, script, goal, "constant", streaming=True, max_tokens=1000)
+    assert [sorted(groups) for groups in made] == expected
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=0, atol=2e-6)
+    assert own["first/tokens"] == sums["first/tokens"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_gaps_change_nothing_where_the_cut_must_not_depend_on_time(tiny: Any, streaming: bool) -> None:
+    """`learner.deterministic=true`, or all sampled first: to the bit what it is without gaps."""
+    goal = Objective("policy_gradient", 0.2, 0.2, 0.0, "constant", "k3", 1.0)
+    whole, _, cut = learned(
+        tiny, [1, 0, 3, 2], goal, "constant", streaming=False, max_tokens=30, in_order=streaming
+    )
+    script: list[int | None] = [None, 1, None, 0, None, None, 3, 2, None]
+    gaps, _, own = learned(
+        tiny, script, goal, "constant", streaming=streaming, max_tokens=30, in_order=streaming
+    )
+    assert own == cut and len(cut) == 2
+    assert all(torch.equal(whole[name], tensor) for name, tensor in gaps.items())
 
 
 def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
@@ -140,5 +192,5 @@ def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
 
     parts = cast(Any, type("P", (), {"judges": {"test": Once()}})())
     stream = judged_groups(parts, ledger, cast(Recorder, NoRecord()), 1, groups())
-    seen.extend(f"group {scored.group.position}" for scored in stream)
-    assert seen == ["gap without a verdict", "group 0", "the next one"]
+    seen.extend(f"group {scored.group.position}" if scored else "nothing to do" for scored in stream)
+    assert seen == ["gap without a verdict", "nothing to do", "group 0", "the next one"]
