@@ -26,8 +26,9 @@ from dash_exp.mirror_store import Store, StoreError
 FIRST_S = 1.0
 """How often to look whether the run has begun to record."""
 LOOK_S = 1.0
-LAST_S, AGAIN_S, HANGING_S = 120.0, 2.0, 60.0
-"""For how long and how often to try to send the last batch; how much longer a call may hang."""
+LAST_S, AGAIN_S, HANGING_S = 120.0, 2.0, 480.0
+"""For how long and how often to try to send the last batch; how much longer the last try may take, which has
+the lowest priority on a machine that may be busy."""
 
 
 def follow(folder: Path, tracking: TrackingConfig, attempt: int) -> int:

@@ -128,8 +128,8 @@ class CellMirror:
     def _attached(self, facts: Facts) -> Run:
         if self._run is None:
             with self.store.creating():
-                tags = {**facts.tags, **self._parent_tag()}
-                self._run = self._found(facts) or self.store.create(facts.name, facts.start_ms, tags)
+                run = self._found(facts)
+                self._run = run or self.store.create(facts.name, facts.start_ms, facts.tags)
         if self._held is None:
             self._held = self.store.held(self._run)
         return self._run

@@ -198,10 +198,11 @@ def test_a_record_begun_anew_is_another_run(root: Path, database: Database) -> N
 
 def test_sweeps_are_parents_with_the_status_of_their_cells(root: Path, database: Database) -> None:
     folder, waiting = finished(root), begin(root, OTHER)
+    assert whole(folder) == len(EXPECTED)  # before it belonged to any
     sweep(root, "table_1", [NAME, OTHER], created=BORN - 50, claim="DASH is faster")
     sweep(root, "figure_3", [NAME], created=BORN - 20)
     following = CellMirror(folder, store_in(root))
-    following.whole()
+    assert following.whole() == 0  # no value is sent, but what is told of it has changed
     following.tell_sweeps()
     statuses = {run[0]: run[1] for run in database.runs()}
     assert statuses == {NAME: "FINISHED", "table_1": "SCHEDULED", "figure_3": "FINISHED"}
