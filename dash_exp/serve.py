@@ -31,7 +31,7 @@ from dash_exp.errors import Fault, UserError
 from dash_exp.own_settings import own_settings, split_off
 from dash_exp.process import share_cores
 from dash_exp.sampling.member import KEY_VARIABLE
-from dash_exp.sampling.server_process import ServerProcess, ServerSettings
+from dash_exp.sampling.server_process import LAUNCH, ServerProcess, ServerSettings
 from dash_exp.sampling.transfer import ENGINES
 from dash_exp.server_faults import is_loopback
 from dash_exp.signals import Interrupted, Stop, handling
@@ -172,8 +172,8 @@ def refuse_taken(host: str, port: int) -> None:
             raise UserError(Fault("serve.port", what, "choose another one, or 0 for any")) from error
 
 
-def run(command: Command) -> int:
-    """Serve until told to end. Returns an exit code."""
+def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
+    """Serve until told to end. `launch`: the program of the server. Returns an exit code."""
     share_cores()
     root = Path(command.config.run.dir)
     folder = root / "servers"
@@ -181,7 +181,7 @@ def run(command: Command) -> int:
     refuse_taken(command.serve.host, command.serve.port)
     key, file = key_of(folder)
     settings = settings_of(command, root / "cache")
-    process = ServerProcess(settings, key, folder, f"serve-{settings.port or os.getpid()}")
+    process = ServerProcess(settings, key, folder, f"serve-{settings.port or os.getpid()}", launch)
     try:
         print(f"starting, this takes a while; log  {show(process.log)}", flush=True)
         if answers(process):
@@ -227,7 +227,7 @@ def told(command: Command, settings: ServerSettings, process: ServerProcess, fil
     return [*lines, f"use  python -m dash_exp sampler=vllm_servers 'cluster.server_urls=[{url}]'"]
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], launch: Sequence[str] = LAUNCH) -> int:
     if any(text in ("-h", "--help") for text in arguments):
         keys = "\n".join(f"    serve.{f.name}" for f in fields(ServeConfig))
         print(f"usage: {USAGE}\n\n{__doc__}\nIts own keys:\n{keys}")
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str]) -> int:
         with handling(Stop()):
             command = parse(arguments)
             root = Path(command.config.run.dir)
-            return run(command)
+            return run(command, launch)
     except (Interrupted, KeyboardInterrupt):
         print("ended", flush=True)
         return OK

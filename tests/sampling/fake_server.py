@@ -40,7 +40,7 @@ class Fake:
         self.active = False
         self.calls: list[str] = []
         self.group: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self.delay = float(str(settings["model"]).rpartition("=")[2])
+        self.delay = float(str(settings["model"]).partition("delay=")[2] or 0)
         self.asleep = False
         self.version, self.mode, self.tokens, self.asked = "default", "", 0, 0
 
