@@ -40,6 +40,8 @@ from dash_exp.override_faults import override_faults, type_of
 T = TypeVar("T")
 COMPOSED = ("model", "dataset", "evaluation", "paths")
 """Groups all of whose values Hydra composes."""
+FEW = 100
+"""Cells of a sweep so small that comparing two of them is enough."""
 NAME = re.compile(r"\.*[A-Za-z_][\w-]*(?:\.[\w-]+)*")
 
 
@@ -189,13 +191,13 @@ class Composer:
             base = self._base(chosen)
         return Composition(base, tuple((piece.key, piece.value) for piece in free))
 
-    def check_sample(self, cells: Sequence[Sequence[str]], size: int = 4) -> None:
-        """Compare some cells, spread evenly, with what Hydra alone makes of them.
+    def check_sample(self, cells: Sequence[Sequence[str]]) -> None:
+        """Compare some cells, from the first to the last, with what Hydra alone makes of them.
 
         Raises RuntimeError where they differ: nothing that was planned can be trusted then.
         """
-        chosen = {round(n * (len(cells) - 1) / max(size - 1, 1)) for n in range(size)} if cells else set()
-        for number in sorted(chosen):
+        size = 2 if len(cells) < FEW else 4
+        for number in sorted({n * (len(cells) - 1) // (size - 1) for n in range(size)} if cells else ()):
             ours, theirs = asdict(self.compose(cells[number]).config), asdict(composed_config(cells[number]))
             if ours != theirs:
                 keys = sorted(differing(ours, theirs))

@@ -68,7 +68,8 @@ class Workshop:
         key = tuple(text for text in overrides if key_of(text) not in ("seed", "hardware"))
         if key not in self._examined:
             config = composition.config
-            faults = (*check(config, self.installed), *resource_faults(config))
+            checked = (fault for fault in check(config, self.installed) if fault.where != "seed")
+            faults = (*checked, *resource_faults(config))
             settings = self._settings_of(composition, config)
             self._examined[key] = Examined(faults, resources_of(config), settings, awaited(config))
         return self._examined[key]
@@ -157,7 +158,11 @@ def traces_by_file(commands: Iterable[Combination], launch: Combination) -> dict
     for command in commands:
         written = {key_of(text) for text in command}
         arguments = (*command, *(text for text in launch if key_of(text) not in written))
-        path = out_of(arguments).resolve()
+        try:
+            path = out_of(arguments).resolve()
+        except UserError as error:
+            told = f"python -m dash_exp.traces {' '.join(command)}"
+            raise UserError([Fault(told, f"{f.where}: {f.what}", f.hint) for f in error.faults]) from None
         found[path] = Traces(path, arguments)
     return found
 

@@ -175,8 +175,8 @@ def ad_hoc_name(combinations: Sequence[Sequence[str]]) -> str:
     for text in dict.fromkeys(text for cell in cells for text in cell):
         values.setdefault(key_of(text), []).append(text.partition("=")[2])
     varied = {key: found for key, found in values.items() if len(found) > 1} or values
-    name = slug("-".join(_shown(key, found) for key, found in varied.items()))[:NAME_LENGTH]
-    return f"{name.strip('-_.+') or 'sweep'}-{digest}"
+    name = slug("-".join(_shown(key, found) for key, found in varied.items()) or "sweep")[:NAME_LENGTH]
+    return f"{name.rstrip('-_.+')}-{digest}"
 
 
 def _shown(key: str, values: Sequence[str]) -> str:

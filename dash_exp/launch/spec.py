@@ -229,6 +229,7 @@ class Reader:
         self, place: str, block: Block, exclude: Sequence[Combination], seeds: Sequence[int]
     ) -> None:  # fmt: skip
         """Whether what is left out was there, and anything remains."""
+        before = len(self.faults)
         on_axes: dict[str, list[str]] = {"seed": [str(seed) for seed in seeds]}
         for text in (text for axis in block.axes for choice in axis for text in choice):
             on_axes.setdefault(key_of(text), []).append(text.partition("=")[2])
@@ -241,7 +242,8 @@ class Reader:
                     self._fault(f"{where}.{key}", "is no axis of this block", nearest(key, on_axes))
                 elif text not in on_axes[key]:
                     self._fault(f"{where}.{key}", f"got {text}", nearest(text, on_axes[key]))
-        if not any(True for seed in seeds for _ in chosen_of(block, seed)):
+        empty = not any(True for seed in seeds for _ in chosen_of(block, seed))
+        if empty and len(self.faults) == before:
             self._fault(place, "has no cells: all of its combinations are excluded")
 
 

@@ -1,0 +1,92 @@
+"""Every file in sweeps/: it is documented, its cells compose and are sound; together they feed the paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dash_exp.compose import conf_dir
+from dash_exp.launch import spec as specs
+from dash_exp.launch.expand import combinations, key_of
+from dash_exp.launch.plan import make_plan, plan_spec
+from tests.conftest import REPOSITORY
+
+NAMES = specs.names()
+DEMOS = [name for name in NAMES if name.startswith("demo")]
+PAPER = [name for name in NAMES if name not in DEMOS]
+DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The datasets' files where they are; without them the hub's names are enough to plan."""
+    if DATA.is_dir():
+        monkeypatch.setenv("DASH_DATA", str(DATA))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sweep_says_what_it_asks(name: str) -> None:
+    lines = (specs.sweeps_dir() / f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ") and len(lines[0]) > 40
+    spec = specs.load(name)
+    assert spec.claim.endswith(".") and spec.question.endswith(".") and spec.feeds
+    assert len(spec.seeds) >= 3 or name in ("demo", "demo_minute")
+
+
+def test_every_table_and_figure_is_fed() -> None:
+    wanted = {*(f"table_{n}" for n in range(1, 7)), *(f"figure_{n}" for n in (1, 3, 4, 5, 6))}
+    for names in (PAPER, DEMOS):
+        assert wanted <= {feed for name in names for feed in specs.load(name).feeds}
+    assert wanted <= set(PAPER)
+
+
+@pytest.mark.parametrize("names", [PAPER, DEMOS], ids=["paper", "demo"])
+def test_all_cells_compose_and_are_sound(names: list[str], tmp_path: Path) -> None:
+    """All at once, so that each choice of options is composed once."""
+    whole = [specs.load(name) for name in names]
+    cells = [combination for spec in whole for combination in combinations(spec)]
+    traces = [line for spec in whole for line in spec.traces]
+    plan = make_plan("all", cells, root=tmp_path, traces=traces, installed=lambda package: True)
+    assert len(plan.cells) + len(plan.waiting) + plan.duplicates == len(cells)
+    arms = {c.cell.name.partition("-")[0] for c in plan.cells}
+    assert arms == {path.stem for path in (conf_dir() / "algorithm").iterdir()} - {"sft_m"}
+    assert {w.traces.path.parent for w in plan.waiting} == {tmp_path / "traces"}
+    ids = {c.id for c in plan.cells}
+    assert any(c.needs for c in plan.cells) and all(set(c.needs) <= ids for c in plan.cells)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_each_sweep_is_planned_by_itself(name: str, tmp_path: Path) -> None:
+    spec = specs.load(name)
+    plan = plan_spec(spec, root=tmp_path, installed=lambda package: True)
+    assert len(plan.cells) + len(plan.waiting) == len(combinations(spec))
+    labels = {c.cell.frozen["hardware"] for c in plan.cells}
+    assert len(labels) == 1 and (labels != {None}) == spec.times
+    if spec.times:
+        said = {key_of(text) for axis in spec.blocks for one in axis.axes for part in one for text in part}
+        streaming = {c.cell.frozen["sampler"]["streaming"] for c in plan.cells}
+        assert streaming == ({True, False} if "sampler.streaming" in said else {False})
+
+
+def test_table_5_is_cut_at_the_time_of_dash(tmp_path: Path) -> None:
+    """DASH, Multi and Mini at two sizes: each waits for DASH of its own size and seed."""
+    plan = plan_spec(specs.load("table_5"), root=tmp_path, extra=["seed=1,2"], installed=lambda package: True)
+    by_id = {c.id: c for c in plan.cells}
+    assert len(plan.cells) == 3 * 2 * 2
+    for cell in plan.cells:
+        arm, *rest = cell.cell.name.split("-")
+        partners = [by_id[need].cell.name.split("-") for need in cell.needs]
+        assert partners == ([] if arm == "dash" else [["dash", *rest]])
+
+
+def test_tables_share_cells(tmp_path: Path) -> None:
+    """The usual group and threshold are among those that are tried."""
+
+    def ids(name: str) -> set[str]:
+        plan = plan_spec(specs.load(name), root=tmp_path, installed=lambda package: True)
+        return {cell.id for cell in plan.cells}
+
+    table, filters = ids("demo_table_3"), ids("demo_filter_threshold")
+    assert len(table & filters) == 3 + 3  # DASH and No-GF, three seeds each, in groups of eight
