@@ -66,6 +66,8 @@ def launch(
     waits = wait
     if cluster.name == "slurm":
         submit(manifest, entries, cluster, say)
+    elif detached and not (local.unfinished(manifest, entries) or manifest.waiting):
+        say("nothing is left to run")
     elif detached:
         local.detach(manifest, n_jobs, cells, say)
     else:
