@@ -53,7 +53,9 @@ def parser_of(command: str) -> Parser:
         add("sweep", nargs="?", help="yaml, name or folder; all sweeps without one")
     elif command != "list":
         add("sweep", help="yaml, name or folder")
-    if command in ("plan", "launch", "list"):
+    if command == "list":
+        add("words", nargs="*", metavar="NAME", help="some of them, also with wildcards; or run.dir=<folder>")
+    elif command in ("plan", "launch"):
         add("overrides", nargs="*", metavar="key=value", help="on top of the sweep's own, e.g. cluster=slurm")
     else:
         add("words", nargs="*", metavar="PATTERN", help="cells it is about; or run.dir=<folder>")

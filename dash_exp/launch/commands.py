@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
 from argparse import Namespace
 from collections.abc import Sequence
 
-from dash_exp.errors import UserError
+from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.launch import journal
 from dash_exp.launch.cancel import cancel
 from dash_exp.launch.lookup import select
 from dash_exp.launch.status import Watched, watch
 from dash_exp.launch.watching import (
     OK,
+    ROOT,
     chosen_of,
     logs_command,
     needed,
@@ -32,7 +34,14 @@ __all__ = [
 def list_command(args: Namespace) -> int:
     from dash_exp.launch.listing import listing, views
 
-    rows, faults = listing(root_of(args.overrides))
+    patterns = [word for word in args.words if not word.startswith(ROOT)]
+    rows, faults = listing(root_of(args.words))
+    names = [row.name for row in rows]
+    absent = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    if absent:
+        raise UserError([Fault(one, "names no sweep", nearest(one, names)) for one in absent])
+    if patterns:
+        rows = [row for row in rows if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
     if args.json:
         say_json([row.as_json() for row in rows])
     else:

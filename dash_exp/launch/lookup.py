@@ -143,7 +143,7 @@ SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe
 
 def _short(override: str) -> str:
     key, _, value = override.lstrip("+~").partition("=")
-    return value if key in SPEAKING else f"{key.rpartition('.')[2]}={value}"
+    return value.rpartition("/")[2] if key in SPEAKING else f"{key.rpartition('.')[2]}={value}"
 
 
 def _plain(override: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+from benchmarks.status import measure
 from dash_exp import provenance
 from dash_exp.errors import UserError
 from dash_exp.launch import journal
@@ -97,6 +98,9 @@ def test_a_cell_of_two_sweeps_is_seen_alike_in_both(tmp_path: Path) -> None:
 def test_labels_tell_cells_apart_and_leave_out_what_they_share() -> None:
     sets = [("algorithm=dash", "seed=0", "model=tiny"), ("algorithm=grpo", "seed=0", "model=tiny")]
     assert labels(sets, ["a-1", "b-2"]) == ["dash", "grpo"]
+    papers = [("experiment=paper/math_dash", "seed=0"), ("experiment=demo/math_dash", "seed=0")]
+    assert labels(papers, ["", ""]) == ["experiment=paper/math_dash", "experiment=demo/math_dash"]
+    assert labels([papers[0], ("experiment=paper/math_pg",)], ["", ""]) == ["math_dash seed=0", "math_pg"]
     alike = [("a.x=1", "b.x=2"), ("a.x=2", "b.x=1"), ("b.x=1", "a.x=2", "c=3")]
     assert labels(alike, ["", "", ""]) == ["x=1 x=2", "x=2 x=1", "x=1 x=2 c=3"]
     clash = [("dataset=x", "model=y"), ("dataset=y", "model=x"), ("model=x", "dataset=y", "a.lr=1")]
@@ -230,3 +234,8 @@ def test_a_thousand_cells_are_read_by_their_ends(tmp_path: Path) -> None:
     start = time.perf_counter()
     assert watch(manifest).cells[0].cell.step_s == 2.0
     assert time.perf_counter() - start < 0.2
+
+
+def test_the_benchmark_runs_and_counts_right() -> None:
+    found = measure(count=10, repeats=1, rows=2)
+    assert found["cells"] == 10 and len(found["table_s"]) == 1

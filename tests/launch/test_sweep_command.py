@@ -192,9 +192,10 @@ def test_list_tells_claims_and_how_far_each_is(root: Path, capsys: Capture) -> N
     assert rows["mine"]["counts"] == {"pending": 1, "finished": 1}
     assert rows["demo"]["combinations"] == 6 and rows["demo"]["counts"] is None
     assert rows["demo"]["feeds"] and rows["demo"]["claim"].endswith(".")
-    assert command("list", f"run.dir={root}") == 0
+    assert "did you mean 'demo'" in refused(capsys, "list", "dmo", f"run.dir={root}")
+    assert command("list", "demo*", "mine", f"run.dir={root}") == 0
     text = capsys.readouterr().out
-    assert "here 2 cells: 1 pending, 1 finished" in text
+    assert "here 2 cells: 1 pending, 1 finished" in text and "\nkl\n" not in text
     assert max(map(len, text.splitlines())) <= 80
 
 
