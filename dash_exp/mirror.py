@@ -60,32 +60,39 @@ def rebuild(work: Work, place: Place) -> list[Fault]:
     print(f"mirror: {place.shown}, experiment {place.experiment}")
     counts: Counter[str] = Counter()
     faults: list[Fault] = []
+    sweeps = {one.name: one for one in work.sweeps}
     for folder in work.cells:
+        mirror = CellMirror(folder, store, known)
         try:
-            told, sent = mirror_one(folder, store, known)
+            told, sent = mirror_one(mirror)
         except UserError as error:
             faults += error.faults
             continue
         counts[told] += 1
         counts["values"] += sent
-    for sweep in work.sweeps:
+        sweeps |= {one.name: one for one in mirror.sweeps} if told == SENT else {}
+    for sweep in sweeps.values():
         tell_sweep(store, sweep)
     values = f" ({counts.pop('values', 0):,} values)"
     told = ", ".join(f"{n} {what}{values if what == SENT else ''}" for what, n in counts.items())
-    print(f"{len(work.cells)} cells: {told or 'all damaged'}")
+    print(f"{len(work.cells)} cells: {told or 'none could be mirrored'}")
     return faults
 
 
-def mirror_one(folder: Path, store: Store, sweeps: Sequence[Sweep]) -> tuple[str, int]:
-    """What became of a cell, and how many values were sent. Raises StoreError; UserError if it is damaged."""
+def mirror_one(mirror: CellMirror) -> tuple[str, int]:
+    """What became of a cell, and how many values were sent. Raises StoreError where nobody answers, UserError
+    where this cell is damaged or refused."""
+    folder = mirror.folder
     try:
-        with alone(folder, store.place):
-            mirror = CellMirror(folder, store, sweeps)
+        with alone(folder, mirror.store.place):
             sent = mirror.whole()
     except BusyError:
         return "followed by their runs", 0
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(Fault(str(folder), f"is damaged: {type(error).__name__}: {error}")) from error
+    except StoreError as error:
+        mirror.store.check()
+        raise UserError(Fault(str(folder), f"was refused by MLflow: {error}")) from error
     if sent is None:
         return ("unchanged" if mirror.attached else "not started"), 0
     name = folder.name

@@ -22,6 +22,7 @@ from dash_exp.mirror_cell import BusyError, CellMirror, alone
 from dash_exp.mirror_follow import SHIELDED, log
 from dash_exp.mirror_place import Place, place_of
 from dash_exp.mirror_store import Store, StoreError
+from dash_exp.record import read_json
 
 FIRST_S = 1.0
 """How often to look whether the run has begun to record."""
@@ -70,7 +71,7 @@ class Following:
         self._locked = False
         self._mirror: CellMirror | None = None
         self._wrong = ""
-        self._parent = os.getppid()
+        self._parent, self._inode = os.getppid(), folder.stat().st_ino
 
     def run(self, every_s: float) -> int:
         self._note(f"following attempt {self.attempt} to {self.place.shown}, {self.place.experiment}")
@@ -79,7 +80,7 @@ class Following:
             sound = self._try(CellMirror.beat)
             begun = self._mirror is not None and self._mirror.attached
             due = time.monotonic() + (every_s if begun or not sound else min(FIRST_S, every_s))
-        return self._last()
+        return self._end()
 
     def _ended(self, due: float) -> bool:
         """Wait until it is time for a batch; True as soon as the run has ended, however it did."""
@@ -91,19 +92,37 @@ class Following:
             if left <= 0:
                 return False
 
-    def _last(self) -> int:
-        """The last batch, tried until it is through, the time is up, or the cell runs again."""
+    def _end(self) -> int:
+        """The last batch, within bounds: a call that hangs is not waited for."""
         guard = threading.Timer(LAST_S + HANGING_S, os._exit, [1])
         guard.daemon = True
         guard.start()
+        try:
+            return self._last()
+        finally:
+            guard.cancel()
+
+    def _last(self) -> int:
+        """Try until it is through, the time is up, or the cell runs again."""
         deadline = time.monotonic() + LAST_S
-        while not self._try(self._finish):
+        while not self._superseded():
+            if self._try(self._finish):
+                self._note("whole")
+                return 0
             if time.monotonic() > deadline:
                 self._note("given up; python -m dash_exp.mirror sends what is lacking")
                 return 1
             time.sleep(AGAIN_S)
-        self._note("whole")
+        self._note("left to a later run")
         return 0
+
+    def _superseded(self) -> bool:
+        """Whether the cell runs again, with a process of its own beside it, or its record was archived."""
+        try:
+            moved = self.folder.stat().st_ino != self._inode
+        except OSError:
+            return True
+        return moved or int(read_json(self.folder / "status.json").get("attempt", 0)) > self.attempt
 
     def _finish(self, mirror: CellMirror) -> None:
         mirror.whole(self.attempt)

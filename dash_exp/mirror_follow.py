@@ -66,10 +66,10 @@ class Follower:
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Let it send its last batch, and wait for that a little. A signal ends the waiting only."""
         assert process.stdin is not None
-        with suppress(OSError):
-            process.stdin.write(b"end\n")  # a forked child may hold the pipe open beyond this process
-            process.stdin.close()
         try:
+            with suppress(OSError):
+                process.stdin.write(b"end\n")  # a forked child may hold the pipe open beyond this process
+                process.stdin.close()
             code = process.wait(END_S)
         except (subprocess.TimeoutExpired, Interrupted):
             self.say(f"{self.place.shown} has not got everything yet; {LOG} will say whether it does")

@@ -91,6 +91,11 @@ class Store:
         finally:
             self._lock.release()
 
+    def check(self) -> None:
+        """Raises StoreError where nobody answers."""
+        with self._told():
+            self._client.get_experiment(self._experiment)
+
     def find(self, tag: str, value: str) -> list[Run]:
         """The active runs with this tag, oldest first."""
         with self._told():

@@ -14,6 +14,7 @@ from dash_exp import mirror
 from dash_exp.mirror_cell import BusyError, CellMirror, alone
 from dash_exp.mirror_place import Place
 from dash_exp.mirror_store import Store, StoreError
+from dash_exp.preconditions import is_installed
 from dash_exp.record import Recorder
 from tests.mirror_fixtures import (
     BORN,
@@ -28,7 +29,10 @@ from tests.mirror_fixtures import (
     sweep,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, of the libraries it uses
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own, of the libraries it uses
+    pytest.mark.skipif(not is_installed("mlflow"), reason="mlflow is not installed"),
+]
 MS = round(BORN * 1000)
 OTHER = "grpo-tiny-digits-s1-99ffee00"
 
@@ -325,3 +329,19 @@ def test_a_server_that_is_not_there(
     said_later = capsys.readouterr()
     assert "is left for later" in said_later.err
     assert "geheim" not in said.err + said.out + said_later.err + said_later.out
+
+
+def test_a_cell_that_mlflow_refuses_is_named_and_the_others_mirrored(
+    root: Path, database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished(root)
+    old = finished(root, OTHER)
+    database.change(
+        "create trigger refuse before insert on params when new.value = 'refused' "
+        "begin select raise(abort, 'not this'); end"
+    )
+    (old / "config.yaml").write_text("model: refused\n")
+    assert mirror.main([str(root)]) == 2
+    error = capsys.readouterr().err
+    assert OTHER in error and "was refused by MLflow" in error and "1 problem, the others" in error
+    assert database.metrics() == EXPECTED

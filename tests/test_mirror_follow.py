@@ -9,20 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from dash_exp import mirror_follow
+from dash_exp.mirror_beside import Following
 from dash_exp.mirror_follow import Follower
+from dash_exp.mirror_place import Place
 from dash_exp.mirror_points import final_points
+from dash_exp.preconditions import is_installed
 from dash_exp.record import Recorder, read_final, read_json
 from tests.conftest import REPOSITORY
 from tests.mirror_fixtures import BORN, NAME, Database, attempt, begin, counting, step
 from tests.mirror_writer import config_of
 
+pytestmark = pytest.mark.skipif(not is_installed("mlflow"), reason="mlflow is not installed")
 MS = round(BORN * 1000)
 
 
@@ -112,6 +116,20 @@ def test_that_it_cannot_be_started_is_said_and_no_more(
     with Follower(folder, config_of(tmp_path), notes.append) as follower:
         follower.start(1)
     assert "mirror: could not be started" in notes[0] and notes[0] in (folder / "log.txt").read_text()
+
+
+def test_one_that_was_left_behind_gives_way_to_a_later_run(tmp_path: Path) -> None:
+    folder = begin(tmp_path)
+    for _ in range(2):
+        with Recorder(folder) as recorder:
+            recorder.status("running", 0)
+    nowhere = Place("http://127.0.0.1:9", "dash_exp")
+    with ExitStack() as held:  # attempt 2 has a process of its own; this one's input ends at once
+        assert Following(folder, nowhere, 1, held).run(1.0) == 0
+        behind = Following(folder, nowhere, 2, held)
+        folder.rename(tmp_path / "archived")
+        begin(tmp_path)
+        assert behind.run(1.0) == 0
 
 
 # --- minutes ---
