@@ -211,9 +211,10 @@ def threads(cpus: int | None, slots: int) -> int | None:
 
 
 def used_requeues(rows: Sequence[Row], place: Place) -> int:
-    """How often a cell was queued anew since a person last asked for another start. Restarts of this job
-    count before anything has been written of them, so that all its ranks find the same number."""
-    written = [row for row in journal.since_retry(rows) if row["kind"] == "requeue"]
+    """How often a cell was queued anew by itself since a person last asked for a start of it. Restarts of
+    this job count before anything has been written of them, so that all its ranks find the same number."""
+    asked = [n for n, row in enumerate(rows) if row["kind"] in ("queued", "retry")]
+    written = [row for row in rows[max(asked, default=0) :] if row["kind"] == "requeue"]
     return len(written) + max(0, place.restarts - requeues_of(rows, place.job))
 
 

@@ -43,11 +43,12 @@ class Cluster:
         os.kill(pid, 9)
         wait_for(lambda: not Path(f"/proc/{pid}/exe").exists(), 10, "slurmctld to die")
 
-    def configure(self, **settings: str) -> None:
-        """Change its configuration, and start the controller anew with it."""
+    def configure(self, **settings: str | None) -> None:
+        """Change its configuration (None: leave a key out), and start the controller anew with it."""
         path = self.home / "slurm.conf"
         lines = [line for line in path.read_text().splitlines() if line.partition("=")[0] not in settings]
-        path.write_text("\n".join([*lines, *(f"{k}={v}" for k, v in settings.items())]) + "\n")
+        lines += [f"{key}={value}" for key, value in settings.items() if value is not None]
+        path.write_text("\n".join([*lines, ""]))
         self.kill_controller()
         self.start()
 

@@ -148,11 +148,13 @@ def test_restarts_that_slurm_made_count(
 
 
 def test_requeues_are_counted_since_a_person_asked_last() -> None:
-    rows: list[Row] = [{"kind": "requeue", "job": "7_3"}, {"kind": "requeue", "job": "5"}, {"kind": "retry"},
-                       {"kind": "requeue", "job": "7_3"}, {"kind": "start"}]  # fmt: skip
+    rows: list[Row] = [{"kind": "queued"}, {"kind": "requeue", "job": "7_3"}, {"kind": "requeue", "job": "5"},
+                       {"kind": "retry"}, {"kind": "requeue", "job": "7_3"}, {"kind": "start"}]  # fmt: skip
     assert used_requeues(rows, Place("7_3", restarts=2)) == 1
     assert used_requeues(rows, Place("7_3", restarts=4)) == 3  # two that nobody has written down yet
     assert used_requeues(rows, Place("8")) == 1
+    assert used_requeues([*rows, {"kind": "queued"}], Place("8")) == 0  # launched anew
+    assert used_requeues(rows[1:3], Place("8")) == 2
 
 
 def test_who_is_queued_anew(in_job: FakeSlurm, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_what_the_cluster_does_not_have(tmp_path: Path) -> None:
 def test_without_accounting(tmp_path: Path, real_cluster: Cluster) -> None:
     """Last, as it restarts the cluster: the same sweep, states from squeue and the folders alone."""
     before = os.environ["SLURM_CONF"]
-    real_cluster.configure(AccountingStorageType="accounting_storage/none")
+    real_cluster.configure(AccountingStorageType="accounting_storage/none", AccountingStorageTRES=None)
     try:
         sweep = write_sweep(tmp_path, [QUICK, [*QUICK, "seed=1"]])
         (sweep.cell(sweep.entries[1]) / "config.yaml").write_text("algorithm: [")
@@ -300,4 +300,6 @@ def test_without_accounting(tmp_path: Path, real_cluster: Cluster) -> None:
         assert len(submit(sweep)) == 1
     finally:
         assert os.environ["SLURM_CONF"] == before
-        real_cluster.configure(AccountingStorageType="accounting_storage/slurmdbd")
+        real_cluster.configure(
+            AccountingStorageType="accounting_storage/slurmdbd", AccountingStorageTRES="gres/gpu"
+        )
