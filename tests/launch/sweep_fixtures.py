@@ -11,13 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dash_exp.cells import Cell
 from dash_exp.launch import manifest as manifests
 from dash_exp.launch.jobs import Plan, PlannedCell, Resources, Traces, Waiting
 from dash_exp.launch.manifest import Manifest
+from dash_exp.launch.status import watch
 from dash_exp.record import Recorder, write_json
+from dash_exp.sweep import main
 from tests.conftest import REPOSITORY
 
+Capture = pytest.CaptureFixture[str]
 SMALL = Resources(gpus=0, cpus=2, memory_gb=8, minutes=60)
 FROZEN: dict[str, Any] = {
     "seed": 0,
@@ -104,3 +109,28 @@ def held_by_a_process(folder: Path, step: int = 3) -> Iterator[subprocess.Popen[
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def command(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def refused(capsys: Capture, *words: object) -> str:
+    assert command(*words) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    return told.err
+
+
+def states(manifest: Manifest) -> list[str]:
+    return [one.cell.state for one in watch(manifest).cells]
+
+
+def write_yaml(tmp_path: Path, **axes: list[Any]) -> Path:
+    path = tmp_path / "tried.yaml"
+    path.write_text(json.dumps({
+        "claim": "It works.", "question": "Does it?", "feeds": ["table_tried"], "seeds": [0, 1],
+        "overrides": {"model": "tiny", "debug": "fast", "evaluation": "none", "cluster.threads": 1},
+        "grid": axes,
+    }))  # fmt: skip
+    return path

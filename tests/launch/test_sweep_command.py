@@ -1,4 +1,4 @@
-"""`python -m dash_exp.sweep`, as typed: what it prints, what it refuses, whom it asks to end."""
+"""`python -m dash_exp.sweep`, as typed: what it prints, what it refuses."""
 
 from __future__ import annotations
 
@@ -8,43 +8,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dash_exp.launch import journal
-from dash_exp.launch.cancel import cancel
-from dash_exp.launch.manifest import Manifest
-from dash_exp.launch.status import watch
 from dash_exp.launch.watching import logs_command
-from dash_exp.record import read_json
-from dash_exp.sweep import COMMANDS, main, parser_of
+from dash_exp.sweep import COMMANDS, parser_of
 from tests.conftest import REPOSITORY
 from tests.launch.slurm_helpers import FakeSlurm
-from tests.launch.sweep_fixtures import cell_of, held_by_a_process, ran, sweep_of
+from tests.launch.sweep_fixtures import (
+    Capture,
+    cell_of,
+    command,
+    held_by_a_process,
+    ran,
+    refused,
+    states,
+    sweep_of,
+    write_yaml,
+)
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]
-Capture = pytest.CaptureFixture[str]
-
-STUBBORN = """
-import signal, sys, time
-from pathlib import Path
-from dash_exp.record import Recorder
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(time.time()))
-with Recorder(Path(sys.argv[1])) as recorder:
-    recorder.status("running", 3)
-    print("running", flush=True)
-    until = time.time() + 60
-    while time.time() < until and not (asked and time.time() > asked[0] + 1.2):
-        time.sleep(0.05)
-    recorder.status("interrupted", 3, failure="SIGTERM")
-print(len(asked), flush=True)
-"""
-"""A cell whose step goes on for a second, and that counts how often it is asked to end."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,50 +40,6 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "outputs"
-
-
-def command(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def refused(capsys: Capture, *words: object) -> str:
-    assert command(*words) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    return told.err
-
-
-@contextmanager
-def stubborn(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUBBORN, str(folder), "dash_exp.cell"], cwd=REPOSITORY,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "running\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def ids(manifest: Manifest) -> set[str]:
-    return {entry.id for entry in manifest.entries}
-
-
-def states(manifest: Manifest) -> list[str]:
-    return [one.cell.state for one in watch(manifest).cells]
-
-
-def write_yaml(tmp_path: Path, **axes: list[Any]) -> Path:
-    path = tmp_path / "tried.yaml"
-    path.write_text(json.dumps({
-        "claim": "It works.", "question": "Does it?", "feeds": ["table_tried"], "seeds": [0, 1],
-        "overrides": {"model": "tiny", "debug": "fast", "evaluation": "none", "cluster.threads": 1},
-        "grid": axes,
-    }))  # fmt: skip
-    return path
 
 
 def test_help_names_every_command(capsys: Capture) -> None:
@@ -241,108 +182,6 @@ def test_logs_show_the_end_and_follow(root: Path, capsys: Capture) -> None:
     follower.join(timeout=20)
     assert not follower.is_alive()
     assert "said later\n" in capsys.readouterr().out
-
-
-def test_cancel_ends_what_runs_and_marks_what_does_not(root: Path, capsys: Capture) -> None:
-    manifest = sweep_of(root, [cell_of("dash", seed, seed) for seed in range(4)], name="mine")
-    folders = [manifest.cell(entry) for entry in manifest.entries]
-    ran(folders[0], "finished", 20)
-    ran(folders[1], "failed", 3, failure="boom")
-    with held_by_a_process(folders[2]) as process:
-        assert command("cancel", "mine", "seed=*", f"run.dir={root}") == 0
-        assert process.wait(timeout=20) == 143
-    assert "2 of 4 cells cancelled" in capsys.readouterr().out
-    assert states(manifest) == ["finished", "failed", "cancelled", "cancelled"]
-    assert [read_json(folder / "status.json")["state"] for folder in folders] == [
-        "finished", "failed", "cancelled", "cancelled",
-    ]  # fmt: skip
-    assert read_json(folders[2] / "status.json")["step"] == 3
-    assert command("cancel", "mine", f"run.dir={root}") == 0
-    assert "nothing to cancel: 2 cancelled, 1 failed, 1 finished" in capsys.readouterr().out
-    assert [len(journal.read(folder)) for folder in folders] == [0, 0, 1, 1]
-
-
-def test_cancel_twice_at_once_asks_once(root: Path) -> None:
-    manifest = sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
-    with stubborn(manifest.cell(manifest.entries[0])) as process:
-
-        def run() -> None:
-            cancel(manifest, ids(manifest), whole=False, patience_s=0.5)
-
-        threads = [threading.Thread(target=run) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        assert watch(manifest).cells[0].cell.state == "running"
-        for thread in threads:
-            thread.join()
-        cancel(manifest, ids(manifest), whole=True, patience_s=20)
-        assert process.stdout is not None and process.stdout.readline() == "1\n"
-    assert states(manifest) == ["cancelled"]
-
-
-def test_cancel_now_asks_again(root: Path) -> None:
-    manifest = sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
-    with stubborn(manifest.cell(manifest.entries[0])) as process:
-        assert cancel(manifest, ids(manifest), whole=False, patience_s=0.1).ending
-        cancel(manifest, ids(manifest), whole=False, again=True, patience_s=20)
-        assert process.stdout is not None and process.stdout.readline() == "2\n"
-
-
-def test_a_cell_that_ends_after_the_command_is_shown_cancelled(root: Path) -> None:
-    manifest = sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
-    folder = manifest.cell(manifest.entries[0])
-    with stubborn(folder) as process:
-        done = cancel(manifest, ids(manifest), whole=False, patience_s=0.1)
-        assert [one.entry.id for one in done.ending] == ["0000001c"]
-        assert watch(manifest).cells[0].cell.note == "asked to end"
-        process.wait(timeout=20)
-    assert read_json(folder / "status.json")["state"] == "interrupted"  # its own last word
-    assert states(manifest) == ["cancelled"]
-    journal.note(folder, "retry")
-    assert states(manifest) == ["interrupted"]
-
-
-def test_a_whole_sweep_leaves_alone_what_another_sweep_runs(root: Path) -> None:
-    cells = [cell_of("dash", 0, 1), cell_of("grpo", 0, 2)]
-    mine, other = sweep_of(root, cells, name="mine"), sweep_of(root, cells[:1], name="other")
-    shared = mine.cell(mine.entries[0])
-    with held_by_a_process(shared) as process:
-        journal.note(shared, "start", host="here", pid=process.pid, job=None, sweep="other")
-        done = cancel(mine, ids(mine), whole=True, patience_s=0.1)
-        assert [(one.entry.id, why) for one, why in done.left] == [("0000001c", "run by the sweep other")]
-        assert [one.entry.id for one in done.ended] == ["0000002c"]
-        assert process.poll() is None and states(other) == ["running"]
-        cancel(mine, {"0000001c"}, whole=False, patience_s=20)  # by name, it is meant
-        assert process.poll() is not None
-    assert states(other) == ["cancelled"]
-
-
-def test_cancel_takes_jobs_back_from_slurm(root: Path, fake_slurm: FakeSlurm, capsys: Capture) -> None:
-    manifest = sweep_of(root, [cell_of("dash", seed, seed) for seed in range(3)], name="mine")
-    for number, entry in enumerate(manifest.entries):
-        journal.note(manifest.cell(entry), "queued", job=f"12_{number // 2}", sweep="mine")
-    fake_slurm.change("12_0", state="RUNNING")
-    fake_slurm.change("12_1", state="PENDING", reason="Priority")
-    assert states(manifest) == ["running", "running", "queued"]
-    where = f"run.dir={root}"
-    assert "is run by the same job" in refused(capsys, "cancel", "mine", "seed=0", where)
-    assert fake_slurm.calls("scancel") == []
-    assert all(len(journal.read(manifest.cell(e))) == 1 for e in manifest.entries)
-    assert command("cancel", "mine", "seed=2", where) == 0
-    assert "1 of 1 cells cancelled" in capsys.readouterr().out
-    assert fake_slurm.calls("scancel") == ["scancel --quiet 12_1"]
-    assert states(manifest) == ["running", "running", "cancelled"]
-    fake_slurm.set(silent=["squeue", "sacct"])
-    assert "SLURM does not answer" in refused(capsys, "cancel", "mine", where)
-    fake_slurm.set(silent=[])
-    for _ in range(2):
-        cancel(manifest, ids(manifest), whole=True, patience_s=0.0)
-    assert fake_slurm.calls("scancel")[1:] == ["scancel --quiet --signal=TERM 12_0"]  # asked once
-    assert states(manifest) == ["running", "running", "cancelled"]
-    assert watch(manifest).cells[0].cell.note == "asked to end"
-    cancel(manifest, ids(manifest), whole=True, again=True, patience_s=5.0)
-    assert fake_slurm.calls("scancel")[2:] == ["scancel --quiet 12_0"]
-    assert states(manifest) == ["cancelled"] * 3
 
 
 def test_a_job_that_waits_is_shown_with_its_reason(
