@@ -97,7 +97,7 @@ def train_step(
         for group in advantaged_groups(plan, parts, ledger, recorder, step, call):
             if group is not None:
                 groups.append(group)
-            for ready in rounds.take(group, eager=not plan.in_prompt_order) if at_once else ():
+            for ready in rounds.take(group) if at_once else ():
                 backpropagate(parts, ledger, recorder, step, ready)
         for ready in rounds.flush():
             backpropagate(parts, ledger, recorder, step, ready)
@@ -188,7 +188,8 @@ def _note_end(ends: list[float], _: Future[Score]) -> None:
 
 
 def in_prompt_order(groups: Iterator[ScoredGroup | None], first: int) -> Iterator[ScoredGroup]:
-    """Hold back groups that finished before an earlier one; when there was none is nobody's business."""
+    """Hold back groups that finished before an earlier one. That there was none for a while is not told:
+    nothing may depend on it."""
     held: dict[int, ScoredGroup] = {}
     position = first
     for scored in groups:

@@ -32,13 +32,10 @@ class Rounds:
                 yield tuple(self._waiting)
                 self._waiting = []
 
-    def take(self, group: AdvantagedGroup | None, *, eager: bool) -> Iterator[Round]:
-        """A group, or None where none has come yet: rather than let the ranks wait, `eager` hands on what is
-        held. How a batch is cut depends on time then, its gradient does not."""
-        if group is not None:
-            yield from self.add(group)
-        elif eager:
-            yield from self.flush()
+    def take(self, group: AdvantagedGroup | None) -> Iterator[Round]:
+        """A group, or None where none has come yet: rather than let ranks wait, what is held is handed on.
+        How a batch is cut depends on time then, its gradient does not."""
+        yield from self.flush() if group is None else self.add(group)
 
     def flush(self) -> Iterator[Round]:
         """Yield what is waiting, if anything is."""

@@ -94,15 +94,14 @@ def test_a_full_round_does_not_wait_for_the_flush() -> None:
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_what_is_held_goes_out_in_a_gap(width: int) -> None:
-    """But only where that is allowed, and once."""
+    """Once."""
     rounds = Rounds(Packer(100, "constant", keep_for_kl=False), width)
     groups = make_groups([[8], [6]], [2, 2])
-    assert [one for g in groups for one in rounds.take(g, eager=True)] == []
-    assert list(rounds.take(None, eager=False)) == []
-    (made,) = rounds.take(None, eager=True)
+    assert [one for g in groups for one in rounds.take(g)] == []
+    (made,) = rounds.take(None)
     assert completions(list(made)) == Counter({(0, 0): 1, (1, 0): 1})
     assert len(made) == width
-    assert list(rounds.take(None, eager=True)) == list(rounds.flush()) == []
+    assert list(rounds.take(None)) == list(rounds.flush()) == []
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])

@@ -119,19 +119,21 @@ def test_gradient_checkpointing(links: Leader, tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["all", "embeddings frozen"])
 def test_bf16_computes_with_rounded_masters(links: Leader, tiny_folder: Path, freeze: bool) -> None:
-    """The same micro-batch on one rank, and nothing on the others: equal but for the order of fp32 sums."""
+    """The same cut, all of it on one rank or a micro-batch on each: every forward and backward is rounded
+    alike, and what is added is not, so equal but for the order of fp32 sums."""
     spec = spec_of(
         tiny_folder, objective(beta=0.04), precision="bf16_mixed", freeze_embeddings=freeze
     )  # fmt: skip
     found = []
     for chosen, how in ((Alone(), spec), (links, shards(spec))):
         learner = ParallelLearner.of(how, chosen)
-        packer = Packer(1000, "constant", keep_for_kl=False)
-        (batch,) = [b for g in filtered(KEPT["some"]) for b in packer.add(g)] + list(packer.flush())
-        stats = []
-        for _ in range(2):
-            learner.accumulate((batch,), learner.reference_logprobs((batch,)))
-            stats.append(learner.update(100.0))
+        packer = Packer(16, "constant", keep_for_kl=False)
+        cut = [b for g in filtered(KEPT["all"]) for b in packer.add(g)] + list(packer.flush())
+        assert len(cut) > RANKS
+        for first in range(0, len(cut), learner.width):
+            ready = tuple(cut[first : first + learner.width])
+            learner.accumulate(ready, learner.reference_logprobs(ready))
+        stats = [learner.update(100.0)]
         found.append(Learned(learner, [], stats, learner.take_sums()))
     one, several = found
     assert_equal(several, one, tolerance=1e-6)
@@ -147,6 +149,9 @@ def test_every_rank_holds_its_rows_only(links: Leader, tiny_folder: Path) -> Non
     ).learner
     whole = dict(load_model(tiny_folder, torch.float32, ATTENTION).named_parameters())
     local = learner.local
+    (batch, *_) = [*(packer := Packer(99, "constant", False)).add(filtered(KEPT["all"])[0]), *packer.flush()]
+    learner.reference_logprobs((batch,))  # nor is anything left whole after a forward alone
+    learner.logprobs((batch,))
     assert local.masters.keys() == whole.keys()
     for name, master in local.masters.items():
         rows = -(-len(whole[name]) // RANKS)
@@ -154,7 +159,7 @@ def test_every_rank_holds_its_rows_only(links: Leader, tiny_folder: Path) -> Non
         for held in (master, local.gradients[name], state["exp_avg"], state["exp_avg_sq"]):
             assert held.shape == (rows, *whole[name].shape[1:]), name
     assert local.reference is not None
-    for scorer in (local.policy, local.reference):  # nor is anything left whole after a forward
+    for scorer in (local.policy, local.reference):
         held = sum(p.to_local().numel() for p in scorer.parameters())
         assert held <= sum(-(-len(p) // RANKS) * p[0].numel() for p in whole.values())
 
