@@ -21,20 +21,25 @@ HERE = platform.node()
 
 @dataclass(frozen=True, slots=True)
 class Locks:
-    """Who holds which lock on this machine: device and inode of the file to process ids."""
+    """Who holds which lock on this machine: device and inode of the file to process ids. `known`: whether
+    the system tells."""
 
     holders: dict[tuple[int, int, int], tuple[int, ...]]
+    known: bool = True
 
     @classmethod
     def now(cls) -> Locks:
-        """As they are at this moment; none where the system has no such table."""
+        """As they are at this moment."""
         found: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-        with suppress(OSError):
-            for line in TABLE.read_text(encoding="ascii").splitlines():
-                fields = line.split()  # "1: FLOCK ADVISORY WRITE 812 fe:00:2483200 0 EOF"; "->": only waits
-                if len(fields) > 5 and fields[1] == "FLOCK":
-                    major, minor, inode = fields[5].split(":")
-                    found[int(major, 16), int(minor, 16), int(inode)].append(int(fields[4]))
+        try:
+            lines = TABLE.read_text(encoding="ascii").splitlines()
+        except OSError:
+            return cls({}, known=False)
+        for line in lines:
+            fields = line.split()  # "1: FLOCK ADVISORY WRITE 812 fe:00:2483200 0 EOF"; "->": only waits
+            if len(fields) > 5 and fields[1] == "FLOCK":
+                major, minor, inode = fields[5].split(":")
+                found[int(major, 16), int(minor, 16), int(inode)].append(int(fields[4]))
         return cls({place: tuple(pids) for place, pids in found.items()})
 
     def holder(self, path: Path) -> int | None:

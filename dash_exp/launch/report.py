@@ -65,7 +65,7 @@ def status_view(state: SweepState, chosen: Sequence[Watched], long: bool) -> Ren
     chosen cells the end of their output."""
     parts: list[RenderableType] = [head(state), Text("")]
     parts += [cell_table(chosen[:SHOWN_CELLS])] if chosen else []
-    parts += _more(len(chosen))
+    parts += _more(len(chosen), "name a pattern, or --json for all of them")
     if state.waiting and len(chosen) == len(state.cells):
         parts += waiting_lines(str(w.traces.path) for w in state.waiting)
     parts += endings(state.manifest.name, chosen, long)
@@ -111,10 +111,8 @@ def remark(one: Watched) -> str:
     return ", ".join(text for text in said if text)
 
 
-def _more(count: int) -> list[RenderableType]:
-    if count <= SHOWN_CELLS:
-        return []
-    return [Text(f"... and {count - SHOWN_CELLS} more: name a pattern, or --json for all of them")]
+def _more(count: int, hint: str) -> list[RenderableType]:
+    return [Text(f"... and {count - SHOWN_CELLS} more: {hint}")] if count > SHOWN_CELLS else []
 
 
 def waiting_lines(traces: Iterable[str]) -> list[RenderableType]:
@@ -171,7 +169,7 @@ def plan_view(made: Preview) -> RenderableType:
         add(rows, line.label, line.planned.id, line.state, hours_text(line.hours_left),
             hours_text(line.gpu_hours), _line_remark(line), style=STYLES.get(line.state, ""))  # fmt: skip
     parts += [rows] if made.lines else []
-    parts += _more(len(made.lines))
+    parts += _more(len(made.lines), "--json has them all")
     for waiting in {w.traces.path: w.traces for w in plan.waiting}.values():
         many = sum(w.traces.path == waiting.path for w in plan.waiting)
         command = f"python -m dash_exp.traces {' '.join(waiting.arguments)}"

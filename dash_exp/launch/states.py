@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_exp.launch import journal
-from dash_exp.launch.processes import HERE, Locks, runs
+from dash_exp.launch.processes import HERE, Locks, is_alive, runs
 from dash_exp.launch.queue import JobState
 from dash_exp.launch.tails import last_rows
 from dash_exp.launch.verdict import Evidence, judge
@@ -97,6 +97,9 @@ class Reading:
         holder = locks.holder(self.folder / ".lock")
         if holder is not None:
             return holder
+        said = self.status if self.status.get("state") == "running" else {}
+        if not locks.known and said.get("host") == HERE and is_alive(int(said.get("pid", 0))):
+            return int(said["pid"])
         start = self.begun()
         here = start.get("host") == HERE and isinstance(start.get("pid"), int)
         return start["pid"] if here and runs(start["pid"], self.folder.name) else None

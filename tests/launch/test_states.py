@@ -15,7 +15,7 @@ import pytest
 from dash_exp.launch import journal
 from dash_exp.launch.processes import HERE, Locks, ask_to_end, is_alive, runs
 from dash_exp.launch.queue import JobState
-from dash_exp.launch.states import recent_steps, state_of, states_of, steps_of
+from dash_exp.launch.states import Reading, recent_steps, state_of, states_of, steps_of
 from dash_exp.launch.tails import Follower, last_lines, last_rows
 from dash_exp.launch.verdict import Evidence, judge
 from dash_exp.record import Recorder, lock
@@ -154,6 +154,15 @@ def test_a_process_that_starts_is_seen_before_it_has_its_lock(folder: Path) -> N
         process.kill()
         process.wait()
     assert state_of(folder, {}, time.time()).state == "interrupted"
+
+
+def test_without_a_table_of_locks_the_process_is_asked_for(folder: Path) -> None:
+    unknown = Locks({}, known=False)
+    with held_by_a_process(folder) as process:
+        reading = Reading.of(folder)
+        assert reading.process(unknown) == process.pid
+        assert reading.process(Locks({})) is None  # the table tells: nobody holds it
+    assert reading.process(unknown) is None
 
 
 def test_looking_never_takes_the_lock(folder: Path) -> None:
