@@ -118,7 +118,8 @@ def state_of(folder: Path, status: Row, provenance: Row, gone: int | None = None
         return said
     if gone is not None and status.get("attempt") == gone:
         return "interrupted"
-    host = next((one.get("host") for one in reversed(provenance.get("attempts", []))), HERE)
+    known = next((one.get("host") for one in reversed(provenance.get("attempts", []))), HERE)
+    host = status.get("host", known)
     if host != HERE:
         silent = time.time() - float(status.get("heartbeat", 0.0))
         return "interrupted" if silent > QUIET_ELSEWHERE_S else "running"
