@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from dash_exp.cells import read_frozen
 from dash_exp.compose import compose
 from dash_exp.config import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch.actions import cluster_of, part_of_machine
 from dash_exp.launch.dispatch import launch
+from dash_exp.launch.estimate import LOADER
 from dash_exp.launch.expand import key_of
 from dash_exp.launch.jobs import Plan, PlannedCell
 from dash_exp.launch.local import read_order
@@ -23,6 +26,7 @@ from dash_exp.launch.resources import resources_of
 from dash_exp.launch.settings import NOT_REPEATED, OF_A_CELL, common_actions, settings_of, split
 from dash_exp.launch.spec import Spec
 from dash_exp.launch.teachers import planned
+from dash_exp.terminal import show
 
 NAME, FORCE, N_JOBS = "run.sweep", "run.force", "hydra.launcher.n_jobs"
 
@@ -47,12 +51,13 @@ def order_of(text: str, overrides: Sequence[str], root: Path, n_jobs: int | None
     name = given.get(NAME)
     target = find(text, root, name)
     jobs = jobs_of(n_jobs, given.get(N_JOBS), target.folder)
+    force = given.get(FORCE, "false").lower() in ("true", "yes", "on", "1")
     if target.spec is not None:
         part = _part(target.spec, rest, jobs)
         plan = plan_spec(target.spec, root=target.root, actions=part, extra=rest, name=name)
     else:
         plan = frozen_plan(target.manifest(), rest)
-    force = given.get(FORCE, "false").lower() in ("true", "yes", "on", "1")
+        plan = with_configs(plan, target.root) if force else plan
     return Order(plan, target.root, cluster_of(plan.actions), jobs, force)
 
 
@@ -97,9 +102,23 @@ def frozen_plan(manifest: Manifest, overrides: Sequence[str]) -> Plan:
 
 
 def plan_of(manifest: Manifest) -> Plan:
-    """A launched sweep as a plan again."""
+    """A launched sweep as a plan again. Raises UserError where what its cells are frozen to is gone."""
+    hint = "launch the sweep's yaml, or the same -m, to freeze it anew"
+    gone = [manifest.cell(e) for e in manifest.entries if not (manifest.cell(e) / "config.yaml").is_file()]
+    if gone:
+        raise UserError([Fault(show(folder), "has no config.yaml any more", hint) for folder in gone])
     cells = tuple(map(planned, manifest.entries))
     return Plan(manifest.name, cells, manifest.waiting, 0, manifest.actions, manifest.about)
+
+
+def with_configs(plan: Plan, root: Path) -> Plan:
+    """A plan whose cells can be frozen anew once their records are archived."""
+
+    def read(cell: PlannedCell) -> PlannedCell:
+        text = (cell.cell.folder(root) / "config.yaml").read_text(encoding="utf-8")
+        return replace(cell, cell=replace(cell.cell, frozen=yaml.load(text, LOADER)))
+
+    return replace(plan, cells=tuple(map(read, plan.cells)))
 
 
 def _asking(cell: PlannedCell, plan: Plan, root: Path) -> PlannedCell:

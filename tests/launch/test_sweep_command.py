@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from dash_exp.launch import journal
+from dash_exp.launch import manifest as manifests
+from dash_exp.launch.planning import plan_of, with_configs
 from dash_exp.launch.watching import logs_command
 from dash_exp.sweep import COMMANDS, parser_of
 from tests.conftest import REPOSITORY
@@ -107,6 +109,22 @@ def test_two_sweeps_under_one_name_are_refused_before_anything_starts(
     assert "is another sweep: 1 of its 1 cells are not in this one" in told
     assert sorted(file.name for file in manifest.folder.iterdir() if file.name[0] != ".") == ["manifest.json"]
     assert len(list((root / "cells").iterdir())) == 1
+
+
+def test_a_launched_sweep_goes_on_with_what_is_frozen(root: Path, capsys: Capture) -> None:
+    manifest = sweep_of(root, [cell_of("dash", 0, 1), cell_of("grpo", 0, 2)], name="mine")
+    first, second = (manifest.cell(entry) for entry in manifest.entries)
+    plan = plan_of(manifest)
+    assert [cell.cell.folder(root) for cell in plan.cells] == [first, second]
+    again = with_configs(plan, root)  # as after --force: archived, and frozen to the same
+    texts = [(folder / "config.yaml").read_text() for folder in (first, second)]
+    for folder in (first, second):
+        folder.rename(folder.with_name(f"archived-{folder.name}"))
+    manifests.write(again, root)
+    assert [(folder / "config.yaml").read_text() for folder in (first, second)] == texts
+    (second / "config.yaml").unlink()
+    assert "has no config.yaml any more" in refused(capsys, "plan", "mine", f"run.dir={root}")
+    assert "has no config.yaml any more" in refused(capsys, "launch", "mine", f"run.dir={root}", "--force")
 
 
 def test_a_broken_manifest_hides_no_other_sweep(root: Path, capsys: Capture) -> None:
