@@ -60,9 +60,10 @@ def main() -> int:
 
 def register_launcher() -> None:
     """Make our launcher known to Hydra, whose own search misses it in an editable install."""
+    plugins = Plugins.instance()  # searches first: it would make the class anew
     from hydra_plugins.dash_exp_launcher.launcher import DashLauncher
 
-    Plugins.instance().register(DashLauncher)
+    plugins.register(DashLauncher)
 
 
 def parse_arguments() -> tuple[Namespace, list[str]]:

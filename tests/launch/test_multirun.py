@@ -274,7 +274,7 @@ def test_the_plugin_is_found_from_anywhere_and_hydras_own_launchers_stay(sweeps:
         [sys.executable, "-m", "dash_exp", "--info", "plugins"], cwd=sweeps.root.parent,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "DashLauncher" in done.stdout and "BasicLauncher" in done.stdout
+    assert done.stdout.count("\t\tDashLauncher\n") == done.stdout.count("\t\tBasicLauncher\n") == 1
     done = sweeps.run("seed=0,1", "hydra/launcher=basic")
     assert done.returncode == 0 and not (sweeps.root / "sweeps").exists()
     assert sweeps.starts() == {"dash-s0": 1, "dash-s1": 1}
