@@ -38,6 +38,7 @@ class VLLMSampler:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
+        from dash_exp.sampling.vllm_load import Loader
         from dash_exp.sampling.vllm_parts import MaskPadding, repack_output, scheduling
 
         self._vllm, self._final, self._repack = vllm, RequestOutputKind.FINAL_ONLY, repack_output
@@ -53,14 +54,18 @@ class VLLMSampler:
         self.tokenizer = self.llm.get_tokenizer()
         self.weights = weights
         self.policy_version = 0
+        (self._loader,) = self.llm.apply_model(lambda model: Loader(model, self.engine.model_config))
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
     def load_weights(self, version: int) -> None:
         """Copy the learner's weights in, and forget every cached prefix computed with older ones."""
-        named = iter([(name, tensor) for name, tensor in self.weights()])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
-        self.llm.apply_model(self._repack)
+        named = dict(self.weights())
+        if self._loader.in_place is None:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+            self.llm.apply_model(self._repack)
+        else:
+            self.llm.apply_model(lambda model: self._loader.load(named))
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests were still running")
         self.policy_version = version

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer, pack
 from dash_exp.sampling.protocol import Decoding
 from dash_exp.types import AdvantagedGroup, Group, Score, ScoredGroup
-from tests.learning.test_learner import learner_of, objective
+from tests.learning.test_learner import objective, setting
 from tests.sampling.test_hf import EOS, ask, by_position, nucleus_of, sampler_of
 
 pytestmark = [
@@ -52,8 +53,8 @@ def engine(tiny_folder: Path) -> Iterator[Any]:
 
 def learner_gap(model: Any, groups: list[Group], temperature: float) -> torch.Tensor:
     """Learner's minus sampler's log-probability of every sampled token."""
-    learner = learner_of(model, objective(temperature=temperature))
-    learner.vocabulary = SEEN
+    goal = objective(temperature=temperature)
+    learner = Learner(model, goal, setting(), vocabulary=SEEN, logit_chunk=512)
     packer = Packer(10_000, "constant", keep_for_kl=False)
     for g in groups:
         n = len(g.completions)
@@ -141,6 +142,34 @@ def test_a_sync_is_complete_and_forgets_cached_prefixes(engine: Any) -> None:
     assert learner_gap(model, after, 1.0).abs().max() < 2e-3
     changed = by_position(after)[0].completions[0].logprobs[0]
     assert abs(changed - before[0].completions[0].logprobs[0]) > 1e-3
+
+
+def test_loading_in_place_leaves_what_a_reload_leaves(engine: Any) -> None:
+    """Every layer computes the same, to the bit, and the same tokens come with the same log-probabilities."""
+    from tests.sampling.load_probe import compare
+
+    sampler, model = engine
+    named = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    (found,) = sampler.llm.apply_model(lambda inner: compare(sampler._loader, inner, named))
+    assert found["different"] == [] and found["changed"] > 10
+    asked = ask([17, 20, 5], repeats=3)
+    sampler.load_weights(1)
+    ours = by_position(sampler.stream(asked, FREE))
+    (_,) = sampler.llm.apply_model(lambda inner: sampler._loader.reload(named.items()))
+    assert sampler.llm.reset_prefix_cache()
+    theirs = by_position(sampler.stream(asked, FREE))
+    for place, group in ours.items():
+        assert [c.token_ids for c in group.completions] == [c.token_ids for c in theirs[place].completions]
+        assert [c.logprobs for c in group.completions] == [c.logprobs for c in theirs[place].completions]
+
+
+def test_a_tensor_that_is_missing_is_noticed(engine: Any) -> None:
+    sampler, model = engine
+    named = dict(model.named_parameters())
+    named.pop("model.norm.weight")
+    with pytest.raises(ValueError, match=r"no weights came for \['model\.norm\.weight'\]"):
+        sampler.llm.apply_model(lambda inner: sampler._loader.load(named))
+    sampler.load_weights(2)
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(engine: Any) -> None:
