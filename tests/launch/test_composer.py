@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dash_exp.cells import make_cell
+from dash_exp.cells import cell_of, make_cell
 from dash_exp.compose import compose, conf_dir
 from dash_exp.config import Config
 from dash_exp.errors import UserError
@@ -53,7 +53,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return [f"{key}={value}" for key, value in draw(st.permutations(pairs))]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
+@example(["learner.lr=2", "learner={lr: 0.25}"])  # what comes later wins
+@example(["learner={lr: 0.25}", "learner.lr=2", "seed=1"])
 @given(command_lines())
 def test_every_config_equals_hydras_own(composer: Composer, overrides: list[str]) -> None:
     try:
@@ -66,7 +68,7 @@ def test_every_config_equals_hydras_own(composer: Composer, overrides: list[str]
 
 
 @pytest.mark.long
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(command_lines())
 def test_every_config_equals_hydras_own_at_length(composer: Composer, overrides: list[str]) -> None:
     test_every_config_equals_hydras_own.hypothesis.inner_test(composer, overrides)  # type: ignore[attr-defined]
@@ -80,6 +82,14 @@ def test_cells_have_the_ids_of_single_runs(composer: Composer, tmp_path: Path) -
     ):
         expected = make_cell(compose(overrides), tmp_path)
         assert composer.compose(overrides).cell(tmp_path) == expected
+
+
+def test_no_machine_is_as_if_there_were_no_such_key(composer: Composer) -> None:
+    """Records from before `hardware` existed keep their ids."""
+    frozen, identity = composer.compose(["model=tiny"]).base.described(None)
+    before = {key: value for key, value in identity.items() if key != "hardware"}
+    assert cell_of(frozen, before).id == cell_of(frozen, identity).id
+    assert cell_of(frozen, {**identity, "hardware": "mine"}).id != cell_of(frozen, identity).id
 
 
 def bases(composer: Composer, *overrides: str) -> set[int]:
