@@ -102,14 +102,21 @@ class Pool:
     def _start_ready(self) -> None:
         """Fill the free slots, in order: a cell that waits for GPUs is not overtaken by smaller ones."""
         locks = Locks.now()
+        slots = self.terms.slots - self._left_running(locks)
         for job in list(self.waiting):
-            if len(self.running) >= self.terms.slots or self.relay.first is not None:
+            if len(self.running) >= slots or self.relay.first is not None:
                 return
             if self._is_ready(job, locks):
                 lease = self._gpus.take(job.gpus)
                 if lease is None:
                     return
                 self._start(job, lease)
+
+    def _left_running(self, locks: Locks) -> int:
+        """Cells of this sweep that a controller which was killed has left running: they have slots too."""
+        held = [job for job in self.waiting if locks.holder(job.folder / ".lock") is not None]
+        starts = [[row for row in journal.read(job.folder) if row["kind"] == "start"][-1:] for job in held]
+        return sum(row["sweep"] == self.terms.sweep for rows in starts for row in rows)
 
     def _is_ready(self, job: Job, locks: Locks) -> bool:
         """Whether a cell can be started now. One that never will is settled."""

@@ -243,6 +243,16 @@ def test_a_killed_pool_leaves_its_cells_running_and_the_next_waits_for_them(benc
     assert kinds(jobs[0]) == ["start"] and kinds(jobs[1]) == ["start", "end"]
 
 
+def test_what_a_killed_controller_has_left_running_keeps_its_slot(bench: Bench) -> None:
+    jobs = [bench.job("a", {"wait": 1.5}), bench.job("b")]
+    process = subprocess.Popen([sys.executable, "-m", "dash_exp.cell", str(jobs[0].folder)])
+    until(lambda: read_json(jobs[0].folder / "status.json").get("state") == "running")
+    journal.note(jobs[0].folder, "start", host="here", pid=process.pid, job=None, sweep="mine")
+    assert bench.run(*jobs, sweep="mine") == {"a": "finished", "b": "finished"}
+    assert process.wait() == 0
+    assert bench.seen(jobs[1])[0]["begun"] >= bench.seen(jobs[0])[0]["ended"]
+
+
 def test_gpus_are_lent_by_places() -> None:
     gpus = Gpus(("0", "1"), each=2)
     first, second, third = gpus.take(1), gpus.take(1), gpus.take(1)
