@@ -87,6 +87,7 @@ def test_sharded_ranks_give_the_record_of_whole_ones(two: Path, sharded: Path) -
     assert all(torch.allclose(weights[n], found[n], rtol=0, atol=1e-5) for n in weights)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arm", "more"), [("ppo_mini", ["algorithm.mini_batch=16"]), ("sft_h", [])], ids=["ppo_mini", "sft_h"]
 )
@@ -114,6 +115,7 @@ def lose(root: Path, number: int, *options: str, common: Sequence[str] = TWO) ->
     return output, folder
 
 
+@pytest.mark.long
 def test_a_rank_killed_fails_the_run_and_the_same_command_resumes(two: Path, tmp_path: Path) -> None:
     output, folder = lose(tmp_path, signal.SIGKILL)
     status = read_json(folder / "status.json")
@@ -191,6 +193,7 @@ def test_srun_starts_them_too_and_a_rank_killed_there_is_noticed(tmp_path: Path)
     assert read_json(folder / "status.json")["state"] == "failed"
 
 
+@pytest.mark.long
 def test_torchrun_starts_them_too(two: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",

@@ -38,7 +38,10 @@ def test_a_fault_of_another_rank_is_told_as_it_is(tiny_folder: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("ranks", "number", "says"),
-    [(3, signal.SIGKILL, "rank 2 was killed by SIGKILL"), (2, signal.SIGSTOP, "rank 1 was silent")],
+    [
+        (3, signal.SIGKILL, "rank 2 was killed by SIGKILL"),
+        pytest.param(2, signal.SIGSTOP, "rank 1 was silent", marks=pytest.mark.long),
+    ],
     ids=["dies", "stops"],
 )
 def test_a_rank_that_others_wait_for_in_a_sum_is_named(
