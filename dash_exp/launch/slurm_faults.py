@@ -149,7 +149,7 @@ def _demand_faults(
         each = [lacking(demand, name, [n for n in nodes if n.partition == name]) for name in names]
         if all(each):
             told = group[0].folder + (f" and {len(group) - 1} more" if len(group) > 1 else "")
-            found += [Fault(key, f"{what} (for {told})", hint) for key, what, hint in each[0]]
+            found += [Fault(key, f"{what} (for {told})", hint) for key, what, hint in min(each, key=len)]
     return found
 
 

@@ -43,6 +43,6 @@ def real_cluster() -> Iterator[Cluster]:
         cluster.start()
     except subprocess.CalledProcessError:
         pytest.skip("no real SLURM: it does not start here (see its messages)")
-    cluster.configure(MaxArraySize=str(LARGEST_ARRAY))
+    cluster.configure(MaxArraySize=str(LARGEST_ARRAY), KillWait="30")  # the latter is SLURM's default
     yield cluster
     cluster.stop()

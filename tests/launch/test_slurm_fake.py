@@ -166,10 +166,14 @@ def test_more_than_the_partition_has(fake_slurm: FakeSlurm) -> None:
 
 
 def test_several_partitions_need_one_that_fits(fake_slurm: FakeSlurm) -> None:
+    """Told is what lacks least."""
+    fake_slurm.set(sinfo=["debug|30:00|1|4|8000|(null)|(null)", "main*|2:00:00|2|8|16000|gpu:2|(null)"])
     one_gpu = Resources(gpus=1, cpus=1, memory_gb=1, minutes=60)
     assert told(made_up(1, one_gpu), partition="debug,main") == []
     found = told(made_up(1, one_gpu), partition="debug")
     assert [fault.split(":")[0] for fault in found] == ["cluster.gpus", "cluster.hours"]
+    (fault,) = told(made_up(1, replace(one_gpu, gpus=3)), partition="debug,main")
+    assert fault.endswith("partition main has at most 2")
 
 
 def test_no_node_has_all_of_it_or_too_few_do(fake_slurm: FakeSlurm) -> None:

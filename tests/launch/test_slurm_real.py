@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,9 @@ def test_three_arms_two_seeds_two_profiles_two_nodes_and_one_that_fails(tmp_path
     assert [(row["exit"], row["failure_class"]) for row in ends] == [(2, "config")]
     told = queue.jobs(jobs)
     assert [told[job].word for job in jobs] == ["FAILED", *["COMPLETED"] * 6]
+    for entry in sweep.entries:  # however fast a job started
+        rows = {row["kind"]: row["time"] for row in journal.read(sweep.cell(entry))}
+        assert rows["queued"] <= rows["start"] <= rows["end"]
     assert len(submit(sweep)) == 1  # only what is not finished
 
 
@@ -120,6 +124,23 @@ def test_a_time_limit_is_survived(tmp_path: Path, undisturbed: Path) -> None:
     rows = read_rows(folder / "steps.jsonl").rows
     assert sorted({row["step"] for row in rows}) == list(range(1, 901))
     assert len(rows) == 900  # no step was done twice: each warning left a checkpoint
+
+
+def test_a_step_longer_than_the_warning_costs_no_more_than_itself(tmp_path: Path) -> None:
+    """A cell that is stopped hears nothing until SLURM's end wakes it; its job is queued anew all the same."""
+    slow = ["algorithm.steps=20", "checkpoint.every=2"]
+    sweep = write_sweep(tmp_path, [slow], resources=[replace(SMALL_JOB, minutes=1)])
+    folder = sweep.cell(sweep.entries[0])
+    (job,) = submit(sweep, warning_s=1)
+    wait_until(sweep, lambda: steps(folder) >= 3, "three steps")
+    (start,) = [row for row in journal.read(folder) if row["kind"] == "start"]
+    os.kill(start["pid"], signal.SIGSTOP)
+    wait_until(sweep, lambda: requeues(folder), "the job to be queued anew", 200)
+    assert [row["reason"] for row in requeues(folder)] == ["timeout"]
+    wait_until(sweep, lambda: state(folder) == "finished", "the cell to finish")
+    wait_for_end(sweep, job)
+    assert "resuming after step " in (folder / "log.txt").read_text()
+    assert accounted(job) == "COMPLETED|0:0"
 
 
 def test_a_job_queued_anew_by_a_person_goes_on(tmp_path: Path, undisturbed: Path) -> None:
@@ -193,22 +214,29 @@ def test_scancel_by_hand_leaves_a_cell_to_go_on_with(tmp_path: Path, undisturbed
 
 
 def test_the_launching_process_killed_in_the_middle(tmp_path: Path) -> None:
-    """Killed after its first array of several: the next launch queues the rest, and no cell runs twice."""
-    variants = [[*QUICK, f"seed={seed}"] for seed in range(LARGEST_ARRAY + 3)]
-    sweep = write_sweep(tmp_path, variants)
+    """Killed when SLURM has taken the second of two arrays and nobody has written that down: the next launch
+    queues these cells again, and none runs twice."""
+    sweep = write_sweep(tmp_path, [[*QUICK, f"seed={seed}"] for seed in range(LARGEST_ARRAY + 2)])
+    deadly = tmp_path / "bin" / "sbatch"
+    deadly.parent.mkdir()
+    deadly.write_text(
+        f'#!/bin/sh\n{shutil.which("sbatch")} "$@"\n'
+        f"[ -e {tmp_path}/second ] && kill -9 $PPID\ntouch {tmp_path}/second\n"
+    )
+    deadly.chmod(0o755)
     code = (
         "import sys; from pathlib import Path; from dash_exp.launch import manifest, slurm\n"
         "from tests.launch.slurm_helpers import cluster_of\n"
         "sweep = manifest.read(Path(sys.argv[1]))\n"
         f"slurm.submit(sweep, sweep.entries, {ACTIONS!r}, cluster_of())\n"
     )
-    launch = subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)])
-    wait_until(sweep, lambda: any(kinds(sweep.cell(e)) for e in sweep.entries), "the first array")
-    launch.send_signal(signal.SIGKILL)
-    launch.wait()
-    first = [e for e in sweep.entries if "queued" in kinds(sweep.cell(e))]
-    assert 0 < len(first) < len(variants)
-    submit(sweep)
+    path = f"{deadly.parent}{os.pathsep}{os.environ['PATH']}"
+    launch = subprocess.run([sys.executable, "-c", code, str(sweep.folder)], env={**os.environ, "PATH": path},
+                            check=False, timeout=60)  # fmt: skip
+    assert launch.returncode == -signal.SIGKILL
+    queued = [kinds(sweep.cell(entry)).count("queued") for entry in sweep.entries]
+    assert queued == [*[1] * LARGEST_ARRAY, 0, 0]
+    assert len(submit(sweep)) == 2
     jobs = [job for entry in sweep.entries for job in slurm.job_ids(sweep.cell(entry))]
     wait_for_end(sweep, *jobs)
     for entry in sweep.entries:
