@@ -169,7 +169,9 @@ def traces_by_file(commands: Iterable[Combination], launch: Combination) -> dict
 
 def cache_of(root: Path) -> Path | None:
     """Where hashes are remembered; None where the outputs have no folder yet, or must not be written."""
-    return root / "cache" if os.access(root, os.W_OK | os.X_OK) else None
+    cache = root / "cache"
+    deepest = next((path for path in (cache / "hashes", cache, root) if path.exists()), root)
+    return cache if os.access(deepest, os.W_OK | os.X_OK) else None
 
 
 def pool_of(root: Path) -> dict[str, str]:
