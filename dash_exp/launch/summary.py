@@ -16,6 +16,7 @@ from dash_exp.launch.lookup import default_root, labels
 from dash_exp.launch.manifest import Entry, Manifest
 from dash_exp.launch.queue import jobs
 from dash_exp.launch.states import CellState, states_of
+from dash_exp.launch.worker import gist
 from dash_exp.record import Row, read_final
 from dash_exp.terminal import REWARD, seconds_text, show
 
@@ -90,7 +91,7 @@ def closing_lines(seen: Ended) -> list[str]:
     broken = [one for one in seen.states if one.state in ("failed", "blocked", "interrupted")]
     for one in broken[:SHOWN_FAILURES]:
         kind = f" ({one.failure_class})" if one.failure_class else ""
-        why = (one.failure or one.note or "no reason is known").splitlines()[0]
+        why = gist(one.failure or one.note, last=False) or "no reason is known"
         lines += [f"  {one.state}{kind}: {why}", f"    {show(one.folder)}"]
     if len(broken) > SHOWN_FAILURES:
         lines.append(f"  ... and {len(broken) - SHOWN_FAILURES} more")

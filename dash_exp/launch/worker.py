@@ -14,7 +14,6 @@ from pathlib import Path
 
 from dash_exp.launch.failures import KERNEL_KILLED, signal_of
 from dash_exp.launch.shares import Lease
-from dash_exp.launch.tails import last_lines
 from dash_exp.record import Row, read_json
 
 OUTPUT = "output.txt"
@@ -120,11 +119,21 @@ class Worker:
 
     def reason(self, exit_code: int) -> str:
         """Why it failed, in a line."""
-        said = str(self.status().get("failure") or "").strip()
+        said = gist(str(self.status().get("failure") or ""), last=False)
         if said:
-            return said.splitlines()[-1 if said.startswith("dash_exp:") else 0].strip()
+            return said
         number = signal_of(exit_code)
-        ending = f"killed by {number.name}" if number else f"ended with exit code {exit_code}"
-        lines = last_lines(self._output, 1) if self._output and self._output.exists() else []
-        spoke = self._output and self._output.exists() and self._output.stat().st_size > self._begun
-        return f"{ending}: {lines[0].strip()}" if lines and spoke and not number else ending
+        if number:
+            return f"killed by {number.name}"
+        spoken = gist(self.tail(exit_code), last=True)
+        return f"ended with exit code {exit_code}" + (f": {spoken}" if spoken else "")
+
+
+def gist(text: str, last: bool) -> str:
+    """The line of an error that says what happened: the first fault of a user's error, else the last line
+    (of an output), or the first one (of a failure)."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    heads = [place for place, line in enumerate(lines[:-1]) if line.startswith("dash_exp:")]
+    if heads:
+        return lines[heads[-1] + 1]
+    return lines[-1 if last else 0] if lines else ""

@@ -18,7 +18,7 @@ import pytest
 from dash_exp.launch import journal
 from dash_exp.launch.pool import Relay, Terms, run_pool
 from dash_exp.launch.shares import Gpus, Lease, threads_each, visible_gpus
-from dash_exp.launch.worker import OUTPUT, Job, cell_actions
+from dash_exp.launch.worker import OUTPUT, Job, cell_actions, gist
 from dash_exp.record import Row, read_json, read_rows, write_json
 from tests.conftest import REPOSITORY
 
@@ -149,6 +149,15 @@ def test_the_end_of_the_output_tells_the_class(bench: Bench) -> None:
     assert bench.run(job) == {"a": "failed"}
     assert journal.read(job.folder)[-1]["failure_class"] == "out_of_memory"
     assert read_json(job.folder / "status.json")["failure"].startswith("ended with exit code 1: torch.OutOf")
+
+
+def test_a_failure_is_told_in_a_line() -> None:
+    fault = "dash_exp: 2 problems, nothing was started\n  x.jsonl:3: is broken\n    mend it\n  y: is absent"
+    assert gist(fault, last=False) == "x.jsonl:3: is broken" == gist(f"step 1\n{fault}", last=True)
+    trace = "Traceback (most recent call last):\n  File ...\nValueError: x\n\n"
+    assert gist(trace, last=True) == "ValueError: x"
+    assert gist("KeyError: 'x'\nand more", last=False) == "KeyError: 'x'"
+    assert gist("", last=True) == gist("dash_exp:", last=False).removeprefix("dash_exp:") == ""
 
 
 def test_a_cell_that_somebody_else_runs_is_waited_for(bench: Bench) -> None:
