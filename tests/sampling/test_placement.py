@@ -6,6 +6,7 @@ import pytest
 
 from dash_exp.errors import UserError
 from dash_exp.sampling.placement import gpus, processors
+from dash_exp.sampling.server_process import visible_gpu
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,18 @@ def test_too_few_gpus() -> None:
         gpus(2, 3)
     with pytest.raises(UserError, match=r"share with sampler\.colocated=true"):
         gpus(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("index", "ours", "seen"),
+    [
+        (None, None, ""),
+        (None, "2,3", ""),
+        ("1", None, "1"),
+        ("1", "", "1"),
+        ("1", "2, 3", "3"),  # a part of the machine's GPUs is ours, and we count from 0
+        ("0", "GPU-8c6e1b5a", "GPU-8c6e1b5a"),
+    ],
+)
+def test_a_server_sees_one_of_the_gpus_that_are_ours(index: str | None, ours: str | None, seen: str) -> None:
+    assert visible_gpu(index, ours) == seen

@@ -14,15 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from dash_exp.checksums import checksum
 from dash_exp.sampling.member import Member, Patience
+from dash_exp.sampling.path_transfer import PathTransfer
 from dash_exp.sampling.protocol import arrived
 from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
+from dash_exp.sampling.shared_weights import SharedWeights
+from dash_exp.sampling.transfer import PATH
 from tests.sampling.test_hf import ask, by_position, sampler_of
 from tests.sampling.test_vllm import FREE, GREEDY, SEEN, learner_gap
 
@@ -49,13 +53,13 @@ def rig(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     model = load_model(tiny_folder, torch.float32, ATTENTION)
     settings = ServerSettings(
         str(tiny_folder), vocabulary=SEEN, max_model_len=64, max_sequences=64, dtype="float32",
-        enforce_eager=True, transfer="dash_shared",
+        enforce_eager=True, transfer=PATH,
     )  # fmt: skip
     events: list[dict[str, Any]] = []
     members = [Member(f"server-{n}", dataclasses.replace(settings, cores=(n,))) for n in range(2)]
     sampler = ServerSampler(
-        members, model.named_parameters, key="secret", folder=tmp_path_factory.mktemp("logs"),
-        vocabulary=SEEN, max_sequences=64, dtype=torch.float32, decode=str, restarts=2,
+        members, model.named_parameters, PathTransfer(SharedWeights(torch.float32)), key="secret",
+        folder=tmp_path_factory.mktemp("logs"), vocabulary=SEEN, max_sequences=64, decode=str, restarts=2,
         patience=Patience(), in_order=False, colocated=False,
         event=lambda kind, start, end, **more: events.append({"kind": kind, **more}),
     )  # fmt: skip
@@ -113,9 +117,26 @@ def test_what_is_not_what_the_learner_sent_is_not_loaded(rig: Rig, tmp_path: Pat
     save_file(named, path)
     client = rig.members[0].client
     assert client is not None
-    loading = client.load({"path": str(path), "checksums": sums}, 9, 60)
+    loading = client.load({"path": str(path), "checksums": sums}, "9")
     with pytest.raises(Exception, match=r"500|not what the learner sent"):
         rig.sampler._run(loading)
+
+
+def test_a_schedulers_signals_reach_no_process_of_a_server(rig: Rig) -> None:
+    """The run ends its step when it is warned, and needs them for it."""
+    faults = len([e for e in rig.events if e["kind"] == "fault"])
+    for member in rig.members:
+        assert member.process is not None
+        leader = psutil.Process(member.process.process.pid)
+        family = [leader, *leader.children(recursive=True)]
+        assert len(family) >= 3
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            for process in family:
+                if "resource_tracker" not in " ".join(process.cmdline()):
+                    process.send_signal(number)
+    time.sleep(3)
+    assert {g.origin.worker for g in sampled(rig, [6] * 8, 2)} == {"server-0", "server-1"}
+    assert len([e for e in rig.events if e["kind"] == "fault"]) == faults
 
 
 def test_a_killed_server_loses_nothing_and_comes_back_with_the_weights(rig: Rig) -> None:

@@ -1,0 +1,101 @@
+"""A server's side of taking weights: what has not arrived is waited for, and what is not what was sent is
+refused. With a model: test_vllm_servers.py; between GPUs: nowhere yet."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dash_exp.checksums import checksum
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's own imports warn
+]
+SENT = {"a": torch.arange(4.0), "b": torch.ones(2, 3)}
+SUMS = {name: checksum(tensor) for name, tensor in SENT.items()}
+
+
+class Model:
+    """Takes whatever it is given, as vLLM's models do."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, torch.Tensor] = {}
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        fresh = dict(weights)
+        self.held |= fresh
+        return set(fresh)
+
+    def named_parameters(self) -> Any:
+        return iter(SENT.items())
+
+
+def received(*parts: dict[str, torch.Tensor]) -> Model:
+    """A model after these parts have come, one after the other."""
+    from dash_exp.sampling.vllm_receive import checking
+
+    model = Model()
+    engine = SimpleNamespace(model=model)
+    try:
+        with checking(engine, SUMS):
+            for part in parts:
+                engine.model.load_weights(part.items())
+    finally:
+        assert engine.model is model
+    return model
+
+
+def test_parts_are_checked_as_they_come() -> None:
+    assert received({"a": SENT["a"]}, {"b": SENT["b"]}).held.keys() == SENT.keys()
+
+
+@pytest.mark.parametrize(
+    ("parts", "what"),
+    [
+        ([{"a": SENT["a"] + 1, "b": SENT["b"]}], "a is not what the learner sent"),
+        ([SENT | {"c": SENT["a"]}], "c is not what the learner sent"),
+        ([SENT, {"a": SENT["a"]}], "a is not what the learner sent"),
+        ([{"a": SENT["a"]}], r"\['b'\] did not arrive"),
+        ([], r"\['a', 'b'\] did not arrive"),
+    ],
+)
+def test_what_was_not_sent_is_refused(parts: list[dict[str, torch.Tensor]], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        received(*parts)
+
+
+def test_the_transfers_between_gpus_take_checksums() -> None:
+    """The fields of vLLM's own, and ours; more cannot be tried without a GPU."""
+    from dash_exp.sampling.vllm_device import IPCTransfer, IPCUpdate, NCCLTransfer, NCCLUpdate
+
+    told = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[4]], "checksums": SUMS}
+    assert NCCLUpdate(**told).checksums == SUMS
+    assert IPCUpdate(**told, ipc_handles=[{"gpu": (1,)}]).checksums == SUMS
+    assert NCCLTransfer.update_info_cls is NCCLUpdate and IPCTransfer.update_info_cls is IPCUpdate
+
+
+def test_a_file_of_another_machine_is_waited_for(tmp_path: Path) -> None:
+    from dash_exp.sampling.vllm_receive import arrived
+
+    path = tmp_path / "folder" / "weights-1.safetensors"
+
+    def write() -> None:
+        time.sleep(0.3)
+        path.parent.mkdir()
+        path.touch()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert arrived(path, 10) == path
+    thread.join()
+    with pytest.raises(FileNotFoundError, match=r"weights-2\.safetensors is not seen by this server"):
+        arrived(path.with_name("weights-2.safetensors"), 0)

@@ -1,0 +1,93 @@
+"""Servers and transfers of a config that cannot work, and which transfer fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dash_exp.compose import compose
+from dash_exp.config import Config
+from dash_exp.server_faults import is_loopback, server_faults, transfer_of
+
+HERE, THERE = "http://127.0.0.1:8000", "http://10.0.0.7:8000"
+
+
+@pytest.fixture(scope="module")
+def base() -> Config:
+    return compose(["model=tiny", "sampler=vllm_servers"])
+
+
+def changed(base: Config, **values: Any) -> Config:
+    import copy
+
+    config = copy.deepcopy(base)
+    for name, value in values.items():
+        place = config.sampler if name in ("colocated", "servers") else config.cluster
+        setattr(config.learner if name == "device" else place, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "what"),
+    [
+        ({"transfer": "smb"}, "cluster.transfer", "got 'smb'"),
+        ({"server_urls": ["10.0.0.7:8000"]}, "cluster.server_urls", "not the address of a server"),
+        ({"server_urls": ["http://10.0.0.7"]}, "cluster.server_urls", "not the address of a server"),
+        ({"server_urls": ["http://10.0.0.7:x"]}, "cluster.server_urls", "not the address of a server"),
+        ({"server_urls": [HERE, HERE]}, "cluster.server_urls", "more than once"),
+        ({"server_urls": [HERE, THERE]}, "cluster.weights_dir", "10.0.0.7:8000 does not share"),
+        ({"server_urls": [THERE], "transfer": "shared"}, "cluster.weights_dir", "does not share"),
+        ({"transfer": "file"}, "cluster.weights_dir", "cluster.transfer=file writes"),
+        ({"transfer": "nccl", "device": "cpu"}, "cluster.transfer", "learner.device=cpu"),
+        ({"transfer": "ipc"}, "cluster.transfer", "within the GPU that"),
+        ({"transfer": "nccl", "colocated": True}, "cluster.transfer", "a GPU for each side"),
+    ],
+)
+def test_faults(base: Config, values: dict[str, Any], where: str, what: str) -> None:
+    (fault,) = server_faults(changed(base, **values))
+    assert fault.where == where and what in fault.what
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"server_urls": [HERE, "http://localhost:8001"]},
+        {"server_urls": [THERE], "weights_dir": "/net"},
+        {"server_urls": [THERE], "transfer": "nccl"},
+        {"transfer": "ipc", "colocated": True},
+    ],
+)
+def test_no_faults(base: Config, values: dict[str, Any]) -> None:
+    assert list(server_faults(changed(base, **values))) == []
+
+
+def test_other_samplers_have_no_servers() -> None:
+    assert list(server_faults(compose(["model=tiny", "cluster.server_urls=[nonsense]"]))) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "gpus", "learner_on_gpu", "fits"),
+    [
+        ({}, 0, False, "shared"),
+        ({}, 4, True, "nccl"),
+        ({}, 4, False, "shared"),
+        ({"colocated": True}, 1, True, "ipc"),
+        ({"colocated": True, "servers": 2}, 2, True, "shared"),
+        ({"server_urls": [HERE]}, 4, True, "shared"),
+        ({"server_urls": [HERE, THERE]}, 4, True, "file"),
+        ({"weights_dir": "/net"}, 0, False, "file"),
+        ({"transfer": "shared", "weights_dir": "/net"}, 4, True, "shared"),
+    ],
+)
+def test_the_transfer_that_fits(
+    base: Config, values: dict[str, Any], gpus: int, learner_on_gpu: bool, fits: str
+) -> None:
+    assert transfer_of(changed(base, **values), gpus, learner_on_gpu) == fits
+
+
+def test_loopback() -> None:
+    assert [is_loopback(f"http://{host}:1") for host in ("127.0.0.1", "localhost", "[::1]", "127.1.2.3")] == [
+        True
+    ] * 4
+    assert not is_loopback("http://node7:1") and not is_loopback("http://0.0.0.0:1")
