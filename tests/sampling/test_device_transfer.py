@@ -22,7 +22,7 @@ from dash_exp.sampling.device_transfer import (
 )
 from dash_exp.sampling.protocol import arrived
 from dash_exp.sampling.transfer import OutdatedError
-from tests.sampling.test_servers import DECODING, Rig, ask, check, rig, until  # noqa: F401
+from tests.sampling.server_rig import DECODING, Rig, ask, check, until
 
 UPDATE = ["start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"]
 JOIN = ["shutdown_weight_transfer_engine", "init_weight_transfer_engine"]
@@ -62,7 +62,7 @@ def calls(one: Rig, number: int) -> list[str]:
     return list(one.tell(number, "")["calls"])
 
 
-def test_a_group_for_each_server_then_one_broadcast_for_each_update(rig: Callable[..., Rig]) -> None:  # noqa: F811
+def test_a_group_for_each_server_then_one_broadcast_for_each_update(rig: Callable[..., Rig]) -> None:
     transfer, wires = broadcast()
     one = rig(transfer=transfer)
     for version in (1, 2):
@@ -74,7 +74,7 @@ def test_a_group_for_each_server_then_one_broadcast_for_each_update(rig: Callabl
     assert one.events == [] and one.sampler.sync_seconds.keys() == {"write", "checksum", "load"}
 
 
-def test_what_arrives_is_checked(rig: Callable[..., Rig]) -> None:  # noqa: F811
+def test_what_arrives_is_checked(rig: Callable[..., Rig]) -> None:
     """Other bytes than were summed: the server says so, and is lost."""
     transfer, wires = broadcast()
     one = rig(transfer=transfer)
@@ -88,7 +88,7 @@ def test_what_arrives_is_checked(rig: Callable[..., Rig]) -> None:  # noqa: F811
     check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "2")
 
 
-def test_a_server_that_dies_in_a_broadcast_is_let_go_and_joined_anew(rig: Callable[..., Rig]) -> None:  # noqa: F811
+def test_a_server_that_dies_in_a_broadcast_is_let_go_and_joined_anew(rig: Callable[..., Rig]) -> None:
     transfer, wires = broadcast()
     one = rig(restarts=1, transfer=transfer)
     one.sampler.load_weights(1)
@@ -104,7 +104,7 @@ def test_a_server_that_dies_in_a_broadcast_is_let_go_and_joined_anew(rig: Callab
     assert {g.origin.worker for g in groups if g.origin} == {"server-0", "server-1"}
 
 
-def test_handles_of_the_learners_copy_are_handed_over(rig: Callable[..., Rig]) -> None:  # noqa: F811
+def test_handles_of_the_learners_copy_are_handed_over(rig: Callable[..., Rig]) -> None:
     def export(tensors: Mapping[str, torch.Tensor]) -> str:
         return "handles of " + ",".join(tensors)
 

@@ -26,7 +26,7 @@ from dash_exp.record import read_json, read_rows
 from dash_exp.sampling.protocol import arrived
 from dash_exp.serve import key_of, longest, main, parse, reachable, refuse_taken
 from tests.conftest import REPOSITORY
-from tests.sampling.test_servers import FAKE
+from tests.sampling.server_rig import FAKE
 from tests.test_run import finish, start, steps_of, wait_for_steps
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

@@ -3,124 +3,24 @@ servers have no model (fake_server.py). With vLLM: test_vllm_servers.py."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import sys
 import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from dash_exp.errors import UserError
-from dash_exp.sampling.member import Member, Patience
-from dash_exp.sampling.path_transfer import PathTransfer
-from dash_exp.sampling.protocol import Decoding, Request, arrived
+from dash_exp.sampling.member import Member
+from dash_exp.sampling.protocol import Request, arrived
 from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
-from dash_exp.sampling.shared_weights import SharedWeights
-from dash_exp.sampling.transfer import Transfer
 from dash_exp.types import Group, Prompt
-from tests.sampling.fake_server import tokens_of
-
-FAKE = (sys.executable, str(Path(__file__).with_name("fake_server.py")))
-DECODING = Decoding(max_new_tokens=6, temperature=1.0, stop_ids=(1,))
-PATIENCE = Patience(start_s=30, found_s=1.0, stall_s=60, health_s=0.1, answer_s=0.5)
-NAMED = [("weight", torch.arange(8.0)), ("bias", torch.ones(2, 3))]
-
-
-def shared() -> Transfer:
-    return PathTransfer(SharedWeights(torch.float32))
-
-
-class Rig:
-    """A sampler over fake servers, and what can be done to them."""
-
-    def __init__(
-        self, folder: Path, servers: int, delay: float, restarts: int, transfer: Transfer | None, **more: Any
-    ):
-        self.events: list[dict[str, Any]] = []
-        transfer = transfer or shared()
-        settings = ServerSettings(
-            f"fake delay={delay}", vocabulary=100, max_model_len=64, max_sequences=16, dtype="float32",
-            enforce_eager=True, transfer=transfer.engine,
-        )  # fmt: skip
-        self.members = [Member(f"server-{n}", settings) for n in range(servers)]
-        options = {"patience": PATIENCE, "in_order": False, "colocated": False, "max_sequences": 16} | more
-        self.sampler = ServerSampler(
-            self.members, lambda: NAMED, transfer, key="secret", folder=folder,
-            vocabulary=100, decode=lambda ids: str(ids), restarts=restarts,
-            event=self.event, command=FAKE, **options,
-        )  # fmt: skip
-
-    def event(self, kind: str, start: float, end: float, **more: Any) -> None:
-        self.events.append({"kind": kind, **more})
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [e for e in self.events if e["kind"] == kind]
-
-    def pid(self, number: int) -> int:
-        process = self.members[number].process
-        assert process is not None
-        return process.process.pid
-
-    def kill(self, number: int, how: int = signal.SIGKILL) -> None:
-        os.killpg(self.pid(number), how)
-
-    def tell(self, number: int, mode: str) -> Any:
-        body = json.dumps({"mode": mode}).encode()
-        headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
-        url = f"{self.members[number].url}/fake"
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=5) as reply:
-            return json.load(reply)
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
-    made: list[Rig] = []
-
-    def make(
-        servers: int = 2, delay: float = 0.01, restarts: int = 0, transfer: Transfer | None = None,
-        **more: Any,
-    ) -> Rig:  # fmt: skip
-        made.append(Rig(tmp_path / f"logs{len(made)}", servers, delay, restarts, transfer, **more))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.sampler.close()
-
-
-def until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert holds()
-
-
-def ask(count: int, repeats: int = 4, first: int = 0) -> list[Request]:
-    return [
-        Request(n, Prompt(f"p{n}", "t", "", (3, 4, 5), ""), tuple(range(start, start + repeats)))
-        for n, start in enumerate(range(first, first + 100 * count, 100))
-    ]
-
-
-def check(groups: list[Group], asked: list[Request], version: str) -> None:
-    """Every group once, with the tokens of its seeds at these weights."""
-    assert sorted(g.position for g in groups) == [r.position for r in asked]
-    for group in groups:
-        seeds = asked[group.position].seeds
-        assert [list(c.token_ids) for c in group.completions] == [tokens_of(s, version) for s in seeds]
-        known = 0 if version == "default" else int(version.partition("-")[0])
-        assert all(c.policy_version == known for c in group.completions)
-        assert all(len(c.logprobs) == len(c.token_ids) for c in group.completions)
+from tests.sampling.server_rig import DECODING, PATIENCE, Rig, ask, check, shared, until
 
 
 def test_every_group_once_from_every_server(rig: Callable[..., Rig]) -> None:

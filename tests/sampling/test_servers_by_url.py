@@ -20,7 +20,7 @@ from dash_exp.sampling.protocol import arrived
 from dash_exp.sampling.server_process import ServerProcess, ServerSettings
 from dash_exp.sampling.servers import ServerSampler
 from dash_exp.sampling.transfer import PATH, Transfer
-from tests.sampling.test_servers import DECODING, FAKE, NAMED, PATIENCE, ask, check, shared, until
+from tests.sampling.server_rig import DECODING, FAKE, NAMED, PATIENCE, ask, check, shared, until
 
 NEEDS = Needs(vocabulary=100, longest=64, dtype="float32", transfer=PATH)
 SETTINGS = ServerSettings("fake delay=0.01", 100, 64, 16, "float32", True, PATH)
