@@ -53,11 +53,11 @@ class Cluster:
         self.start()
 
 
-def wait_for(is_so: Callable[[], object], timeout_s: float, what: str) -> None:
+def wait_for(is_so: Callable[[], object], timeout_s: float, what: str, every_s: float = 0.2) -> None:
     deadline = time.time() + timeout_s
     while not is_so():
         assert time.time() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.2)
+        time.sleep(every_s)
 
 
 def state(folder: Path) -> str:
