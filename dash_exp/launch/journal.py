@@ -5,7 +5,8 @@ Written by many processes, so each row is one append. Kinds, all with `time` (se
     queued   job, sweep             handed to a scheduler; `job` is SLURM's id (`12_3`)
     start    host, pid, job, sweep  a process was started for it (`job`: null on this machine)
     end      exit, failure_class    that process ended; `failure_class` is null after success
-    requeue  reason, job            queued anew by itself: `timeout`, `preemption` or `node`
+    requeue  reason, job            queued anew: `timeout`, `preemption`, `node`, `requeued` (by a person), or
+                                    the class of a failure, where the ranks of a cell must start together
     cancel                          a person asked for its end
     retry                           a person asked for another start: budgets count anew
 """
