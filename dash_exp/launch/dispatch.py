@@ -7,7 +7,6 @@ Torch-free.
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -77,7 +76,7 @@ def launch(
         say(status_command(manifest))
         return OK
     if cluster.name == "slurm" or detached:
-        follow(manifest, say)
+        follow(manifest, cluster, say)
     return conclude(manifests.read(manifest.folder), cells, relay, say)
 
 
@@ -87,9 +86,9 @@ def prepare(
     """Everything before the first cell starts. Raises UserError with nothing written where something is
     wrong, or where the disk does not take it."""
     if cluster.name == "slurm":
-        from dash_exp.launch import slurm
+        from dash_exp.launch import slurm, slurm_teachers
 
-        if faults := slurm.faults(slurm.entries_of(plan), cluster):
+        if faults := slurm.faults((*slurm.entries_of(plan), *slurm_teachers.demands(plan.waiting)), cluster):
             raise UserError(faults)
     try:
         manifest = manifests.write(plan, root)
@@ -156,28 +155,39 @@ def ask_again(manifest: Manifest, entries: Sequence[Entry]) -> None:
 
 
 def submit(manifest: Manifest, entries: Sequence[Entry], cluster: ClusterConfig, say: Say) -> None:
-    from dash_exp.launch import slurm
+    from dash_exp.launch import slurm, slurm_teachers
 
     jobs = slurm.submit(manifest, entries, manifest.actions, cluster)
     say(f"{len(jobs)} jobs queued" + (f": {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else ""))
-    for traces in dict.fromkeys(one.traces for one in manifest.waiting):
-        say(f"Cells wait for {show(traces.path)}. Make it, then launch this again:")
-        say(f"    {shlex.join(['python', '-m', 'dash_exp.traces', *traces.arguments])}")
+    teacher = slurm_teachers.submit(manifest, cluster)
+    if manifest.waiting:
+        job = f"job {teacher}" if teacher else "a job that is queued already"
+        say(f"traces are made by {job}, which then queues the cells that wait for them")
 
 
-def follow(manifest: Manifest, say: Say) -> None:
+def follow(manifest: Manifest, cluster: ClusterConfig, say: Say) -> None:
     """Wait until nothing of a sweep is running or queued; say when counts change. Ctrl-C ends the waiting,
     not the sweep."""
     before: dict[str, int] = {}
     while True:
-        state = watch(manifests.read(manifest.folder))
+        manifest = manifests.read(manifest.folder)
+        state = watch(manifest)
         if state.counts != before:
             before = state.counts
             told = ", ".join(f"{count} {name}" for name, count in before.items())
             say(f"{time.strftime('%H:%M:%S')} {told}")
-        if not is_moving(state):
+        if not is_moving(state) and not is_taught(manifest, cluster):
             return
         time.sleep(FOLLOW_S)
+
+
+def is_taught(manifest: Manifest, cluster: ClusterConfig) -> bool:
+    """Whether a job of SLURM makes, or will make, the traces that cells wait for."""
+    if cluster.name != "slurm" or not manifest.waiting:
+        return False
+    from dash_exp.launch import slurm_teachers
+
+    return slurm_teachers.is_active(manifest)
 
 
 def conclude(manifest: Manifest, cells: Sequence[str] | None, relay: Relay, say: Say) -> int:

@@ -42,6 +42,13 @@ def note_end(folder: Path, exit_code: int, failure_class: str | None) -> None:
     journal.note(folder, "end", exit=exit_code, failure_class=failure_class, step=step)
 
 
+def is_done(folder: Path) -> bool:
+    """Whether there is nothing left to do for a cell. One that was killed between its end and its tidying
+    says `finished`, but still has what only a resumed run needs: another start removes it."""
+    finished = read_json(folder / "status.json").get("state") == "finished"
+    return finished and not any(folder.glob("checkpoints/*/resume"))
+
+
 def is_cancelled(rows: Sequence[Row]) -> bool:
     """Whether a person asked for the cell's end, and nobody has asked for another start since."""
     last = next((r["kind"] for r in reversed(rows) if r["kind"] in ("queued", "retry", "cancel")), None)

@@ -23,6 +23,7 @@ from pathlib import Path
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch import manifest as manifests
 from dash_exp.launch.actions import cluster_of
+from dash_exp.launch.endings import is_done
 from dash_exp.launch.manifest import Entry, Manifest, held
 from dash_exp.launch.pool import Relay, Say, Terms, run_pool
 from dash_exp.launch.processes import HERE, Locks
@@ -193,7 +194,7 @@ def conduct(folder: Path, order: Order, say: Say, live: bool, relay: Relay) -> N
 
 
 def unfinished(manifest: Manifest, entries: Sequence[Entry]) -> list[Entry]:
-    return [e for e in entries if read_json(manifest.cell(e) / "status.json").get("state") != "finished"]
+    return [entry for entry in entries if not is_done(manifest.cell(entry))]
 
 
 def job_of(manifest: Manifest, entry: Entry) -> Job:

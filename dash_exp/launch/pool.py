@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dash_exp.cell import BLOCKED, BUSY, OK
 from dash_exp.launch import journal
-from dash_exp.launch.endings import is_cancelled, note_end, say_state
+from dash_exp.launch.endings import is_cancelled, is_done, note_end, say_state
 from dash_exp.launch.failures import classify, may_retry, signal_of
 from dash_exp.launch.processes import HERE, Locks
 from dash_exp.launch.shares import Gpus, Lease, threads_each, visible_gpus
@@ -125,7 +125,7 @@ class Pool:
         holder = locks.holder(job.folder / ".lock")
         if holder is not None:
             self._say_busy(job, f"process {holder}")
-        elif read_json(job.folder / "status.json").get("state") == "finished":
+        elif is_done(job.folder):
             self._settle(job, "finished", "was finished elsewhere")
         elif is_cancelled(journal.read(job.folder)):
             say_state(job.folder, "cancelled")
@@ -189,7 +189,8 @@ class Pool:
         cancelled = worker.asked_to_end or is_cancelled(journal.read(folder))
         by_request = signal_of(code) is not None and (cancelled or self.relay.first is not None)
         failure = None
-        if code not in (OK, BLOCKED, BUSY) and not by_request:
+        done = is_done(folder)  # killed while it ended, at the latest
+        if code not in (OK, BLOCKED, BUSY) and not by_request and not done:
             failure = classify(code, worker.status(), worker.tail(code))
         with suppress(OSError):
             note_end(folder, code, failure)
@@ -199,7 +200,7 @@ class Pool:
             self._not_before[job.name] = time.monotonic() + BUSY_S
             self._say_busy(job, "another process")
             self.waiting.append(job)
-        elif code == OK:
+        elif code == OK or done:
             step = read_json(folder / "status.json").get("step", 0)
             self._settle(job, "finished", f"finished after step {step}, {seconds_text(worker.age_s)}")
         elif code == BLOCKED:
@@ -221,7 +222,7 @@ class Pool:
             self.say(f"{job.name} {told}; it will be started again")
             return
         state = str(worker.status().get("state"))
-        if state not in ("failed", "interrupted"):  # it died without a word
+        if state not in ("failed", "interrupted", "finished"):  # it died without a word
             state = "interrupted" if failure in LOST else "failed"
             say_state(job.folder, state, failure=reason)
         self._settle(job, state, told)

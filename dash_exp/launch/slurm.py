@@ -80,7 +80,7 @@ def _submit_all(
     for array in arrays:
         after = dict.fromkeys([*(job_of[n] for n in array.needs), *(parents[n] for n in array.behind)])
         jobs = [_job(manifest, task, array, actions, cluster) for task in array.tasks]
-        executor = _executor(manifest.folder, array, cluster, tuple(after))
+        executor = executor_of(manifest.folder, array, cluster, tuple(after))
         before = round(time.time(), 3)  # a job may start before its id is written below
         try:
             with outside_a_job():
@@ -121,7 +121,7 @@ def _job(
     )
 
 
-def _executor(folder: Path, array: Array, cluster: ClusterConfig, after: Sequence[str]) -> Executor:
+def executor_of(folder: Path, array: Array, cluster: ClusterConfig, after: Sequence[str]) -> Executor:
     executor = Executor(folder.resolve() / JOBS)
     executor.update_parameters(**parameters(array, cluster, after))
     return executor
@@ -211,7 +211,7 @@ def sbatch_text(plan: Plan, root: Path, cluster: ClusterConfig) -> list[str]:
     for array in arrays:
         before = [f"<{arrays[place].name}>" for place in array.behind]
         after = [*(names[need] for need in array.needs), *before]
-        executor = _executor(folder, array, cluster, tuple(dict.fromkeys(after)))
+        executor = executor_of(folder, array, cluster, tuple(dict.fromkeys(after)))
         if len(array.tasks) > 1:
             executor.parameters["map_count"] = len(array.tasks)  # as submitit does for an array
         texts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))

@@ -262,6 +262,18 @@ def test_what_a_killed_controller_has_left_running_keeps_its_slot(bench: Bench) 
     assert bench.seen(jobs[1])[0]["begun"] >= bench.seen(jobs[0])[0]["ended"]
 
 
+def test_a_cell_killed_before_it_was_tidied_is_started_once_more(bench: Bench) -> None:
+    job, done = bench.job("a"), bench.job("b")
+    for one in (job, done):
+        write_json(one.folder / "status.json", {"state": "finished", "step": 1})
+    (job.folder / "checkpoints" / "step-000001" / "resume").mkdir(parents=True)
+    (job.folder / "play.json").write_text('[{"tidy": true}]')
+    late = bench.job("c", {"die_late": 9})
+    assert bench.run(job, done, late) == {"a": "finished", "b": "finished", "c": "finished"}
+    assert [len(bench.seen(one)) for one in (job, done, late)] == [1, 0, 1]
+    assert [r["failure_class"] for r in journal.read(late.folder) if r["kind"] == "end"] == [None]
+
+
 def test_gpus_are_lent_by_places() -> None:
     gpus = Gpus(("0", "1"), each=2)
     first, second, third = gpus.take(1), gpus.take(1), gpus.take(1)

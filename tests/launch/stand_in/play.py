@@ -1,9 +1,9 @@
 """A cell's process without its training: the real lock, record and signals, and what a test wants of it.
 
 `play.json` in the folder, or the variable PLAY_<seed>, lists what each start does, the last one again and
-again: `step` (reached),
-`wait` (seconds; a stopping signal ends it as it ends a step), `say` (printed), `failure` (recorded, and the
-exit code is 1), `die` (a signal it sends itself), `exit` (a code, with nothing recorded).
+again: `step` (reached), `wait` (seconds; a stopping signal ends it as it ends a step), `say` (printed),
+`tidy` (its checkpoints), `failure` (recorded, and the exit code is 1), `die` (a signal it sends itself;
+`die_late`: once it is finished), `exit` (a code, with nothing recorded).
 `seen.jsonl` tells what it was given.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -65,10 +66,14 @@ def perform(folder: Path, recorder: Recorder, actions: list[str]) -> int:
         signal.signal(act["die"], signal.SIG_DFL) if act["die"] != signal.SIGKILL else None
         os.kill(os.getpid(), act["die"])
         time.sleep(10)
+    if "tidy" in act:
+        shutil.rmtree(folder / "checkpoints")
     if "failure" in act:
         recorder.status("failed", step, failure=act["failure"])
         return 1
     if "exit" in act:
         return int(act["exit"])
     recorder.status("finished", step, reason="planned")
+    if "die_late" in act:
+        os.kill(os.getpid(), act["die_late"])
     return 0
