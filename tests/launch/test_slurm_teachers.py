@@ -1,0 +1,63 @@
+"""Traces on SLURM: one job makes them, and queues the cells that waited. On a pretended cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dash_exp.errors import UserError
+from dash_exp.launch import slurm_teachers
+from dash_exp.launch.actions import cluster_of
+from dash_exp.launch.dispatch import launch
+from dash_exp.launch.jobs import Plan
+from dash_exp.launch.manifest import read
+from dash_exp.launch.plan import make_plan
+from dash_exp.launch.slurm_teachers import TeacherJob, demands
+from tests.launch.slurm_helpers import FakeSlurm
+from tests.launch.test_teachers import CELL, DIGITS
+
+pytest_plugins = ["tests.launch.slurm_fixtures"]
+SLURM = ("cluster=slurm", "cluster.threads=null", "cluster.memory_gb=1", "cluster.hours=1", "cluster.cpus=1",
+         "cluster.gpus=0")  # fmt: skip
+
+
+def plan_of(root: Path, traces: Path, *teacher: str) -> Plan:
+    arms = [("algorithm=dash",), ("algorithm=sft_m", f"dataset.traces={traces}")]
+    (root / "cache").mkdir(parents=True, exist_ok=True)
+    command = (*DIGITS, "traces.samples=16", f"traces.out={traces}", *teacher)
+    return make_plan("mine", [(*CELL, *arm, *SLURM) for arm in arms], root=root, traces=[command])
+
+
+def test_a_job_makes_them_and_queues_the_cells(
+    fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    root, traces = tmp_path / "out", tmp_path / "traces.jsonl"
+    plan = plan_of(root, traces)
+    cluster = cluster_of(plan.actions)
+    said: list[str] = []
+    assert launch(plan, root, cluster=cluster, wait=False, say=said.append) == 0
+    assert "traces are made by job 102, which then queues the cells that wait for them" in said
+    scripts = [facts["script"] for facts in fake_slurm.jobs().values()]
+    names = [script.split("--job-name=")[1].split()[0] for script in scripts]
+    assert names == ["mine-dash-tiny", "mine-traces-tiny"]
+    manifest = read(root / "sweeps" / "mine")
+    assert slurm_teachers.is_active(manifest) and slurm_teachers.submit(manifest, cluster) is None
+    row = {"id": "1", "problem": "1+1", "solution": "2", "tokens": [5], "index": 0, "finish": "stop"}
+    traces.write_text(json.dumps(row) + "\n")  # as the job would
+    monkeypatch.setenv("SLURM_JOB_ID", "102")
+    assert TeacherJob(str(manifest.folder))() == 0
+    grown = read(manifest.folder)
+    assert not grown.waiting and [e.folder.split("-")[0] for e in grown.entries] == ["dash", "sft_m"]
+    assert set(fake_slurm.jobs()) == {"101", "102", "103"}
+
+
+def test_what_the_teachers_ask_for_is_looked_at_first(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    plan = plan_of(root, tmp_path / "traces.jsonl", "cluster.memory_gb=999")
+    (entry,) = demands(plan.waiting)
+    assert entry.resources.memory_gb == 999
+    with pytest.raises(UserError, match=r"cluster\.memory_gb: asks for 999 GB .* \(for traces-tiny\)"):
+        launch(plan, root, cluster=cluster_of(plan.actions), wait=False)
+    assert not (root / "sweeps").exists() and not fake_slurm.jobs()
