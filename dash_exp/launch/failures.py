@@ -43,7 +43,7 @@ BY_TEXT = (
     ("nan", r"FloatingPointError"),
     ("verifier", r"every verdict of step \d+ failed"),
     ("node", r"uncorrectable ECC|fallen off the bus|Stale file handle|Input/output error"
-     r"|Transport endpoint is not connected|Bus error"),
+     r"|Transport endpoint is not connected|Bus error|every server is lost"),
     ("nccl", r"NCCL[^\n]*([Ee]rror|[Tt]imeout|[Tt]imed out|[Aa]bort)|nccl\w*Error|DistBackendError"
      r"|DistNetworkError|Watchdog caught collective"
      r"|learner\.ranks: rank \d+ (was|gave|ended|failed|did not|could not)"),

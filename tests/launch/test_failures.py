@@ -35,6 +35,7 @@ TIGHT = "learner.micro_batch_tokens: a micro-batch of the longest samples (9 tok
         (-9, None, "step 3", None, "node"),
         (137, None, "", "FAILED", "node"),
         (1, "OSError: [Errno 116] Stale file handle: 'x'", "", None, "node"),
+        (2, "sampler.restarts: every server is lost: server-0 at http://n1:8000: no token", "", None, "node"),
         (2, LOST_RANK, "", None, "nccl"),
         (1, "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp", "", None, "nccl"),
         (-6, None, "[Rank 1] Watchdog caught collective operation timeout", None, "nccl"),
