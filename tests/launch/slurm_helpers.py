@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,14 @@ class FakeSlurm:
         return [line for line in lines if line.split()[0] == command]
 
 
+@cache
+def _slurm() -> ClusterConfig:
+    return compose(["model=tiny", "cluster=slurm"]).cluster
+
+
 def cluster_of(**settings: Any) -> ClusterConfig:
     """`cluster=slurm` with these settings."""
-    cluster = compose(["model=tiny", "cluster=slurm"]).cluster
+    cluster = copy.deepcopy(_slurm())
     for name, value in settings.items():
         assert hasattr(cluster, name), name
         setattr(cluster, name, value)

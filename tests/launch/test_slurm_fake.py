@@ -1,4 +1,4 @@
-"""SLURM's answers read, sweeps submitted and refused, against a pretended cluster on PATH."""
+"""SLURM's answers read, and sweeps submitted, against a pretended cluster on PATH."""
 
 from __future__ import annotations
 
@@ -15,15 +15,10 @@ from dash_exp.launch import journal, queue, slurm
 from dash_exp.launch.jobs import Plan, PlannedCell, Resources
 from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.queue import JobState
-from dash_exp.launch.slurm_faults import gpus_of, minutes_of
 from dash_exp.record import lock, write_json
 from tests.launch.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up, write_made_up
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]
-
-
-def told(entries: list[slurm.Entry], **settings: object) -> list[str]:
-    return [f"{f.where}: {f.what} | {f.hint}" for f in slurm.faults(entries, cluster_of(**settings))]
 
 
 def rows_of(manifest: Manifest, entry: slurm.Entry, kind: str = "queued") -> list[str]:
@@ -106,108 +101,6 @@ def test_cancel_takes_queued_jobs_back_and_asks_running_ones(fake_slurm: FakeSlu
     assert fake_slurm.calls("scancel")[-1] == "scancel --quiet 7_0 9"
     states = [job["state"] for job in fake_slurm.jobs().values()]
     assert states == ["CANCELLED", "RUNNING", "CANCELLED", "CANCELLED"]
-
-
-# What is refused ----------------------------------------------------------------------------------
-
-
-def test_a_sweep_that_fits_has_no_fault(fake_slurm: FakeSlurm) -> None:
-    two_nodes = Resources(4, 16, 12, 24 * 60, nodes=2, tasks=4)
-    assert told([*made_up(2), *made_up(1, two_nodes, first=10)]) == []
-
-
-def test_no_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    (fault,) = told(made_up(1))
-    assert fault.startswith("cluster: sbatch, srun, squeue, scontrol not found on PATH")
-    assert "cluster=local" in fault
-
-
-def test_a_controller_that_is_down(fake_slurm: FakeSlurm) -> None:
-    fake_slurm.set(silent=["sinfo"])
-    assert told(made_up(1)) == ["cluster: SLURM does not answer | sinfo says more; is its controller up?"]
-
-
-def test_all_unknown_names_at_once_with_the_nearest(fake_slurm: FakeSlurm) -> None:
-    fake_slurm.set(account=["root", "physics"], qos=["normal", "high"])
-    found = told(made_up(1), partition="mian", account="phisics", qos="hihg")
-    assert [fault.split(":")[0] for fault in found] == ["cluster.partition", "cluster.account", "cluster.qos"]
-    for fault, name in zip(found, ["main", "physics", "high"], strict=True):
-        assert f"did you mean {name!r}" in fault
-
-
-def test_what_accounting_does_not_tell_is_no_fault(fake_slurm: FakeSlurm) -> None:
-    fake_slurm.set(silent=["sacctmgr"])
-    assert told(made_up(1), account="any", qos="any") == []
-
-
-def test_an_account_of_others(fake_slurm: FakeSlurm) -> None:
-    fake_slurm.set(account=["root", "physics"])
-    fake_slurm.set(**{"account of mine": ["physics"]})
-    assert told(made_up(1), account="root") == []  # nobody enforces it
-    fake_slurm.set(config={"AccountingStorageEnforce": "associations,limits"})
-    (fault,) = told(made_up(1), account="root")
-    assert fault.startswith("cluster.account: got 'root', which you may not use")
-
-
-def test_more_than_the_partition_has(fake_slurm: FakeSlurm) -> None:
-    """Nodes of `main`: 8 CPUs, 15.6 GB, 2 GPUs. One fault per profile and kind, with how many cells."""
-    large = Resources(gpus=4, cpus=16, memory_gb=32, minutes=3 * 24 * 60)
-    found = told([*made_up(3, large), *made_up(1)])
-    folder = made_up(1, large)[0].folder
-    assert found == [
-        f"cluster.gpus: asks for 4 GPUs of a node (for {folder} and 2 more) | partition main has at most 2",
-        f"cluster.cpus: asks for 16 CPUs of a node (for {folder} and 2 more) | partition main has at most 8",
-        f"cluster.memory_gb: asks for 32 GB of memory of a node (for {folder} and 2 more)"
-        " | partition main has at most 15.62",
-        f"cluster.hours: asks for 72 hours (for {folder} and 2 more)"
-        " | partition main allows 24; a cell goes on in a new job where one ended",
-    ]
-
-
-def test_several_partitions_need_one_that_fits(fake_slurm: FakeSlurm) -> None:
-    """Told is what lacks least."""
-    fake_slurm.set(sinfo=["debug|30:00|1|4|8000|(null)|(null)", "main*|2:00:00|2|8|16000|gpu:2|(null)"])
-    one_gpu = Resources(gpus=1, cpus=1, memory_gb=1, minutes=60)
-    assert told(made_up(1, one_gpu), partition="debug,main") == []
-    found = told(made_up(1, one_gpu), partition="debug")
-    assert [fault.split(":")[0] for fault in found] == ["cluster.gpus", "cluster.hours"]
-    (fault,) = told(made_up(1, replace(one_gpu, gpus=3)), partition="debug,main")
-    assert fault.endswith("partition main has at most 2")
-
-
-def test_no_node_has_all_of_it_or_too_few_do(fake_slurm: FakeSlurm) -> None:
-    fake_slurm.set(sinfo=["p*|infinite|1|64|4000|(null)|(null)", "p*|infinite|1|4|4000|gpu:a100:4(S:0-1)|x"])
-    (fault,) = told(made_up(1, Resources(gpus=1, cpus=32, memory_gb=1, minutes=60)))
-    assert "asks for 1 nodes of 1 GPUs, 32 CPUs and 1 GB each" in fault and "has 0 so large" in fault
-    (fault,) = told(made_up(1, Resources(gpus=8, cpus=8, memory_gb=1, minutes=60, nodes=2, tasks=8)))
-    assert "asks for 2 nodes" in fault and "has 1 so large" in fault
-
-
-def test_memory_that_slurm_was_not_told_is_not_compared(fake_slurm: FakeSlurm) -> None:
-    fake_slurm.set(sinfo=["p*|infinite|1|64|1|(null)|(null)"])
-    assert told(made_up(1, replace(SMALL_JOB, memory_gb=500))) == []
-
-
-def test_features_and_no_default_partition(fake_slurm: FakeSlurm) -> None:
-    assert told(made_up(1), constraint="a100&fast|a100*2") == []
-    (fault,) = told(made_up(1), constraint="a100&fats")
-    assert fault.startswith("cluster.constraint: got 'fats'") and "did you mean 'fast'" in fault
-    fake_slurm.set(sinfo=["p|infinite|1|64|4000|(null)|(null)"])
-    (fault,) = told(made_up(1))
-    assert fault == "cluster.partition: is not set, and this cluster has no default | allowed: p"
-
-
-def test_a_warning_longer_than_the_job(fake_slurm: FakeSlurm) -> None:
-    (fault,) = told(made_up(1, replace(SMALL_JOB, minutes=2)), warning_s=120)
-    assert fault.startswith("cluster.warning_s: got 120 s before the end of jobs of 2 min")
-
-
-def test_limits_and_gpus_as_slurm_writes_them() -> None:
-    assert [minutes_of(t) for t in ("1-02:03:00", "2:00:00", "30:00", "1:30")] == [1563, 120, 30, 1.5]
-    assert minutes_of("infinite") == float("inf")
-    assert [gpus_of(t) for t in ("(null)", "gpu:2", "gpu:0")] == [0, 2, 0]
-    assert gpus_of("gpu:a100:4(S:0-1),gpu:2,shard:8") == 6
 
 
 # What is submitted --------------------------------------------------------------------------------
