@@ -28,7 +28,7 @@ from dash_exp.launch.pool import Relay, Say
 from dash_exp.launch.processes import Locks
 from dash_exp.launch.states import is_stale
 from dash_exp.launch.status import is_moving, watch
-from dash_exp.launch.summary import closing_lines, ended, status_command, table_of
+from dash_exp.launch.summary import closing_lines, counted, ended, status_command, table_of
 from dash_exp.record import CellBusy, read_json
 from dash_exp.terminal import show
 
@@ -122,7 +122,7 @@ def headline(manifest: Manifest, plan: Plan) -> str:
     """What the sweep consists of, and what of it is there already."""
     states = [read_json(manifest.cell(e) / "status.json").get("state") for e in manifest.entries]
     finished = [e for e, state in zip(manifest.entries, states, strict=True) if state == "finished"]
-    facts = [f"{len(manifest.entries)} cells"]
+    facts = [counted(len(manifest.entries), "cell")]
     facts += [f"{len(finished)} finished already"] if finished else []
     code = provenance.code_hash() if finished else ""
     stale = sum(is_stale(manifest.cell(entry), code) for entry in finished)
@@ -158,7 +158,7 @@ def submit(manifest: Manifest, entries: Sequence[Entry], cluster: ClusterConfig,
     from dash_exp.launch import slurm, slurm_teachers
 
     jobs = slurm.submit(manifest, entries, manifest.actions, cluster)
-    say(f"{len(jobs)} jobs queued" + (f": {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else ""))
+    say(f"{counted(len(jobs), 'job')} queued" + (f": {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else ""))
     teacher = slurm_teachers.submit(manifest, cluster)
     if manifest.waiting:
         job = f"job {teacher}" if teacher else "a job that is queued already"

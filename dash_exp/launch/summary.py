@@ -85,7 +85,7 @@ def _change(values: Sequence[float]) -> str:
 def closing_lines(seen: Ended) -> list[str]:
     """Counts, why those failed that did, and where to look."""
     counts = ", ".join(f"{n} {state}" for state, n in sorted(seen.counts.items()) if n)
-    lines = [f"{len(seen.entries) + len(seen.manifest.waiting)} cells: {counts}"]
+    lines = [f"{counted(len(seen.entries) + len(seen.manifest.waiting), 'cell')}: {counts}"]
     if len(seen.entries) > SHOWN_CELLS:
         lines.insert(0, f"... and {len(seen.entries) - SHOWN_CELLS} more")
     broken = [one for one in seen.states if one.state in ("failed", "blocked", "interrupted")]
@@ -97,6 +97,10 @@ def closing_lines(seen: Ended) -> list[str]:
         lines.append(f"  ... and {len(broken) - SHOWN_FAILURES} more")
     place = show(seen.manifest.folder)
     return [*lines, f"sweep   {place}", f"status  {status_command(seen.manifest)}"]
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def status_command(manifest: Manifest) -> str:

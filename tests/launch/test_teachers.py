@@ -40,7 +40,7 @@ def test_traces_are_made_first_and_their_cells_join_the_sweep(
         return said
 
     said = start(expected=0)
-    assert said[0] == "sweep mine: 1 cells, 1 waiting for traces"
+    assert said[0] == "sweep mine: 1 cell, 1 waiting for traces"
     assert traces.stat().st_size > 0
     manifest = read(root / "sweeps" / "mine")
     assert not manifest.waiting and len(manifest.entries) == 2
