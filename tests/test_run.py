@@ -56,16 +56,18 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> str:
     return output
 
 
-def wait_for_steps(folder_of: Any, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(
+    folder_of: Any, count: int, process: subprocess.Popen[str], within_s: float = 90
+) -> None:  # fmt: skip
     """Until the record shows `count` steps."""
-    deadline = time.time() + 90
+    deadline = time.time() + within_s
     while time.time() < deadline:
         folders = list(folder_of.glob("cells/*/steps.jsonl"))
         if folders and len(read_rows(folders[0]).rows) >= count:
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    raise AssertionError("no step in 90 s")
+    raise AssertionError(f"no step in {within_s} s")
 
 
 @pytest.fixture(scope="module")
