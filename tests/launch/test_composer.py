@@ -57,6 +57,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 @example(["learner.lr=2", "learner={lr: 0.25}"])  # what comes later wins
 @example(["learner={lr: 0.25}", "learner.lr=2", "seed=1"])
 @given(command_lines())
+@pytest.mark.long
 def test_every_config_equals_hydras_own(composer: Composer, overrides: list[str]) -> None:
     try:
         expected = compose(overrides)
@@ -129,6 +130,7 @@ def test_what_cannot_be_composed_is_told_and_remembered(composer: Composer) -> N
     assert composer.faults_of("filter.threshold=1") == []
 
 
+@pytest.mark.long
 def test_an_outside_arm_whose_values_are_still_to_come(outside: Path) -> None:
     """It says nothing of `kl`, and its `passes` are null until `mini_batch` is not."""
     ours = (conf_dir() / "algorithm" / "dash.yaml").read_text().splitlines()

@@ -80,6 +80,7 @@ def acts(*each: Row) -> str:
     return json.dumps(each)
 
 
+@pytest.mark.long
 def test_a_sweep_run_twice_at_once_and_again_runs_each_cell_once(sweeps: Sweeps) -> None:
     both = [sweeps.start("seed=0,1,2", PLAY_0=acts({"wait": 1})) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in both]
@@ -214,6 +215,7 @@ def controller(sweeps: Sweeps) -> int | None:
     return Locks.now().holder(sweeps.root / "sweeps" / "mine" / local.LOCK)
 
 
+@pytest.mark.long
 def test_a_detached_controller_takes_orders_and_ends(
     sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -247,6 +249,7 @@ def test_only_the_cells_that_were_named_are_run(sweeps: Sweeps, monkeypatch: pyt
     assert sweeps.starts() == {"dash-s0": 0, "dash-s1": 1}
 
 
+@pytest.mark.long
 def test_a_killed_controller_is_made_good_by_the_next(
     sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

@@ -68,6 +68,7 @@ def in_job(monkeypatch: pytest.MonkeyPatch, fake_slurm: FakeSlurm) -> FakeSlurm:
     return fake_slurm
 
 
+@pytest.mark.long
 def test_a_warned_cell_saves_is_queued_anew_and_goes_on(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, [["algorithm.steps=40", "checkpoint.every=0"]])
     (entry,), folder = sweep.entries, sweep.cell(sweep.entries[0])
