@@ -25,7 +25,7 @@ from tests.test_run import SMALL
 
 SWEEP = ["hydra.launcher.n_jobs=2", "cluster.retries.node=1000", "run.sweep=killed"]
 CONTROLLER_SHARE = 0.15
-STEPS = 240
+STEPS = 160
 """Of a cell: so many that two hundred kills come before the end."""
 KEYS = {
     "steps": ("step",),
@@ -61,7 +61,7 @@ class Killer:
         return found
 
     def strike(self, longest_s: float) -> None:
-        """One kill, at a moment of its own."""
+        """Kill the controller, or some of the cells that run, at a moment of its own."""
         if self.controller.poll() is not None:
             self.controller = self.launch()
         if self.rng.random() < CONTROLLER_SHARE:
@@ -76,10 +76,11 @@ class Killer:
             if self.controller.poll() is not None:
                 return
             time.sleep(0.02)
-        victim = self.rng.choice(self.cells() or [psutil.Process(self.controller.pid)])
-        with suppress(psutil.Error):
-            victim.send_signal(signal.SIGKILL)
-            self.killed["cell"] += 1
+        victims = self.cells()
+        for victim in self.rng.sample(victims, self.rng.randint(min(1, len(victims)), len(victims))):
+            with suppress(psutil.Error):
+                victim.send_signal(signal.SIGKILL)
+                self.killed["cell"] += 1
 
     def finish(self, timeout_s: float) -> int:
         """Leave it in peace."""
