@@ -2,8 +2,8 @@
 
 `play.json` in the folder, or the variable PLAY_<seed>, lists what each start does, the last one again and
 again: `step` (reached), `wait` (seconds; a stopping signal ends it as it ends a step), `say` (printed),
-`tidy` (its checkpoints), `failure` (recorded, and the exit code is 1), `die` (a signal it sends itself;
-`die_late`: once it is finished), `exit` (a code, with nothing recorded).
+`failure` (recorded, and the exit code is 1), `die` (a signal it sends itself; `die_late`: once it is
+finished), `exit` (a code, with nothing recorded).
 `seen.jsonl` tells what it was given.
 """
 
@@ -28,11 +28,18 @@ def play(arguments: list[str]) -> NoReturn:
     try:
         with Recorder(folder) as recorder:
             finished = read_json(folder / "status.json").get("state") == "finished"  # as a real cell looks
-            code = 0 if finished else perform(folder, recorder, arguments[1:])
+            code = tidy(folder) if finished else perform(folder, recorder, arguments[1:])
     except CellBusy:
         code = 4
     sys.stdout.flush()
     os._exit(code)
+
+
+def tidy(folder: Path) -> int:
+    """What is left to do for a finished cell."""
+    for left in folder.glob("checkpoints/*/resume"):
+        shutil.rmtree(left)
+    return 0
 
 
 def acts_of(folder: Path) -> str:
@@ -67,8 +74,6 @@ def perform(folder: Path, recorder: Recorder, actions: list[str]) -> int:
         signal.signal(act["die"], signal.SIG_DFL) if act["die"] != signal.SIGKILL else None
         os.kill(os.getpid(), act["die"])
         time.sleep(10)
-    if "tidy" in act:
-        shutil.rmtree(folder / "checkpoints")
     if "failure" in act:
         recorder.status("failed", step, failure=act["failure"])
         return 1
