@@ -116,6 +116,7 @@ def test_sft_hands_its_weights_on_before_an_evaluation_only(
     assert versions == [2, 4, 6]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overrides", [
     ["algorithm=ppo_mini", "algorithm.mini_batch=16"], ["learner.lora.rank=2"],
     [*SUMS, "algorithm=sft_h", "algorithm.group_size=1"],
@@ -133,6 +134,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, overrides: list[s
     assert differences(whole, folder) == []
 
 
+@pytest.mark.long
 def test_lora_killed_before_its_last_evaluation_evaluates_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def expected(folder: Path) -> set[tuple[str, int, int, float]]:
     return {(k, p.step, p.time_ms, v) for p in final_points(folder) for k, v in p.values.items()}
 
 
+@pytest.mark.long
 def test_it_sends_while_the_run_goes_on_and_hears_no_scheduler(tmp_path: Path) -> None:
     folder, notes = begin(tmp_path), list[str]()
     database = Database(tmp_path / "mlflow.db")

@@ -137,7 +137,7 @@ def model_folder(cell: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("point", range(1, 6))
+@pytest.mark.parametrize("point", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4, 5))])
 def test_killed_at_any_step_and_resumed_equals_undisturbed(whole: Path, tmp_path: Path, point: int) -> None:
     """kill -9 in the middle of training, then the same command."""
     process = start(tmp_path)
@@ -412,6 +412,7 @@ def test_a_damaged_frozen_config_is_a_clear_error(whole: Path, tmp_path: Path) -
     assert main([str(tmp_path)]) == 2
 
 
+@pytest.mark.long
 def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> None:
     process = start(tmp_path, "evaluation.every=1", "algorithm.steps=300", "checkpoint.every=0")
     wait_for_steps(tmp_path, 2, process)

@@ -105,6 +105,7 @@ def test_other_settings_never_go_into_the_same_file(
     assert out.exists() and read_json(tmp_path / "mine.provenance.json")["counts"]["sampled"] == 24
 
 
+@pytest.mark.long
 def test_killed_and_resumed_equals_undisturbed(whole: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of a chunk, and a line torn by it, then the same command."""
     command = [sys.executable, "-m", "dash_exp.traces", *TINY, f"run.dir={tmp_path}"]

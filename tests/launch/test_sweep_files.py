@@ -41,6 +41,7 @@ def test_every_table_and_figure_is_fed() -> None:
     assert wanted <= set(PAPER)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("names", [PAPER, DEMOS], ids=["paper", "demo"])
 def test_all_cells_compose_and_are_sound(names: list[str], tmp_path: Path) -> None:
     """All at once, so that each choice of options is composed once."""
