@@ -32,7 +32,11 @@ def make(records: Records, *, pictures: bool = True) -> Report:
     """Everything that the data allow; without `pictures` the tables only, which is much faster."""
     found = variants(records)
     problems = (*records.problems, *repeated(records, found))
-    made = [*tables.paper_tables(records, found), *more_tables.more_tables(records, found)]
+    made = [
+        *tables.paper_tables(records, found),
+        *tables.recipe_tables(records, found),
+        *more_tables.more_tables(records, found),
+    ]
     told = claims.findings(records, found)
     files: dict[str, bytes] = {}
     for table in made:

@@ -27,10 +27,9 @@ UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A table of the paper: its rows, whether training time is a column, and the row that others are
-    compared with."""
+    """A table: its rows, whether training time is a column, and the row that others are compared with."""
 
-    number: int
+    name: str
     title: str
     task: str
     arms: tuple[str, ...]
@@ -41,15 +40,16 @@ class Wanted:
 ABLATION = ("base", "grpo", "no_gf", "dash")
 SAVED = "What preemptive sampling and the filter save"
 AGAINST_SFT = "RL against supervised fine-tuning"
+REUSE = "Reusing samples, at equal training time"
 PAPER_TABLES = (
-    Wanted(1, f"{AGAINST_SFT}, math", MATH, ("base", "sft_h", "sft_m", "dash"), False, "base"),
-    Wanted(2, f"{AGAINST_SFT}, code", CODE, ("base", "sft_h", "dash"), False, "base"),
-    Wanted(3, f"{SAVED}, math", MATH, ABLATION, True, "grpo"),
-    Wanted(4, f"{SAVED}, code", CODE, ABLATION, True, "grpo"),
     Wanted(
-        5, "Reusing samples, at equal training time", MATH, ("dash", "ppo_multi", "ppo_mini"), False, "dash"
+        "table1", f"Table 1. {AGAINST_SFT}, math", MATH, ("base", "sft_h", "sft_m", "dash"), False, "base"
     ),
-    Wanted(6, "Without KL regularisation", MATH, ("dash", "no_kl"), True, "dash"),
+    Wanted("table2", f"Table 2. {AGAINST_SFT}, code", CODE, ("base", "sft_h", "dash"), False, "base"),
+    Wanted("table3", f"Table 3. {SAVED}, math", MATH, ABLATION, True, "grpo"),
+    Wanted("table4", f"Table 4. {SAVED}, code", CODE, ABLATION, True, "grpo"),
+    Wanted("table5", f"Table 5. {REUSE}", MATH, ("dash", "ppo_multi", "ppo_mini"), False, "dash"),
+    Wanted("table6", "Table 6. Without KL regularisation", MATH, ("dash", "no_kl"), True, "dash"),
 )
 
 
@@ -71,6 +71,21 @@ def paper_tables(records: Records, variants: Sequence[Variant]) -> list[Table]:
     return made
 
 
+def recipe_tables(records: Records, variants: Sequence[Variant]) -> list[Table]:
+    """Accuracy and training time of everything there is, once per training set: arms of no table of the
+    paper, and variants of its arms, are compared with DASH here (else with the first that was trained)."""
+    made = []
+    for data in dict.fromkeys(v.data for v in variants):
+        rows = [v for v in variants if v.data == data]
+        arms = tuple(dict.fromkeys(v.arm for v in rows if v.arm != "base"))
+        if len([v for v in rows if v.arm != "base"]) >= 2:
+            baseline = "dash" if "dash" in arms else arms[0]
+            task = task_of(records, rows[0])
+            wanted = Wanted("recipes", "All recipes", task, ("base", *arms), True, baseline)
+            made.append(paper_table(records, wanted, data, rows))
+    return made
+
+
 def paper_table(records: Records, wanted: Wanted, data: str, rows: Sequence[Variant]) -> Table:
     """One table: methods down, models and metrics across."""
     models = list(dict.fromkeys(v.model for v in rows))
@@ -88,7 +103,7 @@ def paper_table(records: Records, wanted: Wanted, data: str, rows: Sequence[Vari
     twin = "" if data in PAPER_DATA else f" (twin on {data})"
     names = [c for v in rows for c in v.cells]
     return Table(
-        f"table{wanted.number}-{data}", f"Table {wanted.number}. {wanted.title}{twin}",
+        f"{wanted.name}-{data}", f"{wanted.title}{twin}",
         _caption(wanted, data), tuple(columns), _with_holm(shown), tuple(dict.fromkeys(notes)), tuple(names),
     )  # fmt: skip
 
@@ -103,9 +118,10 @@ def _labels(wanted: Wanted, rows: Sequence[Variant]) -> dict[str, list[Variant]]
 
 
 def _caption(wanted: Wanted, data: str) -> str:
+    baseline = ARMS.get(wanted.baseline, wanted.baseline)
     text = (
         "Accuracy in percent with a 95 % interval (prompts and, from three runs on, seeds resampled); n is "
-        f"seeds x prompts. Differences are to {ARMS[wanted.baseline]}, paired by seed and prompt."
+        f"seeds x prompts. Differences are to {baseline}, paired by seed and prompt."
     )
     if wanted.timed:
         text += (
@@ -174,7 +190,10 @@ def _metric(
     if "Base" in own and own["Base"] is None and trained:
         found["Base"] = before_training(records, trained, dataset)
     value = value_of(metric)
-    base_label = next((name for name, v in own.items() if (v.arm if v else "base") == wanted.baseline), None)
+    several = [n for n, v in own.items() if (v.arm if v else "base") == wanted.baseline]
+    base_label = several[0] if several else None
+    if len(several) > 1:
+        notes.append(f"of {len(several)} rows that differences could be to, they are to {base_label}")
     entries = {}
     for label, variant in own.items():
         scores = found.get(label)

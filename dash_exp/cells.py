@@ -61,6 +61,8 @@ def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
     hashed = {k: v for k, v in identity.items() if k != "hardware" or v is not None}
     # a key that came later changes no id where it stands for what was done before it
     hashed["learner"] = {k: v for k, v in hashed["learner"].items() if (k, v) != ("sharding", "none")}
+    if hashed["algorithm"]["source"] != "traces":  # who reads none is the same cell before they are made
+        hashed["dataset"] = {**hashed["dataset"], "traces": None}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     mixed = frozen["dataset"]["mix"]
     data = "+".join([frozen["dataset"]["name"], *(mixed[label]["name"] for label in sorted(mixed))])

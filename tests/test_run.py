@@ -250,6 +250,11 @@ def test_equal_cells_share_a_folder_wherever_the_data_lie(tmp_path: Path) -> Non
     assert ids[0] == ids[1] != ids[2]
     actions = compose([*SMALL, "run.dir=elsewhere", "run.force=true", "cluster.threads=1"])
     assert make_cell(actions, tmp_path / "cache").id == make_cell(compose(SMALL), tmp_path / "cache").id
+    unread = tmp_path / "traces.jsonl"  # named, but only sft_m reads it
+    named = [make_cell(compose([*SMALL, f"dataset.traces={unread}"]), tmp_path / "cache").id]
+    unread.write_text('{"id": "1", "solution": "2"}\n')
+    named.append(make_cell(compose([*SMALL, f"dataset.traces={unread}"]), tmp_path / "cache").id)
+    assert set(named) == {make_cell(compose(SMALL), tmp_path / "cache").id}
     other = compose([*SMALL, "learner.lr=2e-3"])
     assert make_cell(other, tmp_path / "cache").id != make_cell(compose(SMALL), tmp_path / "cache").id
 

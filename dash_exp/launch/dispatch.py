@@ -26,7 +26,7 @@ from dash_exp.launch.jobs import Plan
 from dash_exp.launch.manifest import SWEEP_NAME, Entry, Manifest
 from dash_exp.launch.pool import Relay, Say
 from dash_exp.launch.processes import Locks
-from dash_exp.launch.states import is_stale
+from dash_exp.launch.states import ACTIVE, is_stale
 from dash_exp.launch.status import is_moving, watch
 from dash_exp.launch.summary import closing_lines, counted, ended, status_command, table_of
 from dash_exp.record import CellBusy, read_json
@@ -85,11 +85,8 @@ def prepare(
 ) -> Manifest:  # fmt: skip
     """Everything before the first cell starts. Raises UserError with nothing written where something is
     wrong, or where the disk does not take it."""
-    if cluster.name == "slurm":
-        from dash_exp.launch import slurm, slurm_teachers
-
-        if faults := slurm.faults((*slurm.entries_of(plan), *slurm_teachers.demands(plan.waiting)), cluster):
-            raise UserError(faults)
+    if faults := refusals(plan, root, cluster, force):
+        raise UserError(faults)
     try:
         manifest = manifests.write(plan, root)
         if force:
@@ -100,6 +97,16 @@ def prepare(
     say(headline(manifest, plan))
     prepare_tracking(manifest)
     return manifest
+
+
+def refusals(plan: Plan, root: Path, cluster: ClusterConfig, force: bool) -> list[Fault]:
+    """What SLURM would not take of a plan; of a finished cell only where it is to be run again."""
+    if cluster.name != "slurm":
+        return []
+    from dash_exp.launch import slurm, slurm_teachers
+
+    asking = slurm.entries_of(plan) if force else slurm.open_entries(plan, root)
+    return slurm.faults((*asking, *slurm_teachers.demands(plan.waiting)), cluster)
 
 
 def archive_all(folders: Sequence[Path]) -> None:
@@ -144,13 +151,14 @@ def prepare_tracking(manifest: Manifest) -> None:
 
 
 def ask_again(manifest: Manifest, entries: Sequence[Entry]) -> None:
-    """Who launches a sweep asks for another start of what failed or was cancelled: budgets count anew."""
-    locks = Locks.now()
+    """Who launches a sweep asks for another start of what failed or was cancelled: budgets count anew. Not
+    of what runs or is queued, here or elsewhere."""
+    active = {one.entry.id for one in watch(manifest).cells if one.cell.state in ACTIVE}
     for entry in local.unfinished(manifest, entries):
         folder = manifest.cell(entry)
         rows = journal.since_retry(journal.read(folder))
         ended_badly = any(row["kind"] == "end" and row.get("failure_class") for row in rows)
-        if (ended_badly or is_cancelled(rows)) and locks.holder(folder / ".lock") is None:
+        if (ended_badly or is_cancelled(rows)) and entry.id not in active:
             journal.note(folder, "retry")
 
 

@@ -14,7 +14,7 @@ from dash_exp.compose import compose
 from dash_exp.config import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch.actions import cluster_of, part_of_machine
-from dash_exp.launch.dispatch import launch
+from dash_exp.launch.dispatch import launch, refusals
 from dash_exp.launch.estimate import LOADER
 from dash_exp.launch.expand import key_of
 from dash_exp.launch.jobs import Plan, PlannedCell
@@ -140,7 +140,7 @@ def scripts(order: Order) -> tuple[list[str], list[Fault]]:
         return [], []
     from dash_exp.launch import slurm
 
-    faults = slurm.faults(slurm.entries_of(order.plan), order.cluster)
+    faults = refusals(order.plan, order.root, order.cluster, order.force)
     return slurm.sbatch_text(order.plan, order.root, order.cluster), faults
 
 

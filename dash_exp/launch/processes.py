@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import time
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 TABLE = Path("/proc/locks")
 HERE = platform.node()
 """This machine's name, as records have it."""
+STARTING_LOOKS, STARTING_S = 20, 0.005
+"""For a process whose command line is empty: for an instant while it starts, always for the kernel's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,15 @@ def is_alive(pid: int) -> bool:
 
 def runs(pid: int, word: str) -> bool:
     """Whether a live process has this word in its command line: ids are given away anew."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return not TABLE.exists() and is_alive(pid)
-    return word.encode() in command
+    for _ in range(STARTING_LOOKS):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return not TABLE.exists() and is_alive(pid)
+        if command or not is_alive(pid):
+            return word.encode() in command
+        time.sleep(STARTING_S)  # it has just been started: its line is not there yet
+    return False
 
 
 def ask_to_end(pid: int, word: str) -> bool:

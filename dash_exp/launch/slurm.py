@@ -28,7 +28,7 @@ from dash_exp.launch.slurm_faults import faults, largest_array
 from dash_exp.launch.slurm_job import SlurmJob
 from dash_exp.record import read_json
 
-__all__ = ["entries_of", "faults", "sbatch_text", "submit"]
+__all__ = ["entries_of", "faults", "open_entries", "sbatch_text", "submit"]
 
 JOBS = "jobs"
 """Folder of scripts, pickles and logs, below the sweep's."""
@@ -196,6 +196,12 @@ def entries_of(plan: Plan) -> tuple[Entry, ...]:
     return tuple(Entry(c.id, c.folder_name, c.overrides, c.resources, c.needs) for c in plan.cells)
 
 
+def open_entries(plan: Plan, root: Path) -> tuple[Entry, ...]:
+    """Those that are not finished: what a finished cell once asked for is no matter any more."""
+    pool = root / "cells"
+    return tuple(entry for entry in entries_of(plan) if not _is_finished(pool / entry.folder))
+
+
 def sbatch_text(plan: Plan, root: Path, cluster: ClusterConfig) -> list[str]:
     """For a dry run: the script of every array that launching this plan now would submit. Jobs that have no
     id yet are called by the cell they run; where SLURM does not answer, no cell is taken to be queued."""
@@ -203,8 +209,7 @@ def sbatch_text(plan: Plan, root: Path, cluster: ClusterConfig) -> list[str]:
     manifest = Manifest(plan.name, folder, root, entries, plan.waiting, plan.actions, {}, 0.0)
     found = look(manifest, entries)
     if found is None:
-        unfinished = [entry for entry in entries if not _is_finished(manifest.cell(entry))]
-        found = Queue(tuple(unfinished), {})
+        found = Queue(open_entries(plan, root), {})
     names = {entry.id: f"<{entry.folder}>" for entry in entries} | dict(found.jobs)
     arrays = plan_arrays(plan.name, found.todo, cluster, largest_array(), found.waited_for())
     texts = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dash_exp.launch.failures import BY_SCHEDULER
 from dash_exp.launch.queue import JobState
 from dash_exp.record import Row
 from dash_exp.terminal import seconds_text
@@ -18,11 +19,6 @@ its own steps, and never sooner than that; before its first step it builds and e
 LOST = ("preemption", "timeout", "node")
 """Failure classes that are no failure of the cell: it was taken its machine."""
 BLOCKED_EXIT = 3
-ENDED_BY = {
-    "OUT_OF_MEMORY": "out_of_memory", "TIMEOUT": "timeout", "DEADLINE": "timeout", "PREEMPTED": "preemption",
-    "NODE_FAIL": "node", "BOOT_FAIL": "node",
-}  # fmt: skip
-"""SLURM's words for ends that leave no word of the cell's own, as failure classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +130,7 @@ def _died(seen: Evidence) -> Verdict:
         return Verdict("cancelled")
     word = seen.job.word if seen.job else None
     if not end:
-        kind = ENDED_BY.get(word or "")
+        kind = BY_SCHEDULER.get(word or "")
         where = f" on {seen.host}" if seen.host and not seen.here else ""
         silent = f", silent for {seconds_text(seen.silent_s)}" if seen.silent_s is not None else ""
         note = f"job {seen.job_id}: {word}" if kind else f"died{where} without a word{silent}"

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from analysis import quantities
 from analysis.__main__ import main
@@ -75,6 +76,30 @@ def test_a_table_by_hand(report: Report) -> None:
     assert float(accuracy["delta"]) == pytest.approx(100 * 4 / PROMPTS)
     base = row_of(text, "Base", "arithmetic")
     assert float(base["value"]) == pytest.approx(25.0)
+
+
+def test_every_recipe_is_in_a_table(outputs: Path) -> None:
+    """RLOO, and DASH at another threshold, are in no table of the paper."""
+    make_cell(outputs, "rloo-smollm2_135m-arithmetic-s0-f0000001", config("rloo", 0), after=verdicts(20))
+    make_cell(outputs, "dash-smollm2_135m-arithmetic-s0-f0000000", config("dash", 0, filter__threshold=0.6),
+              after=verdicts(24))  # fmt: skip
+    report = make(load([outputs]), pictures=False)
+    text = report.files["tables/recipes-arithmetic.csv"].decode()
+    assert float(row_of(text, "RLOO", "arithmetic")["value"]) == pytest.approx(50.0)
+    second = row_of(text, "DASH (threshold 0.6)", "arithmetic")
+    assert float(second["delta"]) == pytest.approx(100 * (24 - 30) / PROMPTS)  # to the first DASH, same seed
+    table = next(t for t in report.tables if t.id == "recipes-arithmetic")
+    assert any("DASH (threshold 0.1)" in note for note in table.notes)
+
+
+def test_what_sweeps_feed_is_made(report: Report) -> None:
+    """A sweep names tables and figures that there are; these two arms make some of them."""
+    named = {feed for path in (REPOSITORY / "sweeps").glob("*.yaml")
+             for feed in yaml.safe_load(path.read_text())["feeds"]}  # fmt: skip
+    known = {f"table_{n}" for n in range(1, 7)} | {f"figure_{n}" for n in range(1, 7)}
+    assert named <= known | {"table_recipes", "table_state"}
+    made = {t.id.partition("-")[0] for t in report.tables}
+    assert {"table3", "recipes", "state"} <= made
 
 
 def test_claims_are_decided_by_intervals(outputs: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,9 @@ def rewrite(folder: Path, **more: Any) -> None:
 
 
 @contextmanager
-def held_by_a_process(folder: Path, step: int = 3) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs the cell, until it is told to end."""
-    command = [sys.executable, "-c", HOLDER, str(folder), str(step), "dash_exp.cell"]
+def running(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A process that says `running` once it is, and is ended with this context; it looks like a cell's."""
+    command = [sys.executable, "-c", script, *map(str, arguments), "dash_exp.cell"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "running\n"
@@ -109,6 +109,11 @@ def held_by_a_process(folder: Path, step: int = 3) -> Iterator[subprocess.Popen[
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def held_by_a_process(folder: Path, step: int = 3) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A process that runs the cell, until it is told to end."""
+    return running(HOLDER, folder, step)
 
 
 def command(*words: object) -> int:

@@ -12,6 +12,7 @@ import pytest
 from dash_exp.cells import Cell
 from dash_exp.errors import UserError
 from dash_exp.launch import journal, queue, slurm
+from dash_exp.launch.dispatch import ask_again, refusals
 from dash_exp.launch.jobs import Plan, PlannedCell, Resources
 from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.queue import JobState
@@ -176,6 +177,40 @@ def test_what_is_finished_or_runs_here_is_not_queued(fake_slurm: FakeSlurm, tmp_
     assert slurm.submit(sweep, entries, [], cluster_of()) == ["101"]
     assert rows_of(sweep, entries[2]) == ["101"]
     os.close(descriptor)
+
+
+def test_what_a_finished_cell_once_asked_for_refuses_nothing(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    small, huge = made_up(2)
+    sweep = write_made_up(tmp_path, [small, huge])
+    asking = replace(huge.resources, memory_gb=10_000)
+    cells = [
+        PlannedCell(Cell(e.id, e.folder.removesuffix(f"-{e.id}"), {}, ""), (), r)
+        for e, r in ((small, small.resources), (huge, asking))
+    ]
+    plan = Plan(sweep.name, tuple(cells))
+    (fault,) = refusals(plan, tmp_path, cluster_of(), force=False)
+    assert "10000 GB" in str(fault) or "10,000 GB" in str(fault)
+    write_json(sweep.cell(huge) / "status.json", {"state": "finished"})
+    assert refusals(plan, tmp_path, cluster_of(), force=False) == []
+    assert len(refusals(plan, tmp_path, cluster_of(), force=True)) == 1
+
+
+def test_a_launch_gives_no_new_budget_to_what_runs_elsewhere(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    running, failed = made_up(2)
+    sweep = write_made_up(tmp_path, [running, failed])
+    (job,) = slurm.submit(sweep, [running], [], cluster_of())
+    for entry in (running, failed):
+        journal.note(sweep.cell(entry), "end", exit=1, failure_class="unknown", step=0)
+    journal.note(sweep.cell(running), "start", host="another", pid=1, job=job)
+    fake_slurm.change(job, state="RUNNING")
+    said = {"state": "failed", "attempt": 1, "step": 0, "heartbeat": 0}
+    write_json(sweep.cell(failed) / "status.json", said)
+    ask_again(sweep, [running, failed])
+    assert [kind_of_last(sweep, entry) for entry in (running, failed)] == ["start", "retry"]
+
+
+def kind_of_last(manifest: Manifest, entry: slurm.Entry) -> str:
+    return str(journal.read(manifest.cell(entry))[-1]["kind"])
 
 
 def test_two_launches_at_once_queue_every_cell_once(fake_slurm: FakeSlurm, tmp_path: Path) -> None:

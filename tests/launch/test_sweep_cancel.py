@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,6 @@ from dash_exp.launch.processes import is_alive
 from dash_exp.launch.states import CellState
 from dash_exp.launch.status import watch
 from dash_exp.record import read_final, read_json
-from tests.conftest import REPOSITORY
 from tests.launch.slurm_helpers import FakeSlurm
 from tests.launch.sweep_fixtures import (
     Capture,
@@ -31,12 +28,14 @@ from tests.launch.sweep_fixtures import (
     held_by_a_process,
     ran,
     refused,
+    running,
     states,
     sweep_of,
     write_yaml,
 )
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]
+pytestmark = pytest.mark.usefixtures("eighty_columns")
 
 STUBBORN = """
 import signal, sys, time
@@ -56,29 +55,8 @@ print(len(asked), flush=True)
 """A cell whose step goes on for a second, and that counts how often it is asked to end."""
 
 
-@pytest.fixture(autouse=True)
-def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "outputs"
-
-
-@contextmanager
-def stubborn(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUBBORN, str(folder), "dash_exp.cell"], cwd=REPOSITORY,
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "running\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+def stubborn(folder: Path) -> AbstractContextManager[subprocess.Popen[str]]:
+    return running(STUBBORN, folder)
 
 
 def ids(manifest: Manifest) -> set[str]:

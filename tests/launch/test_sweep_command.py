@@ -32,16 +32,7 @@ from tests.launch.sweep_fixtures import (
 )
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]
-
-
-@pytest.fixture(autouse=True)
-def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "outputs"
+pytestmark = pytest.mark.usefixtures("eighty_columns")
 
 
 def test_help_names_every_command(capsys: Capture) -> None:
