@@ -6,7 +6,7 @@
           composer, drafts, pairing, resources, settings, hardware, told                           │
                                                                                                    ▼
     here:   local (controller) ─► pool ─► worker ─► python -m dash_exp.cell <folder>  ◄─ slurm_job ◄─ slurm
-                 teachers, shares, failures, endings                   slurm_arrays, slurm_faults, slurm_teachers
+                 teachers, shares, failures, endings               slurm_arrays, slurm_faults, slurm_teachers
                                                      │ records, journal
                                                      ▼
     sweep:  commands ─► planning, preview, estimate │ watching ─ status ─ states ─ verdict │ cancel, lookup
