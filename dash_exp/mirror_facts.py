@@ -124,7 +124,7 @@ def state_of(folder: Path, status: Row, provenance: Row, gone: int | None = None
         silent = time.time() - float(status.get("heartbeat", 0.0))
         return "interrupted" if silent > QUIET_ELSEWHERE_S else "running"
     table = Locks.now()
-    return "running" if not table.holders or table.holder(folder / ".lock") else "interrupted"
+    return "running" if not table.known or table.holder(folder / ".lock") else "interrupted"
 
 
 def tags_of(

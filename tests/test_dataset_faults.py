@@ -247,6 +247,6 @@ def test_traces_are_known_by_what_they_hold(config: Config, tmp_path: Path) -> N
     for name, content in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).write_text(content)
         one = copy.deepcopy(config)
-        one.dataset.traces = str(tmp_path / name)
+        one.algorithm.source, one.dataset.traces = "traces", str(tmp_path / name)
         ids.add(make_cell(one, tmp_path / "cache").id)
     assert len(ids) == 2
