@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from dash_exp.compose import find_faults
 from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.launch.expand import Axis, Block, Combination, chosen_of, key_of, override_of
 
@@ -97,8 +98,8 @@ class Reader:
         spec = Spec(self.path.stem, texts["claim"], texts["question"], self._feeds(value.get("feeds")),
                     overrides, seeds, blocks, self._flag("times", value.get("times", False)),
                     self._traces(value.get("traces")), self.path)  # fmt: skip
-        if self.faults:
-            raise UserError(self.faults)
+        if self.faults:  # planning would find what else is wrong, but it is not come to
+            raise UserError([*self.faults, *faults_of_each(spec)])
         return spec
 
     def _fault(self, place: str, what: str, hint: str = "") -> None:
@@ -245,6 +246,14 @@ class Reader:
         empty = not any(True for seed in seeds for _ in chosen_of(block, seed))
         if empty and len(self.faults) == before:
             self._fault(place, "has no cells: all of its combinations are excluded")
+
+
+def faults_of_each(spec: Spec) -> list[Fault]:
+    """What is wrong with the keys and options of a sweep, each taken alone."""
+    chosen = (text for block in spec.blocks for axis in block.axes for texts in axis for text in texts)
+    added = (text for block in spec.blocks for texts in block.include for text in texts)
+    texts = dict.fromkeys((*spec.overrides, *chosen, *added))
+    return list(dict.fromkeys(fault for text in texts for fault in find_faults([text], checked=False)))
 
 
 class UniqueKeys(yaml.SafeLoader):

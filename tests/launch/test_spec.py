@@ -77,9 +77,10 @@ grid:
   - a: [1, 2]
     exclude: [{aa: 1}, {a: 3}, {}]
   - [x]
+  - model: [tinny]
 """,
     )
-    assert told.startswith("dash_exp: 15 problems")
+    assert told.startswith("dash_exp: 17 problems")  # with those of keys and options, which nothing hides
     for expected in (
         "/mine.yaml: claims: unknown key\n    did you mean 'claim'?", "claim: is missing", "got 'tabel_3'",
         "times: got 'maybe', expected true or false", "seeds: got [0, 0], which names one twice",
@@ -89,7 +90,8 @@ grid:
         "grid[1].zip[1]: got 5, expected a mapping",
         "grid[2].exclude[0].aa: is no axis of this block\n    did you mean 'a'?",
         "grid[2].exclude[2]: is empty", "grid[2].exclude[1].a: got 3\n    allowed: 1, 2",
-        "grid[3]: got ['x'], expected a mapping",
+        "grid[3]: got ['x'], expected a mapping", "\n  a: unknown key",
+        "model: unknown option 'tinny'\n    did you mean 'tiny'?",
     ):  # fmt: skip
         assert expected in told, expected
 
