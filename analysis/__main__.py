@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("report"), help="where the report goes (report)")
     made.add_argument("--check", action="store_true",
                       help="write nothing: do the tables in --out still follow from the data?")  # fmt: skip
+    made.add_argument("--metric", action="append", default=[], metavar="NAME",
+                      help="draw this metric of steps.jsonl too (kl/mean, ...); may be given again")  # fmt: skip
     return made
 
 
@@ -46,7 +48,7 @@ def build(options: argparse.Namespace) -> int:
     from analysis.make import differences, make, write
 
     records = load(options.places, options.out / ".cache" if options.out.is_dir() else None)
-    report = make(records, pictures=not options.check)
+    report = make(records, pictures=not options.check, metrics=options.metric)
     if options.check:
         wrong = differences(report, options.out)
         print("\n".join(wrong) or f"{options.out}: every table follows from the data")

@@ -25,6 +25,7 @@ from analysis.load import Records
 from analysis.table import scaled
 from analysis.tables import MODEL_NAMES, before_training
 from analysis.variants import Variant
+from dash_exp.errors import Fault, UserError, nearest
 
 WATCHED = {
     "filter/kept_share": "kept share of completions",
@@ -159,6 +160,51 @@ def watched(records: Records, variants: Sequence[Variant]) -> list[Picture]:
                     drawn, tuple(c for v in own for c in v.cells))
         )  # fmt: skip
     return made
+
+
+def known(records: Records, metrics: Sequence[str]) -> None:
+    """Raises UserError for every metric that no step of any cell has."""
+    have = [name for name in metrics_of(records) if records.steps[name].notna().any()]
+    faults = [
+        Fault(f"--metric {name}", "no cell has this metric", nearest(name, have))
+        for name in metrics
+        if name not in have
+    ]
+    if faults:
+        raise UserError(faults, "nothing was made")
+
+
+def metrics_of(records: Records) -> list[str]:
+    """What can be drawn: numbers by step."""
+    numbers = records.steps.select_dtypes("number").columns
+    return sorted(name for name in numbers if "/" in str(name))
+
+
+def asked(records: Records, variants: Sequence[Variant], metrics: Sequence[str]) -> list[Picture]:
+    """Metrics that were asked for by name, by step."""
+    made = []
+    for metric in dict.fromkeys(metrics):
+        for model, data in places_of(variants):
+            own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
+            rows = [v for v in own if _has(records, v, metric)]
+            if not rows:
+                continue
+            without = [v.label for v in own if v not in rows]
+            drawn, (axis,) = style.figure(height=2.8)
+            draw_curves(records, axis, rows, metric_curve(metric), metric)
+            axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+            band = f"Mean over seeds, moving mean of {SMOOTH} steps; band: the range of the seeds."
+            lacking = f" Without it: {', '.join(without)}." if without else ""
+            made.append(
+                Picture(f"metric-{metric.replace('/', '-')}-{model}-{data}", metric,
+                        band + lacking, drawn, cells_of(rows))
+            )  # fmt: skip
+    return made
+
+
+def _has(records: Records, variant: Variant, metric: str) -> bool:
+    rows = records.steps[records.steps["cell"].isin(variant.cells)]
+    return bool(rows[metric].notna().any())
 
 
 def accuracy_against_cost(records: Records, variants: Sequence[Variant]) -> list[Picture]:

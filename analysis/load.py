@@ -26,6 +26,8 @@ from dash_exp.record import Row, read_json, read_rows
 FACTS = ("id", "folder", "sweeps", "arm", "model", "data", "seed", "state", "failure", "step", "steps",
          "hardware", "commit", "code_hash", "requeues", "started")  # fmt: skip
 
+REWARD = "reward/mean"
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -119,8 +121,24 @@ def load(places: Sequence[Path], cache: Path | None = None) -> Records:
     if cache is not None:
         known.write(cache, whole)
     cells = pd.DataFrame(facts).set_index("cell")
+    problems += _no_numbers(whole["steps"])
     steps, evals = (whole[name].drop(columns="folder", errors="ignore") for name in ("steps", "evals"))
     return Records(cells, steps, evals, tuple(problems))
+
+
+def _no_numbers(steps: pd.DataFrame) -> list[Problem]:
+    """Runs whose reward is no number at some steps, though it is one at others: gaps."""
+    if REWARD not in steps:
+        return []
+    gaps = steps[REWARD].isna().groupby(steps["cell"], observed=True)
+    found = gaps.agg(["sum", "size"])
+    broken = found[(found["sum"] > 0) & (found["sum"] < found["size"])]
+    first = steps.loc[steps[REWARD].isna()].groupby("cell", observed=True)["step"].min()
+    return [
+        Problem(str(cell), f"{REWARD} is no number at {row['sum']} of {row['size']} steps, first at step "
+                f"{first[cell]}; left out of curves")
+        for cell, row in broken.iterrows()
+    ]  # fmt: skip
 
 
 def _together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
@@ -211,9 +229,10 @@ def final_rows(table: pd.DataFrame, end: float) -> pd.DataFrame:
 
 
 def scores_of(folder: Path, dataset: str, step: int) -> pd.DataFrame:
-    """What each prompt of an evaluation was worth: columns prompt, score (mean verdict), correct, n."""
-    rows = [r for r in read_rows(folder / "eval_samples.jsonl").rows
-            if r["dataset"] == dataset and r["step"] == step]  # fmt: skip
+    """What each prompt of an evaluation was worth: columns prompt, score (mean verdict), correct, n.
+    `attrs["torn"]`: lines of the file that could not be read."""
+    read = read_rows(folder / "eval_samples.jsonl")
+    rows = [r for r in read.rows if r["dataset"] == dataset and r["step"] == step]
     newest = max((r["attempt"] for r in rows), default=0)
     found = []
     for row in (r for r in rows if r["attempt"] == newest):
@@ -222,4 +241,6 @@ def scores_of(folder: Path, dataset: str, step: int) -> pd.DataFrame:
             correct = sum(outcome == "correct" for _, outcome in judged)
             score = sum(s for s, _ in judged) / len(judged)
             found.append({"prompt": row["prompt"], "score": score, "correct": correct, "n": len(judged)})
-    return pd.DataFrame(found, columns=["prompt", "score", "correct", "n"])
+    table = pd.DataFrame(found, columns=["prompt", "score", "correct", "n"])
+    table.attrs["torn"] = read.torn
+    return table

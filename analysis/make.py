@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from analysis import claims, curves, figures, more_tables, render, style, tables, timeline, trace
+from analysis.estimates import NOTHING
 from analysis.load import Problem, Records
+from analysis.more_tables import NOT_JUDGED
+from analysis.quantities import NONE_FINISHED
 from analysis.report import page
 from analysis.table import Table
+from analysis.tables import NOT_TRAINED
 from analysis.variants import Variant, repeated, variants
 
 DRAWERS: tuple[Callable[[Records, Sequence[Variant]], list[figures.Picture]], ...] = (
     figures.time_bars, timeline.delivery, figures.filter_effect, figures.reuse, curves.pass_at_k,
     figures.without_kl, curves.accuracy_against_cost, curves.phases, curves.watched,
 )  # fmt: skip
+EXPECTED = ("", NOTHING.note, NOT_TRAINED, NONE_FINISHED, NOT_JUDGED)
+"""Reasons for a missing number that leave nothing out, or are told of the cell already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +36,18 @@ class Report:
     findings: tuple[claims.Finding, ...]
 
 
-def make(records: Records, *, pictures: bool = True) -> Report:
-    """Everything that the data allow; without `pictures` the tables only, which is much faster."""
+def make(records: Records, *, pictures: bool = True, metrics: Sequence[str] = ()) -> Report:
+    """Everything that the data allow; without `pictures` the tables only, which is much faster. `metrics`:
+    of steps, drawn beside the rest. Raises UserError for one that no cell has."""
     found = variants(records)
-    problems = (*records.problems, *repeated(records, found))
+    curves.known(records, metrics)
     made = [
         *tables.paper_tables(records, found),
         *tables.recipe_tables(records, found),
         *more_tables.more_tables(records, found),
     ]
     told = claims.findings(records, found)
+    problems = (*records.problems, *repeated(records, found), *missing(made))
     files: dict[str, bytes] = {}
     for table in made:
         forms = {"md": render.markdown(table), "tex": render.latex(table), "csv": render.as_csv(table)}
@@ -47,7 +57,7 @@ def make(records: Records, *, pictures: bool = True) -> Report:
         files[f"tables/{table.id}.json"] = trace.sidecar(records, table.title, table.cells, own).encode()
     images: list[tuple[figures.Picture, bytes]] = []
     with style.applied():
-        for draw in DRAWERS if pictures else ():
+        for draw in (*DRAWERS, partial(curves.asked, metrics=metrics)) if pictures else ():
             for picture in draw(records, found):
                 stem = f"figures/{picture.id}"
                 own = {f"{stem}.pdf": style.pdf(picture.drawn), f"{stem}.png": style.png(picture.drawn)}
@@ -58,6 +68,18 @@ def make(records: Records, *, pictures: bool = True) -> Report:
     if pictures:
         files["report.html"] = page(records, found, made, images, told, problems).encode()
     return Report(files, problems, tuple(made), tuple(told))
+
+
+def missing(tables: Sequence[Table]) -> list[Problem]:
+    """Numbers that a table could not give, by their reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for table in tables:
+        for label, entries in table.rows:
+            for column, entry in zip(table.columns, entries, strict=True):
+                note = entry.estimate.note
+                if math.isnan(entry.estimate.value) and note not in EXPECTED:
+                    found.setdefault((f"{table.id}, {column.heading}", note), []).append(label)
+    return [Problem(where, f"NA for {', '.join(labels)}: {why}") for (where, why), labels in found.items()]
 
 
 def write(report: Report, folder: Path) -> None:

@@ -23,6 +23,7 @@ COUNTS = {
     "tokens/backpropagated": "backpropagated",
     "tokens/dropped_by_filter": "dropped by filter",
 }
+NOT_JUDGED = "shown, not judged"
 STATES = ("finished", "running", "pending", "blocked", "interrupted", "failed", "cancelled")
 
 
@@ -148,7 +149,7 @@ def outcome_table(records: Records, own: Sequence[Variant], model: str, data: st
         entries = tuple(
             Entry(scaled(est.over_seeds(table[k]), 100))
             if len(table)
-            else Entry(est.Estimate(math.nan, note="shown, not judged"))
+            else Entry(est.Estimate(math.nan, note=NOT_JUDGED))
             for k in present
         )
         rows.append((variant.label, entries))

@@ -17,6 +17,8 @@ from analysis.variants import Variant
 PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
 """Of training time; evaluation and checkpoints are told apart (dash_exp/ledger.py)."""
 
+NONE_FINISHED = "no finished cell"
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -52,7 +54,7 @@ def time_of(records: Records, variant: Variant) -> est.Estimate:
     """Training seconds over the finished cells of a variant; no value where their hardware differs."""
     cells = finished(records, variant)
     if not cells:
-        return est.Estimate(np.nan, note="no finished cell")
+        return est.Estimate(np.nan, note=NONE_FINISHED)
     if len(machines := hardware_of(records, cells)) > 1:
         return est.Estimate(np.nan, n_seeds=len(cells), note=f"different hardware: {'; '.join(machines)}")
     return est.over_seeds([training_seconds(steps_of(records, c)) for c in cells])
@@ -70,8 +72,11 @@ def scores(records: Records, variant: Variant, dataset: str, *, after: bool = Tr
     for cell in finished(records, variant):
         folder = str(records.cells.loc[cell, "folder"])
         step = int(records.cells.loc[cell, "step"]) if after else 0
-        stamp = (Path(folder) / "eval_samples.jsonl").stat().st_mtime_ns if Path(folder).exists() else 0
+        verdicts = Path(folder) / "eval_samples.jsonl"
+        stamp = verdicts.stat().st_mtime_ns if verdicts.exists() else 0
         table = _read(folder, dataset, step, stamp)
+        if torn := table.attrs["torn"]:
+            notes.append(f"{cell}/eval_samples.jsonl: {torn} torn lines left out")
         if table.empty:
             notes.append(f"{cell} has no evaluation on {dataset} at step {step}")
             continue

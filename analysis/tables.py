@@ -22,6 +22,7 @@ SET_NAMES = {"math500": "MATH-500", "gsm8k": "GSM8K", "mbppplus": "MBPP+", "arit
              "functions": "functions", "aime24": "AIME 2024"}  # fmt: skip
 MODEL_NAMES = {"qwen0.5b": "Qwen2.5-0.5B", "qwen1.5b": "Qwen2.5-1.5B", "qwen3b": "Qwen2.5-3B",
                "smollm2_135m": "SmolLM2-135M"}  # fmt: skip
+NOT_TRAINED = "not trained"
 UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
@@ -171,7 +172,7 @@ def _time_column(
     entries = {}
     for label, variant in own.items():
         paper = paper_values.seconds(wanted.task, source, variant.arm) if variant else None
-        time = times[label] if variant and variant.arm != "base" else replace(est.NOTHING, note="not trained")
+        time = times[label] if variant and variant.arm != "base" else replace(est.NOTHING, note=NOT_TRAINED)
         entries[label] = Entry(scaled(time, 1 / size), None if paper is None else paper / size)
     return Column("training time", unit, group, better=-1), entries
 

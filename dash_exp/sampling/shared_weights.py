@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -60,6 +60,29 @@ class SharedWeights:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+class SharedReader:
+    """The other side: each file in shared memory is mapped once and stays so, since mapping it anew means a
+    page fault for every page. Files elsewhere are read anew (another machine may take them away)."""
+
+    def __init__(self, place: Path = SHARED_MEMORY):
+        self.place = place.resolve()
+        self._mapped: dict[Path, tuple[int, dict[str, Tensor]]] = {}
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a safetensors file by name; valid until the writer fills that file again."""
+        path = path.resolve()
+        if not path.is_relative_to(self.place):
+            return load_file(path)
+        inode = path.stat().st_ino
+        if self._mapped.get(path, (None,))[0] != inode:
+            self._mapped = {p: kept for p, kept in self._mapped.items() if p != path and p.exists()}
+            self._mapped[path] = (inode, mapped(path))
+        return self._mapped[path][1]
+
+    def close(self) -> None:
+        self._mapped.clear()
 
 
 def locked(folder: Path) -> int | None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -21,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from dash_exp.checksums import checksum
+from dash_exp.sampling.shared_weights import SharedReader
 from dash_exp.sampling.transfer import IPC, NCCL, PATH
 from dash_exp.sampling.vllm_load import Loader
 
@@ -51,6 +51,7 @@ class PathTransfer(WeightTransferEngine[PathInit, PathUpdate]):
     def __init__(self, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
         self._loader = Loader(self.model, self.model_config)
+        self._files = SharedReader()
 
     def init_transfer_engine(self, init_info: PathInit) -> None:
         """Nothing to open."""
@@ -62,7 +63,8 @@ class PathTransfer(WeightTransferEngine[PathInit, PathUpdate]):
         """As above."""
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """The shared memory is given back."""
+        self._files.close()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """The whole update. Not the base class's, which waits for an accelerator."""
@@ -71,15 +73,13 @@ class PathTransfer(WeightTransferEngine[PathInit, PathUpdate]):
     def receive_weights(self, update_info: PathUpdate) -> None:
         """Raises ValueError for a tensor that is missing, too many, or not what the learner sent, and
         FileNotFoundError where no file is seen."""
-        path = arrived(Path(update_info.path), update_info.arrival_s)
-        with safe_open(path, "pt") as file:
-            named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            expected = dict(update_info.checksums)
-            for name, tensor in named.items():
-                check(name, tensor, expected)
-            if expected:
-                raise ValueError(f"{sorted(expected)} did not arrive")
-            self._loader.load(named)
+        named = self._files.read(arrived(Path(update_info.path), update_info.arrival_s))
+        expected = dict(update_info.checksums)
+        for name, tensor in named.items():
+            check(name, tensor, expected)
+        if expected:
+            raise ValueError(f"{sorted(expected)} did not arrive")
+        self._loader.load(named)
 
 
 def arrived(path: Path, within_s: float) -> Path:

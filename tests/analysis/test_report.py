@@ -247,6 +247,70 @@ def test_a_place_without_cells_is_refused(
     assert not (tmp_path / "report").exists()
 
 
+def test_a_reward_that_is_no_number_is_told_and_left_out(outputs: Path) -> None:
+    """Of three, the mean over what is there; the step itself is left out of means over seeds."""
+    folder = outputs / "cells" / "dash-smollm2_135m-arithmetic-s0-d0000000"
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    rows[1]["reward/mean"] = None
+    rows[2]["reward/mean"] = math.nan  # json of other programs; ours writes null
+    (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = load([outputs])
+    assert [(p.where, p.what) for p in records.problems] == [
+        (folder.name, "reward/mean is no number at 2 of 4 steps, first at step 2; left out of curves")
+    ]
+    dash = next(v for v in variants(records) if v.arm == "dash")
+    table = quantities.curve(records, dash.cells, "reward/mean")
+    assert list(table.dropna().index) == [1, 4]
+    make(records)
+
+
+def test_a_metric_no_cell_has_is_refused_with_the_nearest(
+    outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    asked = ["--metric", "reward/meen", "--metric", "lenght/mean_tokens", "--metric", "reward/mean"]
+    assert main([str(outputs), "--out", str(out), *asked]) == 2
+    told = capsys.readouterr().err
+    assert "2 problems" in told and "'reward/mean'" in told and "'length/mean_tokens'" in told
+    assert not out.exists()
+
+
+def test_any_metric_is_drawn_when_asked_for(outputs: Path) -> None:
+    records = load([outputs])
+    report = make(records, metrics=["reward/mean", "reward/mean"])
+    name = "figures/metric-reward-mean-smollm2_135m-arithmetic.png"
+    assert name in report.files and name not in make(records).files
+
+
+def test_different_hardware_is_a_thing_left_out(outputs: Path, tmp_path: Path) -> None:
+    make_cell(outputs, "dash-smollm2_135m-arithmetic-s3-d0000003", config("dash", 3), step_s=1.0,
+              after=verdicts(30), hardware={**CPU, "cpu": "Faster CPU"})  # fmt: skip
+    told = make(load([outputs]), pictures=False).problems
+    assert any(p.where == "table3-arithmetic, training time" and "DASH" in p.what for p in told)
+    assert main([str(outputs), "--out", str(tmp_path / "report")]) == 1
+
+
+def test_more_k_than_samples_is_a_missing_value_with_its_reason(tmp_path: Path) -> None:
+    """Code is shown as pass@1 and pass@8; here each prompt was answered once."""
+    for seed in range(3):
+        for arm, correct in (("dash", 30), ("grpo", 20)):
+            make_cell(tmp_path, f"{arm}-m-arithmetic-s{seed}-{arm[0]}000000{seed}",
+                      config(arm, seed, dataset__verifier="code"), after=verdicts(correct))  # fmt: skip
+    report = make(load([tmp_path]), pictures=False)
+    text = report.files["tables/table4-arithmetic.csv"].decode()
+    assert float(row_of(text, "DASH", "arithmetic pass@1")["value"]) == 75.0
+    assert row_of(text, "DASH", "arithmetic pass@8")["value"] == ""
+    assert any("k is more than the 1 samples" in p.what for p in report.problems)
+
+
+def test_torn_verdicts_are_counted_below_the_table(outputs: Path) -> None:
+    folder = outputs / "cells" / "dash-smollm2_135m-arithmetic-s0-d0000000"
+    with (folder / "eval_samples.jsonl").open("a") as stream:
+        stream.write('{"attempt": 1, "step": 4, "data\n')
+    text = make(load([outputs]), pictures=False).files["tables/table3-arithmetic.md"].decode()
+    assert f"{folder.name}/eval_samples.jsonl: 1 torn lines left out" in text
+
+
 def test_analysis_imports_no_torch() -> None:
     code = "import sys, analysis.make, analysis.live, analysis.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0

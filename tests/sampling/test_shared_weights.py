@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dash_exp.checksums import checksum
-from dash_exp.sampling.shared_weights import PREFIX, SharedWeights, locked, remove_left_behind
+from dash_exp.sampling.shared_weights import (
+    PREFIX,
+    SHARED_MEMORY,
+    SharedReader,
+    SharedWeights,
+    locked,
+    remove_left_behind,
+)
 
 
 def named(seed: int) -> dict[str, torch.Tensor]:
@@ -56,6 +64,34 @@ def test_another_set_of_tensors_is_refused() -> None:
     with pytest.raises(AssertionError, match="1 tensors where 4"):
         shared.write([("a", torch.zeros(3, 5))])
     shared.close()
+
+
+def test_a_reader_that_keeps_files_mapped_sees_every_write() -> None:
+    """Files filled again in place, and after them those of another writer."""
+    reader = SharedReader(Path(tempfile.gettempdir()) if not SHARED_MEMORY.is_dir() else SHARED_MEMORY)
+    for start in (0, 10):
+        shared = SharedWeights(torch.bfloat16)
+        places = []
+        for seed in range(start, start + 5):
+            path, _ = shared.write(named(seed).items())
+            read = reader.read(path)
+            assert {n: t.tolist() for n, t in read.items()} == {
+                n: t.to(torch.bfloat16).tolist() for n, t in named(seed).items()
+            }
+            places.append(read["a"].data_ptr())
+        assert places[0] == places[2] == places[4] != places[1]  # mapped once
+        shared.close()
+    reader.close()
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    reader, path = SharedReader(tmp_path), tmp_path / "weights.safetensors"
+    for seed in (1, 2):
+        save_file(named(seed), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+        assert torch.equal(reader.read(path)["a"], named(seed)["a"])
+    elsewhere = SharedReader(tmp_path / "other")
+    assert torch.equal(elsewhere.read(path)["a"], named(2)["a"])
 
 
 @given(st.integers(0, 23), st.integers(0, 31))
