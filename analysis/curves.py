@@ -151,6 +151,8 @@ def watched(records: Records, variants: Sequence[Variant]) -> list[Picture]:
         drawn, axes = style.figure(2, math.ceil(len(present) / 2))
         for axis, (metric, words) in zip(axes, present.items(), strict=False):
             draw_curves(records, axis, own, metric_curve(metric), words)
+            if metric == "kl/mean":
+                axis.set_yscale("log")  # one bad update may be a hundred times what is usual
         for axis in axes[len(present) :]:
             axis.set_visible(False)
         legend_of_all(drawn, axes)
@@ -231,6 +233,7 @@ def accuracy_against_cost(records: Records, variants: Sequence[Variant]) -> list
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(ScalarFormatter())
+            axis.tick_params(axis="x", which="both", length=3, pad=3)
             axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
             axis.set_xlabel(f"training time ({unit})")
             axis.set_ylabel(f"accuracy, {dataset}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from analysis import claims, curves, figures, more_tables, render, style, tables, timeline, trace
 from analysis.estimates import NOTHING
 from analysis.load import Problem, Records
-from analysis.more_tables import NOT_JUDGED
+from analysis.more_tables import NO_REWARD, NOT_JUDGED
 from analysis.quantities import NONE_FINISHED
 from analysis.report import page
 from analysis.table import Table
@@ -22,7 +22,7 @@ DRAWERS: tuple[Callable[[Records, Sequence[Variant]], list[figures.Picture]], ..
     figures.time_bars, timeline.delivery, figures.filter_effect, figures.reuse, curves.pass_at_k,
     figures.without_kl, curves.accuracy_against_cost, curves.phases, curves.watched,
 )  # fmt: skip
-EXPECTED = ("", NOTHING.note, NOT_TRAINED, NONE_FINISHED, NOT_JUDGED)
+EXPECTED = ("", NOTHING.note, NOT_TRAINED, NONE_FINISHED, NOT_JUDGED, NO_REWARD)
 """Reasons for a missing number that leave nothing out, or are told of the cell already."""
 
 

@@ -24,6 +24,9 @@ COUNTS = {
     "tokens/dropped_by_filter": "dropped by filter",
 }
 NOT_JUDGED = "shown, not judged"
+NO_REWARD = "samples nothing"
+WINDOW = 5
+"""Steps whose mean reward has to reach a target."""
 STATES = ("finished", "running", "pending", "blocked", "interrupted", "failed", "cancelled")
 
 
@@ -42,10 +45,10 @@ def more_tables(records: Records, variants: Sequence[Variant]) -> list[Table]:
 
 
 def speed_table(records: Records, own: Sequence[Variant], model: str, data: str) -> Table:
-    """How much faster than GRPO (else than the first arm) each trained, when it reached the reward that the
-    baseline ended with, and how much its curve swings."""
+    """How much faster than GRPO (else than the first arm) each trained, when it reached the reward that every
+    run of the baseline reached, and how much its curve swings."""
     base = next((v for v in own if v.arm == "grpo"), own[0])
-    target = _end_reward(records, base)
+    target = reached_by_all(records, base)
     columns = (
         Column(f"speed-up over {base.label}", "x", digits=2),
         Column("updates made", "", better=0, digits=0),
@@ -58,8 +61,16 @@ def speed_table(records: Records, own: Sequence[Variant], model: str, data: str)
         entries = (
             est.Estimate(1.0, n_seeds=len(cells)) if variant is base else speed_up(records, variant, base)[0],
             est.over_seeds([_total(records, c, "updates") for c in cells]),
-            _over(cells, lambda c: seconds_to(records, c, target), f"not every run reached {target:.2f}"),
-            _over(cells, lambda c: est.instability(curve_of(records, c)), "curves too short"),
+            _over(
+                cells,
+                lambda c: seconds_to(records, c, target),
+                f"not every run reached {target:.2f}" if sampled(records, cells) else NO_REWARD,
+            ),
+            _over(
+                cells,
+                lambda c: est.instability(curve_of(records, c)),
+                "curves too short" if sampled(records, cells) else NO_REWARD,
+            ),
         )
         rows.append((variant.label, tuple(Entry(entry) for entry in entries)))
     return Table(
@@ -75,16 +86,25 @@ def curve_of(records: Records, cell: str) -> est.Array:
     return steps["reward/mean"].dropna().to_numpy(float) if "reward/mean" in steps else np.empty(0)
 
 
-def _end_reward(records: Records, variant: Variant) -> float:
-    """Mean sampled reward of a variant's last five steps."""
-    ends = [curve_of(records, c)[-5:].mean() for c in variant.cells if len(curve_of(records, c))]
-    return float(np.mean(ends)) if ends else math.nan
+def sampled(records: Records, cells: Sequence[str]) -> bool:
+    """Whether these runs have rewards: supervised ones sample nothing."""
+    return any(len(curve_of(records, cell)) for cell in cells)
+
+
+def reached_by_all(records: Records, variant: Variant) -> float:
+    """The highest mean reward of five steps in a row that every finished run of a variant reached, rounded
+    down to two digits; NaN: there is none."""
+    curves = [curve_of(records, c) for c in quantities.finished(records, variant)]
+    if not curves or min(map(len, curves)) < WINDOW:
+        return math.nan
+    best = min(np.convolve(c, np.ones(WINDOW) / WINDOW, mode="valid").max() for c in curves)
+    return math.floor(best * 100) / 100
 
 
 def seconds_to(records: Records, cell: str, target: float) -> float:
     """Training seconds until the mean reward of five steps was at least the target; NaN: never."""
     curve = curve_of(records, cell)
-    return est.time_to(curve, quantities.seconds(records, cell).to_numpy(float)[: len(curve)], target)
+    return est.time_to(curve, quantities.seconds(records, cell).to_numpy(float)[: len(curve)], target, WINDOW)
 
 
 def _over(cells: Sequence[str], number: Callable[[str], float], why: str) -> est.Estimate:

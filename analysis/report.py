@@ -82,10 +82,14 @@ def _lead(records: Records, variants: Sequence[Variant], problems: Sequence[Prob
     )
 
 
+TWINS = """<p class=small>Each is judged for the models and data named below it, nothing else; the paper's own number
+stands at the end.</p>"""
+
+
 def _claims(findings: Sequence[Finding]) -> str:
     if not findings:
         return "<p>These data hold no two arms that a claim of the paper compares.</p>"
-    return "".join(_claim(f) for f in findings)
+    return TWINS + "".join(_claim(f) for f in findings)
 
 
 def _claim(f: Finding) -> str:
@@ -95,6 +99,7 @@ def _claim(f: Finding) -> str:
     else:
         note = f"; {_esc(effect.note)}" if effect.note else ""
         n = counted(effect).replace("x", " seeds x ") + (" prompts" if effect.n_prompts else " seeds")
+        n = n.replace("1 seeds", "1 seed") if effect.n_seeds == 1 else n
         value = f"{effect.value:.2f}" if f.unit.startswith("x") else f"{effect.value:+.2f}"
         told = f"{value}{render.interval(effect, 2)} {_esc(f.unit)}, n = {n}{note}"
     return (

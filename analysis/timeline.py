@@ -25,9 +25,10 @@ WORDS = {
 
 
 def delivery(records: Records, variants: Sequence[Variant]) -> list[Picture]:
-    """One step of one cell: where most groups were learned from, at the most different times."""
+    """One step of one cell: of DASH where there is one, and there where most groups were learned from, at
+    the most different times."""
     best: tuple[float, str, list[Row]] | None = None
-    for variant in variants:
+    for variant in [v for v in variants if v.arm == "dash"] or variants:
         for cell in variant.cells[:1]:
             if variant.arm in ("dash", "no_gf", "no_kl", "pg"):
                 rows = step_events(Path(str(records.cells.loc[cell, "folder"])))
@@ -98,7 +99,8 @@ def _drawn(cell: str, rows: Sequence[Row]) -> Picture:
         "figure2", "Figure 2. Preemptive sampling, as it happened",
         f"Step {rows[0]['step']} of {cell}: each bar is one group; a line leads from its verdict to the "
         f"backpropagation it took part in; groups without a line ({dropped}) were dropped by the filter. The "
-        f"learner computed gradients for {busy:.2f} of {length:.2f} s; the rest is waiting or optimizer.",
+        f"learner computed gradients for {busy:.2f} of {length:.2f} s; the rest is waiting, the reference "
+        "model's forward pass, and the optimizer.",
         drawn, (cell,),
     )  # fmt: skip
 
