@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--check", action="store_true",
                       help="write nothing: do the tables in --out still follow from the data?")  # fmt: skip
     made.add_argument("--metric", action="append", default=[], metavar="NAME",
-                      help="draw this metric of steps.jsonl too (kl/mean, ...); may be given again")  # fmt: skip
+                      help="a metric of steps.jsonl that is drawn too; may be given again")  # fmt: skip
     return made
 
 

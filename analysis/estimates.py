@@ -193,7 +193,7 @@ def time_to(values_T: Array, times_T: Array, target: float, window: int = 5) -> 
     if len(values_T) < window:
         return math.nan
     means = np.convolve(values_T, np.ones(window) / window, mode="valid")
-    reached = np.flatnonzero(means >= target)
+    reached = np.flatnonzero(means >= target - 1e-9)  # sums of decimals are off by less
     return float(times_T[reached[0] + window - 1]) if len(reached) else math.nan
 
 

@@ -25,6 +25,7 @@ COUNTS = {
 }
 NOT_JUDGED = "shown, not judged"
 NO_REWARD = "samples nothing"
+TOO_SHORT = "curves too short"
 WINDOW = 5
 """Steps whose mean reward has to reach a target."""
 STATES = ("finished", "running", "pending", "blocked", "interrupted", "failed", "cancelled")
@@ -49,27 +50,26 @@ def speed_table(records: Records, own: Sequence[Variant], model: str, data: str)
     run of the baseline reached, and how much its curve swings."""
     base = next((v for v in own if v.arm == "grpo"), own[0])
     target = reached_by_all(records, base)
+    reached = math.isfinite(target)
     columns = (
         Column(f"speed-up over {base.label}", "x", digits=2),
         Column("updates made", "", better=0, digits=0),
-        Column(f"seconds to reward {target:.2f}", "s", better=-1),
+        Column(f"seconds to reward {target:.2f}" if reached else "seconds to a reward", "s", better=-1),
         Column("swing of the reward curve", "sd", better=-1, digits=3),
     )
+    unreached = f"not every run reached {target:.2f}" if reached else TOO_SHORT
     rows = []
     for variant in own:
         cells = quantities.finished(records, variant)
+        rewarded = sampled(records, cells)
         entries = (
             est.Estimate(1.0, n_seeds=len(cells)) if variant is base else speed_up(records, variant, base)[0],
             est.over_seeds([_total(records, c, "updates") for c in cells]),
-            _over(
-                cells,
-                lambda c: seconds_to(records, c, target),
-                f"not every run reached {target:.2f}" if sampled(records, cells) else NO_REWARD,
-            ),
+            _over(cells, lambda c: seconds_to(records, c, target), unreached if rewarded else NO_REWARD),
             _over(
                 cells,
                 lambda c: est.instability(curve_of(records, c)),
-                "curves too short" if sampled(records, cells) else NO_REWARD,
+                TOO_SHORT if rewarded else NO_REWARD,
             ),
         )
         rows.append((variant.label, tuple(Entry(entry) for entry in entries)))
@@ -98,7 +98,7 @@ def reached_by_all(records: Records, variant: Variant) -> float:
     if not curves or min(map(len, curves)) < WINDOW:
         return math.nan
     best = min(np.convolve(c, np.ones(WINDOW) / WINDOW, mode="valid").max() for c in curves)
-    return math.floor(best * 100) / 100
+    return math.floor(best * 100 + 1e-9) / 100
 
 
 def seconds_to(records: Records, cell: str, target: float) -> float:

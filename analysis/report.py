@@ -82,8 +82,8 @@ def _lead(records: Records, variants: Sequence[Variant], problems: Sequence[Prob
     )
 
 
-TWINS = """<p class=small>Each is judged for the models and data named below it, nothing else; the paper's own number
-stands at the end.</p>"""
+TWINS = """<p class=small>Each is judged for the models and data named below it, nothing else; the paper's own
+number stands at the end.</p>"""
 
 
 def _claims(findings: Sequence[Finding]) -> str:

@@ -20,6 +20,7 @@ from analysis.__main__ import main
 from analysis.claims import findings
 from analysis.load import load
 from analysis.make import Report, differences, make, write
+from analysis.more_tables import reached_by_all, seconds_to
 from analysis.variants import repeated, variants
 from dash_exp.errors import UserError
 from dash_exp.record import write_json
@@ -309,6 +310,26 @@ def test_torn_verdicts_are_counted_below_the_table(outputs: Path) -> None:
         stream.write('{"attempt": 1, "step": 4, "data\n')
     text = make(load([outputs]), pictures=False).files["tables/table3-arithmetic.md"].decode()
     assert f"{folder.name}/eval_samples.jsonl: 1 torn lines left out" in text
+
+
+def test_the_target_is_what_every_run_of_the_baseline_reached(tmp_path: Path) -> None:
+    """Means of five steps: GRPO's best are 0.46 and 0.36, so the target is 0.36. DASH takes 10 s a step and
+    is there after its fifth; GRPO's second run needs its sixth, at 40 s a step."""
+    rewards = {
+        ("grpo", 0): (0.1, 0.2, 0.6, 0.7, 0.7, 0.0), ("grpo", 1): (0.3, 0.3, 0.3, 0.4, 0.4, 0.4),
+        ("dash", 0): (0.5,) * 6, ("dash", 1): (0.1,) * 6,
+    }  # fmt: skip
+    for (arm, seed), curve in rewards.items():
+        make_cell(tmp_path, f"{arm}-m-arithmetic-s{seed}-{arm[0]}000000{seed}", config(arm, seed),
+                  rewards=curve, step_s=10.0 if arm == "dash" else 40.0)  # fmt: skip
+    records = load([tmp_path])
+    found = {v.arm: v for v in variants(records)}
+    assert reached_by_all(records, found["grpo"]) == 0.36
+    times = {arm: [seconds_to(records, c, 0.36) for c in v.cells] for arm, v in found.items()}
+    assert times["grpo"] == [5 * 40.0, 6 * 40.0]
+    assert times["dash"][0] == 50.0 and math.isnan(times["dash"][1])
+    report = make(records, pictures=False)
+    assert any("NA for DASH: not every run reached 0.36" in p.what for p in report.problems)
 
 
 def test_analysis_imports_no_torch() -> None:
