@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +107,16 @@ def load(places: Sequence[Path], cache: Path | None = None) -> Records:
     facts = []
     known = Remembered.read(cache)
     parts: dict[str, list[pd.DataFrame]] = {"steps": [], "evals": []}
+    wanted: list[tuple[Path, str, float]] = []
     for folder in folders:
         row, found = cell_facts(folder, sweeps.get(folder.name, []))
         problems += found
         facts.append(row)
         end = row["step"] if row["state"] == "finished" else np.inf
-        for name in known.forget_unless(folder, signature(folder)):
-            table, found = read_table(folder / f"{name}.jsonl")
+        wanted += [(folder, name, end) for name in known.forget_unless(folder, signature(folder))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # parsing lets other threads run
+        tables = pool.map(lambda job: read_table(job[0] / f"{job[1]}.jsonl"), wanted)
+        for (folder, name, end), (table, found) in zip(wanted, tables, strict=True):
             problems += found
             if found:
                 known.fresh.pop(str(folder), None)  # read again next time, so that it is told again
@@ -211,7 +216,7 @@ def read_table(path: Path) -> tuple[pd.DataFrame, list[Problem]]:
         return pd.DataFrame(), []
     data = path.read_bytes()
     try:
-        options = pa.json.ReadOptions(use_threads=True, block_size=max(1 << 20, len(data)))
+        options = pa.json.ReadOptions(use_threads=False, block_size=max(1 << 20, len(data)))
         return pa.json.read_json(io.BytesIO(data), read_options=options).to_pandas(), []
     except pa.ArrowInvalid:  # a torn line, or rows that differ in type: row by row
         rows = read_rows(path)

@@ -18,7 +18,8 @@ from analysis.table import Table
 from analysis.tables import NOT_TRAINED
 from analysis.variants import Variant, repeated, variants
 
-DRAWERS: tuple[Callable[[Records, Sequence[Variant]], list[figures.Picture]], ...] = (
+Drawer = Callable[[Records, Sequence[Variant]], list[figures.Picture]]
+DRAWERS: tuple[Drawer, ...] = (
     figures.time_bars, timeline.delivery, figures.filter_effect, figures.reuse, curves.pass_at_k,
     figures.without_kl, curves.accuracy_against_cost, curves.phases, curves.watched,
 )  # fmt: skip
@@ -56,8 +57,9 @@ def make(records: Records, *, pictures: bool = True, metrics: Sequence[str] = ()
         files |= own
         files[f"tables/{table.id}.json"] = trace.sidecar(records, table.title, table.cells, own).encode()
     images: list[tuple[figures.Picture, bytes]] = []
+    drawers: tuple[Drawer, ...] = (*DRAWERS, partial(curves.asked, metrics=metrics)) if pictures else ()
     with style.applied():
-        for draw in (*DRAWERS, partial(curves.asked, metrics=metrics)) if pictures else ():
+        for draw in drawers:
             for picture in draw(records, found):
                 stem = f"figures/{picture.id}"
                 own = {f"{stem}.pdf": style.pdf(picture.drawn), f"{stem}.png": style.png(picture.drawn)}

@@ -97,7 +97,7 @@ def reached_by_all(records: Records, variant: Variant) -> float:
     curves = [curve_of(records, c) for c in quantities.finished(records, variant)]
     if not curves or min(map(len, curves)) < WINDOW:
         return math.nan
-    best = min(np.convolve(c, np.ones(WINDOW) / WINDOW, mode="valid").max() for c in curves)
+    best: float = min(np.convolve(c, np.ones(WINDOW) / WINDOW, mode="valid").max() for c in curves)
     return math.floor(best * 100 + 1e-9) / 100
 
 
