@@ -74,7 +74,8 @@ class SharedReader:
         """The tensors of a safetensors file by name; valid until the writer fills that file again."""
         path = path.resolve()
         if not path.is_relative_to(self.place):
-            return load_file(path)
+            elsewhere: dict[str, Tensor] = load_file(path)
+            return elsewhere
         inode = path.stat().st_ino
         if self._mapped.get(path, (None,))[0] != inode:
             self._mapped = {p: kept for p, kept in self._mapped.items() if p != path and p.exists()}
