@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import ScalarFormatter, StrMethodFormatter
 
 from analysis import estimates as est
 from analysis import paper_values, quantities, style
@@ -74,22 +74,25 @@ def _pass_picture(
                       color=style.line_of(arm)["color"])  # fmt: skip
     told = _crossings(axis, means)
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_xlabel("k (samples)")
     axis.set_ylabel(f"pass@k, {dataset}")
     axis.legend()
     crosses = (
         " Crosses: the paper's values, read off its plot." if paper_values.pass_curve(model, "dash") else ""
     )
-    n = "; ".join(
-        f"{label} {len(s.cells)} seeds x {len(s.prompts)} prompts, n={s.n}" for label, _, s in lines
-    )
+    n = "; ".join(f"{label} {_counted(s)}" for label, _, s in lines)
     return Picture(
         f"figure5-{model}-{data}-{dataset}", f"Figure 5. pass@k, {MODEL_NAMES.get(model, model)}",
         "Unbiased estimate; bands: 95 %, prompts (and, from three runs on, seeds) resampled. "
         f"{n}. {told}{crosses}",
         drawn, tuple(c for _, _, s in lines for c in s.cells),
     )  # fmt: skip
+
+
+def _counted(scores: quantities.Scores) -> str:
+    runs = len(scores.cells)
+    return f"{runs} seed{'s' if runs != 1 else ''} x {len(scores.prompts)} prompts, n={scores.n}"
 
 
 def powers(n: int) -> list[int]:
