@@ -23,7 +23,7 @@ COUNTS = {
     "tokens/backpropagated": "backpropagated",
     "tokens/dropped_by_filter": "dropped by filter",
 }
-NOT_JUDGED = "shown, not judged"
+NOT_JUDGED = "learns from given solutions, which are not judged"
 NO_REWARD = "samples nothing"
 TOO_SHORT = "curves too short"
 WINDOW = 5

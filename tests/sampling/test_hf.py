@@ -82,6 +82,10 @@ def nucleus_of(logits: Any, top_p: float) -> set[int]:
     return set(np.flatnonzero(values >= least).tolist())
 
 
+ROUNDING = 2e-6
+"""Of a row's mass, summed in float32: processors differ in it."""
+
+
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 0.999])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 20.0])
 def test_the_nucleus_is_that_of_plain_numpy(top_p: float, spread: float) -> None:
@@ -91,7 +95,8 @@ def test_the_nucleus_is_that_of_plain_numpy(top_p: float, spread: float) -> None
     sizes = []
     for before, after in zip(logits, cut, strict=True):
         kept = set(torch.isfinite(after).nonzero().flatten().tolist())
-        assert kept == nucleus_of(before.numpy(), top_p)
+        least, most = (nucleus_of(before.numpy(), top_p + off) for off in (-ROUNDING, ROUNDING))
+        assert least <= kept <= most and len(most) - len(least) <= 1
         assert torch.equal(after[sorted(kept)], before[sorted(kept)])
         sizes.append(len(kept))
     if (top_p, spread) == (0.95, 0.1):
