@@ -210,6 +210,7 @@ def test_one_cell_is_run_and_leaves_nothing_of_hydras(shell: Shell) -> None:
     assert shell.left() == []
 
 
+@pytest.mark.long
 def test_the_papers_sweep_as_typed(shell: Shell) -> None:
     done = shell.sweep("algorithm=dash,grpo,ppo_multi", "model=qwen0.5b,qwen1.5b,qwen3b")
     assert (done.returncode, done.stderr) == (0, "")

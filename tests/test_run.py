@@ -169,6 +169,7 @@ def test_a_signal_ends_the_step_saves_and_can_be_resumed(
     assert len(steps_of(folder)) == status["step"]
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path)
     wait_for_steps(tmp_path, 5, process)
@@ -259,6 +260,7 @@ def test_equal_cells_share_a_folder_wherever_the_data_lie(tmp_path: Path) -> Non
     assert make_cell(other, tmp_path / "cache").id != make_cell(compose(SMALL), tmp_path / "cache").id
 
 
+@pytest.mark.long
 def test_a_frozen_cell_runs_from_its_folder(whole: Path, tmp_path: Path) -> None:
     target = tmp_path / "cells" / whole.name
     target.mkdir(parents=True)
@@ -291,6 +293,7 @@ def disk_of(tmp_path: Path, size: str) -> Path:
     return place
 
 
+@pytest.mark.long
 def test_a_full_disk_is_said_plainly_and_what_was_recorded_stays(tmp_path: Path) -> None:
     place = disk_of(tmp_path, "3m")
     try:
@@ -433,6 +436,7 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) ->
     assert step in {r["step"] for r in read_final(folder, "evals")}
 
 
+@pytest.mark.long
 def test_a_sweep_runs_each_cell_in_a_process_of_its_own(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "dash_exp", "-m", *SMALL, f"run.dir={tmp_path}", "algorithm.steps=1",

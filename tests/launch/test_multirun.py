@@ -99,6 +99,7 @@ def test_a_sweep_run_twice_at_once_and_again_runs_each_cell_once(sweeps: Sweeps)
     assert [entry.folder for entry in manifest.entries] == [f.name for f in sweeps.cells().values()]
 
 
+@pytest.mark.long
 def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(sweeps: Sweeps) -> None:
     process = sweeps.start("seed=0,1", PLAY_0=acts({"wait": 30}, {}))
     until(lambda: sweeps.root.exists() and list(sweeps.root.glob("cells/*-s0-*/output.txt")))
@@ -112,6 +113,7 @@ def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(sweeps: Sweeps) ->
     assert set(sweeps.states().values()) == {"finished"}
 
 
+@pytest.mark.long
 def test_a_failed_cell_is_started_again_by_the_same_command(sweeps: Sweeps) -> None:
     broken = acts(*[{"failure": "KeyError: 'x'"}] * 2, {})
     first = sweeps.run("seed=0,1", PLAY_0=broken)

@@ -30,6 +30,7 @@ def plan_of(root: Path, traces: Path, *teacher: str) -> Plan:
     return make_plan("mine", [(*CELL, *arm, *SLURM) for arm in arms], root=root, traces=[command])
 
 
+@pytest.mark.long
 def test_a_job_makes_them_and_queues_the_cells(
     fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

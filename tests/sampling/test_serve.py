@@ -116,6 +116,7 @@ def asked(url: str, path: str, key: str | None = None) -> Any:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_it_serves_until_it_is_told_to_end(tmp_path: Path, number: int) -> None:
     """With a server that has no model: the key is in no argument, variable or log; a scheduler's signals do
     not reach the server itself."""
