@@ -103,8 +103,12 @@ def reached_by_all(records: Records, variant: Variant) -> float:
 
 def seconds_to(records: Records, cell: str, target: float) -> float:
     """Training seconds until the mean reward of five steps was at least the target; NaN: never."""
-    curve = curve_of(records, cell)
-    return est.time_to(curve, quantities.seconds(records, cell).to_numpy(float)[: len(curve)], target, WINDOW)
+    steps = quantities.steps_of(records, cell)
+    if "reward/mean" not in steps:
+        return math.nan
+    told = steps["reward/mean"].notna().to_numpy()  # time passes in a step whose reward is no number, too
+    times = quantities.seconds(records, cell).to_numpy(float)[told]
+    return est.time_to(curve_of(records, cell), times, target, WINDOW)
 
 
 def _over(cells: Sequence[str], number: Callable[[str], float], why: str) -> est.Estimate:

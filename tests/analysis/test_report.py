@@ -328,6 +328,11 @@ def test_the_target_is_what_every_run_of_the_baseline_reached(tmp_path: Path) ->
     times = {arm: [seconds_to(records, c, 0.36) for c in v.cells] for arm, v in found.items()}
     assert times["grpo"] == [5 * 40.0, 6 * 40.0]
     assert times["dash"][0] == 50.0 and math.isnan(times["dash"][1])
+    path = tmp_path / "cells" / "grpo-m-arithmetic-s1-g0000001" / "steps.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["reward/mean"] = None  # no number; its time has passed all the same
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert seconds_to(load([tmp_path]), path.parent.name, 0.36) == 6 * 40.0
     report = make(records, pictures=False)
     assert any("NA for DASH: not every run reached 0.36" in p.what for p in report.problems)
 
