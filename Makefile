@@ -1,8 +1,11 @@
 # Set up, run, check and test. `make help` lists the targets.
 PYTHON ?= python3.11
 VENV := .venv
+WORKERS ?= 2
 PY := $(VENV)/bin/python
 TORCH := $(shell sed -n 's/^\#   pip install \(torch==.*\)/\1/p' requirements/lock.txt)
+# Processes that run tests side by side, a file each at a time; make test WORKERS=0 runs one after the other.
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup run check test test-long bench clean
 .DEFAULT_GOAL := help
@@ -28,10 +31,10 @@ check: setup ## ruff and mypy
 	$(PY) -m mypy
 
 test: setup ## the tests: 8.5 minutes on two cores of an EPYC, up to 16 on slower ones
-	$(PY) -m pytest -m "not long and not gpu"
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not long and not gpu"
 
 test-long: setup ## the longer tests, under forty minutes on two cores
-	$(PY) -m pytest -m "long and not gpu"
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "long and not gpu"
 
 bench: setup ## measure every row beside its rival or limit, start-up, and memory (an hour and a half)
 	$(PY) -m pip install --quiet --no-deps -r requirements/bench.txt

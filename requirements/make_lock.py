@@ -26,7 +26,7 @@ ROOTS = [
     # the analysis
     "pandas", "pyarrow", "scipy", "matplotlib", "nbclient", "nbformat", "ipykernel",
     # check and test
-    "pytest", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml", "hydra-submitit-launcher",
+    "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml", "hydra-submitit-launcher",
 ]  # fmt: skip
 HEADER = """\
 # Everything but torch, pinned. Made by requirements/make_lock.py from an environment in which all
