@@ -26,7 +26,8 @@ ROOTS = [
     # the analysis
     "pandas", "pyarrow", "scipy", "matplotlib", "nbclient", "nbformat", "ipykernel",
     # check and test
-    "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml", "hydra-submitit-launcher",
+    "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml",
+    "hydra-submitit-launcher",
 ]  # fmt: skip
 HEADER = """\
 # Everything but torch, pinned. Made by requirements/make_lock.py from an environment in which all
