@@ -7,7 +7,7 @@ completions. How a batch is cut into micro-batches never changes the update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from dash_exp.learning.losses import token_weight
 from dash_exp.modeling.attention import (
     AttentionContext,
+    Block,
     CompletionRows,
     GroupRows,
     additive_mask,
@@ -25,6 +26,9 @@ from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, Sc
 
 GROUP_ROW_CELLS = 1 << 18
 """Cells (rows x length^2) up to which whole groups share an attention row; longer ones go by completion."""
+
+PLAIN_CELLS = 1 << 18
+"""Cells (rows x length x keys) up to which plain attention beats torch's kernel on CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +190,9 @@ def pack(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed:
     )
 
 
+Row = tuple[int, int, int]
+"""First and last+1 input token of a prompt or completion, and the number of its prompt."""
+
 Spans = list[tuple[int, int, list[tuple[int, int]]]]
 """Per piece: first and last+1 input token of the prompt, and of each completion."""
 
@@ -218,37 +225,46 @@ def _group_rows(spans: Spans, tokens: int, longest: int, device: torch.device | 
 
 
 def _completion_rows(spans: Spans, tokens: int, device: torch.device | str) -> CompletionRows:
-    owns = [(begin, end, row) for row, (_, _, all_) in enumerate(spans) for begin, end in all_]
-    longest_prompt = max(stop - start for start, stop, _ in spans)
-    longest_own = max(1, *(end - begin for begin, end, _ in owns))
-    prompt_index = torch.zeros(len(spans), longest_prompt, dtype=torch.long)
-    prompt_real = torch.zeros(len(spans), longest_prompt, dtype=torch.bool)
-    own_index = torch.zeros(len(owns), longest_own, dtype=torch.long)
-    own_real = torch.zeros(len(owns), longest_own, dtype=torch.bool)
-    inverse = torch.empty(tokens, dtype=torch.long)
-    for row, (start, stop, _) in enumerate(spans):
-        size = stop - start
-        prompt_index[row, :size] = torch.arange(start, stop)
-        prompt_real[row, :size] = True
-        inverse[start:stop] = row * longest_prompt + torch.arange(size)
-    for row, (begin, end, _) in enumerate(owns):
-        size = end - begin
-        own_index[row, :size] = torch.arange(begin, end)
-        own_real[row, :size] = True
-        inverse[begin:end] = len(spans) * longest_prompt + row * longest_own + torch.arange(size)
-    group = torch.tensor([row for _, _, row in owns], dtype=torch.long)
+    prompts: list[Row] = [(start, stop, row) for row, (start, stop, _) in enumerate(spans)]
+    owns: list[Row] = [(begin, end, row) for row, (_, _, all_) in enumerate(spans) for begin, end in all_]
+    sizes = torch.tensor([stop - start for start, stop, _ in spans])
+    before = torch.arange(int(sizes.max())) < sizes[:, None]  # [prompts, Lp]
+    cells: list[Tensor] = []
+    blocks: list[Block] = []
+    inverse, count = torch.empty(tokens, dtype=torch.long), 0
+    for part in [prompts, *_similar(owns)]:
+        length = max(1, max(end - begin for begin, end, _ in part))
+        index = torch.zeros(len(part), length, dtype=torch.long)
+        for row, (begin, end, _) in enumerate(part):
+            index[row, : end - begin] = torch.arange(begin, end)
+            inverse[begin:end] = count + row * length + torch.arange(end - begin)
+        cells.append(index.reshape(-1))
+        count += index.numel()
+        # filler comes last in a row: causal order hides it
+        visible = torch.ones(length, length, dtype=torch.bool).tril().expand(len(part), -1, -1)
+        group = None if not blocks else torch.tensor([row for _, _, row in part])
+        if group is not None:
+            visible = torch.cat([before[group][:, None].expand(-1, length, -1), visible], dim=2)
+            group = group.to(device)
+        blocks.append(Block(group, _mask(visible[:, None], device)))
+    return CompletionRows(tuple(blocks), torch.cat(cells).to(device), inverse.to(device))
 
-    def causal(n: int) -> Tensor:
-        return torch.ones(n, n, dtype=torch.bool).tril()
 
-    prompt_visible = causal(longest_prompt) & prompt_real[:, None, :]
-    to_prompt = prompt_real[group][:, None, :].expand(-1, longest_own, -1)
-    to_own = causal(longest_own) & own_real[:, None, :]
-    return CompletionRows(
-        prompt_index=prompt_index.to(device),
-        own_index=own_index.to(device),
-        group=group.to(device),
-        inverse=inverse.to(device),
-        prompt_visible=prompt_visible[:, None].to(device),
-        own_visible=torch.cat([to_prompt, to_own], dim=2)[:, None].to(device),
-    )
+def _mask(visible: Tensor, device: torch.device | str) -> Tensor:
+    """For torch's kernels, or for plain attention where that is faster: on CPU, where theirs has a slow
+    backward, while there are few weights to keep."""
+    if torch.device(device).type == "cpu" and visible.numel() <= PLAIN_CELLS:
+        return additive_mask(visible)
+    return visible.to(device)
+
+
+def _similar(owns: Sequence[Row]) -> Iterator[list[Row]]:
+    """Longest first; each part holds what is at least half as long as its first."""
+    part: list[Row] = []
+    for own in sorted(owns, key=lambda own: own[0] - own[1]):
+        if part and 2 * (own[1] - own[0]) < part[0][1] - part[0][0]:
+            yield part
+            part = []
+        part.append(own)
+    if part:
+        yield part

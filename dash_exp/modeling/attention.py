@@ -8,7 +8,8 @@ down the forward call as `context=`:
 `GroupRows`        training: one row per group, a prompt followed by all its completions; a
                    completion sees the prompt and itself. The prompt is computed once per group.
 `CompletionRows`   training, long completions: one row per completion, whose keys are the prompt's
-                   followed by its own; avoids the square of the group's length.
+                   followed by its own; avoids the square of the group's length. Rows of similar
+                   length attend together.
 `DecodeCache`      sampling: prefill once per prompt, then one token per completion at a time.
 
 Shapes inside: q [1, Hq, T, D], k and v [1, Hkv, T, D], as transformers hands them over; returned
@@ -70,20 +71,43 @@ class _Take(torch.autograd.Function):
         return grads[0].index_select(0, inverse), None, None
 
 
+class _Attend(torch.autograd.Function):
+    """Softmax attention that keeps nothing but its weights, in the type of the values, for its backward.
+    Shapes as in `attend_rows`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        rows, heads, length, dim = q.shape
+        kv_heads, seen = k.shape[1:3]
+        stacked = q.reshape(rows, kv_heads, heads // kv_heads * length, dim)
+        scores = torch.matmul(stacked, k.transpose(-1, -2)).view(rows, heads, length, seen)
+        weights = torch.softmax(torch.add(bias, scores, alpha=scale), dim=-1).to(v.dtype)
+        weights = weights.view(rows, kv_heads, -1, seen)
+        mixed = torch.matmul(weights, v)
+        ctx.save_for_backward(stacked, k, v, weights, mixed)
+        ctx.scale = scale
+        return mixed.view(rows, heads, length, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        stacked, k, v, weights, mixed = ctx.saved_tensors
+        upstream = grads[0].reshape(mixed.shape)
+        # what a row's weights have in common: sum_j w_j dw_j = dO . O
+        shared = (upstream.float() * mixed).sum(-1, keepdim=True)
+        inner = torch.matmul(upstream, v.transpose(-1, -2)).sub_(shared).mul_(weights)
+        grad_q = torch.matmul(inner, k).mul_(ctx.scale).view(grads[0].shape)
+        grad_k = torch.matmul(inner.transpose(-1, -2), stacked).mul_(ctx.scale)
+        return grad_q, grad_k, torch.matmul(weights.transpose(-1, -2), upstream), None, None
+
+
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Plain attention with an additive mask and shared key heads.
 
     q [R, Hq, Lq, D], k and v [R, Hkv, Lk, D], bias [R, 1, Lq, Lk] fp32 -> [R, Hq, Lq, D].
     Query heads of one key head are stacked as rows, so keys are never repeated.
     """
-    rows, heads, length, dim = q.shape
-    kv_heads = k.shape[1]
-    stacked = q.reshape(rows, kv_heads, heads // kv_heads * length, dim)
-    scores = torch.matmul(stacked, k.transpose(-1, -2)).float().mul(scale)
-    scores = scores.view(rows, heads, length, -1) + bias
-    weights = torch.softmax(scores, dim=-1).to(v.dtype)
-    mixed = torch.matmul(weights.view(rows, kv_heads, -1, k.shape[2]), v)
-    return mixed.view(rows, heads, length, dim)
+    mixed: Tensor = _Attend.apply(q, k, v, bias, scale)
+    return mixed
 
 
 def additive_mask(visible: Tensor) -> Tensor:
@@ -139,40 +163,57 @@ def _scatter_back(cells: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CompletionRows:
-    """One row per prompt and one per completion. Prompt cells `prompt_index` [B, Lp] see earlier
-    prompt cells; completion cells `own_index` [N, Lc] see the prompt of their group `group` [N] and
-    their own earlier cells. `inverse` [T] points into the prompt cells followed by the own cells."""
+class Block:
+    """Rows of similar length. `group` [R]: the prompt that comes before a row's own cells; None: these are
+    the prompts. `mask` [R, 1, L, keys]: where a cell sees a key; bool for torch's own kernels, fp32 to be
+    added for `attend_rows`."""
 
-    prompt_index: Tensor
-    own_index: Tensor
-    group: Tensor
+    group: Tensor | None
+    mask: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.mask.shape[0], self.mask.shape[2]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if self.mask.dtype != torch.bool:
+            return attend_rows(q, k, v, self.mask, scale)
+        if q.is_cuda:  # kernels that take a mask there know no shared key heads
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=True
+        )
+
+
+@dataclass(frozen=True)
+class CompletionRows:
+    """One row per prompt, then one per completion, in blocks of similar length, so that a long one does not
+    pad the others; the first block holds the prompts. `index` [cells]: flat token of each cell (0 for
+    filler); `inverse` [T]: cell of each flat token."""
+
+    blocks: tuple[Block, ...]
+    index: Tensor
     inverse: Tensor
-    prompt_visible: Tensor
-    own_visible: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        heads, dim = q.shape[1], q.shape[3]
+        heads, tokens, dim = q.shape[1:]
+        shapes = [block.shape for block in self.blocks]
 
-        def cells(x: Tensor, index: Tensor) -> Tensor:
-            return x[0].transpose(0, 1)[index].transpose(1, 2)
+        def rows(x: Tensor) -> list[Tensor]:  # [1, H, T, D] -> [R, H, L, D] for each block
+            packed = x[0].transpose(0, 1).reshape(tokens, -1)
+            parts = _Take.apply(packed, self.index, self.inverse).split([r * n for r, n in shapes])
+            return [
+                part.view(r, n, x.shape[1], dim).transpose(1, 2)
+                for part, (r, n) in zip(parts, shapes, strict=True)
+            ]
 
-        attend = torch.nn.functional.scaled_dot_product_attention
-        if q.is_cuda:  # kernels that take a mask there know no shared key heads
-            k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
-        k_prompt, v_prompt = cells(k, self.prompt_index), cells(v, self.prompt_index)
-        out_prompt = attend(
-            cells(q, self.prompt_index), k_prompt, v_prompt,
-            attn_mask=self.prompt_visible, scale=scale, enable_gqa=True,
-        )  # fmt: skip
-        keys = torch.cat([k_prompt[self.group], cells(k, self.own_index)], dim=2)
-        values = torch.cat([v_prompt[self.group], cells(v, self.own_index)], dim=2)
-        out_own = attend(
-            cells(q, self.own_index), keys, values,
-            attn_mask=self.own_visible, scale=scale, enable_gqa=True,
-        )  # fmt: skip
-        both = torch.cat([out_prompt.transpose(1, 2).flatten(0, 1), out_own.transpose(1, 2).flatten(0, 1)])
-        return both[self.inverse].view(1, -1, heads, dim)
+        outs, keys, values = [], rows(k), rows(v)
+        for block, query, key, value in zip(self.blocks, rows(q), keys, values, strict=True):
+            if block.group is not None:
+                key = torch.cat([keys[0].index_select(0, block.group), key], dim=2)
+                value = torch.cat([values[0].index_select(0, block.group), value], dim=2)
+            outs.append(block.attend(query, key, value, scale).transpose(1, 2).reshape(-1, heads * dim))
+        return _scatter_back(torch.cat(outs), self.index, self.inverse).view(1, tokens, heads, dim)
 
 
 class DecodeCache:

@@ -1,0 +1,94 @@
+"""Attention by itself: its hand-written backward, and how completions are laid out in rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dash_exp.learning import packing
+from dash_exp.learning.packing import pack
+from dash_exp.modeling.attention import CompletionRows, additive_mask, attend_rows
+from tests.conftest import make_groups
+from tests.learning.reference import reference_gradient
+from tests.learning.test_learner import (
+    LENGTHS,
+    PROMPTS,
+    assert_close,
+    learner_gradient,
+    learner_of,
+    objective,
+    whole_groups,
+)
+
+
+def inputs(dtype: torch.dtype, rows: int = 2, queries: int = 5, keys: int = 7) -> list[torch.Tensor]:
+    """q [R, 4, Lq, 8], k and v [R, 2, Lk, 8], and a causal bias in which the last query sees every key."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(heads: int, length: int) -> torch.Tensor:
+        # strides as `CompletionRows` has them
+        x = torch.randn(rows, length, heads, 8, generator=generator, dtype=torch.float64)
+        return x.to(dtype).transpose(1, 2).requires_grad_()
+
+    visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).expand(rows, 1, -1, -1)
+    return [draw(4, queries), draw(2, keys), draw(2, keys), additive_mask(visible)]
+
+
+def test_plain_attention_and_its_gradients_equal_torchs() -> None:
+    q, k, v, bias = inputs(torch.float64)
+    upstream = torch.randn(2, 4, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = attend_rows(q, k, v, bias.double(), 0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias > -1, scale=0.3, enable_gqa=True
+    )
+    assert torch.allclose(found, expected, atol=1e-12)
+    for name, a, b in zip(
+        "qkv",
+        torch.autograd.grad(found, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-12), name
+
+
+def test_the_backward_of_plain_attention_is_its_derivative() -> None:
+    q, k, v, bias = inputs(torch.float64, rows=1, queries=3, keys=4)
+    assert torch.autograd.gradcheck(lambda *x: attend_rows(*x, bias.double(), 0.3), (q, k, v))
+
+
+def test_in_bf16_gradients_are_exact_to_its_rounding() -> None:
+    """bf16 keeps 8 bits; a gradient is a sum of a few rounded products."""
+    low = inputs(torch.bfloat16, queries=64, keys=64)
+    high = [x.detach().float().requires_grad_() for x in low[:3]]
+    upstream = torch.randn(2, 4, 64, 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+    found = torch.autograd.grad(attend_rows(*low, 0.35), low[:3], upstream)
+    expected = torch.autograd.grad(attend_rows(*high, low[3], 0.35), high, upstream.float())
+    for name, a, b in zip("qkv", found, expected, strict=True):
+        assert float((a.float() - b).norm() / b.norm()) < 0.01, name
+
+
+def test_torchs_kernels_give_the_same_gradient(
+    tiny: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What long completions, and all on a GPU, go through."""
+    monkeypatch.setattr(packing, "PLAIN_CELLS", 0)
+    groups = make_groups(LENGTHS, PROMPTS)
+    batch = whole_groups(groups, "completion")
+    context = pack(batch).context
+    assert isinstance(context, CompletionRows)
+    assert all(block.mask.dtype == torch.bool for block in context.blocks)
+    expected = reference_gradient(plain, plain, groups, objective(), "constant")
+    assert_close(learner_gradient(learner_of(tiny, objective()), [batch], groups, "constant"), expected)
+
+
+def test_a_long_completion_does_not_pad_the_others() -> None:
+    lengths = [[2, 3, 4, 65], [9, 12, 20, 33]]
+    context = pack(whole_groups(make_groups(lengths, [10, 6]), "completion")).context
+    assert isinstance(context, CompletionRows)
+    # inputs are one shorter: 64 and 32; 19 and 11; 8; 3 and 2; 1. A row is at least half as long as its block
+    assert [block.shape for block in context.blocks] == [(2, 10), (2, 64), (2, 19), (1, 8), (2, 3), (1, 1)]
+    assert len(context.index) == 20 + 128 + 38 + 8 + 6 + 1
+    tokens = 16 + sum(n - 1 for own in lengths for n in own)
+    assert sorted(context.index[context.inverse].tolist()) == list(range(tokens))
