@@ -33,6 +33,7 @@ from dash_exp.plan import Parts, Plan
 from dash_exp.provenance import packages
 from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Sampler
+from dash_exp.sampling.waves import groups_at_once
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_traces
 
@@ -80,13 +81,14 @@ def make_plan(config: Config, prompts: int) -> Plan:
     a, s = config.algorithm, config.sampler
     steps = math.ceil((a.epochs or 0) * prompts / a.prompts_per_step) if a.steps is None else a.steps
     per_call = a.prompts_per_step if s.schedule == "preemptive" else s.prompts_per_call
+    servers = len(config.cluster.server_urls) or s.servers
     return Plan(
         seed=config.seed,
         steps=steps,
         prompts_per_step=a.prompts_per_step,
         group_size=a.group_size,
         prompts_per_call=per_call,
-        groups_at_once=math.ceil(per_call / s.waves) if overlapped(config) and s.waves > 1 else None,
+        groups_at_once=groups_at_once(per_call, s.waves, servers) if overlapped(config) else None,
         streaming=s.streaming,
         in_prompt_order=config.learner.deterministic,
         passes=a.passes,

@@ -17,6 +17,7 @@ from dash_exp.capacity_model import Curves, Setting, of_two
 from dash_exp.capacity_sampling import Decode, Lengths, sample
 from dash_exp.errors import Fault, UserError
 from dash_exp.record import Row, read_final, read_rows
+from dash_exp.sampling.waves import groups_at_once
 
 UNIT = Decode(((1.0, 1.0),))
 """A decode step takes 1: times count decode steps."""
@@ -184,7 +185,7 @@ class _Cell:
         for row in self.steps:
             lengths = self.groups[row["step"]]
             size = s.call or len(lengths)
-            at_once = math.ceil(size / s.waves) if s.streaming and s.waves > 1 else None
+            at_once = groups_at_once(size, s.waves, s.servers) if s.streaming else None
             for first in range(0, len(lengths), size):
                 done = sample(
                     lengths[first : first + size], UNIT, 0.0, servers=s.servers,

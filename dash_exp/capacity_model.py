@@ -7,12 +7,12 @@ packs them, and learners take micro-batches as they fill (`learning/rounds.py`).
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dash_exp.capacity_sampling import Decode, Lengths, Sampled, sample
+from dash_exp.sampling.waves import groups_at_once
 
 DRAWS = 8
 """Batches of lengths that a prediction is the mean of."""
@@ -140,7 +140,7 @@ def of_two(seconds: float, learners: int) -> float:
 def _part(curves: Curves, setting: Setting, lengths: Lengths) -> tuple[float, Sampled, float]:
     """Of prompts that are sampled together: when all is done, when each was sampled, and seconds of
     backpropagation alone."""
-    at_once = math.ceil(len(lengths) / setting.waves) if setting.streaming and setting.waves > 1 else None
+    at_once = groups_at_once(len(lengths), setting.waves, setting.servers) if setting.streaming else None
     done = sample(
         lengths, curves.decode, curves.prompt_tokens / curves.prefill_tokens_per_s,
         servers=setting.servers, max_sequences=setting.max_sequences, at_once=at_once,

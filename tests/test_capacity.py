@@ -24,6 +24,7 @@ from dash_exp.capacity_model import (
 )
 from dash_exp.capacity_sampling import Decode, sample
 from dash_exp.learning.packing import pieces_of
+from dash_exp.sampling.waves import groups_at_once
 from tests.conftest import make_groups
 
 SHARED = Decode.of_rates([(1, 100.0), (64, 100.0)])
@@ -194,6 +195,16 @@ def test_bounds_and_monotone_properties(
     one = replace(setting, servers=1, waves=1)
     before = predict_batch(measured, one, lengths).sampling_s
     assert predict_batch(measured, one, longer).sampling_s >= before - tiny
+
+
+@pytest.mark.parametrize(
+    ("prompts", "waves", "servers", "expected"),
+    [(16, 4, 1, 4), (16, 4, 2, 4), (16, 5, 1, 4), (16, 16, 4, 4), (16, 1, 4, None), (2, 2, 8, 8)],
+)
+def test_no_wave_leaves_a_server_without_a_group(
+    prompts: int, waves: int, servers: int, expected: int | None
+) -> None:
+    assert groups_at_once(prompts, waves, servers) == expected
 
 
 def test_lengths_are_drawn_by_group_and_scaled() -> None:

@@ -123,6 +123,7 @@ def environment(settings: ServerSettings, given: Mapping[str, str] | None = None
     }
     made.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     made.setdefault("VLLM_NO_USAGE_STATS", "1")
+    made.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "60")  # seconds: longer than we keep an unused connection
     if "OMP_WAIT_POLICY" not in made:
         made.setdefault("GOMP_SPINCOUNT", "2000")
     return made

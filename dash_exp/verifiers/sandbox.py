@@ -151,10 +151,17 @@ def _needed() -> list[str]:
     wanted = [*_SYSTEM, *(str(Path(p).resolve()) for p in python if p), *(p for p in python if p)]
     kept: list[str] = []
     for path in dict.fromkeys(wanted):
-        covered = any(Path(path).is_relative_to(known) for known in kept if not os.path.islink(known))
-        if os.path.exists(path) and path != "/" and not covered:
+        if os.path.exists(path) and path != "/" and not _is_covered(path, kept):
             kept.append(path)
     return kept
+
+
+def _is_covered(path: str, kept: list[str]) -> bool:
+    """Whether one of these brings it along: a folder above it, or a link above it whose target is there."""
+    above = [known for known in kept if Path(path).is_relative_to(known)]
+    if any(not os.path.islink(known) for known in above):
+        return True
+    return any(known != path for known in above) and _is_covered(str(Path(path).resolve()), kept)
 
 
 def spare_uid(uid_map: str | None = None, pick: random.Random | None = None) -> int:

@@ -101,6 +101,18 @@ def test_a_scratch_folder_hides_nothing_that_lies_below_it() -> None:
     assert fallback.with_scratch() == fallback
 
 
+def test_a_linked_environment_is_no_obstacle(tmp_path: Path) -> None:
+    """An environment that is a link to another folder, as some tools make them."""
+    skip_without("bwrap")
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    code = "from dash_exp.verifiers.sandbox import confinement; print(confinement('bwrap').kind)"
+    done = subprocess.run(
+        [tmp_path / "venv" / "bin" / "python", "-c", code], cwd=Path(dash_exp.__file__).parents[1],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "bwrap\n", done.stderr
+
+
 def test_the_sandbox_shows_little() -> None:
     skip_without("bwrap")
     words = [*confinement("bwrap").prefix, sys.executable, "-I", "-c", "import os; print(*os.listdir('/'))"]
