@@ -30,7 +30,7 @@ check: setup ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: setup ## the tests: 8.5 minutes on two cores of an EPYC, up to 16 on slower ones
+test: setup ## the tests: seven to ten minutes on two cores, by how fast they are
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not long and not gpu"
 
 test-long: setup ## the longer tests, under forty minutes on two cores

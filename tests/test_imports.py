@@ -16,8 +16,8 @@ PACKAGE = REPOSITORY / "dash_exp"
 LAYERS = [
     {"types", "errors", "seeding", "statistics", "config", "hashing", "cells", "ledger", "signals",
      "process"},
-    {"tasks", "verifiers", "sampling.protocol", "learning.advantages", "learning.filters",
-     "learning.losses", "learning.schedules", "record", "validation", "preconditions", "provenance",
+    {"tasks", "verifiers", "sampling.protocol", "sampling.waves", "learning.advantages",
+     "learning.filters", "learning.losses", "learning.schedules", "record", "validation", "preconditions", "provenance",
      "override_faults", "own_settings", "dataset_faults", "server_faults", "capacity_model",
      "capacity_sampling", "partners", "compose", "metrics", "terminal", "limits", "learning.world",
      "checksums",
