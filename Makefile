@@ -33,7 +33,7 @@ check: setup ## ruff and mypy
 test: setup ## the tests: seven to ten minutes on two cores, by how fast they are
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not long and not gpu"
 
-test-long: setup ## the longer tests, under forty minutes on two cores
+test-long: setup ## the longer tests: about forty minutes on two slow cores
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "long and not gpu"
 
 bench: setup ## measure every row beside its rival or limit, start-up, and memory (an hour and a half)

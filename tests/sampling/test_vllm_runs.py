@@ -1,29 +1,47 @@
-"""Whole runs of the tiny model with real vLLM and two learning processes: killed in the middle, resumed, and
-every token sampled with the weights that both ranks hold."""
+"""Whole runs with real vLLM and two learning processes, of the tiny model and of the default cell: killed in
+the middle, resumed, and every token sampled with the weights that both ranks hold."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from dash_exp.record import read_json, read_rows
-from tests.test_run import finish, start, steps_of, wait_for_steps
+from tests.conftest import REPOSITORY
+from tests.test_run import SMALL, finish, steps_of, wait_for_steps
 
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-TWO = ["learner.ranks=2", "learner.precision=fp32", "sampler.dtype=float32", "learner.micro_batch_tokens=70",
-       "evaluation=none", "checkpoint.every=2"]  # fmt: skip
+EXACT = [*SMALL, "learner.precision=fp32", "sampler.dtype=float32", "learner.micro_batch_tokens=70",
+         "sampler=vllm"]  # fmt: skip
+DEFAULT = ["algorithm.steps=6", "sampler=vllm_servers", "sampler.servers=2", "sampler.waves=2"]
+"""The default cell, but for its length and who samples: SmolLM2 in bf16."""
 
 
-@pytest.mark.parametrize("sampler", [["vllm"], ["vllm_servers", "sampler.servers=2", "sampler.waves=2"]])
-def test_two_ranks_with_vllm_killed_and_resumed(tmp_path: Path, sampler: list[str]) -> None:
-    options = [*TWO, f"sampler={sampler[0]}", *sampler[1:]]
-    first = start(tmp_path, *options)
+def start(root: Path, options: list[str]) -> subprocess.Popen[str]:
+    more = ["learner.ranks=2", "evaluation=none", "checkpoint.every=2", "run.progress=plain"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "dash_exp", *options, *more, f"run.dir={root}"],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "servers", "gap"),
+    [(EXACT, set(), 1e-3), (DEFAULT, {"server-0", "server-1"}, 0.1)],
+    ids=["vllm", "default_cell_vllm_servers"],
+)  # fmt: skip
+def test_two_ranks_with_vllm_killed_and_resumed(
+    tmp_path: Path, options: list[str], servers: set[str], gap: float
+) -> None:
+    first = start(tmp_path, options)
     wait_for_steps(tmp_path, 3, first, 400)  # vLLM starts slowly on a busy machine
     others = psutil.Process(first.pid).children(recursive=True)
     assert any("dash_exp.rank" in c.cmdline() for c in others)
@@ -34,19 +52,18 @@ def test_two_ranks_with_vllm_killed_and_resumed(tmp_path: Path, sampler: list[st
     (folder,) = (tmp_path / "cells").iterdir()
     killed_after = len(read_rows(folder / "steps.jsonl").rows)
 
-    again = start(tmp_path, *options)
-    output = finish(again, 300)
+    again = start(tmp_path, options)
+    output = finish(again, 500)
     assert again.returncode == 0, output
     assert f"resuming after step {killed_after // 2 * 2}" in output
     assert read_json(folder / "status.json")["state"] == "finished"
     rows = steps_of(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert {row["attempt"] for row in rows} == {1, 2}
-    assert max(row["policy/logprob_gap"] for row in rows) < 1e-3
+    assert max(row["policy/logprob_gap"] for row in rows) < gap
     assert sum(row["updates"] for row in rows) > 2
     events = read_rows(folder / "events.jsonl").rows
     learned = {e["worker"] for e in events if e["kind"] == "backprop"}
     assert learned == {"learner-0", "learner-1"}
     assert [e for e in events if e["kind"] == "fault"] == []
-    if sampler[0] == "vllm_servers":
-        assert {e["worker"] for e in events if e["kind"] == "sample"} >= {"server-0", "server-1"}
+    assert {e["worker"] for e in events if e["kind"] == "sample"} >= servers
