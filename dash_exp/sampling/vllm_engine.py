@@ -23,8 +23,8 @@ WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
 class VLLMSampler:
     """Completions from an engine that is stepped here, so groups can be handed on as they finish.
 
-    One request per completion with a seed of its own; the group's prompt is computed once, by the
-    prefix cache. Log-probabilities are those of the distribution drawn from: after the temperature,
+    One request per completion with a seed of its own; the group's prompt is computed once (on CPU see
+    vllm_group.py). Log-probabilities are those of the distribution drawn from: after the temperature,
     over the tokenizer's whole vocabulary.
     """
 
@@ -38,6 +38,7 @@ class VLLMSampler:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
+        from dash_exp.sampling.vllm_group import shared_prompts
         from dash_exp.sampling.vllm_load import Loader
         from dash_exp.sampling.vllm_parts import MaskPadding, repack_output, scheduling
 
@@ -48,7 +49,8 @@ class VLLMSampler:
             enforce_eager=enforce_eager, enable_prefix_caching=True, disable_log_stats=True,
             logprobs_mode="processed_logprobs", generation_config="vllm",
             logits_processors=[MaskPadding],
-            additional_config={"dash_vocabulary": vocabulary}, **scheduling(max_model_len), **memory,
+            additional_config={"dash_vocabulary": vocabulary},
+            **scheduling(max_model_len), **shared_prompts(), **memory,
         )  # fmt: skip
         self.engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()

@@ -23,6 +23,8 @@ from typing import Any
 import dash_exp.sampling.vllm_receive  # noqa: F401  (registers our transfers with vLLM)
 from dash_exp.record import write_json
 from dash_exp.sampling.answers import FACTS
+from dash_exp.sampling.vllm_executor import patient
+from dash_exp.sampling.vllm_group import shared_prompts
 from dash_exp.sampling.vllm_parts import scheduling
 
 MODULE = "dash_exp.sampling.vllm_server"
@@ -81,9 +83,11 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
         "--middleware", f"{MODULE}.RequireKey", "--worker-extension-cls", f"{MODULE}.Worker",
         "--weight-transfer-config", json.dumps({"backend": settings["transfer"]}),
     ]  # fmt: skip
-    for name, value in scheduling(settings["max_model_len"]).items():
+    more = {**scheduling(settings["max_model_len"]), **shared_prompts(), **patient()}
+    for name, value in more.items():
         flag = name.replace("_", "-")
-        words += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        words += [f"--no-{flag}"] if value is False else [f"--{flag}", text]
     if settings["enforce_eager"]:
         words.append("--enforce-eager")
     if settings["sleep"]:

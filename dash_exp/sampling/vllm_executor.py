@@ -1,0 +1,26 @@
+"""vLLM's executor on CPU, waiting without burning a processor. Named in the server's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+
+def patient() -> dict[str, Any]:
+    """Engine arguments, by vLLM's names."""
+    if torch.cuda.is_available():
+        return {}
+    return {"distributed_executor_backend": f"{__name__}.{PatientExecutor.__name__}"}
+
+
+class PatientExecutor(MultiprocExecutor):  # type: ignore[misc,unused-ignore]
+    """The engine's process asks the one with the model for a token of each sequence and waits. vLLM's looks
+    for the answer without a pause for up to a second, longer than a token takes, so a processor is always
+    busy: on a GPU machine nobody misses it, here it is the learner's. This one sleeps until it is woken."""
+
+    def _post_init_executor(self) -> None:
+        super()._post_init_executor()
+        for queue in self.response_mqs:
+            queue._spin_condition.busy_loop_s = 0.0
