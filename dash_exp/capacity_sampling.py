@@ -98,15 +98,18 @@ def sample(
     at_once: int | None,
 ) -> Sampled:  # fmt: skip
     """Continuous batching over some servers: a group goes to the one with the fewest groups, as long as it
-    has room, and at most `at_once` groups are on their way. `prefill_s`: seconds of a group's prompt."""
+    has room, and at most as many completions are on their way as `at_once` groups have. `prefill_s`: seconds
+    of a group's prompt."""
     machines = [_Server(decode) for _ in range(servers)]
     queue, left = deque(range(len(lengths))), [len(group) for group in lengths]
     ends: list[tuple[float, int]] = []
     nexts = [math.inf] * servers
 
     def assign(now: float) -> None:
-        while queue and (at_once is None or sum(len(m.groups) for m in machines) < at_once):
+        while queue:
             size = len(lengths[queue[0]])
+            if at_once is not None and sum(len(m.ends) for m in machines) + size > at_once * size:
+                return
             room = [n for n, m in enumerate(machines) if not m.groups or len(m.ends) + size <= max_sequences]
             if not room:
                 return
@@ -126,6 +129,6 @@ def sample(
         if left[group] == 0:
             machine.groups.discard(group)
             ends.append((now, group))
-            assign(now)
+        assign(now)
         nexts[number] = machine.next_end()
     return Sampled(tuple(ends), max(m.most for m in machines))

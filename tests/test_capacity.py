@@ -78,6 +78,17 @@ def test_no_room_means_waiting() -> None:
     assert [time for time, _ in done.ends] == [pytest.approx(t) for t in (2.0, 4.0, 4.0)]
 
 
+def test_a_wave_is_so_many_completions_whosever_they_are() -> None:
+    """Four at once, a step of 0.1 s however many. After 2 s two are done, one of each group, and the third
+    group begins: it is complete at 3 s, before the two that began first."""
+    decode = Decode.of_rates([(1, 10.0), (2, 20.0), (4, 40.0)])
+    lengths = ((10, 40), (20, 40), (10, 10))
+    done = sample(lengths, decode, 0.0, servers=1, max_sequences=64, at_once=2)
+    assert [group for _, group in done.ends] == [2, 0, 1]
+    assert [time for time, _ in done.ends] == [pytest.approx(t) for t in (3.0, 4.0, 4.0)]
+    assert done.sequences == 4
+
+
 def test_decode_steps_between_below_and_beyond_what_was_measured() -> None:
     decode = Decode.of_rates([(2, 20.0), (4, 20.0)])  # 0.1 and 0.2 s
     assert [decode.seconds(n) for n in (1, 2, 3, 4, 6)] == [

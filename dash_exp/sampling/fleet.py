@@ -218,15 +218,16 @@ class Fleet:
             member.tasks, member.owed = set(), {}
 
     def _assign(self) -> None:
-        """Hand groups to servers, the largest first, each to the one with the least work."""
+        """Hand groups to servers, the largest first, each to the one with the least work. A limit of groups is
+        one of as many completions: those that are done make room for the next group's, whoever's they are."""
         batch = self.batch
         if batch is None:
             return
         while batch.queue:
-            on_way = sum(len(m.owed) for m in self.members)
-            if batch.limit is not None and on_way >= batch.limit:
+            size, whole = len(batch.queue[0].missing), len(batch.queue[0].answers)
+            on_way = sum(m.completions for m in self.members)
+            if batch.limit is not None and on_way + size > batch.limit * whole:
                 return
-            size = len(batch.queue[0].missing)
             room = [m for m in self.serving if not m.owed or m.completions + size <= self.max_sequences]
             if not room:
                 return
@@ -264,7 +265,7 @@ class Fleet:
         if not owed.missing:
             del member.owed[request.position]
             batch.delivery.put(self._group(member, owed, batch.version))
-            self._assign()
+        self._assign()
 
     def _group(self, member: Member, owed: Owed, version: int) -> Group:
         completions = tuple(

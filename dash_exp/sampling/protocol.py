@@ -48,8 +48,8 @@ class Sampler(Protocol):
     def stream(
         self, requests: Sequence[Request], decoding: Decoding, at_once: int | None = None
     ) -> Iterator[Group | None]:
-        """`at_once`: groups on their way at the same time, at most; an engine that decodes only while the
-        caller waits for it takes as many as fit."""
+        """`at_once`: at most as many completions as this many groups have are on their way at the same time;
+        an engine that decodes only while the caller waits for it takes as many as fit."""
         ...
 
     def load_weights(self, version: int) -> None:

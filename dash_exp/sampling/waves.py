@@ -6,6 +6,6 @@ import math
 
 
 def groups_at_once(prompts: int, waves: int, servers: int) -> int | None:
-    """How many of `prompts` groups are on their way at a time: those of a wave, but one for every server at
-    least, for none idles while there is work. None: all of them."""
+    """As many completions as how many of `prompts` groups have are on their way at a time: those of a wave,
+    but one for every server at least, for none idles while there is work. None: all of them."""
     return max(math.ceil(prompts / waves), servers) if waves > 1 else None

@@ -34,4 +34,4 @@ class Batch:
     delivery: Delivery
     queue: deque[Owed]
     limit: int | None
-    """Groups on their way at once, over all servers."""
+    """As many completions as this many groups have are on their way at once, over all servers."""
