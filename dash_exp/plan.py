@@ -18,8 +18,9 @@ from dash_exp.types import Completion
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a run does, as plain numbers. `prompts_per_call`: prompts sampled at a time (all of the
-    step's in the preemptive schedule). `groups_at_once`: as many completions as this many groups have
-    may be on their way at the same time (all: None), so that groups finish one after the other and a learner beside the sampler can begin.
+    step's in the preemptive schedule). `groups_at_once`: as many completions as this many groups have may
+    be on their way at the same time (all: None), so that groups finish one after the other and a learner
+    beside the sampler can begin.
     `prompts_per_update`: a mini-batch, or the whole batch."""
 
     seed: int

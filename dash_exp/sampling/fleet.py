@@ -218,8 +218,8 @@ class Fleet:
             member.tasks, member.owed = set(), {}
 
     def _assign(self) -> None:
-        """Hand groups to servers, the largest first, each to the one with the least work. A limit of groups is
-        one of as many completions: those that are done make room for the next group's, whoever's they are."""
+        """Hand groups to servers, the largest first, each to the one with the least work. A limit of groups
+        means their completions: whichever are done make room for the next group's."""
         batch = self.batch
         if batch is None:
             return
