@@ -37,7 +37,7 @@ def engine(tiny_folder: Path) -> Iterator[Any]:
     from dash_exp.sampling.vllm_engine import VLLMSampler
 
     # fewer tokens at once than the prompts of a test have: some wait, and none may be read in parts
-    vllm_parts.CPU_BATCHED_TOKENS = 64
+    batched, vllm_parts.CPU_BATCHED_TOKENS = vllm_parts.CPU_BATCHED_TOKENS, 64
     threads = torch.get_num_threads()
     set_threads = torch.set_num_threads
     model = load_model(tiny_folder, torch.float32, ATTENTION)
@@ -45,6 +45,7 @@ def engine(tiny_folder: Path) -> Iterator[Any]:
         tiny_folder, model.named_parameters, vocabulary=SEEN, max_model_len=64, max_sequences=64,
         dtype="float32", kv_cache_gb=1, gpu_memory_utilization=0.5, enforce_eager=True,
     )  # fmt: skip
+    vllm_parts.CPU_BATCHED_TOKENS = batched
     yield sampler, model
     sampler.close()
     torch.set_num_threads = set_threads  # vLLM on CPU replaces it
