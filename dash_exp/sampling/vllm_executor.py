@@ -18,7 +18,8 @@ def patient() -> dict[str, Any]:
 class PatientExecutor(MultiprocExecutor):  # type: ignore[misc,unused-ignore]
     """The engine's process asks the one with the model for a token of each sequence and waits. vLLM's looks
     for the answer without a pause for up to a second, longer than a token takes, so a processor is always
-    busy: on a GPU machine nobody misses it, here it is the learner's. This one sleeps until it is woken."""
+    busy: on a GPU machine nobody misses it, here it is the learner's. This one sleeps until it is woken. vLLM
+    has no setting for it (0.32), so this sets the queues' own."""
 
     def _post_init_executor(self) -> None:
         super()._post_init_executor()

@@ -46,6 +46,7 @@ class SharedPrompts(KVConnectorBase_V1):  # type: ignore[misc,unused-ignore]
         self._block = int(vllm_config.cache_config.block_size)
         self._one_kind = len(kv_cache_config.kv_cache_groups) == 1
         self._holders: dict[Prompt, dict[str, Request]] = {}
+        self._begun: set[str] = set()  # in the step that is being planned: their blocks hold nothing yet
         self._caches: list[torch.Tensor] = []
         self._copies = Copies([], [])
 
@@ -60,7 +61,7 @@ class SharedPrompts(KVConnectorBase_V1):  # type: ignore[misc,unused-ignore]
     ) -> tuple[int | None, bool]:
         """Tokens that can be copied; None: another request of this prompt is about to compute it."""
         running = self._running(request) if self._one_kind else []
-        if any(map(_has_prompt, running)):
+        if any(map(self._has_prompt, running)):
             return max(0, _shared(request) - num_computed_tokens), False
         if any(r.max_tokens > 1 for r in running):  # else it is gone, with its blocks, by the next step
             return None, False
@@ -69,7 +70,7 @@ class SharedPrompts(KVConnectorBase_V1):  # type: ignore[misc,unused-ignore]
     def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
         if num_external_tokens:
             assert self._kv_cache_manager is not None
-            holder = next(filter(_has_prompt, self._running(request)))
+            holder = next(filter(self._has_prompt, self._running(request)))
             (theirs,) = self._kv_cache_manager.get_block_ids(holder.request_id)
             (own,) = blocks.get_block_ids()
             upto = _shared(request)
@@ -77,8 +78,10 @@ class SharedPrompts(KVConnectorBase_V1):  # type: ignore[misc,unused-ignore]
             self._copies.sources += theirs[wanted]
             self._copies.targets += own[wanted]
         self._holders.setdefault(_prompt(request), {})[request.request_id] = request
+        self._begun.add(request.request_id)
 
     def build_connector_meta(self, scheduler_output: Any) -> Copies:
+        self._begun.clear()
         made, self._copies = self._copies, Copies([], [])
         return made
 
@@ -93,6 +96,12 @@ class SharedPrompts(KVConnectorBase_V1):  # type: ignore[misc,unused-ignore]
         """Others with its prompt that have blocks; one that was preempted has none."""
         holders = self._holders.get(_prompt(request), {}).values()
         return [r for r in holders if r is not request and r.status == RequestStatus.RUNNING]
+
+    def _has_prompt(self, request: Request) -> bool:
+        """Whether its prompt was computed in an earlier step. One that begins again after it was preempted
+        counts its prompt as computed already, but what it is to copy is not there before the step."""
+        done = request.num_computed_tokens >= request.num_prompt_tokens
+        return bool(done and request.request_id not in self._begun)
 
     # --- beside the model ---
 
@@ -119,11 +128,6 @@ class SharedPrompts(KVConnectorBase_V1):  # type: ignore[misc,unused-ignore]
 
 def _prompt(request: Request) -> Prompt:
     return tuple(request.prompt_token_ids or ())
-
-
-def _has_prompt(request: Request) -> bool:
-    """Whether its prompt was computed in an earlier step."""
-    return bool(request.num_computed_tokens >= request.num_prompt_tokens)
 
 
 def _shared(request: Request) -> int:

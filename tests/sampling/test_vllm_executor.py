@@ -33,7 +33,6 @@ def test_the_engine_does_not_spin_for_its_workers(ours: bool, monkeypatch: pytes
         executor = object.__new__(PatientExecutor)  # without the processes that it would start
         executor.response_mqs = [reader]
         executor._post_init_executor()
-        executor._finalizer = None
     for number in range(3):
         later = threading.Timer(0.1, writer.enqueue, (number,))
         later.start()

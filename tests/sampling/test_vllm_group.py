@@ -164,3 +164,35 @@ def test_the_same_where_memory_runs_out(engine: Any, monkeypatch: pytest.MonkeyP
     assert preempted
     same(tight, roomy)
     assert scheduler.connector._holders == {}
+
+
+def test_nothing_is_copied_from_one_that_copies_in_the_same_step(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that were preempted with tokens of their own begin again in one step. The first says at once that
+    its prompt is computed; the second must not read its blocks: all are filled together, before the step."""
+    from types import SimpleNamespace
+
+    from vllm import SamplingParams
+    from vllm.v1.request import Request, RequestStatus
+
+    connector = scheduler_of(engine[0]).connector
+    blocks = {"holder": ([7],), "first": ([8],), "second": ([9],)}
+    of = {name: SimpleNamespace(get_block_ids=lambda ids=ids: ids) for name, ids in blocks.items()}
+    monkeypatch.setattr(connector, "_kv_cache_manager", SimpleNamespace(get_block_ids=blocks.__getitem__))
+    prompt = list(range(3, 13))
+    requests = {name: Request(name, prompt, SamplingParams(max_tokens=9), None) for name in blocks}
+    for name in ("first", "second", "holder"):  # the order in which they came
+        requests[name].append_output_token_ids([5, 6])
+        connector.update_state_after_alloc(requests[name], of[name], 0)
+    connector.build_connector_meta(None)
+    requests["holder"].status, requests["holder"].num_computed_tokens = RequestStatus.RUNNING, 11
+    for name in ("first", "second"):
+        assert connector.get_num_new_matched_tokens(requests[name], 0) == (len(prompt), False)
+        connector.update_state_after_alloc(requests[name], of[name], len(prompt))
+        requests[name].status, requests[name].num_computed_tokens = RequestStatus.RUNNING, len(prompt)
+    made = connector.build_connector_meta(None)
+    assert (made.sources, made.targets) == ([7, 7], [8, 9])
+    for name in blocks:
+        connector.request_finished(requests[name], [])
+    assert connector._holders == {}
