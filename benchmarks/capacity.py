@@ -18,7 +18,6 @@ from benchmarks.turns import WARM_UP, median
 from dash_exp.capacity_curves import curves_of
 from dash_exp.capacity_model import Curves, Setting, predict, predict_batch
 from dash_exp.record import Row
-from dash_exp.sampling.waves import groups_at_once
 
 GOAL = 0.15
 
@@ -104,7 +103,7 @@ def real(ours: Ours, setting: Setting, number: int) -> Row:
     plan = ours.plan(
         prompts_per_step=setting.prompts, prompts_per_update=setting.prompts,
         prompts_per_call=call, group_size=setting.group,
-        groups_at_once=groups_at_once(call, setting.waves, setting.servers) if setting.streaming else None,
+        waves=setting.waves if setting.streaming else None, servers=setting.servers,
         streaming=setting.streaming or ours.config.sampler.name != "vllm_servers",
     )  # fmt: skip
     return ours.step(number, plan)

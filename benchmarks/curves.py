@@ -102,7 +102,7 @@ class Collector:
         self.steps: list[Row] = []
 
     def round(self, number: int) -> None:
-        in_turn = self.ours.plan(streaming=False, groups_at_once=None)
+        in_turn = self.ours.plan(streaming=False, waves=None)
         decoded = {n: self.asker.decode(n) for n in self.counts}
         prefilled, step = self.asker.prefill_rate(), self.ours.step(number, in_turn)
         if number > WARM_UP:
@@ -117,7 +117,7 @@ class Collector:
         apart = s.name == "vllm_servers"
         return {
             "prompts": plan.prompts_per_step, "group": plan.group_size,
-            "waves": s.waves if apart else 1, "streaming": bool(apart and plan.streaming),
+            "waves": plan.waves or 1, "streaming": bool(apart and plan.streaming),
             "max_sequences": s.max_sequences,
             "micro_batch_tokens": self.ours.config.learner.micro_batch_tokens,
         }  # fmt: skip

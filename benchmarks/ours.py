@@ -16,8 +16,8 @@ from dash_exp.cells import resolve_paths
 from dash_exp.compose import compose
 from dash_exp.config import Config
 from dash_exp.ledger import Ledger
-from dash_exp.loop import train_step
-from dash_exp.metrics import batch_values, learner_values, sample_rows
+from dash_exp.loop import in_waves, train_step
+from dash_exp.metrics import sample_rows, step_row
 from dash_exp.modeling.source import load_tokenizer
 from dash_exp.plan import Plan
 from dash_exp.record import Recorder, Row
@@ -111,21 +111,19 @@ class Ours:
         return replace(self.machine.plan, **changes)
 
     def step(self, number: int | None = None, plan: Plan | None = None) -> Row:
-        """Train one step: the next, or that of this number (its prompts and seeds), by this plan. Its wall
-        seconds, its seconds by phase, and what was sampled and learned from."""
+        """Train one step: the next, or that of this number (its prompts and seeds), by this plan, or as a run
+        would. Its row of the record, and the lengths that were sampled."""
         self.done = self.done + 1 if number is None else number
-        plan = plan or self.machine.plan
+        parts = self.machine.parts
+        by = plan or in_waves(self.machine.plan, parts)
         self.ledger.close_step()  # what lay between two steps is nobody's
-        facts = train_step(plan, self.machine.parts, self.ledger, self.recorder, self.done)
+        facts = train_step(by, parts, self.ledger, self.recorder, self.done)
         self.recorder.append("samples", sample_rows(self.done, facts.groups))
         overlap = self.ledger.overlap_s()
-        wall, seconds = self.ledger.close_step()
-        phases = {f"time/{name}_s": value for name, value in seconds.items()}
-        return {
-            "time/step_s": wall, "time/overlap_s": overlap, **phases,
-            **batch_values(facts), **learner_values(facts),
-            "lengths": [[len(c.token_ids) for c in g.group.completions] for g in facts.groups],
-        }  # fmt: skip
+        row = step_row(self.done, facts, *self.ledger.close_step(), overlap)
+        if plan is None and parts.choice is not None:
+            parts.choice.note(facts.groups, row)
+        return {**row, "lengths": [[len(c.token_ids) for c in g.group.completions] for g in facts.groups]}
 
     def close(self) -> None:
         self._stack.close()

@@ -2,8 +2,9 @@
 
 One vLLM server on one core (or GPU), the learner on another. Lengths are skewed: the prompts are sums, and a
 completion ends at the first 3 or 7, else after 64 tokens. The same prompts, seeds and (with a vanishing
-learning rate) weights are sampled in every turn: streaming in 1, 2 and 4 waves; and one after the other, the
-whole batch at once, which gives S and B. Optimizer and sync are stated apart.
+learning rate) weights are sampled in every turn: streaming in 1, 2 and 4 waves, and in as many as the run
+chooses; and one after the other, the whole batch at once, which gives S and B. Optimizer and sync are stated
+apart.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any
 from benchmarks.ours import STILL, Ours, asked, config_of
 from benchmarks.report import Options, Skipped, at_most, need_vllm, print_lines, print_table
 from benchmarks.turns import alternate, median, spread
-from dash_exp.plan import Plan
 from dash_exp.record import Row
-from dash_exp.sampling.waves import groups_at_once
 
 GOAL = 1.10
 WAVES = (1, 2, 4)
+CHOSEN, SETTLING = "streaming, W chosen", 6
+"""Steps before those that are timed: with the first ones the choice is being made."""
 WORK = (
     "sampler=vllm_servers", "sampler.servers=1", "learner.deterministic=false",
     "dataset.stop=['3','7']", "sampler.max_new_tokens=64", STILL,
@@ -34,21 +35,23 @@ def measure(options: Options) -> dict[str, Any]:
     need_vllm(options)
     config = config_of("none", 0.0, None, asked(options, *WORK, *places()))
     with tempfile.TemporaryDirectory() as scratch, Ours(config, options.cache, Path(scratch)) as ours:
-        plans = {name_of(w): streamed(ours, w) for w in WAVES}
-        plans["in turn"] = ours.plan(streaming=False, groups_at_once=None)
+        plans = {name_of(w): ours.plan(streaming=True, waves=w) for w in WAVES}
+        plans["in turn"] = ours.plan(streaming=False, waves=None)
         sides = {name: partial(ours.step, plan=plan) for name, plan in plans.items()}
-        found = alternate(sides, options.rounds)
-    ratios = {w: against_the_limit(found, w) for w in WAVES}
+        for number in range(1, 2 if options.quick else 1 + SETTLING):
+            ours.step(number)
+        found = alternate({**sides, CHOSEN: ours.step}, options.rounds)
+    ratios = {name: against_the_limit(found, name) for name in (*map(name_of, WAVES), CHOSEN)}
     lines = [
         asdict(
             at_most(
                 GOAL, one["ratio"]["median"], options,
-                work=f"streaming, W = {w}, lengths {lengths_of(found['in turn'])}",
+                work=f"{name}{in_which(name, found[name])}, lengths {lengths_of(found['in turn'])}",
                 against="max(S, B) + min(S, B) / W", ours=one["ours"]["median"], rival=one["limit"]["median"],
                 unit="s",
             )
         )
-        for w, one in ratios.items()
+        for name, one in ratios.items()
     ]  # fmt: skip
     print_lines("Streaming", lines)
     show(found)
@@ -59,16 +62,16 @@ def name_of(waves: int) -> str:
     return f"streaming, W = {waves}"
 
 
-def streamed(ours: Ours, waves: int) -> Plan:
-    prompts, servers = ours.config.algorithm.prompts_per_step, ours.config.sampler.servers
-    return ours.plan(streaming=True, groups_at_once=groups_at_once(prompts, waves, servers))
+def in_which(name: str, steps: list[Row]) -> str:
+    """In how many waves the steps were, where they were chosen."""
+    return f": {', '.join(str(s['sampler/waves']) for s in steps)}" if name == CHOSEN else ""
 
 
-def against_the_limit(found: dict[str, list[Row]], waves: int) -> dict[str, dict[str, Any]]:
-    """Of steps in `waves` waves, without optimizer and sync, against what S and B of the same round allow."""
-    pairs = list(zip(found[name_of(waves)], found["in turn"], strict=True))
+def against_the_limit(found: dict[str, list[Row]], name: str) -> dict[str, dict[str, Any]]:
+    """Of streaming steps, without optimizer and sync, against what S and B of the same round allow."""
+    pairs = list(zip(found[name], found["in turn"], strict=True))
     ours = [s["time/step_s"] - s["time/optimizer_s"] - s["time/sync_s"] for s, _ in pairs]
-    limits = [ideal(t["time/sample_s"], learning(t), waves) for _, t in pairs]
+    limits = [ideal(t["time/sample_s"], learning(t), s["sampler/waves"]) for s, t in pairs]
     ratios = [b / limit for b, limit in zip(ours, limits, strict=True)]
     return {"ours": spread(ours), "limit": spread(limits), "ratio": spread(ratios)}
 

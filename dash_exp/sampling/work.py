@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dash_exp.sampling.answers import Answer
 from dash_exp.sampling.delivery import Delivery
@@ -18,6 +18,7 @@ class Owed:
     answers: list[Answer | None]
     work: float
     start: float = 0.0
+    ends: dict[int, float] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:

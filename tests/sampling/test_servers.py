@@ -59,6 +59,9 @@ def test_a_batch_asked_for_in_parts_comes_bit_by_bit(rig: Callable[..., Rig]) ->
     check(seen, asked, "default")
     starts = sorted(g.origin.start for g in seen if g.origin)
     assert min(g.origin.end for g in seen if g.origin) < starts[-1]
+    for origin in (g.origin for g in seen if g.origin):
+        assert origin.start < min(origin.ends) <= max(origin.ends) == origin.end
+        assert len(origin.ends) == each
 
 
 def test_work_is_spread_by_what_it_is_expected_to_cost(rig: Callable[..., Rig]) -> None:

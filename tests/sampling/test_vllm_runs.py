@@ -21,7 +21,7 @@ pytestmark = [
 ]
 EXACT = [*SMALL, "learner.precision=fp32", "sampler.dtype=float32", "learner.micro_batch_tokens=70",
          "sampler=vllm"]  # fmt: skip
-DEFAULT = ["algorithm.steps=6", "sampler=vllm_servers", "sampler.servers=2", "sampler.waves=2"]
+DEFAULT = ["algorithm.steps=6", "sampler=vllm_servers", "sampler.servers=2"]
 """The default cell, but for its length and who samples: SmolLM2 in bf16."""
 
 
@@ -67,3 +67,8 @@ def test_two_ranks_with_vllm_killed_and_resumed(
     assert learned == {"learner-0", "learner-1"}
     assert [e for e in events if e["kind"] == "fault"] == []
     assert {e["worker"] for e in events if e["kind"] == "sample"} >= servers
+    if servers:  # each attempt begins with its trials, and then chooses
+        for attempt in (1, 2):
+            waves = [row["sampler/waves"] for row in rows if row["attempt"] == attempt]
+            assert waves[:3] == [4, 1, 4][: len(waves)]
+            assert set(waves) <= {1, 2, 4, 8, 16}

@@ -1,0 +1,155 @@
+"""How fast servers decode, fitted to batches that were really sampled. Torch-free.
+
+A decode step with n sequences takes a + b n seconds (weights are read once, each sequence costs its share),
+and prompts take c seconds a token and hold up what the server decodes. So a completion of L tokens lasts
+
+    a L + b (the sum of n over its L decode steps) + c (tokens of prompts that came meanwhile, its own too)
+
+Decode steps are not seen, only when completions end; how many fall between two ends follows from b / a. So
+for each b / a the rest is linear in a and c, non-negative least squares over all completions, and the b / a
+that explains them best is looked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dash_exp.capacity_sampling import Decode
+from dash_exp.types import Group
+
+Floats = NDArray[np.float64]
+GRID = 21
+"""Values of b / a that are tried before the best of them is made exact."""
+TURNS = 4
+"""Of c against the time that it leaves to decode steps."""
+LEAST_SHARE = 1e-3
+"""Of any time, that is for decode steps, whatever prompts seem to take."""
+LEAST_S = 1e-6
+"""Of a decode step, where everything seems to be prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of one server. `decode`: seconds of a decode step; `prefill_s`: of a prompt token."""
+
+    decode: Decode
+    prefill_s: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """Completions of one batch on one server. `prompts`: tokens of the prompts that were computed from a
+    completion's start to its end; `begun`, `computed`: when groups began, tokens of their prompts."""
+
+    start: Floats
+    end: Floats
+    tokens: Floats
+    prompts: Floats
+    begun: Floats
+    computed: Floats
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Served:
+        """Of groups that one server sampled, undisturbed."""
+        origins = [g.origin for g in groups if g.origin is not None]
+        begun = np.array([o.start for o in origins])
+        start = np.repeat(begun, [len(g.completions) for g in groups])
+        end = np.array([time for o in origins for time in o.ends])
+        computed = np.array([len(g.prompt.token_ids) for g in groups], dtype=float)
+        meanwhile = (begun >= start[:, None]) & (begun < end[:, None])
+        tokens = np.array([len(c.token_ids) for g in groups for c in g.completions], dtype=float)
+        return cls(start, end, tokens, meanwhile @ computed, begun, computed)
+
+    @property
+    def most(self) -> int:
+        """Sequences at once."""
+        return int(self._sequences()[1].max())
+
+    def _sequences(self) -> tuple[Floats, NDArray[np.int64]]:
+        """When their number changes, and what it is from then on."""
+        times = np.unique(np.concatenate([self.start, self.end]))
+        begun = np.searchsorted(np.sort(self.start), times[:-1], side="right")
+        ended = np.searchsorted(np.sort(self.end), times[:-1], side="right")
+        return times, begun - ended
+
+    def rows(self, fixed: float, each: float, c: float) -> Floats:
+        """What seconds and c are multiplied with, for each completion, where a decode step of n sequences
+        takes seconds x (fixed + each x n), and prompts about c a token."""
+        times, sequences = self._sequences()
+        cost = np.maximum(fixed + each * sequences, 1e-12)
+        came = np.bincount(np.searchsorted(times, self.begun), self.computed, minlength=len(times))
+        spans = np.diff(times)
+        steps = np.maximum(_left(spans, c * came[:-1]), LEAST_SHARE * spans) / cost
+        reached = np.concatenate([[0.0], np.cumsum(steps)])
+        passed = np.concatenate([[0.0], np.cumsum(steps * cost)])
+        first, last = np.searchsorted(times, self.start), np.searchsorted(times, self.end)
+        mean_cost = (passed[last] - passed[first]) / (reached[last] - reached[first])
+        return np.column_stack([self.tokens * mean_cost, self.prompts])
+
+
+def _left(spans: Floats, taken: Floats) -> Floats:
+    """Of spans one after the other, what is not taken: something begins with each and takes this long, first
+    what did not fit into earlier ones. A queue: by the end of a span all is done that was asked for, or else
+    it was at work since the start of some span before which all was done."""
+    asked = np.cumsum(taken)
+    ends = np.cumsum(spans)
+    idle_until = np.maximum.accumulate((ends - spans) - (asked - taken))
+    return spans - np.diff(np.minimum(asked, ends - idle_until), prepend=0.0)
+
+
+def undisturbed(groups: Sequence[Group]) -> bool:
+    """Whether every completion was asked for once: none of it was on a server that was lost."""
+    return bool(groups) and all(g.origin is not None and _once(g) for g in groups)
+
+
+def _once(group: Group) -> bool:
+    origin = group.origin
+    assert origin is not None
+    return len(origin.ends) == len(group.completions) and min(origin.ends) > origin.start
+
+
+def by_server(groups: Sequence[Group]) -> tuple[Served, ...]:
+    """A batch, as its servers had it. Raises ValueError where it was disturbed."""
+    if not undisturbed(groups):
+        raise ValueError("a batch whose completions were not all asked for once tells nothing of speed")
+    of: dict[str, list[Group]] = {}
+    for group in groups:
+        assert group.origin is not None
+        of.setdefault(group.origin.worker, []).append(group)
+    return tuple(map(Served.of, of.values()))
+
+
+def fit_speed(served: Sequence[Served]) -> Speed:
+    """Of servers like each other."""
+    from scipy.optimize import minimize_scalar, nnls  # a fifth of a second, and most runs never come here
+
+    lasted = np.concatenate([one.end - one.start for one in served])
+    most = max(one.most for one in served)
+
+    def solved(share: float) -> tuple[Floats, float]:
+        """Seconds and c, and how far off they are, where `share` of a step with the most sequences is
+        due to their number."""
+        found = np.zeros(2)
+        for _ in range(TURNS):
+            rows = np.concatenate([one.rows(1 - share, share / most, found[1]) for one in served])
+            found, off = nnls(rows, lasted)
+        return found, float(off)
+
+    grid = np.linspace(0.0, 1.0, GRID)
+    best = int(np.argmin([solved(share)[1] for share in grid]))
+    near = grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)]
+    exact = minimize_scalar(lambda share: solved(share)[1], bounds=near, method="bounded")
+    share = min((float(exact.x), float(grid[best])), key=lambda s: solved(s)[1])
+    seconds, c = map(float, solved(share)[0])
+    a, b = max(seconds * (1 - share), LEAST_S), seconds * share / most
+    return Speed(Decode(((1.0, a + b), (2.0, a + 2 * b))), c)
+
+
+def prefill_rate(speed: Speed) -> float:
+    """Prompt tokens per second."""
+    return 1 / speed.prefill_s if speed.prefill_s > 0 else math.inf
