@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from dash_exp.capacity_sampling import Decode
 from dash_exp.types import Group
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 GRID = 21
 """Values of b / a that are tried before the best of them is made exact."""
 TURNS = 4
