@@ -122,6 +122,7 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
 
     from dash_exp.build import make_plan, make_spec
     from dash_exp.compose import compose
+    from dash_exp.learning.links import Alone
     from dash_exp.learning.member import make_learner
 
     config = compose(
@@ -132,7 +133,9 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
         ]
     )  # fmt: skip
     plan = make_plan(config, prompts=1)
-    return make_learner(make_spec(config, plan, folder, setting.vocabulary), torch.device("cpu"))
+    spec = make_spec(config, plan, folder, setting.vocabulary)
+    learner, _ = make_learner(spec, torch.device("cpu"), Alone(), 0)
+    return learner
 
 
 def make_group(position: int, size: int, setting: Setting) -> AdvantagedGroup:

@@ -64,6 +64,8 @@ class Attempt:
         self.evaluated |= {(r["step"], r["dataset"]) for r in rows if r["step"] in (0, done)}
         self.note_provenance(done)
         self.preflight()
+        if done:  # only now: colocated servers wake up for it, and memory is tried without them
+            self.machine.parts.sampler.load_weights(done)
         if self.config.evaluation.before:
             self.evaluate(0)
         if evaluation_due(self.machine.plan, done):  # a signal may have come before its evaluation
@@ -98,7 +100,6 @@ class Attempt:
             return 0
         self.machine.parts.learner.restore(snapshot)
         step = int(snapshot.state["step"])
-        self.machine.parts.sampler.load_weights(step)
         rows = read_rows(self.folder / "steps.jsonl").rows
         if all(row["step"] != step for row in rows):  # killed between the checkpoint and its row
             self.recorder.append("steps", [snapshot.state["row"]])

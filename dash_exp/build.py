@@ -93,7 +93,7 @@ def make_plan(config: Config, prompts: int) -> Plan:
         prompts_per_call=per_call,
         servers=servers,
         waves=(s.waves or WAVES) if overlapped(config) else None,
-        streaming=s.streaming,
+        streaming=s.streaming and not s.colocated,
         in_prompt_order=config.learner.deterministic,
         passes=a.passes,
         prompts_per_update=(a.mini_batch or a.prompts_per_step * a.group_size) // a.group_size,
@@ -179,11 +179,12 @@ def make_sampler(
     config: Config, folder: Path, tokenizer: Any, *,
     model: Callable[[], Any], weights: Callable[[], Iterator[tuple[str, torch.Tensor]]], longest: int,
     logs: Path, event: Callable[..., None] = lambda *what, **more: None, shared: bool = True,
+    release: Callable[[], None] | None = None,
 ) -> Sampler:  # fmt: skip
     """The engine an option names. `model` gives a model to an engine in this process (`shared`: the weights'
     owner, else a copy), `weights` what an engine with weights of its own is to copy at each sync; `longest`:
     tokens of the longest prompt and its completion. `logs`, `event`: where servers leave their logs, and tell
-    of their faults."""
+    of their faults; `release`: of a learner's memory on its GPUs, None where nothing learns."""
     s, vocabulary = config.sampler, len(tokenizer)
     if s.name == "vllm":
         from dash_exp.sampling.vllm_engine import VLLMSampler
@@ -197,7 +198,7 @@ def make_sampler(
     if s.name == "vllm_servers":
         return make_servers(
             config, folder, vocabulary=vocabulary, longest=longest, decode=decode, weights=weights,
-            folder=logs, event=event,
+            folder=logs, event=event, release=release,
         )  # fmt: skip
     return HFSampler(
         model(), decode,
@@ -239,7 +240,7 @@ def build(
             config, source.folder, tokenizer,
             model=lambda: model_to_sample(config, learner, source.folder, device),
             weights=learner.compute_weights, longest=longest, logs=logs, event=event,
-            shared=not learner.sharded,
+            shared=not learner.sharded, release=learner.release,
         )  # fmt: skip
     except BaseException:
         judges.close()

@@ -45,9 +45,11 @@ def split(config: Config) -> Processors:
 def make_servers(
     config: Config, model: Path, *, vocabulary: int, longest: int, decode: Callable[[Sequence[int]], str],
     weights: Callable[[], Named], folder: Path, event: Callable[..., None],
+    release: Callable[[], None] | None = None,
 ) -> ServerSampler:  # fmt: skip
     """Start the servers, or reach those that are named, and wait until all answer. `longest`: tokens of the
-    longest prompt with its completion; `folder`: for their logs."""
+    longest prompt with its completion; `folder`: for their logs; `release`: of a learner's memory on its
+    GPUs, None where nothing learns."""
     s, named = config.sampler, bool(config.cluster.server_urls)
     key = os.environ.get(KEY_VARIABLE, "") if named else secrets.token_urlsafe(32)
     if not key:
@@ -55,11 +57,12 @@ def make_servers(
                               "set it to the key they were started with"))  # fmt: skip
     transfer = make_transfer(config)
     sampler = ServerSampler(
-        make_members(config, model, vocabulary, longest, transfer.engine), or_of_folder(weights, model),
+        make_members(config, model, vocabulary, longest, transfer.engine, release is not None),
+        or_of_folder(weights, model),
         transfer, key=key, folder=folder, vocabulary=vocabulary, max_sequences=s.max_sequences,
         decode=decode, restarts=s.restarts, patience=Patience(stall_s=s.stall_s),
         in_order=config.learner.deterministic, colocated=s.colocated, event=event,
-        tag=f"-{secrets.token_hex(4)}" if named else "",
+        tag=f"-{secrets.token_hex(4)}" if named else "", release=release or (lambda: None),
     )  # fmt: skip
     if named:  # whatever a run before this one has left in them
         try:
@@ -97,18 +100,29 @@ def make_transfer(config: Config) -> Transfer:
     return HandleTransfer(staged, exporter(gpu))
 
 
+def learner_gpus(config: Config) -> tuple[int, ...]:
+    """The GPUs here that the learner's ranks use."""
+    local = local_ranks(config.learner.ranks, os.environ)
+    device = device_of(config.learner.device, 0 if local > 1 else None)
+    if device.type != "cuda":
+        return ()
+    if local == 1 or ":" in config.learner.device:  # which puts all ranks on one
+        return (device.index or 0,)
+    return tuple(range(min(local, torch.cuda.device_count())))
+
+
 def make_members(
-    config: Config, model: Path, vocabulary: int, longest: int, engine: str
+    config: Config, model: Path, vocabulary: int, longest: int, engine: str, learns: bool
 ) -> list[Member]:  # fmt: skip
-    """The servers, not started yet."""
+    """The servers, not started yet. `learns`: something besides them needs GPUs."""
     s, urls, count = config.sampler, config.cluster.server_urls, torch.cuda.device_count()
     if urls:
         needs = Needs(vocabulary, longest, s.dtype, engine)
         return [Member(f"server-{n}", None, url, needs) for n, url in enumerate(urls)]
     plain = server_settings(config, model, vocabulary, longest, engine)
     if count:
-        learners = local_ranks(config.learner.ranks, os.environ)
-        settings = [replace(plain, gpu=gpu) for gpu in gpus(count, s.servers, learners, s.colocated)]
+        taken = learner_gpus(config) if learns else ()
+        settings = [replace(plain, gpu=gpu) for gpu in gpus(count, s.servers, taken, s.colocated)]
     else:
         settings = [replace(plain, cores=cores) for cores in split(config).servers]
     return [Member(f"server-{n}", one) for n, one in enumerate(settings)]

@@ -42,6 +42,7 @@ def changed(base: Config, **values: Any) -> Config:
         ({"transfer": "nccl", "device": "cpu"}, "cluster.transfer", "learner.device=cpu"),
         ({"transfer": "ipc"}, "cluster.transfer", "within the GPU that"),
         ({"transfer": "nccl", "colocated": True}, "cluster.transfer", "a GPU for each side"),
+        ({"transfer": "ipc", "colocated": True, "servers": 2}, "cluster.transfer", "reaches one GPU"),
     ],
 )
 def test_faults(base: Config, values: dict[str, Any], where: str, what: str) -> None:

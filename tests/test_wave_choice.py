@@ -124,6 +124,7 @@ def test_steps_that_tell_nothing_are_passed_over() -> None:
         (("sampler.waves=2",), 2, False),
         (("learner.deterministic=true",), 4, False),
         (("sampler.streaming=false",), None, False),
+        (("sampler.colocated=true",), None, False),
         (("algorithm=ppo_multi",), None, False),
         (("sampler=hf",), None, False),
     ],
@@ -133,6 +134,7 @@ def test_who_chooses(overrides: tuple[str, ...], waves: int | None, chosen: bool
     config = compose(["model=tiny", "sampler=vllm_servers", "sampler.servers=2", *overrides])
     plan = make_plan(config, 64)
     assert plan.waves == waves
+    assert plan.streaming == (config.sampler.streaming and not config.sampler.colocated)
     choice = make_choice(config, plan, 3)
     assert (choice is not None) == chosen
     if choice is not None:

@@ -175,10 +175,10 @@ class Leader(Group):
                 self.store.set(self._key("do", rank), pickle.dumps((STOP, None)))
         except RuntimeError:
             pass  # the store is gone, and they with it
+        self.part()  # as they do now: NCCL's end of a group may wait for the others'
         end = time.monotonic() + END_S
         for member in self.members.values():  # the store must not be gone before they have read it
             member.end(max(0.1, end - time.monotonic()))
-        self.part()
 
 
 class Follower(Group):
@@ -195,6 +195,7 @@ class Follower(Group):
                 pass
             name, given = _take(self.store, asked)
             if name == STOP:
+                self.part()
                 return
             try:
                 answer = perform(name, given)

@@ -207,6 +207,10 @@ class Member:
     def fingerprint(self, _: None) -> dict[str, str]:
         return fingerprint(self.learner)
 
+    def release(self, _: None) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
     def preflight(self, batch: MicroBatch) -> None:
         with self._at_work():
             preflight(self.learner, batch)

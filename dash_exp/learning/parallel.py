@@ -118,6 +118,10 @@ class ParallelLearner:
         self.links.call("take_state", [facts] * self.width, lambda: self.member.take_state(facts, snapshot))
         self.check_equal()
 
+    def release(self) -> None:
+        """Give memory back that GPUs hold for nothing, to others that want it."""
+        self._all("release", None)
+
     def preflight(self, batch: MicroBatch) -> None:
         """Raises UserError where the largest micro-batch does not fit on some rank."""
         self._all("preflight", batch)

@@ -47,14 +47,15 @@ class Staged:
         with self._changed:
             self._changed.wait_for(lambda: self._senders == 0)
             self.current = None
-        fresh = dict(weights)
-        if self.tensors and fresh.keys() != self.tensors.keys():
-            raise ValueError(f"{len(fresh)} tensors where {len(self.tensors)} were sent before")
-        for name, tensor in fresh.items():
-            if name in self.tensors:
+        before, names = set(self.tensors), set[str]()
+        for name, tensor in weights:  # one at a time: they may have been gathered or merged for this
+            names.add(name)
+            if name in before:
                 self.tensors[name].copy_(tensor.detach())
-            else:
+            elif not before:
                 self.tensors[name] = tensor.detach().to(self.device, self.dtype, copy=True).contiguous()
+        if before and names != before:
+            raise ValueError(f"{len(names)} tensors where {len(before)} were sent before")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # other streams and processes read them
 
@@ -134,14 +135,11 @@ class BroadcastTransfer(DeviceTransfer):
                 self._links[client] = await self._linked(client, tensors)
             link = self._links[client]
             try:
-                await client.load(weights.update, weights.label, beside=lambda: self._send(link, tensors))
+                async with self._one_at_a_time:  # NCCL groups on one GPU must not get in each other's way
+                    await client.load(weights.update, weights.label, beside=lambda: sending(link, tensors))
             except BaseException:
                 self.forget(client)  # the two ends no longer agree on what comes next
                 raise
-
-    async def _send(self, link: Link, tensors: Mapping[str, Tensor]) -> None:
-        async with self._one_at_a_time:  # several NCCL groups on one GPU must not get in each other's way
-            await _carried_out("sending weights", lambda: link.send(tensors))
 
     async def _linked(self, client: ServerClient, tensors: Mapping[str, Tensor]) -> Link:
         size = max(BUFFER_BYTES, *(t.nbytes for t in tensors.values()))
@@ -195,6 +193,10 @@ class HandleTransfer(DeviceTransfer):
 
     def forget(self, client: ServerClient) -> None:
         self._known.discard(client)
+
+
+async def sending(link: Link, tensors: Mapping[str, Tensor]) -> None:
+    await _carried_out("sending weights", lambda: link.send(tensors))
 
 
 async def _carried_out(what: str, work: Callable[[], Result]) -> Result:

@@ -58,9 +58,7 @@ class Fleet:
     async def _begin(self, member: Member) -> None:
         try:
             await member.begin(self.key, self.folder, self.command, self.patience)
-            await self._until_current(member)
-            if self.asleep and member.client is not None:
-                await member.client.call(SLEEP)
+            await self._until_ready(member)
         except BaseException:
             await self._put_away(member)
             raise
@@ -68,18 +66,31 @@ class Fleet:
         member.watch = asyncio.create_task(self._watch(member))
         await self._tell()
 
-    async def _until_current(self, member: Member) -> None:
-        """The weights may change while it loads them: then once more."""
+    async def _until_ready(self, member: Member) -> None:
+        """Until it holds the weights and sleeps if all do. Both may change meanwhile: then once more."""
         assert member.client is not None
         held: Weights | None = None
-        while held is not self.weights:
-            held = self.weights
-            assert held is not None
-            try:
-                await self.transfer.send(member.client, held)
-            except OutdatedError:  # newer ones are on their way here
-                held = None
-                await asyncio.sleep(POLL_S)
+        asleep = False
+        while held is not self.weights or asleep != self.asleep:
+            if asleep and (held is not self.weights or not self.asleep):
+                asleep = False
+                await member.client.call(WAKE)
+            elif held is not self.weights:
+                held = await self._sent(member.client)
+            else:
+                asleep = True
+                await member.client.call(SLEEP)
+
+    async def _sent(self, client: ServerClient) -> Weights | None:
+        """Send the weights; None if newer ones are on their way here."""
+        weights = self.weights
+        assert weights is not None
+        try:
+            await self.transfer.send(client, weights)
+        except OutdatedError:
+            await asyncio.sleep(POLL_S)
+            return None
+        return weights
 
     async def _put_away(self, member: Member) -> None:
         if member.client is not None:

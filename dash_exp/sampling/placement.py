@@ -33,19 +33,21 @@ def processors(available: Sequence[int], servers: int, each: int | None, overlap
     return Processors(tuple(tuple(sorted(set(cores))) for cores in taken), max(1, free))
 
 
-def gpus(count: int, servers: int, learners: int = 1, colocated: bool = False) -> tuple[str, ...]:
-    """The GPU of each server, by its CUDA index among `count`; the first `learners` are the learner's ranks'.
-    `colocated`: the first ones serve both, and the servers sleep while the learner works.
+def gpus(count: int, servers: int, learners: Sequence[int], colocated: bool = False) -> tuple[str, ...]:
+    """The GPU of each server, by its CUDA index among `count`; `learners`: those of the learner's ranks.
+    `colocated`: theirs come first and serve both, and the servers sleep while the learner works.
 
     Raises UserError where there are too few.
     """
-    others = [str(n) for n in range(0 if colocated else learners, count)]
+    beside = [n for n in range(count) if n not in learners]
+    others = [str(n) for n in ([*learners, *beside] if colocated else beside)]
     if len(others) < servers:
         hint = f"allowed: 1 to {len(others)}; or " if others else ""
         raise UserError(
             Fault(
                 "sampler.servers",
-                f"got {servers}, but beside the {learners} of the learner there are {len(others)} GPUs here",
+                f"got {servers}, but beside the {len(learners)} of the learner there are {len(others)} "
+                "GPUs here",
                 f"{hint}share with sampler.colocated=true, or name servers elsewhere in cluster.server_urls",
             )
         )

@@ -38,13 +38,13 @@ class ServerSampler:
         transfer: Transfer, *, key: str, folder: Path, vocabulary: int, max_sequences: int,
         decode: Callable[[Sequence[int]], str], restarts: int, patience: Patience,
         in_order: bool, colocated: bool, event: Callable[..., None], command: Sequence[str] = LAUNCH,
-        tag: str = "",
+        tag: str = "", release: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         """`folder`: for logs. `tag`: put to the names of weights, where others may bring theirs to the same
         servers. `in_order`: ask in the batch's order, not the longest first. `colocated`: the
-        servers sleep while they have nothing to sample. `event`: the recorder's, called in the thread that
-        samples."""
-        self.weights, self.in_order, self.colocated = weights, in_order, colocated
+        servers sleep while they have nothing to sample; `release`: the learner gives memory back that it has
+        no use for, called before they wake up. `event`: the recorder's, called in the thread that samples."""
+        self.weights, self.in_order, self.colocated, self.release = weights, in_order, colocated, release
         self.policy_version = 0
         self.lengths = Lengths()
         self._event, self._events = event, deque[tuple[tuple[Any, ...], dict[str, Any]]]()
@@ -60,6 +60,8 @@ class ServerSampler:
                 patience=patience, command=command,
             ))  # fmt: skip
             self._run(self.fleet.start())
+            if colocated:
+                self._run(self.fleet.sleep())
         except BaseException:
             self.close()
             raise
@@ -83,6 +85,8 @@ class ServerSampler:
         """Hand the learner's weights to every server, and wait until all that serve hold them."""
         weights = self._transfer.stage(self.weights(), version, f"{version}{self._tag}")
         staged = time.perf_counter()
+        if self.colocated:
+            self.release()
         try:
             self._run(self.fleet.load(weights))
         finally:
@@ -95,6 +99,8 @@ class ServerSampler:
     ) -> Iterator[Group | None]:
         """Each group once, as it finishes; None while none is there."""
         delivery = Delivery(r.position for r in requests)
+        if self.colocated:
+            self.release()
         work = [0.0 if self.in_order else self.lengths.work(r) for r in requests]
         self._run(self.fleet.sample(requests, work, decoding, delivery, at_once))
         left = len(requests)

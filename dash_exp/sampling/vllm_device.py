@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.distributed.weight_transfer.ipc_engine import (
     IPCWeightTransferEngine,
@@ -35,8 +36,12 @@ class NCCLTransfer(NCCLWeightTransferEngine):
 
     update_info_cls = NCCLUpdate
 
+    def __init__(self, *arguments: Any, **more: Any):
+        super().__init__(*arguments, **more)
+        self._wanted = {name for name, _ in self.model.named_parameters()}
+
     def receive_weights(self, update_info: NCCLUpdate) -> None:
-        with checking(self, update_info.checksums):
+        with checking(self, update_info.checksums, self._wanted):
             super().receive_weights(update_info)
 
 
@@ -45,6 +50,10 @@ class IPCTransfer(IPCWeightTransferEngine):
 
     update_info_cls = IPCUpdate
 
+    def __init__(self, *arguments: Any, **more: Any):
+        super().__init__(*arguments, **more)
+        self._wanted = {name for name, _ in self.model.named_parameters()}
+
     def receive_weights(self, update_info: IPCUpdate) -> None:
-        with checking(self, update_info.checksums):
+        with checking(self, update_info.checksums, self._wanted):
             super().receive_weights(update_info)

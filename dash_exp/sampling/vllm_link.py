@@ -6,7 +6,8 @@ import base64
 import os
 import pickle
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,17 +24,27 @@ class NCCLLink:
     def __init__(self, communicator: Any, device: torch.device, size: int):
         """`size`: bytes broadcast at a time, as the server was told."""
         self.communicator, self.device, self.size = communicator, device, size
+        self._aborted = threading.Event()
 
     def send(self, tensors: Mapping[str, Tensor]) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         torch.cuda.set_device(self.device)  # of this thread
         packed_nccl_broadcast_producer(
-            iterator=iter(tensors.items()), group=self.communicator, src=0,
+            iterator=self._until_aborted(tensors), group=self.communicator, src=0,
             post_iter_func=lambda item: item[1], buffer_size_bytes=self.size, num_buffers=BUFFERS,
         )  # fmt: skip
 
+    def _until_aborted(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Raises RuntimeError once it is: aborting lets a sender that waits go on, and the communicator is
+        not to be used then."""
+        for item in tensors.items():
+            if self._aborted.is_set():
+                raise RuntimeError("the server was let go of")
+            yield item
+
     def abort(self) -> None:
+        self._aborted.set()
         self.communicator.destroy()
 
 

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
 
-class MaskPadding(LogitsProcessor):  # type: ignore[misc,unused-ignore]
-    """Ids from the tokenizer's length on are rows that only pad the output matrix: never drawn."""
+class MaskPadding(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc,unused-ignore]
+    """Ids from the tokenizer's length on are rows that only pad the output matrix: never drawn. For both of
+    vLLM's model runners, the first (CPU) and the second (GPUs), which ask for classes of their own."""
 
-    def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool):
+    def __init__(self, vllm_config: Any, *more: Any):
         self.vocabulary = int(vllm_config.additional_config["dash_vocabulary"])
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def apply(self, logits: Tensor, context: Any = None) -> Tensor:
         logits[:, self.vocabulary :] = float("-inf")
         return logits
 

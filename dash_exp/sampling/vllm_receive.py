@@ -105,8 +105,8 @@ def check(name: str, tensor: Tensor, expected: dict[str, str]) -> None:
 class Checking:
     """Stands for the model while vLLM's own transfers load what arrives: checks it on the way."""
 
-    def __init__(self, model: Any, checksums: Mapping[str, str]):
-        self.model, self.expected = model, dict(checksums)
+    def __init__(self, model: Any, checksums: Mapping[str, str], wanted: Iterable[str]):
+        self.model, self.expected, self.wanted = model, dict(checksums), set(wanted)
         self.loaded: set[str] = set()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -123,16 +123,17 @@ class Checking:
         """Raises ValueError where something is missing."""
         if self.expected:
             raise ValueError(f"{sorted(self.expected)} did not arrive")
-        if missing := sorted({name for name, _ in self.model.named_parameters()} - self.loaded):
+        if missing := sorted(self.wanted - self.loaded):
             raise ValueError(f"no weights came for {missing}")
 
 
 @contextmanager
-def checking(engine: Any, checksums: Mapping[str, str]) -> Iterator[None]:
-    """Let an engine of vLLM load through checks. Raises ValueError: the model is broken then, and the
-    learner loses the server."""
+def checking(engine: Any, checksums: Mapping[str, str], wanted: Iterable[str]) -> Iterator[None]:
+    """Let an engine of vLLM load through checks. `wanted`: parameters of the model, taken while tied ones are
+    one; in an update they are apart. Raises ValueError: the model is broken then, and the learner loses
+    the server."""
     model = engine.model
-    engine.model = check = Checking(model, checksums)
+    engine.model = check = Checking(model, checksums, wanted)
     try:
         yield
     finally:

@@ -4,12 +4,16 @@ what hangs. What a GPU alone can show is marked so, and has never been run."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Mapping
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from dash_exp.sampling.device_transfer import (
 )
 from dash_exp.sampling.protocol import arrived
 from dash_exp.sampling.transfer import OutdatedError
+from dash_exp.sampling.vllm_link import NCCLLink
 from tests.sampling.server_rig import DECODING, Rig, ask, check, until
 
 UPDATE = ["start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"]
@@ -138,6 +143,56 @@ def test_a_copy_is_sent_whole_while_the_learner_goes_on() -> None:
         transfer.stage([("w", weight), ("v", weight)], 3, "3")
 
 
+def test_weights_are_staged_one_at_a_time() -> None:
+    """Gathered or merged for this, all of them together would be the model once more."""
+    alive: list[int] = []
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        seen: list[weakref.ref[torch.Tensor]] = []
+        for n in range(4):
+            alive.append(sum(one() is not None for one in seen))
+            tensor = torch.full((3,), float(n))
+            seen.append(weakref.ref(tensor))
+            pair = (f"w{n}", tensor)
+            del tensor
+            yield pair
+            del pair
+
+    staged = Staged(torch.float32, torch.device("cpu"))
+    for _ in range(2):
+        staged.write(gathered())
+    assert max(alive) <= 1
+    assert [t.tolist() for t in staged.tensors.values()] == [[float(n)] * 3 for n in range(4)]
+
+
+def test_a_server_is_told_to_update_when_it_is_its_turn(rig: Callable[..., Rig]) -> None:
+    """Else those that wait behind one that hangs would be given up together with it."""
+    transfer, _ = broadcast()
+    one = rig(transfer=transfer)
+    one.sampler.load_weights(1)
+    loop, lock = one.sampler._loop, transfer._one_at_a_time
+    asyncio.run_coroutine_threadsafe(lock.acquire(), loop).result()
+    loading = threading.Thread(target=lambda: one.sampler.load_weights(2))
+    loading.start()
+    time.sleep(0.5)
+    assert [calls(one, n) for n in range(2)] == [[*JOIN, *UPDATE]] * 2
+    loop.call_soon_threadsafe(lock.release)
+    loading.join()
+    assert [calls(one, n) for n in range(2)] == [[*JOIN, *UPDATE, *UPDATE]] * 2
+
+
+def test_nothing_is_sent_after_a_link_is_let_go() -> None:
+    """Aborting NCCL's communicator lets a sender that waits in it go on: it must not touch it again."""
+    done: list[str] = []
+    link = NCCLLink(SimpleNamespace(destroy=lambda: done.append("destroyed")), torch.device("cpu"), 8)
+    tensors = link._until_aborted({"a": torch.ones(1), "b": torch.ones(1)})
+    assert next(tensors)[0] == "a"
+    link.abort()
+    with pytest.raises(RuntimeError, match="let go"):
+        next(tensors)
+    assert done == ["destroyed"]
+
+
 def test_the_address_that_a_server_sees() -> None:
     assert address_towards("http://127.0.0.1:8000") == "127.0.0.1"
 
@@ -158,13 +213,13 @@ def test_weights_reach_a_real_server_on_a_gpu(kind: str, tiny_folder: Path, tmp_
         pytest.skip("needs two CUDA GPUs")
     config = compose([
         f"model.path={tiny_folder}", "sampler=vllm_servers", "learner.device=cuda", "sampler.dtype=float32",
-        f"cluster.transfer={kind}", f"sampler.colocated={str(kind == 'ipc').lower()}",
-        f"sampler.gpu_memory_utilization={0.3 if kind == 'ipc' else 0.8}",
+        f"cluster.transfer={kind}", f"sampler.colocated={str(kind != 'nccl').lower()}",
+        f"sampler.gpu_memory_utilization={0.8 if kind == 'nccl' else 0.3}",
     ])  # fmt: skip
     model = load_model(tiny_folder, torch.float32, ATTENTION).to("cuda")
     sampler = make_servers(
         config, tiny_folder, vocabulary=SEEN, longest=64, decode=str, weights=model.named_parameters,
-        folder=tmp_path, event=lambda *what, **more: None,
+        folder=tmp_path, event=lambda *what, **more: None, release=torch.cuda.empty_cache,
     )  # fmt: skip
     (member,) = sampler.fleet.members
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from dash_exp.build_servers import learner_gpus
+from dash_exp.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.sampling.placement import gpus, processors
 from dash_exp.sampling.server_process import visible_gpu
@@ -30,17 +32,42 @@ def test_processors(
 
 
 def test_gpus() -> None:
-    assert gpus(4, 3) == ("1", "2", "3")
-    assert gpus(4, 2, learners=2) == ("2", "3")
-    assert gpus(1, 1, colocated=True) == ("0",)
-    assert gpus(2, 2, learners=2, colocated=True) == ("0", "1")
+    assert gpus(4, 3, (0,)) == ("1", "2", "3")
+    assert gpus(4, 2, (0, 1)) == ("2", "3")
+    assert gpus(2, 1, (1,)) == ("0",)  # learner.device=cuda:1
+    assert gpus(1, 1, ()) == ("0",)  # a learner on the processors, or none at all
+    assert gpus(1, 1, (0,), colocated=True) == ("0",)
+    assert gpus(2, 2, (0, 1), colocated=True) == ("0", "1")
+    assert gpus(2, 1, (1,), colocated=True) == ("1",)
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "count", "taken"),
+    [
+        ("auto", 1, 4, (0,)),
+        ("cuda", 1, 1, (0,)),
+        ("cuda:2", 1, 4, (2,)),
+        ("cuda:1", 3, 4, (1,)),
+        ("auto", 3, 4, (0, 1, 2)),
+        ("cpu", 2, 4, ()),
+        ("auto", 2, 0, ()),
+    ],
+)
+def test_gpus_of_a_learner(
+    monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, count: int, taken: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    config = compose(["model=tiny", "sampler=vllm_servers"])
+    config.learner.device, config.learner.ranks = device, ranks
+    assert learner_gpus(config) == taken
 
 
 def test_too_few_gpus() -> None:
     with pytest.raises(UserError, match=r"got 3, but beside the 1 of the learner there are 1 GPUs here"):
-        gpus(2, 3)
+        gpus(2, 3, (0,))
     with pytest.raises(UserError, match=r"share with sampler\.colocated=true"):
-        gpus(1, 1)
+        gpus(1, 1, (0,))
 
 
 @pytest.mark.parametrize(

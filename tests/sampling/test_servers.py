@@ -3,6 +3,7 @@ servers have no model (fake_server.py). With vLLM: test_vllm_servers.py."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -10,15 +11,19 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from dash_exp.errors import UserError
+from dash_exp.sampling.fleet import Fleet
 from dash_exp.sampling.member import Member
 from dash_exp.sampling.protocol import Request, arrived
 from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
+from dash_exp.sampling.transfer import Weights
 from dash_exp.types import Group, Prompt
 from tests.sampling.server_rig import DECODING, PATIENCE, Rig, ask, check, shared, until
 
@@ -137,8 +142,12 @@ def test_a_server_that_takes_no_weights_is_not_asked(rig: Callable[..., Rig]) ->
 
 
 def test_colocated_servers_sleep_but_to_sample_and_to_take_weights(rig: Callable[..., Rig]) -> None:
-    one = rig(colocated=True, restarts=1)
+    released: list[list[bool]] = []
+    one = rig(colocated=True, restarts=1, release=lambda: released.append(
+        [bool(one.tell(n, "")["asleep"]) for n in range(2)]
+    ))  # fmt: skip
     asked = ask(8)
+    assert [one.tell(n, "")["asleep"] for n in range(2)] == [True, True]
     check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "default")
     assert [one.tell(n, "")["asleep"] for n in range(2)] == [True, True]
     one.kill(1)  # what is started meanwhile goes to sleep too
@@ -146,7 +155,62 @@ def test_colocated_servers_sleep_but_to_sample_and_to_take_weights(rig: Callable
     assert [one.tell(n, "")["asleep"] for n in range(2)] == [True, True]
     one.sampler.load_weights(1)
     assert [one.tell(n, "")["asleep"] for n in range(2)] == [False, False]
+    assert released == [[True, True]] * 2  # before they woke up
     check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "1")
+
+
+class Talk:
+    """A client and a transfer that only remember what they were told; `meanwhile` happens during a call."""
+
+    def __init__(self, meanwhile: dict[str, Callable[[], None]]):
+        self.told: list[str] = []
+        self.meanwhile = meanwhile
+
+    async def call(self, path: str) -> None:
+        await self._say(path.partition("?")[0].strip("/"))
+
+    async def send(self, client: Any, weights: Weights) -> None:
+        await self._say(weights.label)
+
+    async def _say(self, what: str) -> None:
+        self.told.append(what)
+        await asyncio.sleep(0)
+        self.meanwhile.pop(what, lambda: None)()
+
+
+@pytest.mark.parametrize(
+    ("asleep", "meanwhile", "told"),
+    [
+        (False, {}, ["one"]),
+        (True, {}, ["one", "sleep"]),
+        (True, {"sleep": (False, "one")}, ["one", "sleep", "wake_up"]),
+        (True, {"sleep": (False, "two")}, ["one", "sleep", "wake_up", "two"]),
+        (True, {"sleep": (True, "two")}, ["one", "sleep", "wake_up", "two", "sleep"]),
+        (False, {"one": (True, "two")}, ["one", "two", "sleep"]),
+    ],
+)
+def test_what_changes_while_a_server_starts_reaches_it(
+    asleep: bool, meanwhile: dict[str, tuple[bool, str]], told: list[str]
+) -> None:
+    """Others are woken up, or take weights, while it is told to sleep: it serves as they do."""
+
+    def becomes(asleep: bool, label: str) -> None:
+        fleet.asleep, fleet.weights = asleep, made[label]
+
+    async def ready() -> None:
+        member = Member("server-0", None)
+        member.client = cast(Any, talk)
+        await fleet._until_ready(member)
+
+    made = {label: Weights(1, label, {}) for label in ("one", "two")}
+    talk = Talk({what: partial(becomes, *to) for what, to in meanwhile.items()})
+    fleet = Fleet(
+        [], cast(Any, talk), key="", folder=Path(), vocabulary=1, max_sequences=1, decode=str,
+        event=lambda *what, **more: None, restarts=0, patience=PATIENCE,
+    )  # fmt: skip
+    becomes(asleep, "one")
+    asyncio.run(ready())
+    assert talk.told == told
 
 
 def test_all_servers_gone_is_a_clear_failure(rig: Callable[..., Rig]) -> None:

@@ -62,7 +62,8 @@ def learner_gap(model: Any, groups: list[Group], temperature: float) -> torch.Te
         scored = ScoredGroup(g, (Score(0.0, "wrong"),) * n)
         assert list(packer.add(AdvantagedGroup(scored, (1.0,) * n, (True,) * n))) == []
     (batch,) = packer.flush()
-    return learner.logprobs(batch) - pack(batch).sampler_logprobs
+    found = learner.logprobs(batch)
+    return found - pack(batch, found.device).sampler_logprobs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -1,5 +1,6 @@
 """Weights loaded in place leave vLLM's model, to the bit, as its own reload does: fused matrices, biases, an
-output matrix that is the embedding's or one of its own. (In the tiny model, quickly: test_vllm.py.)"""
+output matrix that is the embedding's or one of its own. (In the tiny model, quickly: test_vllm.py.) So do
+vLLM's own transfers between GPUs with our checks, but for the way tensors arrive."""
 
 from __future__ import annotations
 
@@ -37,6 +38,7 @@ def test_both_ways_leave_the_same(tmp_path: Path, kind: str, tied: bool, dtype: 
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["different"] == []
+    assert found["between_gpus"] == []
     # 4 linear layers and 2 norms in each of 2 layers, a last norm, embedding and output
     assert found["compared"] >= 2 * 4 + 2 * 4 + 1 + 2
     assert found["changed"] == found["compared"] - 2 * 4  # the packed matrices are empty as parameters

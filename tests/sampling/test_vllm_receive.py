@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -35,9 +34,6 @@ class Model:
         self.held |= fresh
         return set(fresh)
 
-    def named_parameters(self) -> Any:
-        return iter(SENT.items())
-
 
 def received(*parts: dict[str, torch.Tensor]) -> Model:
     """A model after these parts have come, one after the other."""
@@ -46,7 +42,7 @@ def received(*parts: dict[str, torch.Tensor]) -> Model:
     model = Model()
     engine = SimpleNamespace(model=model)
     try:
-        with checking(engine, SUMS):
+        with checking(engine, SUMS, SENT):
             for part in parts:
                 engine.model.load_weights(part.items())
     finally:
@@ -81,6 +77,26 @@ def test_the_transfers_between_gpus_take_checksums() -> None:
     assert NCCLUpdate(**told).checksums == SUMS
     assert IPCUpdate(**told, ipc_handles=[{"gpu": (1,)}]).checksums == SUMS
     assert NCCLTransfer.update_info_cls is NCCLUpdate and IPCTransfer.update_info_cls is IPCUpdate
+
+
+def test_the_mask_fits_both_model_runners() -> None:
+    """The second one is that of GPUs; its way of loading such classes runs anywhere."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+    from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs
+
+    from dash_exp.sampling.vllm_parts import MaskPadding
+
+    (found,) = _load_v2_logitsprocs(["dash_exp.sampling.vllm_parts:MaskPadding"])
+    assert found is MaskPadding and issubclass(found, LogitsProcessor)
+    config = SimpleNamespace(additional_config={"dash_vocabulary": 3})
+    first, second = found(config, torch.device("cpu"), False), found(config, SimpleNamespace())
+    expected = torch.tensor([[1.0, 2.0, 3.0, -torch.inf, -torch.inf]])
+    for made, context in ((first, ()), (second, (SimpleNamespace(),))):
+        logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+        assert torch.equal(made.apply(logits, *context), expected)
+    assert second.add_request(0, SimpleNamespace()) and not first.is_argmax_invariant()
+    first.update_state(None)
+    second.apply_staged_writes()
 
 
 def test_a_file_of_another_machine_is_waited_for(tmp_path: Path) -> None:
