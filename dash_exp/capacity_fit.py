@@ -44,15 +44,17 @@ class Speed:
 
 @dataclass(frozen=True)
 class Served:
-    """Completions of one batch on one server. `prompts`: tokens of the prompts that were computed from a
-    completion's start to its end; `begun`, `computed`: when groups began, tokens of their prompts."""
+    """Completions of one batch on one server. `times`: when their number changed; `sequences`: how many there
+    were from then on; `came`: tokens of the prompts that came then. By completion: `first` and `last` of the
+    times are its start and end; `tokens` its own, `prompts` those of all prompts that came meanwhile."""
 
-    start: Floats
-    end: Floats
+    times: Floats
+    sequences: NDArray[np.int64]
+    came: Floats
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
     tokens: Floats
     prompts: Floats
-    begun: Floats
-    computed: Floats
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Served:
@@ -62,34 +64,32 @@ class Served:
         start = np.repeat(begun, [len(g.completions) for g in groups])
         end = np.array([time for o in origins for time in o.ends])
         computed = np.array([len(g.prompt.token_ids) for g in groups], dtype=float)
-        meanwhile = (begun >= start[:, None]) & (begun < end[:, None])
-        tokens = np.array([len(c.token_ids) for g in groups for c in g.completions], dtype=float)
-        return cls(start, end, tokens, meanwhile @ computed, begun, computed)
+        times = np.unique(np.concatenate([start, end]))
+        first, last = np.searchsorted(times, start), np.searchsorted(times, end)
+        came: Floats = np.bincount(np.searchsorted(times, begun), computed, len(times)).astype(float)
+        before = np.concatenate([[0.0], np.cumsum(came)])
+        return cls(
+            times, np.cumsum(np.bincount(first, minlength=len(times)) - np.bincount(last)), came, first, last,
+            np.array([len(c.token_ids) for g in groups for c in g.completions], dtype=float),
+            before[last] - before[first],
+        )  # fmt: skip
 
     @property
-    def most(self) -> int:
-        """Sequences at once."""
-        return int(self._sequences()[1].max())
-
-    def _sequences(self) -> tuple[Floats, NDArray[np.int64]]:
-        """When their number changes, and what it is from then on."""
-        times = np.unique(np.concatenate([self.start, self.end]))
-        begun = np.searchsorted(np.sort(self.start), times[:-1], side="right")
-        ended = np.searchsorted(np.sort(self.end), times[:-1], side="right")
-        return times, begun - ended
+    def lasted(self) -> Floats:
+        """Seconds, by completion."""
+        found: Floats = self.times[self.last] - self.times[self.first]
+        return found
 
     def rows(self, fixed: float, each: float, c: float) -> Floats:
         """What seconds and c are multiplied with, for each completion, where a decode step of n sequences
         takes seconds x (fixed + each x n), and prompts about c a token."""
-        times, sequences = self._sequences()
-        cost = np.maximum(fixed + each * sequences, 1e-12)
-        came = np.bincount(np.searchsorted(times, self.begun), self.computed, minlength=len(times))
-        spans = np.diff(times)
-        steps = np.maximum(_left(spans, c * came[:-1]), LEAST_SHARE * spans) / cost
+        spans, sequences = np.diff(self.times), self.sequences[:-1]
+        cost = np.where(sequences > 0, np.maximum(fixed + each * sequences, 1e-12), 1.0)  # 0: it was idle
+        steps = np.maximum(_left(spans, c * self.came[:-1]), LEAST_SHARE * spans) / cost
         reached = np.concatenate([[0.0], np.cumsum(steps)])
         passed = np.concatenate([[0.0], np.cumsum(steps * cost)])
-        first, last = np.searchsorted(times, self.start), np.searchsorted(times, self.end)
-        mean_cost = (passed[last] - passed[first]) / (reached[last] - reached[first])
+        whole = reached[self.last] - reached[self.first]
+        mean_cost = (passed[self.last] - passed[self.first]) / whole
         return np.column_stack([self.tokens * mean_cost, self.prompts])
 
 
@@ -104,20 +104,21 @@ def _left(spans: Floats, taken: Floats) -> Floats:
 
 
 def undisturbed(groups: Sequence[Group]) -> bool:
-    """Whether every completion was asked for once: none of it was on a server that was lost."""
-    return bool(groups) and all(g.origin is not None and _once(g) for g in groups)
+    """Whether it is known when every completion ended: no other server was asked for any of them."""
+    return bool(groups) and all(map(_known, groups))
 
 
-def _once(group: Group) -> bool:
+def _known(group: Group) -> bool:
     origin = group.origin
-    assert origin is not None
-    return len(origin.ends) == len(group.completions) and min(origin.ends) > origin.start
+    return (
+        origin is not None and len(origin.ends) == len(group.completions) and min(origin.ends) > origin.start
+    )
 
 
 def by_server(groups: Sequence[Group]) -> tuple[Served, ...]:
     """A batch, as its servers had it. Raises ValueError where it was disturbed."""
     if not undisturbed(groups):
-        raise ValueError("a batch whose completions were not all asked for once tells nothing of speed")
+        raise ValueError("a batch of which some ends are not known tells nothing of speed")
     of: dict[str, list[Group]] = {}
     for group in groups:
         assert group.origin is not None
@@ -127,10 +128,10 @@ def by_server(groups: Sequence[Group]) -> tuple[Served, ...]:
 
 def fit_speed(served: Sequence[Served]) -> Speed:
     """Of servers like each other."""
-    from scipy.optimize import minimize_scalar, nnls  # a fifth of a second, and most runs never come here
+    from scipy.optimize import minimize_scalar, nnls  # slow to import, and most runs never come here
 
-    lasted = np.concatenate([one.end - one.start for one in served])
-    most = max(one.most for one in served)
+    lasted = np.concatenate([one.lasted for one in served])
+    most = max(int(one.sequences.max()) for one in served)
 
     def solved(share: float) -> tuple[Floats, float]:
         """Seconds and c, and how far off they are, where `share` of a step with the most sequences is

@@ -42,8 +42,9 @@ def _gpu_faults(config: Config) -> Iterator[Fault]:
     if wanted == "ipc" and not colocated:
         yield Fault(TRANSFER, "ipc is within the GPU that learner and server share",
                     "set sampler.colocated=true, or cluster.transfer=nccl")  # fmt: skip
-    if wanted == "ipc" and colocated and config.sampler.servers != 1:
-        yield Fault(TRANSFER, f"ipc reaches one GPU, but sampler.servers={config.sampler.servers}",
+    servers = len(config.cluster.server_urls) or config.sampler.servers
+    if wanted == "ipc" and colocated and servers != 1:
+        yield Fault(TRANSFER, f"ipc reaches one GPU, but there are {servers} servers",
                     "set cluster.transfer=auto")  # fmt: skip
     if wanted == "nccl" and colocated:
         yield Fault(TRANSFER, "nccl wants a GPU for each side, but sampler.colocated=true",

@@ -54,8 +54,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which engine sampled a group, and when (seconds since the epoch). `ends`: of each completion, where
-    the engine tells; one that is before the start was made by another engine, which was lost."""
+    """Which engine sampled a group, and when (seconds since the epoch). `ends`: of each completion; none
+    where the engine does not tell, or another one was asked before and was lost."""
 
     worker: str
     start: float

@@ -18,13 +18,15 @@ from dash_exp.capacity_sampling import Lengths
 from dash_exp.types import AdvantagedGroup, Group
 
 BEGIN = 4
-"""Waves of steps whose time does not count: the first one of a run, which is slower than others."""
+"""Waves of a run's first step, whose time does not count, for it is slower than others; and of every step
+where waves may not be chosen."""
 TRIALS = (1, 4)
 """All sequences at once, then some: how long a decode step takes with many and with few."""
 EVERY_STEP, THEN_EVERY = 8, 8
-"""So many steps are looked at, each, and later every eighth: that costs some milliseconds."""
+"""So many steps are looked at, each, and later every eighth, and the first of every other number: with 16 x 8
+completions that costs a twentieth of a second, with 128 x 16 a third (two cores of a Xeon)."""
 REMEMBERED = 3
-"""Steps of a number of waves that correct it, by their median."""
+"""Last steps whose lengths are predicted, and of a number of waves that correct it, by their median."""
 LEARNING = ("logprob", "backprop")
 BOTH_SIDES = ("sample", "verify", *LEARNING)
 """Phases of the ledger in which sampling and learning pass; the others come after them, however many
@@ -34,24 +36,26 @@ waves."""
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A step: what its servers took, its lengths in the order in which groups were begun, the mean prompt,
-    and input tokens and seconds of the learner."""
+    and of the learner: the share of completions that it was given, its input tokens, its seconds."""
 
     served: tuple[Served, ...]
     lengths: Lengths
     prompt_tokens: float
-    kept: float
+    given: float
     computed: float
     learning_s: float
 
 
 def seen_in(groups: Sequence[Group], row: Mapping[str, float]) -> Seen:
-    begun = sorted(groups, key=lambda g: g.origin.start if g.origin else 0.0)
+    begun = sorted(groups, key=lambda g: (g.origin.start if g.origin else 0.0, g.position))
     return Seen(
-        by_server(groups),
-        tuple(tuple(len(c.token_ids) for c in g.completions) for g in begun),
-        statistics.fmean(len(g.prompt.token_ids) for g in groups),
-        row["filter/kept_share"], row["tokens/computed"], seconds(row, LEARNING),
-    )  # fmt: skip
+        served=by_server(groups),
+        lengths=tuple(tuple(len(c.token_ids) for c in g.completions) for g in begun),
+        prompt_tokens=statistics.fmean(len(g.prompt.token_ids) for g in groups),
+        given=row["completions/forwarded"] / row["completions/sampled"],
+        computed=row["tokens/computed"],
+        learning_s=seconds(row, LEARNING),
+    )
 
 
 def seconds(row: Mapping[str, float], phases: Sequence[str]) -> float:
@@ -68,6 +72,7 @@ class WaveChoice:
         self.waves = self._of(BEGIN)
         self._steps = 0
         self._latest: dict[int, Seen] = {}
+        self._last: deque[Seen] = deque(maxlen=REMEMBERED)
         self._ratios: dict[int, deque[float]] = {}
 
     def _of(self, wanted: int) -> int:
@@ -81,11 +86,12 @@ class WaveChoice:
         if len(self.choices) == 1 or not row["tokens/computed"] or not undisturbed(sampled):
             return
         self._steps += 1
-        if self._steps > EVERY_STEP and self._steps % THEN_EVERY:
+        if self._steps > EVERY_STEP and self._steps % THEN_EVERY and self.waves in self._ratios:
             return
         if self._steps > 1:
             seen = seen_in(sampled, row)
             self._latest[self.waves] = seen
+            self._last.append(seen)
             curves = self._curves()
             ratio = seconds(row, BOTH_SIDES) / self._predicted(curves, self.waves, seen)
             self._ratios.setdefault(self.waves, deque(maxlen=REMEMBERED)).append(ratio)
@@ -95,30 +101,29 @@ class WaveChoice:
             self.waves = self._best(curves)
 
     def _best(self, curves: Curves) -> int:
-        """With the shortest step, the least of equals, for the lengths of the latest step of every number
-        tried. What was never tried is thought to be predicted as well as the best of what was."""
+        """With the shortest step, the least of equals, for the lengths of the last ones. What was never tried
+        is thought to be predicted as well as the best of what was."""
         known = {w: statistics.median(ratios) for w, ratios in self._ratios.items()}
         least = min(known.values())
 
         def expected(waves: int) -> float:
-            each = [self._predicted(curves, waves, seen) for seen in self._latest.values()]
+            each = [self._predicted(curves, waves, seen) for seen in self._last]
             return statistics.fmean(each) * known.get(waves, least)
 
         return min(self.choices, key=lambda w: (expected(w), w))
 
     def _predicted(self, curves: Curves, waves: int, seen: Seen) -> float:
         """Seconds of both sides for the very lengths of this step."""
-        setting = replace(self.setting, waves=waves, kept=seen.kept, streaming=True)
+        setting = replace(self.setting, waves=waves, kept=seen.given, streaming=True)
         return predict_batch(curves, setting, seen.lengths).step_s
 
     def _curves(self) -> Curves:
-        """From the latest step of every number of waves tried."""
-        latest = list(self._latest.values())
-        speed = fit_speed([served for one in latest for served in one.served])
-        prompt = statistics.fmean(one.prompt_tokens for one in latest)
-        rate = sum(one.computed for one in latest) / sum(one.learning_s for one in latest)
+        """Servers as in the latest step of every number of waves tried, the learner as in the last steps."""
+        speed = fit_speed([served for one in self._latest.values() for served in one.served])
+        prompt = statistics.fmean(one.prompt_tokens for one in self._last)
+        rate = sum(one.computed for one in self._last) / sum(one.learning_s for one in self._last)
         return Curves(
             decode=speed.decode, prefill_tokens_per_s=prefill_rate(speed),
-            learner_tokens_per_s=rate / self.setting.learners, lengths=latest[-1].lengths,
+            learner_tokens_per_s=rate / self.setting.learners, lengths=self._last[-1].lengths,
             cap=self.setting.tokens, prompt_tokens=round(prompt),
         )  # fmt: skip

@@ -76,6 +76,15 @@ def broken(group: Group, **changes: object) -> Group:
     return replace(group, origin=replace(group.origin, **changes))  # type: ignore[arg-type]
 
 
+def test_a_server_that_was_idle_in_between_was_not_slow() -> None:
+    """A prompt at a time: the learner works before the next call, for seconds or for an hour."""
+    calls = [served(lengths(n, groups=4), steps(0.003, 0.0004), 0.0, at_once=32, start=1e9 + 3000.0 * n)
+             for n in range(4)]  # fmt: skip
+    found = fit_speed(by_server([group for call in calls for group in call]))
+    assert found.decode.seconds(1) == pytest.approx(0.0034, rel=0.01)
+    assert found.decode.seconds(32) == pytest.approx(0.0158, rel=0.01)
+
+
 def test_a_disturbed_batch_is_not_fitted() -> None:
     groups = served(lengths(0, groups=2), steps(0.1, 0.0), 0.0, at_once=128)
     assert undisturbed(groups)
@@ -84,7 +93,7 @@ def test_a_disturbed_batch_is_not_fitted() -> None:
     early = broken(groups[0], ends=(origin.start - 1, *origin.ends[1:]))
     for bad in (early, broken(groups[0], ends=()), replace(groups[0], origin=None)):
         assert not undisturbed([bad, groups[1]])
-        with pytest.raises(ValueError, match="asked for once"):
+        with pytest.raises(ValueError, match="ends are not known"):
             by_server([bad, groups[1]])
     assert not undisturbed([])
 

@@ -25,9 +25,9 @@ class World:
     def __init__(self, a: float, b: float, rate: float, slower: Callable[[int], float] = lambda waves: 1.0):
         self.a, self.b, self.rate, self.slower = a, b, rate, slower
 
-    def step(self, waves: int, seed: int) -> tuple[list[AdvantagedGroup], dict[str, float]]:
+    def step(self, waves: int, seed: int, most: int = 64) -> tuple[list[AdvantagedGroup], dict[str, float]]:
         chance = random.Random(seed)
-        lengths = [[chance.randint(2, 64) for _ in range(SIZE)] for _ in range(PROMPTS)]
+        lengths = [[chance.randint(2, most) for _ in range(SIZE)] for _ in range(PROMPTS)]
         at_once = (groups_at_once(PROMPTS, waves, 1) or PROMPTS) * SIZE
         groups = served(lengths, lambda n: self.a + self.b * n, 0.0, at_once=at_once)
         tokens = [PROMPT_TOKENS + sum(own) - SIZE for own in lengths]
@@ -36,13 +36,14 @@ class World:
             free = max(free, end) + count / self.rate
             learning += count / self.rate
         free *= self.slower(waves)
-        row = {"filter/kept_share": 1.0, "tokens/computed": sum(tokens), "time/backprop_s": learning,
-               "time/logprob_s": 0.0, "time/verify_s": 0.0, "time/sample_s": free - learning}  # fmt: skip
+        row = {"completions/forwarded": 128, "completions/sampled": 128, "tokens/computed": sum(tokens),
+               "time/backprop_s": learning, "time/logprob_s": 0.0, "time/verify_s": 0.0,
+               "time/sample_s": free - learning}  # fmt: skip
         return [weighed(g) for g in groups], row
 
-    def both_s(self, waves: int) -> float:
+    def both_s(self, waves: int, most: int = 64) -> float:
         """Mean of steps."""
-        rows = [self.step(waves, seed)[1] for seed in range(10)]
+        rows = [self.step(waves, seed, most)[1] for seed in range(10)]
         return sum(r["time/sample_s"] + r["time/backprop_s"] for r in rows) / len(rows)
 
 
@@ -53,7 +54,9 @@ def weighed(group: Group) -> AdvantagedGroup:
 
 
 def choice() -> WaveChoice:
-    return WaveChoice(Setting(prompts=PROMPTS, group=SIZE, tokens=64, streaming=True, micro_batch_tokens=1))
+    return WaveChoice(
+        Setting(prompts=PROMPTS, group=SIZE, tokens=64, streaming=True, micro_batch_tokens=4096)
+    )
 
 
 def taken(world: World, steps: int) -> list[int]:
@@ -103,6 +106,27 @@ def test_after_eight_steps_only_every_eighth_changes_it() -> None:
     assert waves[-1] > 1
 
 
+@pytest.mark.parametrize("name", ["even_and_batching_pays", "even_and_batching_does_not", "many_hinder"])
+@pytest.mark.parametrize("lengths", [(400, 12), (12, 400)])
+def test_it_follows_when_completions_become_shorter_or_longer(name: str, lengths: tuple[int, int]) -> None:
+    world, chooses = WORLDS[name], choice()
+    for n in range(1, 61):
+        chooses.note(*world.step(chooses.waves, n, lengths[n > 20]))
+    truly = {w: world.both_s(w, lengths[1]) for w in (1, 2, 4, 8, 16)}
+    assert truly[chooses.waves] <= 1.04 * min(truly.values()), (chooses.waves, truly)
+
+
+def test_a_number_that_is_new_is_looked_at_at_once() -> None:
+    """However many steps it is to the next eighth."""
+    chooses = choice()
+    for n in range(1, 9):
+        chooses.note(*WORLDS["even_and_batching_pays"].step(chooses.waves, n))
+    tried = set(chooses._ratios)
+    chooses.waves = next(w for w in chooses.choices if w not in tried)
+    chooses.note(*WORLDS["even_and_batching_pays"].step(chooses.waves, 9))
+    assert set(chooses._ratios) > tried
+
+
 def test_steps_that_tell_nothing_are_passed_over() -> None:
     chooses = choice()
     chooses.note(*WORLDS["sampling_is_all"].step(4, 0))
@@ -110,8 +134,8 @@ def test_steps_that_tell_nothing_are_passed_over() -> None:
     chooses.note(groups, {**row, "tokens/computed": 0})
     lost = groups[0].group
     assert lost.origin is not None
-    early = Origin("server-0", lost.origin.end + 1, lost.origin.end + 2, lost.origin.ends)
-    chooses.note([weighed(Group(0, lost.prompt, lost.completions, early)), *groups[1:]], row)
+    again = Origin("server-0", lost.origin.start, lost.origin.end)
+    chooses.note([weighed(Group(0, lost.prompt, lost.completions, again)), *groups[1:]], row)
     assert chooses.waves == 1
     chooses.note(groups, row)
     assert chooses.waves == 4

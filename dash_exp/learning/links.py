@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -175,7 +176,9 @@ class Leader(Group):
                 self.store.set(self._key("do", rank), pickle.dumps((STOP, None)))
         except RuntimeError:
             pass  # the store is gone, and they with it
-        self.part()  # as they do now: NCCL's end of a group may wait for the others'
+        parting = threading.Thread(target=self.part, daemon=True)
+        parting.start()  # as they do now: NCCL's end of a group may wait for the others', which may be dead
+        parting.join(END_S)
         end = time.monotonic() + END_S
         for member in self.members.values():  # the store must not be gone before they have read it
             member.end(max(0.1, end - time.monotonic()))

@@ -245,7 +245,7 @@ class Fleet:
             self._ask(min(room, key=lambda m: m.work), batch.queue.popleft(), batch, now)
 
     def _ask(self, member: Member, owed: Owed, batch: Batch, now: float) -> None:
-        owed.start = now
+        owed.start, owed.asked = now, owed.asked + 1
         if not member.owed:
             member.last_token = time.monotonic()
         member.owed[owed.request.position] = owed
@@ -285,7 +285,7 @@ class Fleet:
             if a is not None
         )
         ends = tuple(owed.ends[index] for index in range(len(completions)))
-        origin = Origin(member.name, owed.start, max(ends), ends)
+        origin = Origin(member.name, owed.start, max(ends), ends if owed.asked == 1 else ())
         return Group(owed.request.position, owed.request.prompt, completions, origin)
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -67,8 +68,10 @@ class PathTransfer(WeightTransferEngine[PathInit, PathUpdate]):
         self._files.close()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """The whole update. Not the base class's, which waits for an accelerator."""
+        """The whole update. Not the base class's, which waits for an accelerator also where there is none."""
         self.receive_weights(self.parse_update_info(update_info))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def receive_weights(self, update_info: PathUpdate) -> None:
         """Raises ValueError for a tensor that is missing, too many, or not what the learner sent, and

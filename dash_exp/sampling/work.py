@@ -12,12 +12,14 @@ from dash_exp.sampling.protocol import Decoding, Request
 
 @dataclass(eq=False, slots=True)
 class Owed:
-    """One group on its way: the request, and its completions so far."""
+    """One group on its way: the request, its completions so far, how many servers were asked for it, the last
+    of them since `start`, and when completions ended."""
 
     request: Request
     answers: list[Answer | None]
     work: float
     start: float = 0.0
+    asked: int = 0
     ends: dict[int, float] = field(default_factory=dict)
 
     @property

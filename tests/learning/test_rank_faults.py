@@ -16,7 +16,6 @@ from dash_exp.learning.member import device_of
 from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.rank_process import RankProcess
 from dash_exp.learning.ranks import start
-from dash_exp.sampling.placement import gpus
 from tests.learning.test_learner import objective
 from tests.learning.test_parallel import spec_of
 
@@ -67,13 +66,6 @@ def test_a_rank_ends_with_its_standard_input_whatever_it_waits_for(tmp_path: Pat
         assert process.ending() is None
         process.end(15)
     assert process.ending() == "ended with exit code 1"
-
-
-def test_servers_get_the_gpus_after_the_learners() -> None:
-    assert gpus(4, 2, learners=2) == ("2", "3")
-    assert gpus(4, 3) == ("1", "2", "3")
-    with pytest.raises(UserError, match="beside the 2 of the learner there are 2 GPUs"):
-        gpus(4, 3, learners=2)
 
 
 def test_devices_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

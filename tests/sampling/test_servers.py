@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -139,6 +140,22 @@ def test_a_server_that_takes_no_weights_is_not_asked(rig: Callable[..., Rig]) ->
     check(groups, asked, "1")
     assert {g.origin.worker for g in groups if g.origin} == {"server-0"}
     assert "took no weights" in one.of("fault")[0]["reason"]
+
+
+def test_ends_are_not_told_of_a_group_that_another_server_was_asked_for(rig: Callable[..., Rig]) -> None:
+    """Also where none of its completions was done there: how long it took tells nothing of this server."""
+    one = rig(delay=0.2)
+    asked = ask(8)
+    stream = arrived(one.sampler.stream(asked, DECODING))
+    time.sleep(0.1)
+    one.kill(0)
+    groups = list(stream)
+    check(groups, asked, "default")
+    (fault,) = one.of("fault")
+    for group in groups:
+        assert group.origin is not None
+        assert (group.origin.ends == ()) == (group.position in fault["groups"])
+    assert fault["groups"]
 
 
 def test_colocated_servers_sleep_but_to_sample_and_to_take_weights(rig: Callable[..., Rig]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,30 +17,68 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_the_engine_does_not_spin_for_its_workers(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def queues() -> Iterator[tuple[Any, Any]]:
+    """Where a worker writes, and where the engine reads."""
     from vllm.distributed.device_communicators import shm_broadcast
 
-    from dash_exp.sampling.vllm_executor import PatientExecutor, patient
-
-    looked: list[None] = []
-    monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: looked.append(None))
     writer = shm_broadcast.MessageQueue(1, 1)
     reader = shm_broadcast.MessageQueue.create_from_handle(writer.export_handle(), 0)
     ready = threading.Thread(target=writer.wait_until_ready)
     ready.start()
     reader.wait_until_ready()
     ready.join()
+    yield writer, reader
+    reader.shutdown()
+    writer.shutdown()
+
+
+def made_patient(reader: Any) -> None:
+    from dash_exp.sampling.vllm_executor import PatientExecutor
+
+    executor = object.__new__(PatientExecutor)  # without the processes that it would start
+    executor.response_mqs = [reader]
+    executor._post_init_executor()
+
+
+def test_an_answer_is_seen_although_nobody_is_woken(queues: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM drops the message where another one is still on its way."""
+    writer, reader = queues
+    made_patient(reader)
+    monkeypatch.setattr(writer._spin_condition, "notify", lambda: None)
+    for number in range(3):
+        later = threading.Timer(0.05, writer.enqueue, (number,))
+        later.start()
+        assert reader.dequeue(timeout=2) == number
+        later.join()
+
+
+def test_many_answers_at_once_are_all_seen(queues: Any) -> None:
+    writer, reader = queues
+    made_patient(reader)
+    writing = threading.Thread(target=lambda: [writer.enqueue(n) for n in range(3000)])
+    writing.start()
+    assert [reader.dequeue(timeout=2) for _ in range(3000)] == list(range(3000))
+    writing.join()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_engine_does_not_spin_for_its_workers(
+    ours: bool, queues: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    from dash_exp.sampling.vllm_executor import PatientExecutor, patient
+
+    writer, reader = queues
+    looked: list[None] = []
+    monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: looked.append(None))
     if ours:
-        executor = object.__new__(PatientExecutor)  # without the processes that it would start
-        executor.response_mqs = [reader]
-        executor._post_init_executor()
+        made_patient(reader)
     for number in range(3):
         later = threading.Timer(0.1, writer.enqueue, (number,))
         later.start()
         assert reader.dequeue(timeout=10) == number
         later.join()
     assert bool(looked) != ours
-    reader.shutdown()
-    writer.shutdown()
     assert patient()["distributed_executor_backend"].endswith(PatientExecutor.__name__)
