@@ -24,10 +24,12 @@ from dash_exp.capacity_sampling import Decode
 from dash_exp.types import Group
 
 Floats = NDArray[np.floating[Any]]
-GRID = 21
+GRID = 11
 """Values of b / a that are tried before the best of them is made exact."""
-TURNS = 4
-"""Of c against the time that it leaves to decode steps."""
+EXACT = 1e-4
+"""Of the share of a decode step that is due to b."""
+TURNS, STILL = 4, 1e-3
+"""At most so many turns of c against the time that it leaves to decode steps; until it moves by less."""
 LEAST_SHARE = 1e-3
 """Of any time, that is for decode steps, whatever prompts seem to take."""
 LEAST_S = 1e-6
@@ -136,16 +138,21 @@ def fit_speed(served: Sequence[Served]) -> Speed:
     def solved(share: float) -> tuple[Floats, float]:
         """Seconds and c, and how far off they are, where `share` of a step with the most sequences is
         due to their number."""
-        found = np.zeros(2)
+        c = 0.0
         for _ in range(TURNS):
-            rows = np.concatenate([one.rows(1 - share, share / most, found[1]) for one in served])
+            rows = np.concatenate([one.rows(1 - share, share / most, c) for one in served])
             found, off = nnls(rows, lasted)
+            before, c = c, float(found[1])
+            if abs(c - before) <= STILL * c:
+                break
         return found, float(off)
 
     grid = np.linspace(0.0, 1.0, GRID)
     best = int(np.argmin([solved(share)[1] for share in grid]))
     near = grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)]
-    exact = minimize_scalar(lambda share: solved(share)[1], bounds=near, method="bounded")
+    exact = minimize_scalar(
+        lambda share: solved(share)[1], bounds=near, method="bounded", options={"xatol": EXACT}
+    )
     share = min((float(exact.x), float(grid[best])), key=lambda s: solved(s)[1])
     seconds, c = map(float, solved(share)[0])
     a, b = max(seconds * (1 - share), LEAST_S), seconds * share / most
