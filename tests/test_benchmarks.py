@@ -139,3 +139,20 @@ def test_the_model_predicts_real_steps_of_the_tiny_model(tmp_path: Path) -> None
     command = [sys.executable, "-m", "dash_exp.capacity", f"curves={tmp_path / 'b.json'}", "prompts=8"]
     told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert json.loads(told.splitlines()[-1])["setting"]["prompts"] == 8
+
+
+@pytest.mark.long
+def test_memory_is_measured(tmp_path: Path) -> None:
+    """A small update with a small vocabulary: what must be held is less than the peak."""
+    out = tmp_path / "memory.json"
+    words = ["--groups", "1", "--tokens", "8", "--vocabulary", "500", "--beta", "0", "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", *words],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(out.read_text())["results"]
+    held = row["bytes"]
+    assert held["master weights"] == held["gradients"] == 2 * held["model"]
+    assert held["optimizer"] == pytest.approx(2 * held["gradients"], rel=1e-4)  # two moments, and step counts
+    assert row["micro_batches"] == 1 and row["peak"] > 0.9 * row["needed"] == 0.9 * sum(held.values())
