@@ -230,11 +230,12 @@ class _Cell:
 def _setting_of(frozen: Mapping[str, Any]) -> Setting:
     a, s, opt = frozen["algorithm"], frozen["sampler"], frozen["learner"]
     apart, named = s["name"] == "vllm_servers", frozen.get("cluster", {}).get("server_urls") or ()
+    one_update = a.get("passes", 1) == 1 and a.get("mini_batch") is None
     return Setting(
         servers=(len(named) or s["servers"]) if apart else 1, learners=opt.get("ranks") or 1,
         prompts=a["prompts_per_step"], group=a["group_size"], waves=(s["waves"] or 1) if apart else 1,
         tokens=s["max_new_tokens"],
-        streaming=bool(apart and s["streaming"] and not s.get("colocated")),
+        streaming=bool(apart and s["streaming"] and not s.get("colocated") and one_update),
         call=s["prompts_per_call"] if s["schedule"] == "per_microbatch" else None,
         max_sequences=s["max_sequences"], micro_batch_tokens=opt["micro_batch_tokens"],
     )  # fmt: skip

@@ -167,6 +167,9 @@ def test_waves_that_a_run_chose_are_those_of_its_steps(tmp_path: Path) -> None:
         found[waves] = read_cells([own])
         assert found[waves].setting.waves == waves
         assert found[waves].setting.streaming
+    config["algorithm"]["passes"] = 2  # several updates: nothing is learned from before all is sampled
+    (own / "config.yaml").write_text(json.dumps(config))
+    assert not read_cells([own]).setting.streaming
     ((one, _),), ((two, _),) = (found[w].curves.decode.points for w in (1, 2))
     assert (one, two) == (pytest.approx(20 / 8), pytest.approx(20 / 13))
 
