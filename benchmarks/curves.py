@@ -24,8 +24,9 @@ from dash_exp.learning.packing import nothing
 from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.ranks import start
 from dash_exp.record import Row
-from dash_exp.sampling.protocol import Request, arrived
+from dash_exp.sampling.protocol import arrived
 from dash_exp.tasks.prompts import batch, requests
+from dash_exp.types import Request
 
 LEAST_DECODE = 0.1
 """Share of a measured batch that is decoding at least: prompts are timed apart, and there is noise."""

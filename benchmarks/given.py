@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.ours import Ours
 from benchmarks.rewards import CONSTANT, VARIED, SetJudge, is_varied
-from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.tasks.prompts import PromptSet
-from dash_exp.types import Completion, Group, Prompt
+from dash_exp.types import Completion, Decoding, Group, Prompt, Request
 
 TASK = "random"
 

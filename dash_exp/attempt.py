@@ -18,10 +18,10 @@ from dash_exp.learning.links import Links
 from dash_exp.learning.preflight import largest_micro_batch
 from dash_exp.loop import evaluation_due, train
 from dash_exp.plan import Ending, Hooks
-from dash_exp.process import keep_freed_memory
 from dash_exp.record import Recorder, Row, read_final, read_json, read_rows, write_json
-from dash_exp.signals import Interrupted, Stop
-from dash_exp.terminal import Display, seconds_text, show
+from dash_exp.signals import Interrupted, Stop, keep_freed_memory
+from dash_exp.terminal import Display
+from dash_exp.text import format_path, format_seconds
 
 TRUNCATION_WARNING, CONSTANT_WARNING = 0.5, 0.9
 
@@ -45,7 +45,7 @@ class Attempt:
         """All of it. Raises Interrupted after a signal, UserError for what the user can mend."""
         keep_freed_memory()
         self.cache = self.folder.parent.parent / "cache"
-        self.say(f"cell {show(self.folder)}")
+        self.say(f"cell {format_path(self.folder)}")
         event, logs = self.recorder.event, self.folder / "servers"
         self.machine = build(self.config, self.cache, self.say, logs, event, self.links)
         try:
@@ -168,7 +168,7 @@ class Attempt:
             self.recorder.event("evaluate", start, end, step=step, worker="main", cached=hit)
             self.recorder.append("eval_samples", ({"step": step, **r} for r in result.prompts))
             self.recorder.append("evals", ({"step": step, **r} for r in result.metrics))
-            source = "known already" if hit else seconds_text(end - start)
+            source = "known already" if hit else format_seconds(end - start)
             self.say(f"{self.display.accuracy(result.metrics[0])} at step {step} ({source})")
 
     def evaluate_one(self, one: EvalSet, step: int) -> tuple[EvalResult, bool]:

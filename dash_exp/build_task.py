@@ -13,7 +13,6 @@ from dash_exp.config import Config, DatasetConfig
 from dash_exp.config import parts_of as parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import EvalSet, Judge
-from dash_exp.sampling.protocol import Decoding
 from dash_exp.tasks.examples import ExampleSet
 from dash_exp.tasks.generated import arithmetic, functions
 from dash_exp.tasks.gym import gym_examples
@@ -21,6 +20,7 @@ from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture
 from dash_exp.tasks.rows import Layout
 from dash_exp.tasks.sources import read_hub, read_jsonl
 from dash_exp.tasks.templates import CHATS, Chat, Style, renderer
+from dash_exp.types import Decoding
 from dash_exp.verifiers.frontends import (
     InlineVerifier,
     PooledCodeVerifier,

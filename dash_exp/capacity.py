@@ -38,8 +38,7 @@ from dash_exp.capacity_model import (
     splits,
     wave_choices,
 )
-from dash_exp.errors import Fault, UserError, nearest
-from dash_exp.terminal import complain
+from dash_exp.errors import Fault, UserError, nearest, print_error
 
 OK, USER_ERROR = 0, 2
 SOURCES = ("curves", "cell")
@@ -229,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return run(arguments)
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         return USER_ERROR
 
 

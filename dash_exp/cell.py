@@ -9,11 +9,9 @@ running it (nothing was done), 128 + n ended by signal n.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,20 +24,19 @@ from dash_exp import provenance
 from dash_exp.budget import Blocked, find_partner
 from dash_exp.cells import freeze, make_cell, read_frozen
 from dash_exp.config import Config
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.learning.world import placed
 from dash_exp.mirror_follow import Follower
-from dash_exp.process import share_cores
-from dash_exp.record import CellBusy, Recorder, lock, read_final, read_json
-from dash_exp.signals import Interrupted, Stop, handling, run_forwarding
-from dash_exp.terminal import Display, complain, show
+from dash_exp.record import DISK_TROUBLE, CellBusy, Recorder, archive, disk_fault, read_final, read_json
+from dash_exp.signals import Interrupted, Stop, handling, run_forwarding, share_cores
+from dash_exp.terminal import Display
+from dash_exp.text import format_path
 from dash_exp.validation import check
 
 if TYPE_CHECKING:
     from dash_exp.learning.links import Links
 
 OK, FAILED, USER_ERROR, BLOCKED, BUSY, SIGNALLED = 0, 1, 2, 3, 4, 128
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def run_config(config: Config, apart: bool = False) -> int:
@@ -98,29 +95,8 @@ def together(config: Config, cell: Callable[[Links | None], int]) -> int:
         links.close()
 
 
-def archive(folder: Path) -> None:
-    """Move a record aside; nothing recorded is ever deleted. Raises CellBusy while it is being run."""
-    if not folder.exists():
-        return
-    held = lock(folder)
-    try:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        target = folder.parent.parent / "archive" / f"{folder.name}-{stamp}-{os.getpid()}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(target)
-    finally:
-        os.close(held)
 
 
-def disk_fault(error: OSError, root: Path) -> Fault:
-    """What the user can do about an error of the disk below the outputs, or of another file."""
-    place = Path(error.filename or root)
-    hint = "set run.dir=<folder>"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Fault("run.dir", f"no space left on the disk of {place}", f"free some, or {hint}")
-    if not place.absolute().is_relative_to(root.absolute()):
-        return Fault(str(place), f"cannot be used: {error.strerror or error}")
-    return Fault("run.dir", f"cannot write {place}: {error.strerror or error}", hint)
 
 
 def run(folder: Path, config: Config, links: Links | None = None) -> int:
@@ -135,7 +111,7 @@ def run(folder: Path, config: Config, links: Links | None = None) -> int:
             mirror.start(recorder.attempt)
             return run_locked(folder, config, recorder, display, stop, links)
     except CellBusy as error:
-        raise UserError(Fault(show(folder), "is being run by another process", "see its log.txt")) from error
+        raise UserError(Fault(format_path(folder), "is being run by another process", "see its log.txt")) from error
     except Interrupted as error:  # before or after the record could say so
         return SIGNALLED + error.number
     except OSError as error:
@@ -151,7 +127,7 @@ def tell_finished(folder: Path, display: Display) -> int:
         from dash_exp.checkpoint import finalise
 
         finalise(folder)
-    display.note(f"{show(folder)} is finished; run.force=true archives it and starts anew.")
+    display.note(f"{format_path(folder)} is finished; run.force=true archives it and starts anew.")
     if read_json(folder / "provenance.json").get("code_hash") != provenance.code_hash():
         display.note("It is stale: it was recorded by other code than this.")
     reason = str(read_json(folder / "status.json").get("reason"))
@@ -175,7 +151,7 @@ def run_locked(
     except Blocked as reason:
         recorder.status("blocked", step, reason=str(reason))
         recorder.log(f"blocked: {reason}")
-        display.note(f"Blocked: {show(folder)} {reason}. Run the partner, then this command again:")
+        display.note(f"Blocked: {format_path(folder)} {reason}. Run the partner, then this command again:")
         display.note(f"    {config.run.partner or f'the cell with the id {config.budget.match}'}")
         return BLOCKED
     except (Interrupted, KeyboardInterrupt) as error:
@@ -207,14 +183,14 @@ def say_last(recorder: Recorder, state: str, failure: str, trace: str = "") -> N
         recorder.status(state, step, failure=failure)
         recorder.log(f"{state}: {failure}\n{trace}".rstrip())
     except OSError as error:
-        complain(f"dash_exp: the status could not be written: {error}")
+        print_error(f"dash_exp: the status could not be written: {error}")
 
 
 def main(arguments: list[str]) -> int:
     try:
         return run_folder(arguments)
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         return BUSY if isinstance(error.__cause__, CellBusy) else USER_ERROR
 
 

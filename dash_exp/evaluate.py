@@ -23,17 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_exp import provenance
-from dash_exp.cell import archive, disk_fault
 from dash_exp.cells import freeze, resolve_paths
 from dash_exp.config import ACTIONS
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.evaluation import EvalSet, base_key, evaluate, shared
 from dash_exp.hashing import model_hash, weights_hash
-from dash_exp.process import share_cores
-from dash_exp.record import CellBusy, Recorder, Row, read_final, read_json, write_json
-from dash_exp.signals import Interrupted, Stop, handling
+from dash_exp.record import CellBusy, Recorder, Row, archive, disk_fault, read_final, read_json, write_json
+from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.subject import USAGE, Subject, parse, subject_of
-from dash_exp.terminal import Display, accuracy_text, complain, number, seconds_text, show
+from dash_exp.terminal import Display
+from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
 
 if TYPE_CHECKING:
     from dash_exp.inference import Answerer
@@ -65,7 +64,7 @@ def run(subject: Subject) -> int:
         freeze(frozen, folder)
         with Recorder(folder) as recorder:
             if read_json(folder / "status.json").get("state") == "finished":
-                display.note(f"{show(folder)} is known; run.force=true archives it and asks again.")
+                display.note(f"{format_path(folder)} is known; run.force=true archives it and asks again.")
             else:
                 job = Job(subject, answerer, sets, keys, cache, recorder, display)
                 code = job.run()
@@ -87,7 +86,7 @@ def _refuse_damage(folder: Path) -> None:
     from dash_exp.checkpoint import CHECKSUMS, damage
 
     if (folder / CHECKSUMS).exists() and (reason := damage(folder)):
-        raise UserError(Fault("checkpoint", f"{show(folder)} is damaged: {reason}", "choose another one"))
+        raise UserError(Fault("checkpoint", f"{format_path(folder)} is damaged: {reason}", "choose another one"))
 
 
 def _digest(value: object) -> str:
@@ -149,9 +148,9 @@ class Job:
             result, hit = compute(), False
         self.recorder.append("eval_samples", ({"step": step, **row} for row in result.prompts))
         self.recorder.append("evals", ({"step": step, **row} for row in result.metrics))
-        source = "known already" if hit else seconds_text(time.time() - start)
+        source = "known already" if hit else format_seconds(time.time() - start)
         accuracy = result.metrics[0]
-        self.say(f"{one.label}: accuracy {accuracy_text(accuracy)}, n={accuracy['n']} ({source})")
+        self.say(f"{one.label}: accuracy {format_accuracy(accuracy)}, n={accuracy['n']} ({source})")
 
     def say(self, text: str) -> None:
         self.recorder.log(text)
@@ -182,14 +181,14 @@ def table(subject: Subject, folder: Path) -> list[str]:
     seen = ""
     for row in read_final(folder, "evals"):
         name, seen = ("" if row["dataset"] == seen else row["dataset"]), row["dataset"]
-        ends = f"[{number(row['low'])}, {number(row['high'])}]" if "low" in row else "-"
+        ends = f"[{format_number(row['low'])}, {format_number(row['high'])}]" if "low" in row else "-"
         lines.append(f"{name[:18]:<18} {row['metric']:<22} {_value(row):>8}   {ends:<16} {row['n']:>6}")
-    return [*lines, "", f"record  {show(folder)}"]
+    return [*lines, "", f"record  {format_path(folder)}"]
 
 
 def _value(row: Row) -> str:
     value = row.get("value")
-    return str(value) if isinstance(value, int) else number(value)
+    return str(value) if isinstance(value, int) else format_number(value)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -201,14 +200,14 @@ def main(arguments: Sequence[str]) -> int:
             return run(subject_of(parse(arguments)))
     except (Interrupted, KeyboardInterrupt) as error:
         code = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        complain(f"Interrupted by {signal.Signals(code).name}; the same command goes on from here.")
+        print_error(f"Interrupted by {signal.Signals(code).name}; the same command goes on from here.")
         return SIGNALLED + code
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
     except CellBusy as error:
-        complain(str(UserError(Fault("evaluation", str(error), "wait for it, or stop it first"))))
+        print_error(str(UserError(Fault("evaluation", str(error), "wait for it, or stop it first"))))
     except OSError as error:
-        complain(str(UserError(disk_fault(error, Path("outputs")))))
+        print_error(str(UserError(disk_fault(error, Path("outputs")))))
     return USER_ERROR
 
 

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 from filelock import FileLock
 
 from dash_exp.record import Row, read_json, write_json
-from dash_exp.sampling.protocol import Decoding, Sampler, arrived
+from dash_exp.sampling.protocol import Sampler, arrived
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet, requests
-from dash_exp.types import Group, Score
+from dash_exp.types import Decoding, Group, Score
 
 UNRELIABLE = ("timeout", "crashed", "verifier_error")
 """Outcomes that may be the machine's fault."""

@@ -22,11 +22,11 @@ from dash_exp.build_task import Judges, load_examples, parts_of
 from dash_exp.cells import resolve_paths
 from dash_exp.compose import compose, find_faults
 from dash_exp.config import Config, DatasetConfig
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.evaluation import Judge
 from dash_exp.record import Row, last_attempts
 from dash_exp.tasks.examples import Example
-from dash_exp.terminal import complain, seconds_text
+from dash_exp.text import format_seconds
 from dash_exp.types import Score
 from dash_exp.validation import check
 from dash_exp.verifiers.extraction import extract
@@ -237,7 +237,7 @@ def run(overrides: Sequence[str], completions: str | None) -> int:
     finally:
         judges.close()
     lines = report(config.dataset.name, verdicts)
-    lines[-1:] = [f"  in {seconds_text(time.monotonic() - start)}", "", lines[-1]]
+    lines[-1:] = [f"  in {format_seconds(time.monotonic() - start)}", "", lines[-1]]
     print("\n".join(lines), flush=True)
     return OK
 
@@ -251,10 +251,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return run(rest, own[-1] if own else None)
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         return USER_ERROR
     except KeyboardInterrupt:
-        complain("Interrupted; nothing was kept.")
+        print_error("Interrupted; nothing was kept.")
         return INTERRUPTED
 
 

@@ -21,9 +21,8 @@ from dash_exp.ledger import Budget, Ledger
 from dash_exp.metrics import BatchFacts, sample_rows, step_row
 from dash_exp.plan import Ending, Hooks, Parts, Plan
 from dash_exp.record import Recorder, timed_event
-from dash_exp.sampling.protocol import Request
 from dash_exp.tasks.prompts import batch, requests
-from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Score, ScoredGroup
+from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Request, Score, ScoredGroup
 from dash_exp.updates import backpropagate, divisor, mini_batches, repeated_updates, update
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dash_exp.config import TrackingConfig
-from dash_exp.errors import Fault, UserError, nearest
+from dash_exp.errors import Fault, UserError, nearest, print_error
 from dash_exp.launch.manifest import NAME as MANIFEST
 from dash_exp.mirror_cell import BusyError, CellMirror, alone, sweep_run, tell_sweep
 from dash_exp.mirror_place import URI, VARIABLE, Place, place_of, tracking_faults
@@ -26,7 +26,6 @@ from dash_exp.mirror_points import milliseconds
 from dash_exp.mirror_store import Store, StoreError
 from dash_exp.mirror_sweeps import Sweep, sweep_in, sweeps_below
 from dash_exp.preconditions import is_installed
-from dash_exp.terminal import complain
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 NAME_WIDTH = 52
@@ -51,7 +50,7 @@ def prepare(uri: str, experiment: str, sweep_name: str) -> None:
     try:
         sweep_run(Store(place), sweep_name, milliseconds(time.time()))
     except StoreError as error:
-        complain(f"mirror: {place.shown} is left for later: {error}")
+        print_error(f"mirror: {place.shown} is left for later: {error}")
 
 
 def rebuild(work: Work, place: Place) -> list[Fault]:
@@ -195,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return run_beside(arguments[1:]) if arguments[:1] == ["--follow"] else run(arguments)
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED

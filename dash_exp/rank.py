@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 
-from dash_exp.process import keep_freed_memory
+from dash_exp.signals import keep_freed_memory
 
 
 def main() -> int:

@@ -24,18 +24,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from dash_exp.cell import disk_fault
 from dash_exp.compose import compose, find_faults
 from dash_exp.config import Config, dataset_places
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.own_settings import own_settings, split_off
-from dash_exp.process import share_cores
+from dash_exp.record import disk_fault
 from dash_exp.sampling.member import KEY_VARIABLE
 from dash_exp.sampling.server_process import LAUNCH, ServerProcess, ServerSettings
 from dash_exp.sampling.transfer import ENGINES
 from dash_exp.server_faults import is_loopback
-from dash_exp.signals import Interrupted, Stop, handling
-from dash_exp.terminal import complain, show
+from dash_exp.signals import Interrupted, Stop, handling, share_cores
+from dash_exp.text import format_path
 from dash_exp.validation import check
 
 USAGE = "python -m dash_exp.serve [model=<option>] [serve.port=8000] [key=value ...]"
@@ -183,14 +182,14 @@ def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
     settings = settings_of(command, root / "cache")
     process = ServerProcess(settings, key, folder, f"serve-{settings.port or os.getpid()}", launch)
     try:
-        print(f"starting, this takes a while; log  {show(process.log)}", flush=True)
+        print(f"starting, this takes a while; log  {format_path(process.log)}", flush=True)
         if answers(process):
             print("\n".join(told(command, settings, process, file)), flush=True)
             process.process.wait()
     finally:
         process.kill()
-    complain(f"dash_exp: the server ended with code {process.exit_code}; the end of {show(process.log)}:")
-    complain(process.log_tail())
+    print_error(f"dash_exp: the server ended with code {process.exit_code}; the end of {format_path(process.log)}:")
+    print_error(process.log_tail())
     return FAILED
 
 
@@ -223,7 +222,7 @@ def told(command: Command, settings: ServerSettings, process: ServerProcess, fil
     if not is_loopback(url):
         lines.append("note: requests and key are not encrypted: use it in a network that you trust")
     if file is not None:
-        lines += [f"key  {show(file)}", f"     export {KEY_VARIABLE}=$(cat {show(file)})"]
+        lines += [f"key  {format_path(file)}", f"     export {KEY_VARIABLE}=$(cat {format_path(file)})"]
     return [*lines, f"use  python -m dash_exp sampler=vllm_servers 'cluster.server_urls=[{url}]'"]
 
 
@@ -242,9 +241,9 @@ def main(arguments: Sequence[str], launch: Sequence[str] = LAUNCH) -> int:
         print("ended", flush=True)
         return OK
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
     except OSError as error:
-        complain(str(UserError(disk_fault(error, root))))
+        print_error(str(UserError(disk_fault(error, root))))
     return USER_ERROR
 
 

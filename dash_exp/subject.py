@@ -24,7 +24,7 @@ from dash_exp.cells import read_frozen
 from dash_exp.compose import compose, find_faults
 from dash_exp.config import ACTIONS, Config
 from dash_exp.errors import Fault, UserError
-from dash_exp.terminal import show
+from dash_exp.text import format_path
 from dash_exp.validation import check
 
 USAGE = (
@@ -157,12 +157,12 @@ def _of_training(override: str) -> list[Fault]:
 def _frozen(folder: Path, faults: list[Fault]) -> Config | None:
     """The cell's config, or None after adding what is wrong with it."""
     if not folder.is_dir():
-        faults.append(Fault("cell", f"{show(folder)} is not a folder", _near(folder)))
+        faults.append(Fault("cell", f"{format_path(folder)} is not a folder", _near(folder)))
         return None
     try:
         return read_frozen(folder)
     except FileNotFoundError:
-        faults.append(Fault("cell", f"{show(folder)} holds no config.yaml, so it is not a cell"))
+        faults.append(Fault("cell", f"{format_path(folder)} holds no config.yaml, so it is not a cell"))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         faults.append(Fault(str(folder / "config.yaml"), f"is damaged: {' '.join(str(error).split())}"))
     return None
@@ -171,7 +171,7 @@ def _frozen(folder: Path, faults: list[Fault]) -> Config | None:
 def _near(path: Path) -> str:
     names = os.listdir(path.parent) if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f"did you mean {show(path.parent / close[0])}?" if close else "cells lie in outputs/cells/"
+    return f"did you mean {format_path(path.parent / close[0])}?" if close else "cells lie in outputs/cells/"
 
 
 def find_checkpoint(folder: Path, named: str | None) -> tuple[Path | None, list[Fault]]:
@@ -188,7 +188,7 @@ def find_checkpoint(folder: Path, named: str | None) -> tuple[Path | None, list[
         return None, []
     if not known:
         hint = "it has one after its first checkpoint.every steps; model=<option> evaluates a base model"
-        return None, [Fault("cell", f"{show(folder)} has no checkpoints", hint)]
+        return None, [Fault("cell", f"{format_path(folder)} has no checkpoints", hint)]
     if named is None:
         return known[-1], []
     found = [p for p in known if int(p.name.rpartition("-")[2]) == int(named)]

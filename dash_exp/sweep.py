@@ -23,8 +23,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dash_exp.errors import Fault, UserError, nearest
-from dash_exp.terminal import complain
+from dash_exp.errors import Fault, UserError, nearest, print_error
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 COMMANDS = {
@@ -106,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return int(getattr(commands, f"{words[0]}_command")(args))
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
         return USER_ERROR
     except BrokenPipeError:  # a reader such as head has seen enough
         sys.stderr.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,23 +15,14 @@ from rich.table import Table
 
 from dash_exp.ledger import PHASES
 from dash_exp.record import Row
+from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
 
 REWARD, LIKELIHOOD = "reward/mean", "policy/logprob_mean"
 SHOWN_STEPS = 8
 
 
-def seconds_text(seconds: float) -> str:
-    """Seconds as 8s, 3m05s or 2h07m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def columns_of(row: Row, steps: int, left_s: float) -> list[tuple[str, str]]:
@@ -47,7 +37,7 @@ def columns_of(row: Row, steps: int, left_s: float) -> list[tuple[str, str]]:
         ("backp", f"{row['time/backprop_s']:.2f}"),
         ("optim", f"{row['time/optimizer_s']:.2f}"),
         ("s/step", f"{row['time/step_s']:.2f}"),
-        ("left", seconds_text(left_s)),
+        ("left", format_seconds(left_s)),
     ]
 
 
@@ -59,8 +49,8 @@ def is_supervised(row: Row) -> bool:
 def quality_columns(row: Row) -> list[tuple[str, str]]:
     """What a batch was worth: reward and kept share, or the likelihood of what was shown."""
     if is_supervised(row):
-        return [("log-lik.", number(row.get(LIKELIHOOD)))]
-    return [("reward", number(row.get(REWARD))), ("kept", f"{row['filter/kept_share']:.2f}")]
+        return [("log-lik.", format_number(row.get(LIKELIHOOD)))]
+    return [("reward", format_number(row.get(REWARD))), ("kept", f"{row['filter/kept_share']:.2f}")]
 
 
 class Display:
@@ -109,7 +99,7 @@ class Display:
 
     def accuracy(self, row: Row) -> str:
         """One evaluation as a line."""
-        return f"{row['dataset']}: accuracy {accuracy_text(row)}, n={row['n']},"
+        return f"{row['dataset']}: accuracy {format_accuracy(row)}, n={row['n']},"
 
     def stop(self) -> None:
         if self._view is not None:
@@ -140,7 +130,7 @@ def summary_lines(folder: Path, steps: Sequence[Row], evals: Sequence[Row], reas
     lines += accuracy_lines(evals)
     if steps:
         lines += time_lines(steps)
-    return [*lines, f"  record           {show(folder)}", *next_lines(folder)]
+    return [*lines, f"  record           {format_path(folder)}", *next_lines(folder)]
 
 
 def accuracy_lines(evals: Sequence[Row]) -> list[str]:
@@ -150,14 +140,11 @@ def accuracy_lines(evals: Sequence[Row]) -> list[str]:
     for name in dict.fromkeys(r["dataset"] for r in rows):
         mine = [r for r in rows if r["dataset"] == name]
         ends = mine[:1] if len(mine) == 1 else [mine[0], mine[-1]]
-        texts = [accuracy_text(r) for r in ends]
+        texts = [format_accuracy(r) for r in ends]
         lines.append(f"  {name:<16} {' -> '.join(texts)}  n={mine[0]['n']}")
     return lines
 
 
-def accuracy_text(row: Row) -> str:
-    """A share with its interval, or a dash for what could not be measured."""
-    return f"{number(row.get('value'))} [{number(row.get('low'))}, {number(row.get('high'))}]"
 
 
 def time_lines(steps: Sequence[Row]) -> list[str]:
@@ -167,14 +154,14 @@ def time_lines(steps: Sequence[Row]) -> list[str]:
     largest = sorted(shares.items(), key=lambda pair: -pair[1])
     middle = statistics.median(r["time/step_s"] for r in steps)
     return [
-        f"  time             {seconds_text(total)}, median {middle:.2f} s a step",
+        f"  time             {format_seconds(total)}, median {middle:.2f} s a step",
         "                   " + ", ".join(f"{name} {x:.0%}" for name, x in largest if x >= 0.005),
     ]
 
 
 def next_lines(folder: Path) -> list[str]:
     checkpoint = sorted((folder / "checkpoints").glob("step-*"))
-    weights = [f"  weights          {show(checkpoint[-1])}"] if checkpoint else []
+    weights = [f"  weights          {format_path(checkpoint[-1])}"] if checkpoint else []
     return [
         *weights,
         "  next             python -m dash_exp algorithm=grpo   (another arm, same prompts)",
@@ -182,14 +169,5 @@ def next_lines(folder: Path) -> list[str]:
     ]
 
 
-def show(path: Path) -> str:
-    """A path relative to where the user stands, if it lies below."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
-def complain(text: str) -> None:
-    """Print an error for the user, on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import UNRELIABLE
 from dash_exp.record import Row, read_json, read_rows, write_json
-from dash_exp.terminal import show
+from dash_exp.text import format_path
 from dash_exp.types import Completion, Score
 
 COUNTED = ("sampled", "correct", "duplicates", "truncated", "failed", "kept", "tokens")
@@ -52,7 +52,7 @@ class TraceFile:
             lock.acquire(timeout=0)
         except Timeout as error:
             what = "another process is sampling into it"
-            raise UserError(Fault(show(self.out), what, "wait for it, or choose traces.out=")) from error
+            raise UserError(Fault(format_path(self.out), what, "wait for it, or choose traces.out=")) from error
         try:
             yield
         finally:
@@ -66,7 +66,7 @@ class TraceFile:
         facts = read_json(self.provenance)
         if not facts:
             what = f"is there, but not its {self.provenance.name}: nobody knows how it was made"
-            raise UserError(Fault(show(self.out), what, OTHER_FILE))
+            raise UserError(Fault(format_path(self.out), what, OTHER_FILE))
         self._refuse_others(self.out, facts.get("settings", {}))
         return facts
 
@@ -110,7 +110,7 @@ class TraceFile:
             return
         differing = [key for key in {**found, **now} if found.get(key) != now.get(key)]
         faults = [
-            Fault(show(path), f"was made with {key} {_brief(found.get(key))}, not {_brief(now.get(key))}")
+            Fault(format_path(path), f"was made with {key} {_brief(found.get(key))}, not {_brief(now.get(key))}")
             for key in differing
         ]
         last = faults.pop()

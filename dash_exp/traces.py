@@ -31,21 +31,19 @@ from rich.text import Text
 
 from dash_exp import provenance
 from dash_exp.build_task import load_examples
-from dash_exp.cell import disk_fault
 from dash_exp.cells import resolve_paths
-from dash_exp.errors import UserError
+from dash_exp.errors import UserError, print_error
 from dash_exp.evaluation import Judge
 from dash_exp.hashing import model_hash, weights_hash
-from dash_exp.process import share_cores
-from dash_exp.record import Row
-from dash_exp.sampling.protocol import Decoding, Request, arrived
+from dash_exp.record import Row, disk_fault
+from dash_exp.sampling.protocol import arrived
 from dash_exp.seeding import seed_for
-from dash_exp.signals import Interrupted, Stop, handling
+from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.tasks.prompts import PromptSet
-from dash_exp.terminal import complain, seconds_text, show
+from dash_exp.text import format_path, format_seconds
 from dash_exp.trace_file import TraceFile, prompt_line, totals
 from dash_exp.trace_settings import Command, TracesConfig, parse
-from dash_exp.types import Group, Prompt, Score
+from dash_exp.types import Decoding, Group, Prompt, Request, Score
 
 if TYPE_CHECKING:
     from dash_exp.inference import Answerer
@@ -73,14 +71,14 @@ def run(command: Command) -> int:
             facts = file.finished()
             if facts is not None:
                 file.partial.unlink(missing_ok=True)
-                progress.say(f"{show(file.out)} is there, made with these settings.")
+                progress.say(f"{format_path(file.out)} is there, made with these settings.")
                 progress.say(told(facts["counts"]))
                 return OK
             done = work.sample(file, progress)
             counts = {**totals(done.values()), "dropped_prompts": work.prompts.dropped}
             file.finish(done, [p.id for p in work.prompts.prompts], {**work.facts(cache), "counts": counts})
     progress.say(told(counts))
-    progress.say(f"traces  {show(file.out)}")
+    progress.say(f"traces  {format_path(file.out)}")
     return OK
 
 
@@ -240,7 +238,7 @@ class Progress:
         left = seconds / self._fresh * (self._prompts - c["prompts"])
         return (
             f"prompt {c['prompts']}/{self._prompts} sampled {c['sampled']} correct {c['correct']} "
-            f"kept {c['kept']} tok/s {self._tokens / seconds:.0f} left {seconds_text(left)}"
+            f"kept {c['kept']} tok/s {self._tokens / seconds:.0f} left {format_seconds(left)}"
         )
 
 
@@ -256,12 +254,12 @@ def main(arguments: Sequence[str]) -> int:
         with handling(Stop()):
             return run(command)
     except UserError as error:
-        complain(str(error))
+        print_error(str(error))
     except OSError as error:
-        complain(str(UserError(disk_fault(error, root), "what was sampled is kept")))
+        print_error(str(UserError(disk_fault(error, root), "what was sampled is kept")))
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        complain(f"Interrupted by {signal.Signals(number).name}; the same command goes on from here.")
+        print_error(f"Interrupted by {signal.Signals(number).name}; the same command goes on from here.")
         return SIGNALLED + number
     return USER_ERROR
 

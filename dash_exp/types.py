@@ -106,3 +106,29 @@ class AdvantagedGroup:
     @property
     def group(self) -> Group:
         return self.scored.group
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How tokens are drawn. Temperature 0 is greedy. `stop_ids` end a completion and belong to it.
+    `top_p` below 1 is for evaluation and traces only: a training arm never cuts the distribution. The
+    log-probabilities of completions are then those of the cut distribution, renormalised."""
+
+    max_new_tokens: int
+    temperature: float
+    stop_ids: tuple[int, ...]
+    top_p: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """What logits are divided by; 1 when greedy, so that log-probabilities stay defined."""
+        return self.temperature if self.temperature > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt to be answered `len(seeds)` times; `position` is its place in the step's batch."""
+
+    position: int
+    prompt: Prompt
+    seeds: tuple[int, ...]

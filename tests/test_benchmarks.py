@@ -23,9 +23,8 @@ from benchmarks.turns import alternate
 from dash_exp.capacity_model import Setting
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import keep_large
-from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.tasks.prompts import PromptSet, batch
-from dash_exp.types import Prompt
+from dash_exp.types import Decoding, Prompt, Request
 from tests.conftest import REPOSITORY
 
 

@@ -32,10 +32,9 @@ from dash_exp.evaluation import (
     summarise,
 )
 from dash_exp.record import Row
-from dash_exp.sampling.protocol import Decoding
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet
-from dash_exp.types import Completion, Group, Prompt, Score
+from dash_exp.types import Completion, Decoding, Group, Prompt, Score
 from tests.conftest import REPOSITORY
 
 # --- statistics ------------------------------------------------------------------------------

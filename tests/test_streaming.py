@@ -20,9 +20,8 @@ from dash_exp.learning.settings import Objective
 from dash_exp.ledger import Ledger
 from dash_exp.loop import train_step
 from dash_exp.record import Recorder
-from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.tasks.prompts import PromptSet
-from dash_exp.types import Group, Origin, Prompt, Score
+from dash_exp.types import Decoding, Group, Origin, Prompt, Request, Score
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY
 from tests.test_updates import LENGTHS, PROMPTS, NoRecord, optimization, parts_of, plan_of

@@ -20,8 +20,7 @@ from dash_exp.loop import demonstrated, weigh
 from dash_exp.metrics import BatchFacts, learner_values
 from dash_exp.plan import Parts, Plan
 from dash_exp.record import Recorder
-from dash_exp.sampling.protocol import Decoding, Request
-from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, ScoredGroup
+from dash_exp.types import AdvantagedGroup, Completion, Decoding, Group, Prompt, Request, Score, ScoredGroup
 from dash_exp.updates import mini_batches, repeated_updates
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, reference_gradient

@@ -23,7 +23,7 @@ from dash_exp.launch.watching import (
     say_json,
     status_command,
 )
-from dash_exp.terminal import seconds_text
+from dash_exp.text import format_seconds
 
 __all__ = [
     "cancel_command", "launch_command", "list_command", "logs_command", "plan_command", "retry_command",
@@ -105,7 +105,7 @@ def cancel_command(args: Namespace) -> int:
     chosen = select(manifest.entries, patterns)
     done = cancel(manifest, {entry.id for entry in chosen}, whole=not patterns, again=args.now)
     for one in done.ending:
-        pace = f"a step takes {seconds_text(one.cell.step_s)}" if one.cell.step_s else "it has no step yet"
+        pace = f"a step takes {format_seconds(one.cell.step_s)}" if one.cell.step_s else "it has no step yet"
         say(f"{one.label} ({one.entry.id}) was asked to end and will, after its step; {pace}")
     for one, why in done.left:
         say(f"{one.label} ({one.entry.id}) is left alone: {why}; name it to cancel it all the same")

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dash_exp import provenance
-from dash_exp.cell import SIGNALLED, archive, disk_fault
+from dash_exp.cell import SIGNALLED
 from dash_exp.config import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch import journal, local
@@ -29,8 +29,8 @@ from dash_exp.launch.processes import Locks
 from dash_exp.launch.states import ACTIVE, is_stale
 from dash_exp.launch.status import is_moving, watch
 from dash_exp.launch.summary import closing_lines, counted, ended, status_command, table_of
-from dash_exp.record import CellBusy, read_json
-from dash_exp.terminal import show
+from dash_exp.record import CellBusy, archive, disk_fault, read_json
+from dash_exp.text import format_path
 
 OK, FAILED = 0, 1
 FOLLOW_S = 2.0
@@ -116,7 +116,7 @@ def archive_all(folders: Sequence[Path]) -> None:
     busy = [folder for folder in folders if locks.holder(folder / ".lock") is not None]
     if busy:
         said = "is being run by another process"
-        raise UserError([Fault("run.force", f"{show(folder)} {said}", hint) for folder in busy])
+        raise UserError([Fault("run.force", f"{format_path(folder)} {said}", hint) for folder in busy])
     for folder in folders:
         try:
             archive(folder)

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dash_exp.config import Config
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.launch.composer import Composer, Composition
 from dash_exp.launch.expand import Combination, key_of
 from dash_exp.launch.hardware import hardware_label
 from dash_exp.launch.jobs import Resources, Traces
 from dash_exp.launch.resources import resource_faults, resources_of
 from dash_exp.launch.settings import Settings, is_setting, settings_of
-from dash_exp.launch.told import Told
 from dash_exp.limits import NATURAL, outside
 from dash_exp.preconditions import Installed
 from dash_exp.trace_settings import out_of
@@ -55,7 +54,7 @@ class Workshop:
     """What all drafts of a plan are made with. `pool`: folders of cells below `root`, by id."""
 
     composer: Composer
-    told: Told
+    faults: FaultCollector
     root: Path
     cache: Path | None
     pool: dict[str, str]
@@ -103,7 +102,7 @@ def sound(shop: Workshop, combinations: Sequence[Combination]) -> list[tuple[int
     for number, combination in enumerate(combinations):
         bad = [text for text in combination if text in wrong]
         for text in bad:
-            shop.told.tell(number, wrong[text])
+            shop.faults.add(number, wrong[text])
         if not any(key_of(text) in shop.composer.options for text in bad):
             kept.append((number, tuple(text for text in combination if text not in bad)))
     return kept
@@ -114,11 +113,11 @@ def drafted(shop: Workshop, number: int, overrides: Combination) -> Draft | None
     try:
         composition = shop.composer.compose(overrides)
     except UserError as error:
-        shop.told.tell(number, error.faults)
+        shop.faults.add(number, error.faults)
         return None
     seen = shop.examine(overrides, composition)
-    shop.told.tell(number, (fault for fault in seen.faults if not (seen.awaits and fault.where == TRACES)))
-    shop.told.tell(number, outside("seed", composition.config.seed, NATURAL))
+    shop.faults.add(number, (fault for fault in seen.faults if not (seen.awaits and fault.where == TRACES)))
+    shop.faults.add(number, outside("seed", composition.config.seed, NATURAL))
     return Draft(number, overrides, composition, seen.resources, seen.settings, seen.awaits)
 
 
@@ -136,7 +135,7 @@ def hashed(shop: Workshop, draft: Draft) -> bool:
     try:
         draft.composition.base.described(shop.cache)
     except (UserError, OSError) as error:
-        shop.told.tell(draft.number, reading_faults(error))
+        shop.faults.add(draft.number, reading_faults(error))
         return False
     return True
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dash_exp.cell import disk_fault
 from dash_exp.compose import compose
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch.actions import part_of_machine
@@ -20,7 +19,7 @@ from dash_exp.launch.jobs import Plan
 from dash_exp.launch.manifest import NAME, sweep_folder
 from dash_exp.launch.plan import ad_hoc_name, make_plan
 from dash_exp.learning.world import placed
-from dash_exp.record import read_json
+from dash_exp.record import disk_fault, read_json
 
 N_JOBS, WAIT = "hydra.launcher.n_jobs", "hydra.launcher.wait"
 

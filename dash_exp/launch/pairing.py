@@ -50,18 +50,18 @@ def pair(shop: Workshop, drafts: Sequence[Draft]) -> None:
             continue
         found = _candidates(shop, draft, match, known)
         if isinstance(found, list):
-            shop.told.tell(draft.number, told(match, found))
+            shop.faults.add(draft.number, told(match, found))
         elif draft.composition.changed(NO_BUDGET).cell(shop.cache).id == found.same.id:
             draft.composition = draft.composition.changed(NO_BUDGET)  # its own partner
         else:
             described[draft.number] = found
-    clear = [d for d in drafts if d.number not in described and not shop.told.has(d.number)]
+    clear = [d for d in drafts if d.number not in described and not shop.faults.has(d.number)]
     cells = {cell.id: cell for cell in (draft.composition.cell(shop.cache) for draft in clear)}
     for draft in drafts:
         if draft.number in described:
             _choose(shop, draft, described[draft.number], cells)
-        if (match := match_of(draft)) and not shop.told.has(draft.number):
-            shop.told.tell(draft.number, _unequal(shop, draft, match, cells))
+        if (match := match_of(draft)) and not shop.faults.has(draft.number):
+            shop.faults.add(draft.number, _unequal(shop, draft, match, cells))
             draft.needs = (match,)
 
 
@@ -104,7 +104,7 @@ def _choose(shop: Workshop, draft: Draft, found: Candidates, cells: Mapping[str,
         makes = [text for text in split(found.overrides)[0] if key_of(text) != "seed"]
         command = shlex.join(["python", "-m", "dash_exp", *makes])
         hint = f"add it to the sweep, or run it first, with the same seed: {command}"
-        shop.told.tell(draft.number, [Fault(KEY, what, hint)])
+        shop.faults.add(draft.number, [Fault(KEY, what, hint)])
 
 
 def _unequal(shop: Workshop, draft: Draft, match: str, cells: Mapping[str, Cell]) -> list[Fault]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dash_exp.cells import Cell
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.launch.composer import Composer
 from dash_exp.launch.drafts import (
     TRACES,
@@ -37,7 +37,6 @@ from dash_exp.launch.settings import (
     split,
 )
 from dash_exp.launch.spec import Spec
-from dash_exp.launch.told import Told
 from dash_exp.preconditions import TRACES_HINT, Installed, is_installed
 
 SHOWN_VALUES, NAME_LENGTH = 4, 80
@@ -74,16 +73,16 @@ def make_plan(
     whole = prepared(combinations, actions, root)
     if not whole:
         raise UserError(Fault(name, "has no cells", "a grid needs at least one combination"))
-    told = Told(whole)
+    faults = FaultCollector(whole)
     places = {text: None for one in whole for text in one if key_of(text) == "hydra.searchpath"}
     with Composer(tuple(places)) as composer:
-        shop = Workshop(composer, told, root, cache_of(root), pool_of(root), installed)
+        shop = Workshop(composer, faults, root, cache_of(root), pool_of(root), installed)
         drafts = _drafts(shop, whole, times)
         found = list({id(draft.settings): draft.settings for draft in drafts}.values())
-        told.tell_all(differing_faults(found))
+        faults.add_all(differing_faults(found))
         awaited = _awaited(shop, drafts, traces, whole[0])
         cells = _cells(shop, [draft for draft in drafts if draft.awaits is None])
-        told.raise_any()
+        faults.raise_if_any()
         composer.check_sample([draft.overrides for draft in drafts])
         actions_of_all = common_actions(found, settings_of(composer.compose(()).config))
     several = len({tuple(one.items()) for one in found}) > 1
@@ -138,21 +137,21 @@ def _awaited(
     try:
         known = traces_by_file(commands, launch) if files else {}
     except UserError as error:
-        shop.told.tell_all(error.faults)
+        shop.faults.add_all(error.faults)
         return {}
     for draft in drafts:
         if draft.awaits and draft.awaits not in known:
-            shop.told.tell(draft.number, [Fault(TRACES, f"{draft.awaits} is not a file", TRACES_HINT)])
+            shop.faults.add(draft.number, [Fault(TRACES, f"{draft.awaits} is not a file", TRACES_HINT)])
     return known
 
 
 def _cells(shop: Workshop, drafts: Sequence[Draft]) -> list[tuple[Draft, Cell]]:
     """Each cell once, with the first draft that made it; partners found, equal ids of unequal cells told."""
-    readable = [draft for draft in drafts if not shop.told.has(draft.number) and hashed(shop, draft)]
+    readable = [draft for draft in drafts if not shop.faults.has(draft.number) and hashed(shop, draft)]
     pair(shop, readable)
     found: dict[str, tuple[Draft, Cell]] = {}
     for draft in readable:
-        if shop.told.has(draft.number):
+        if shop.faults.has(draft.number):
             continue
         cell = draft.composition.cell(shop.cache)
         name = f"{cell.name}-{cell.id}"
@@ -161,7 +160,7 @@ def _cells(shop: Workshop, drafts: Sequence[Draft]) -> list[tuple[Draft, Cell]]:
         if before.digest != cell.digest or in_pool != name:
             other = f"{before.name}-{before.id}" if before.digest != cell.digest else in_pool
             hint = "eight digits are too few here: change either in anything, e.g. its seed"
-            shop.told.tell(draft.number, [Fault("id", f"{name} has the id of another cell, {other}", hint)])
+            shop.faults.add(draft.number, [Fault("id", f"{name} has the id of another cell, {other}", hint)])
     return list(found.values())
 
 

@@ -26,7 +26,7 @@ from dash_exp.launch.resources import resources_of
 from dash_exp.launch.settings import NOT_REPEATED, OF_A_CELL, common_actions, settings_of, split
 from dash_exp.launch.spec import Spec
 from dash_exp.launch.teachers import planned
-from dash_exp.terminal import show
+from dash_exp.text import format_path
 
 NAME, FORCE, N_JOBS = "run.sweep", "run.force", "hydra.launcher.n_jobs"
 
@@ -106,7 +106,7 @@ def plan_of(manifest: Manifest) -> Plan:
     hint = "launch the sweep's yaml, or the same -m, to freeze it anew"
     gone = [manifest.cell(e) for e in manifest.entries if not (manifest.cell(e) / "config.yaml").is_file()]
     if gone:
-        raise UserError([Fault(show(folder), "has no config.yaml any more", hint) for folder in gone])
+        raise UserError([Fault(format_path(folder), "has no config.yaml any more", hint) for folder in gone])
     cells = tuple(map(planned, manifest.entries))
     return Plan(manifest.name, cells, manifest.waiting, 0, manifest.actions, manifest.about)
 

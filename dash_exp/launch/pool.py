@@ -23,7 +23,7 @@ from dash_exp.launch.verdict import LOST
 from dash_exp.launch.worker import Job, Worker, cell_actions
 from dash_exp.record import read_json
 from dash_exp.signals import handling
-from dash_exp.terminal import seconds_text
+from dash_exp.text import format_seconds
 
 POLL_S, LOOK_S, BUSY_S = 0.05, 1.0, 10.0
 """Seconds between two looks at the pool's own processes, at what others do, and at a cell that was busy."""
@@ -202,7 +202,7 @@ class Pool:
             self.waiting.append(job)
         elif code == OK or done:
             step = read_json(folder / "status.json").get("step", 0)
-            self._settle(job, "finished", f"finished after step {step}, {seconds_text(worker.age_s)}")
+            self._settle(job, "finished", f"finished after step {step}, {format_seconds(worker.age_s)}")
         elif code == BLOCKED:
             reason = read_json(folder / "status.json").get("reason", "its partner is not finished")
             self._settle(job, "blocked", f"is blocked: it {reason}")

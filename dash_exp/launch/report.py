@@ -11,7 +11,7 @@ from rich.text import Text
 
 from dash_exp.launch.preview import Line, Preview
 from dash_exp.launch.status import SweepState, Watched, end_of_output, has_controller, is_moving
-from dash_exp.terminal import number, seconds_text, show
+from dash_exp.text import format_number, format_path, format_seconds
 
 STYLES = {
     "running": "bold green", "finished": "green", "failed": "bold red", "interrupted": "yellow",
@@ -44,7 +44,7 @@ def counts_text(counts: Mapping[str, int]) -> str:
 
 
 def left_text(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds_text(seconds)} left"
+    return "" if seconds is None else f"{format_seconds(seconds)} left"
 
 
 def sweep_lines(states: Sequence[SweepState]) -> RenderableType:
@@ -56,7 +56,7 @@ def sweep_lines(states: Sequence[SweepState]) -> RenderableType:
         other = [f"{n} {s}" for s, n in counts.items() if s not in ("finished", "running", "failed")]
         add(rows, one.manifest.name, str(sum(counts.values())),
             *(str(counts.get(s, 0)) for s in ("finished", "running", "failed")),
-            "-" if one.eta_s is None else seconds_text(one.eta_s), ", ".join(other))  # fmt: skip
+            "-" if one.eta_s is None else format_seconds(one.eta_s), ", ".join(other))  # fmt: skip
     return rows
 
 
@@ -79,9 +79,9 @@ def head(state: SweepState) -> RenderableType:
     facts = state.controller
     if facts and has_controller(state):
         place = f"process {facts['pid']}" + (f" on {facts['host']}" if facts.get("host") else "")
-        lines.append(f"{show(state.manifest.folder)}, run by {place}")
+        lines.append(f"{format_path(state.manifest.folder)}, run by {place}")
     else:
-        lines.append(show(state.manifest.folder))
+        lines.append(format_path(state.manifest.folder))
     return Text("\n".join(lines))
 
 
@@ -94,7 +94,7 @@ def cell_table(chosen: Sequence[Watched]) -> Table:
         shown = cell.state
         pace = "-" if cell.step_s is None else f"{cell.step_s:.2f}"
         style = STYLES.get(shown, "")
-        add(rows, one.label, one.entry.id, shown, steps, number(cell.reward), pace, remark(one), style=style)
+        add(rows, one.label, one.entry.id, shown, steps, format_number(cell.reward), pace, remark(one), style=style)
     return rows
 
 
@@ -118,7 +118,7 @@ def _more(count: int, hint: str) -> list[RenderableType]:
 def waiting_lines(traces: Iterable[str]) -> list[RenderableType]:
     many = list(traces)
     lines = [
-        f"{many.count(path)} more wait for the traces {show(Path(path))}" for path in dict.fromkeys(many)
+        f"{many.count(path)} more wait for the traces {format_path(Path(path))}" for path in dict.fromkeys(many)
     ]
     return [Text(line) for line in lines]
 
@@ -184,7 +184,7 @@ def about_lines(about: Mapping[str, object], name: str) -> list[RenderableType]:
     if isinstance(feeds, list | tuple) and feeds:
         lines.append(f"feeds {', '.join(map(str, feeds))}")
     if about.get("source"):
-        lines.append(f"from {show(Path(str(about['source'])))}")
+        lines.append(f"from {format_path(Path(str(about['source'])))}")
     return [Text(line) for line in lines]
 
 

@@ -18,7 +18,8 @@ from dash_exp.launch.queue import jobs
 from dash_exp.launch.states import CellState, states_of
 from dash_exp.launch.worker import gist
 from dash_exp.record import Row, read_final
-from dash_exp.terminal import REWARD, seconds_text, show
+from dash_exp.terminal import REWARD
+from dash_exp.text import format_path, format_seconds
 
 SHOWN_CELLS, SHOWN_FAILURES = 100, 5
 ENDS = 5
@@ -68,7 +69,7 @@ def measured(folder: Path, state: CellState) -> tuple[str, str, str, str]:
     first_last = [statistics.fmean(rewards[:ENDS]), statistics.fmean(rewards[-ENDS:])] if rewards else []
     seconds = sum(float(row["time/step_s"]) for row in steps)
     accuracy = _accuracy(read_final(folder, "evals"))
-    time_text = seconds_text(seconds) if steps else "-"
+    time_text = format_seconds(seconds) if steps else "-"
     return f"{state.step}/{planned}", _change(first_last), _change(accuracy), time_text
 
 
@@ -92,10 +93,10 @@ def closing_lines(seen: Ended) -> list[str]:
     for one in broken[:SHOWN_FAILURES]:
         kind = f" ({one.failure_class})" if one.failure_class else ""
         why = gist(one.failure or one.note, last=False) or "no reason is known"
-        lines += [f"  {one.state}{kind}: {why}", f"    {show(one.folder)}"]
+        lines += [f"  {one.state}{kind}: {why}", f"    {format_path(one.folder)}"]
     if len(broken) > SHOWN_FAILURES:
         lines.append(f"  ... and {len(broken) - SHOWN_FAILURES} more")
-    place = show(seen.manifest.folder)
+    place = format_path(seen.manifest.folder)
     return [*lines, f"sweep   {place}", f"status  {status_command(seen.manifest)}"]
 
 
@@ -106,4 +107,4 @@ def counted(number: int, thing: str) -> str:
 def status_command(manifest: Manifest) -> str:
     """What shows a sweep at any later time: by its name where that is enough."""
     usual = manifest.root.resolve() == default_root().resolve()
-    return f"python -m dash_exp.sweep status {manifest.name if usual else show(manifest.folder)}"
+    return f"python -m dash_exp.sweep status {manifest.name if usual else format_path(manifest.folder)}"

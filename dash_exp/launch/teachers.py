@@ -16,7 +16,7 @@ from dash_exp.launch.jobs import PlannedCell, Traces
 from dash_exp.launch.manifest import Entry, Manifest
 from dash_exp.launch.pool import Relay, Say
 from dash_exp.signals import run_forwarding
-from dash_exp.terminal import show
+from dash_exp.text import format_path
 
 
 def make_traces(manifest: Manifest, say: Say, relay: Relay, live: bool) -> Manifest:
@@ -34,14 +34,14 @@ def make_traces(manifest: Manifest, say: Say, relay: Relay, live: bool) -> Manif
 
 def _sample(manifest: Manifest, traces: Traces, say: Say, relay: Relay, live: bool) -> None:
     output = None if live else manifest.folder / f"{traces.path.stem}.txt"
-    say(f"making the traces {show(traces.path)}" + (f" (see {show(output)})" if output else ""))
+    say(f"making the traces {format_path(traces.path)}" + (f" (see {format_path(output)})" if output else ""))
     progress = [text for text in manifest.actions if text.startswith("run.progress=")]
     command = [sys.executable, "-m", "dash_exp.traces", *traces.arguments, *progress]
     code, handed = run_forwarding(command, output)
     if handed is not None:
         relay(handed, None)
     elif code != 0:
-        say(f"the traces {show(traces.path)} failed with exit code {code}; their cells go on waiting")
+        say(f"the traces {format_path(traces.path)} failed with exit code {code}; their cells go on waiting")
 
 
 def plan_waiting(manifest: Manifest) -> Manifest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dash_exp.launch.failures import BY_SCHEDULER
 from dash_exp.launch.queue import JobState
 from dash_exp.record import Row
-from dash_exp.terminal import seconds_text
+from dash_exp.text import format_seconds
 
 QUIET_S = 900.0
 QUIET_STEPS = 10
@@ -91,7 +91,7 @@ def _active(seen: Evidence, said: str) -> Verdict | None:
     if not seen.here and (said == "running" or _started_without_a_word(seen)):  # nobody to ask
         silent = seen.silent_s or 0.0
         if silent <= quiet_limit_s(seen.step_s):
-            return Verdict("running", f"on {seen.host}, heard {seconds_text(silent)} ago")
+            return Verdict("running", f"on {seen.host}, heard {format_seconds(silent)} ago")
     if submitted > seen.time_of("start", "cancel", "retry"):
         return Verdict("queued", "squeue does not answer here")
     return None
@@ -132,7 +132,7 @@ def _died(seen: Evidence) -> Verdict:
     if not end:
         kind = BY_SCHEDULER.get(word or "")
         where = f" on {seen.host}" if seen.host and not seen.here else ""
-        silent = f", silent for {seconds_text(seen.silent_s)}" if seen.silent_s is not None else ""
+        silent = f", silent for {format_seconds(seen.silent_s)}" if seen.silent_s is not None else ""
         note = f"job {seen.job_id}: {word}" if kind else f"died{where} without a word{silent}"
         return Verdict("failed" if kind == "out_of_memory" else "interrupted", note, None, kind)
     state = "interrupted" if kind in LOST or kind is None else "failed"

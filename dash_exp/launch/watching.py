@@ -15,14 +15,14 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.launch import lookup
 from dash_exp.launch.lookup import LIST_HINT, Target, find, launched, select
 from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.report import status_view, sweep_lines
 from dash_exp.launch.status import OPEN, SweepState, Watched, is_moving, watch, watch_all
 from dash_exp.launch.tails import Follower, last_lines
-from dash_exp.terminal import complain, show
+from dash_exp.text import format_path
 
 OK = 0
 ROOT = "run.dir="
@@ -98,8 +98,8 @@ class Look:
 def look_at_all(root: Path) -> Look:
     there, faults = launched(root)
     for fault in faults:
-        complain(str(fault))
-    return Look(watch_all(there), place=show(root))
+        print_error(str(fault))
+    return Look(watch_all(there), place=format_path(root))
 
 
 def look_at_one(target: Target, patterns: Sequence[str], failed: bool, long: bool) -> Look:
@@ -164,7 +164,7 @@ def logs_command(args: Namespace) -> int:
         followers[one.entry.id] = Follower(path, path.stat().st_size if path.exists() else 0)
         lines = last_lines(path, args.lines)
         if lines or len(chosen) == 1:
-            say(f"== {one.label} ({one.entry.id}), {one.cell.state}: {show(path)}")
+            say(f"== {one.label} ({one.entry.id}), {one.cell.state}: {format_path(path)}")
             say("\n".join(lines) if lines else "nothing was said yet")
     if args.follow:
         _follow(manifest, followers)

@@ -17,8 +17,7 @@ from dash_exp.learning.member import Member
 from dash_exp.learning.rank_process import RankProcess
 from dash_exp.learning.watch import Door, knock
 from dash_exp.learning.world import Place
-from dash_exp.process import keep_freed_memory
-from dash_exp.signals import handling
+from dash_exp.signals import handling, keep_freed_memory
 
 LOOPBACK = "127.0.0.1"
 DOOR = "dash/door"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dash_exp.sampling.protocol import Decoding
-from dash_exp.types import FinishReason
+from dash_exp.types import Decoding, FinishReason
 
 GENERATE = "/inference/v1/generate"
 FACTS = "/dash_exp/facts"

@@ -18,12 +18,11 @@ from dash_exp.errors import Fault, UserError
 from dash_exp.sampling.answers import BASE_LABEL, question, read_answer
 from dash_exp.sampling.delivery import Delivery
 from dash_exp.sampling.member import FAULTS, POLL_S, Member, Patience
-from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.sampling.server_client import RefusedError, ServerClient
 from dash_exp.sampling.server_process import LAUNCH
 from dash_exp.sampling.transfer import OutdatedError, Transfer, Weights
 from dash_exp.sampling.work import Batch, Owed
-from dash_exp.types import Completion, Group, Origin
+from dash_exp.types import Completion, Decoding, Group, Origin, Request
 
 Event = Callable[..., None]
 SLEEP, WAKE = "/sleep?level=1", "/wake_up"

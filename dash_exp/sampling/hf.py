@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from dash_exp.modeling.attention import DecodeCache
-from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.seeding import uniforms
-from dash_exp.types import Completion, Group
+from dash_exp.types import Completion, Decoding, Group, Request
 
 BLOCK = 256
 """Tokens per block of the two-level inverse-CDF draw."""

@@ -20,10 +20,9 @@ from torch import Tensor
 from dash_exp.sampling.delivery import Delivery
 from dash_exp.sampling.fleet import Fleet
 from dash_exp.sampling.member import Member, Patience
-from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.sampling.server_process import LAUNCH
 from dash_exp.sampling.transfer import Transfer
-from dash_exp.types import Group
+from dash_exp.types import Decoding, Group, Request
 
 Result = TypeVar("Result")
 TICK_S = 0.005

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_exp.sampling.protocol import Decoding, Request
-from dash_exp.types import Completion, Group
+from dash_exp.types import Completion, Decoding, Group, Request
 
 WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dash_exp.sampling.answers import Answer
 from dash_exp.sampling.delivery import Delivery
-from dash_exp.sampling.protocol import Decoding, Request
+from dash_exp.types import Decoding, Request
 
 
 @dataclass(eq=False, slots=True)

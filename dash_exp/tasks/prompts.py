@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.sampling.protocol import Request
 from dash_exp.seeding import permutation, seed_for, uniforms
 from dash_exp.tasks.examples import Example, ExampleSet
-from dash_exp.types import Prompt
+from dash_exp.types import Prompt, Request
 
 Tokenize = Callable[[list[str]], list[list[int]]]
 

@@ -16,12 +16,11 @@ import torch
 
 from dash_exp.sampling.member import Member, Patience
 from dash_exp.sampling.path_transfer import PathTransfer
-from dash_exp.sampling.protocol import Decoding, Request
 from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
 from dash_exp.sampling.shared_weights import SharedWeights
 from dash_exp.sampling.transfer import Transfer
-from dash_exp.types import Group, Prompt
+from dash_exp.types import Decoding, Group, Prompt, Request
 from tests.sampling.fake_server import tokens_of
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_server.py")))

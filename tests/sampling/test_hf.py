@@ -11,8 +11,7 @@ import torch
 
 from dash_exp.learning.packing import Packer, pack
 from dash_exp.sampling.hf import LIKELY, HFSampler, draw, nucleus
-from dash_exp.sampling.protocol import Decoding, Request
-from dash_exp.types import AdvantagedGroup, Group, Prompt, Score, ScoredGroup
+from dash_exp.types import AdvantagedGroup, Decoding, Group, Prompt, Request, Score, ScoredGroup
 from tests.learning.test_learner import VOCABULARY, learner_of, objective
 
 EOS = 1

@@ -21,11 +21,11 @@ import pytest
 from dash_exp.errors import UserError
 from dash_exp.sampling.fleet import Fleet
 from dash_exp.sampling.member import Member
-from dash_exp.sampling.protocol import Request, arrived
+from dash_exp.sampling.protocol import arrived
 from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
 from dash_exp.sampling.transfer import Weights
-from dash_exp.types import Group, Prompt
+from dash_exp.types import Group, Prompt, Request
 from tests.sampling.server_rig import DECODING, PATIENCE, Rig, ask, check, shared, until
 
 

@@ -13,8 +13,7 @@ import torch
 
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer, pack
-from dash_exp.sampling.protocol import Decoding
-from dash_exp.types import AdvantagedGroup, Group, Score, ScoredGroup
+from dash_exp.types import AdvantagedGroup, Decoding, Group, Score, ScoredGroup
 from tests.learning.test_learner import objective, setting
 from tests.sampling.test_hf import EOS, ask, by_position, nucleus_of, sampler_of
 
@@ -121,8 +120,7 @@ def test_top_p_draws_from_the_same_nucleus_as_the_hf_sampler(engine: Any) -> Non
 
 def next_logits(model: Any, ids: list[int]) -> torch.Tensor:
     """Logits after these tokens, by the hf sampler's own forward of a single prompt."""
-    from dash_exp.sampling.protocol import Request
-    from dash_exp.types import Prompt
+    from dash_exp.types import Prompt, Request
 
     request = Request(0, Prompt("p", "t", "", tuple(ids), ""), (0,))
     _, logits = sampler_of(model, vocabulary=SEEN)._prefill([request], FREE, torch.device("cpu"))

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dash_exp.sampling.protocol import Decoding
-from dash_exp.types import Completion
+from dash_exp.types import Completion, Decoding
 from tests.sampling.test_hf import EOS, ask, by_position
 from tests.sampling.test_vllm import SEEN, learner_gap
 
