@@ -33,13 +33,26 @@ def parser() -> argparse.ArgumentParser:
         description="Tables and figures from run folders, the paper's values beside them.",
         epilog="python -m analysis live <folder>: a terminal view of a running sweep.",
     )
-    made.add_argument("places", nargs="+", type=Path, metavar="folder",
-                      help="sweeps (outputs/sweeps/<name>), cells, or a root of outputs")  # fmt: skip
+    made.add_argument(
+        "places",
+        nargs="+",
+        type=Path,
+        metavar="folder",
+        help="sweeps (outputs/sweeps/<name>), cells, or a root of outputs",
+    )
     made.add_argument("--out", type=Path, default=Path("report"), help="where the report goes (report)")
-    made.add_argument("--check", action="store_true",
-                      help="write nothing: do the tables in --out still follow from the data?")  # fmt: skip
-    made.add_argument("--metric", action="append", default=[], metavar="NAME",
-                      help="a metric of steps.jsonl that is drawn too; may be given again")  # fmt: skip
+    made.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing: do the tables in --out still follow from the data?",
+    )
+    made.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a metric of steps.jsonl that is drawn too; may be given again",
+    )
     return made
 
 

@@ -67,11 +67,22 @@ def _pass_picture(
         values = [point.value for point in curve]
         means[label] = (k, values)
         axis.plot(k, values, marker="o", markersize=3, label=label, **style.line_of(arm))
-        axis.fill_between(k, [p.low for p in curve], [p.high for p in curve], alpha=0.15, linewidth=0,
-                          color=style.line_of(arm)["color"])  # fmt: skip
+        axis.fill_between(
+            k,
+            [p.low for p in curve],
+            [p.high for p in curve],
+            alpha=0.15,
+            linewidth=0,
+            color=style.line_of(arm)["color"],
+        )
         if paper := paper_values.pass_curve(model, arm):
-            axis.plot(*zip(*paper, strict=True), linestyle="none", marker="x", markersize=4,
-                      color=style.line_of(arm)["color"])  # fmt: skip
+            axis.plot(
+                *zip(*paper, strict=True),
+                linestyle="none",
+                marker="x",
+                markersize=4,
+                color=style.line_of(arm)["color"],
+            )
     told = _crossings(axis, means)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -83,11 +94,13 @@ def _pass_picture(
     )
     n = "; ".join(f"{label} {_counted(s)}" for label, _, s in lines)
     return Picture(
-        f"figure5-{model}-{data}-{dataset}", f"Figure 5. pass@k, {MODEL_NAMES.get(model, model)}",
+        f"figure5-{model}-{data}-{dataset}",
+        f"Figure 5. pass@k, {MODEL_NAMES.get(model, model)}",
         "Unbiased estimate; bands: 95 %, prompts (and, from three runs on, seeds) resampled. "
         f"{n}. {told}{crosses}",
-        drawn, tuple(c for _, _, s in lines for c in s.cells),
-    )  # fmt: skip
+        drawn,
+        tuple(c for _, _, s in lines for c in s.cells),
+    )
 
 
 def _counted(scores: quantities.Scores) -> str:
@@ -136,9 +149,14 @@ def phases(records: Records, variants: Sequence[Variant]) -> list[Picture]:
             axis.set_visible(False)
         drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(STACK))
         made.append(
-            Picture(f"phases-{model}-{data}", "Where the seconds go", "The first run of each arm.",
-                    drawn, tuple(v.cells[0] for v in own))
-        )  # fmt: skip
+            Picture(
+                f"phases-{model}-{data}",
+                "Where the seconds go",
+                "The first run of each arm.",
+                drawn,
+                tuple(v.cells[0] for v in own),
+            )
+        )
     return made
 
 
@@ -160,10 +178,14 @@ def watched(records: Records, variants: Sequence[Variant]) -> list[Picture]:
             axis.set_visible(False)
         legend_of_all(drawn, axes)
         made.append(
-            Picture(f"watched-{model}-{data}", "Kept share, log-prob gap, entropy and KL",
-                    f"Mean over seeds, moving mean of {SMOOTH} steps; band: the range of the seeds.",
-                    drawn, tuple(c for v in own for c in v.cells))
-        )  # fmt: skip
+            Picture(
+                f"watched-{model}-{data}",
+                "Kept share, log-prob gap, entropy and KL",
+                f"Mean over seeds, moving mean of {SMOOTH} steps; band: the range of the seeds.",
+                drawn,
+                tuple(c for v in own for c in v.cells),
+            )
+        )
     return made
 
 
@@ -201,9 +223,14 @@ def asked(records: Records, variants: Sequence[Variant], metrics: Sequence[str])
             band = f"Mean over seeds, moving mean of {SMOOTH} steps; band: the range of the seeds."
             lacking = f" Without it: {', '.join(without)}." if without else ""
             made.append(
-                Picture(f"metric-{metric.replace('/', '-')}-{model}-{data}", metric,
-                        band + lacking, drawn, cells_of(rows))
-            )  # fmt: skip
+                Picture(
+                    f"metric-{metric.replace('/', '-')}-{model}-{data}",
+                    metric,
+                    band + lacking,
+                    drawn,
+                    cells_of(rows),
+                )
+            )
     return made
 
 
@@ -230,9 +257,18 @@ def accuracy_against_cost(records: Records, variants: Sequence[Variant]) -> list
             for variant, time, scores in points:
                 accuracy, at = est.accuracy(scores.scores_SP), scaled(time, 1 / size)
                 colour = style.line_of(variant.arm)["color"]
-                axis.errorbar(at.value, accuracy.value, xerr=_arms(at), yerr=_arms(accuracy), color=colour,
-                              marker=style.MARKS.get(variant.arm, "o"), markersize=5, linestyle="none",
-                              elinewidth=0.8, label=variant.label)  # fmt: skip
+                axis.errorbar(
+                    at.value,
+                    accuracy.value,
+                    xerr=_arms(at),
+                    yerr=_arms(accuracy),
+                    color=colour,
+                    marker=style.MARKS.get(variant.arm, "o"),
+                    markersize=5,
+                    linestyle="none",
+                    elinewidth=0.8,
+                    label=variant.label,
+                )
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.xaxis.set_minor_formatter(ScalarFormatter())
@@ -241,10 +277,14 @@ def accuracy_against_cost(records: Records, variants: Sequence[Variant]) -> list
             axis.set_xlabel(f"training time ({unit})")
             axis.set_ylabel(f"accuracy, {dataset}")
             made.append(
-                Picture(f"cost-{model}-{data}", "Accuracy against training time",
-                        f"95 % intervals, on {next(iter(machines))}.", drawn,
-                        tuple(c for v, _, _ in points for c in v.cells))
-            )  # fmt: skip
+                Picture(
+                    f"cost-{model}-{data}",
+                    "Accuracy against training time",
+                    f"95 % intervals, on {next(iter(machines))}.",
+                    drawn,
+                    tuple(c for v, _, _ in points for c in v.cells),
+                )
+            )
     return made
 
 

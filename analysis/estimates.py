@@ -105,8 +105,12 @@ def accuracy(scores_SP: Array, seed: int = 0) -> Estimate:
         return NOTHING
     n_seeds, n_prompts = scores.shape
     if n_prompts < MIN_PROMPTS:
-        return Estimate(float(scores.mean()), n_seeds=n_seeds, n_prompts=n_prompts,
-                        note=f"{n_prompts} prompts: no interval (needs {MIN_PROMPTS})")  # fmt: skip
+        return Estimate(
+            float(scores.mean()),
+            n_seeds=n_seeds,
+            n_prompts=n_prompts,
+            note=f"{n_prompts} prompts: no interval (needs {MIN_PROMPTS})",
+        )
     values_R = resampled_means(scores, seed)
     low, high = np.quantile(values_R, [0.025, 0.975])
     note = "" if n_seeds >= MIN_SEEDS else f"{few_seeds(n_seeds)}; over prompts only"

@@ -18,8 +18,13 @@ from analysis.variants import Variant
 
 SMOOTH = 5
 """Steps of the moving mean that curves are drawn with."""
-STACK = {"sampling": ("sample",), "gradient": ("logprob", "backprop", "optimizer"), "verdicts": ("verify",),
-         "sync": ("sync",), "other": ("other",)}  # fmt: skip
+STACK = {
+    "sampling": ("sample",),
+    "gradient": ("logprob", "backprop", "optimizer"),
+    "verdicts": ("verify",),
+    "sync": ("sync",),
+    "other": ("other",),
+}
 KL_ARMS = ("dash", "no_kl")
 PAPER_BARS = {"GRPO": (32.4, 6.5), "DASH": (4.2, 2.4)}
 """Figure 1 of the paper: hours of inference and of gradients, Qwen2.5-0.5B on MATH."""
@@ -81,11 +86,13 @@ def _bars(records: Records, rows: Sequence[Variant], model: str, data: str, mach
     cells = tuple(c for v in rows for c in quantities.finished(records, v))
     seeds = ", ".join(f"{v.label} {len(quantities.finished(records, v))}" for v in rows)
     return Picture(
-        f"figure1-{model}-{data}" + ("" if machine else "-unknown"), "Figure 1. Training time by phase",
+        f"figure1-{model}-{data}" + ("" if machine else "-unknown"),
+        "Figure 1. Training time by phase",
         f"Mean over seeds ({seeds}), on {machine}. Gradient: forward, backward and optimizer; evaluation and "
         "checkpoints are left out. Right: the paper's own bars.",
-        drawn, cells,
-    )  # fmt: skip
+        drawn,
+        cells,
+    )
 
 
 def phase_seconds(records: Records, variant: Variant) -> dict[str, float]:
@@ -104,8 +111,17 @@ def _stack(axis: Axes, bars: dict[str, list[float]], names: Sequence[str]) -> No
     starts = np.zeros(len(labels))
     for place, name in enumerate(names):
         widths = np.array([bars[label][place] for label in labels])
-        axis.barh(labels, widths, left=starts, label=name, color=style.PHASE_COLOURS[name], height=0.7,
-                  hatch=style.PHASE_HATCHES[name], edgecolor="white", linewidth=0.4)  # fmt: skip
+        axis.barh(
+            labels,
+            widths,
+            left=starts,
+            label=name,
+            color=style.PHASE_COLOURS[name],
+            height=0.7,
+            hatch=style.PHASE_HATCHES[name],
+            edgecolor="white",
+            linewidth=0.4,
+        )
         starts += widths
     for place, total in enumerate(starts):
         axis.text(total, place, f" {total:.1f}", va="center", fontsize=7)
@@ -127,9 +143,14 @@ def filter_effect(records: Records, variants: Sequence[Variant]) -> list[Picture
         draw_curves(records, axes[2], rows, metric_curve("reward/mean"), "sampled reward")
         axes[0].legend(loc="best")
         made.append(
-            Picture(f"figure3-{model}-{data}", "Figure 3. What the filter does",
-                    _band(records, rows), drawn, cells_of(rows))
-        )  # fmt: skip
+            Picture(
+                f"figure3-{model}-{data}",
+                "Figure 3. What the filter does",
+                _band(records, rows),
+                drawn,
+                cells_of(rows),
+            )
+        )
     return made
 
 
@@ -143,18 +164,26 @@ def reuse(records: Records, variants: Sequence[Variant]) -> list[Picture]:
             continue
         drawn, axes = style.figure(2, 2)
         unit, size = time_unit(max(h.max() for h in (quantities.seconds(records, c) for c in cells_of(rows))))
-        scales = {f"training time ({unit})": None, "updates": "updates",
-                  "sampled tokens": "tokens/sampled", "completions": "completions/sampled"}  # fmt: skip
+        scales = {
+            f"training time ({unit})": None,
+            "updates": "updates",
+            "sampled tokens": "tokens/sampled",
+            "completions": "completions/sampled",
+        }
         for axis, (label, metric) in zip(axes, scales.items(), strict=True):
             _against(records, axis, rows, metric, size)
             axis.set_xlabel(label)
             axis.set_ylabel("sampled reward")
         axes[0].legend(loc="best")
         made.append(
-            Picture(f"figure4-{model}-{data}", "Figure 4. Reward against what it cost",
-                    f"One thin line per seed, moving mean of {SMOOTH} steps. {_counts(records, rows)}",
-                    drawn, cells_of(rows))
-        )  # fmt: skip
+            Picture(
+                f"figure4-{model}-{data}",
+                "Figure 4. Reward against what it cost",
+                f"One thin line per seed, moving mean of {SMOOTH} steps. {_counts(records, rows)}",
+                drawn,
+                cells_of(rows),
+            )
+        )
     return made
 
 
@@ -177,9 +206,14 @@ def without_kl(records: Records, variants: Sequence[Variant]) -> list[Picture]:
             reward.set_title(MODEL_NAMES.get(model, model), loc="left")
         axes[0].legend(loc="best")
         made.append(
-            Picture(f"figure6-{data}", "Figure 6. With and without KL regularisation",
-                    _band(records, rows), drawn, cells_of(rows))
-        )  # fmt: skip
+            Picture(
+                f"figure6-{data}",
+                "Figure 6. With and without KL regularisation",
+                _band(records, rows),
+                drawn,
+                cells_of(rows),
+            )
+        )
     return made
 
 
@@ -211,8 +245,14 @@ def draw_curves(records: Records, axis: Axes, rows: Sequence[Variant], curve: Cu
         smooth = table.rolling(SMOOTH, min_periods=1, center=True).mean()
         axis.plot(smooth.index, smooth.mean(axis=1), label=variant.label, **style.line_of(variant.arm))
         if smooth.shape[1] > 1:
-            axis.fill_between(smooth.index, smooth.min(axis=1), smooth.max(axis=1), alpha=0.18, linewidth=0,
-                              color=style.line_of(variant.arm)["color"])  # fmt: skip
+            axis.fill_between(
+                smooth.index,
+                smooth.min(axis=1),
+                smooth.max(axis=1),
+                alpha=0.18,
+                linewidth=0,
+                color=style.line_of(variant.arm)["color"],
+            )
     axis.set_xlabel("step")
     axis.set_ylabel(label)
 
@@ -226,8 +266,14 @@ def _against(records: Records, axis: Axes, rows: Sequence[Variant], metric: str 
                 continue
             x = quantities.seconds(records, cell) / size if metric is None else steps[metric].cumsum()
             y = steps["reward/mean"].rolling(SMOOTH, min_periods=1).mean()
-            axis.plot(x, y, label=variant.label if place == 0 else None, alpha=0.8, linewidth=1.1,
-                      **style.line_of(variant.arm))  # fmt: skip
+            axis.plot(
+                x,
+                y,
+                label=variant.label if place == 0 else None,
+                alpha=0.8,
+                linewidth=1.1,
+                **style.line_of(variant.arm),
+            )
 
 
 def places_of(variants: Sequence[Variant]) -> list[tuple[str, str]]:

@@ -51,8 +51,15 @@ def picture(records: Records, width: int) -> RenderableType:
     counts = records.cells["state"].value_counts()
     head = Text(", ".join(f"{count} {state}" for state, count in counts.items()), style="bold")
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    for name, side in (("recipe", "left"), ("seed", "right"), ("state", "left"), ("step", "right"),
-                       ("s/step", "right"), ("reward", "right"), ("", "left")):  # fmt: skip
+    for name, side in (
+        ("recipe", "left"),
+        ("seed", "right"),
+        ("state", "left"),
+        ("step", "right"),
+        ("s/step", "right"),
+        ("reward", "right"),
+        ("", "left"),
+    ):
         table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     curves = {c: _curve(records, c) for v in found for c in v.cells}
     values = np.concatenate([c.to_numpy(float) for c in curves.values()]) if curves else np.empty(0)

@@ -25,8 +25,24 @@ from analysis.remembered import Remembered, signature
 from dash_exp.errors import Fault, UserError
 from dash_exp.record import Row, read_json, read_rows
 
-FACTS = ("id", "folder", "sweeps", "arm", "model", "data", "seed", "state", "failure", "step", "steps",
-         "hardware", "commit", "code_hash", "requeues", "started")  # fmt: skip
+FACTS = (
+    "id",
+    "folder",
+    "sweeps",
+    "arm",
+    "model",
+    "data",
+    "seed",
+    "state",
+    "failure",
+    "step",
+    "steps",
+    "hardware",
+    "commit",
+    "code_hash",
+    "requeues",
+    "started",
+)
 
 REWARD = "reward/mean"
 
@@ -68,8 +84,13 @@ def find_cells(places: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]]
         for folder in found:
             known = folders.setdefault(folder.name, folder)
             if known.resolve() != folder.resolve() and not _same_config(known, folder):
-                faults.append(Fault(folder.name, f"is two different cells: {known} and {folder}",
-                                    "equal ids with different content cannot be told apart"))  # fmt: skip
+                faults.append(
+                    Fault(
+                        folder.name,
+                        f"is two different cells: {known} and {folder}",
+                        "equal ids with different content cannot be told apart",
+                    )
+                )
     if faults:
         raise UserError(faults, "nothing was made")
     return [folders[name] for name in sorted(folders)], sweeps, problems
@@ -140,10 +161,13 @@ def _no_numbers(steps: pd.DataFrame) -> list[Problem]:
     broken = found[(found["sum"] > 0) & (found["sum"] < found["size"])]
     first = steps.loc[steps[REWARD].isna()].groupby("cell", observed=True)["step"].min()
     return [
-        Problem(str(cell), f"{REWARD} is no number at {row['sum']} of {row['size']} steps, first at step "
-                f"{first[cell]}; left out of curves")
+        Problem(
+            str(cell),
+            f"{REWARD} is no number at {row['sum']} of {row['size']} steps, first at step "
+            f"{first[cell]}; left out of curves",
+        )
         for cell, row in broken.iterrows()
-    ]  # fmt: skip
+    ]
 
 
 def _together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -20,9 +20,16 @@ from analysis.variants import Variant, repeated, variants
 
 Drawer = Callable[[Records, Sequence[Variant]], list[figures.Picture]]
 DRAWERS: tuple[Drawer, ...] = (
-    figures.time_bars, timeline.delivery, figures.filter_effect, figures.reuse, curves.pass_at_k,
-    figures.without_kl, curves.accuracy_against_cost, curves.phases, curves.watched,
-)  # fmt: skip
+    figures.time_bars,
+    timeline.delivery,
+    figures.filter_effect,
+    figures.reuse,
+    curves.pass_at_k,
+    figures.without_kl,
+    curves.accuracy_against_cost,
+    curves.phases,
+    curves.watched,
+)
 EXPECTED = ("", NOTHING.note, NOT_TRAINED, NONE_FINISHED, NOT_JUDGED, NO_REWARD)
 """Reasons for a missing number that leave nothing out, or are told of the cell already."""
 

@@ -74,11 +74,16 @@ def speed_table(records: Records, own: Sequence[Variant], model: str, data: str)
         )
         rows.append((variant.label, tuple(Entry(entry) for entry in entries)))
     return Table(
-        f"speed-{model}-{data}", f"Speed and stability, {MODEL_NAMES.get(model, model)} on {data}",
+        f"speed-{model}-{data}",
+        f"Speed and stability, {MODEL_NAMES.get(model, model)} on {data}",
         "Speed-up: ratio of training times as configured, paired by seed (geometric mean). Swing: "
         "standard deviation of the sampled reward about its local trend. 95 % intervals over seeds "
-        "(Student's t); n is seeds.", columns, tuple(rows), (), cells_of(own),
-    )  # fmt: skip
+        "(Student's t); n is seeds.",
+        columns,
+        tuple(rows),
+        (),
+        cells_of(own),
+    )
 
 
 def curve_of(records: Records, cell: str) -> est.Array:
@@ -132,10 +137,15 @@ def cost_table(records: Records, own: Sequence[Variant], model: str, data: str) 
             entries.append(Entry(scaled(est.over_seeds(totals), 1e-3)))
         rows.append((variant.label, tuple(entries)))
     return Table(
-        f"cost-{model}-{data}", f"Cost of a run, {MODEL_NAMES.get(model, model)} on {data}",
+        f"cost-{model}-{data}",
+        f"Cost of a run, {MODEL_NAMES.get(model, model)} on {data}",
         "Mean over finished runs with a 95 % interval (Student's t); n is seeds. A device is a GPU, or "
-        "without one a machine's processor.", tuple(columns), tuple(rows), (), cells_of(own),
-    )  # fmt: skip
+        "without one a machine's processor.",
+        tuple(columns),
+        tuple(rows),
+        (),
+        cells_of(own),
+    )
 
 
 def device_hours(records: Records, variant: Variant) -> est.Estimate:
@@ -178,10 +188,14 @@ def outcome_table(records: Records, own: Sequence[Variant], model: str, data: st
         )
         rows.append((variant.label, entries))
     return Table(
-        f"outcomes-{model}-{data}", f"What samples were worth, {MODEL_NAMES.get(model, model)} on {data}",
+        f"outcomes-{model}-{data}",
+        f"What samples were worth, {MODEL_NAMES.get(model, model)} on {data}",
         "Share of verdicts over all completions of training; mean over runs, 95 % interval (Student's t).",
-        columns, tuple(rows), (), cells_of(own),
-    )  # fmt: skip
+        columns,
+        tuple(rows),
+        (),
+        cells_of(own),
+    )
 
 
 def _shares(
@@ -198,13 +212,16 @@ def state_table(records: Records, variants: Sequence[Variant]) -> Table:
     rows = []
     for variant in variants:
         states = records.cells.loc[list(variant.cells), "state"]
-        counts = tuple(
-            Entry(est.Estimate(float((states == s).sum()), n_seeds=len(states))) for s in present
-        )  # fmt: skip
+        counts = tuple(Entry(est.Estimate(float((states == s).sum()), n_seeds=len(states))) for s in present)
         rows.append(
             (f"{variant.label}, {MODEL_NAMES.get(variant.model, variant.model)}, {variant.data}", counts)
         )
     return Table(
-        "state", "State of the runs", "Number of runs; n is how many there are of the recipe.",
-        tuple(Column(s, "", better=0, digits=0) for s in present), tuple(rows), (), cells_of(variants),
-    )  # fmt: skip
+        "state",
+        "State of the runs",
+        "Number of runs; n is how many there are of the recipe.",
+        tuple(Column(s, "", better=0, digits=0) for s in present),
+        tuple(rows),
+        (),
+        cells_of(variants),
+    )

@@ -93,8 +93,15 @@ def scores(records: Records, variant: Variant, dataset: str, *, after: bool = Tr
     same = all((r["n"] == n).all() for r in rows)
     correct = np.array([r["correct"].to_numpy(float) if same else np.full(len(common), -1.0) for r in rows])
     seeds = tuple(int(records.cells.loc[c, "seed"]) for c in cells)
-    return Scores(tuple(cells), seeds, tuple(common), np.array([r["score"].to_numpy(float) for r in rows]),
-                  correct, n, tuple(notes))  # fmt: skip
+    return Scores(
+        tuple(cells),
+        seeds,
+        tuple(common),
+        np.array([r["score"].to_numpy(float) for r in rows]),
+        correct,
+        n,
+        tuple(notes),
+    )
 
 
 def paired(one: Scores, other: Scores) -> tuple[est.Array, est.Array]:

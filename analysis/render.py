@@ -14,10 +14,37 @@ from analysis.table import Column, Entry, Table, counted
 NA = "NA"
 MANY = 6
 """Places of a reason that are still listed one by one."""
-CSV_COLUMNS = ("table", "row", "group", "column", "unit", "value", "low", "high", "n_seeds", "n_prompts",
-               "paper", "delta", "delta_low", "delta_high", "p", "p_holm", "note")  # fmt: skip
-LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}  # fmt: skip
+CSV_COLUMNS = (
+    "table",
+    "row",
+    "group",
+    "column",
+    "unit",
+    "value",
+    "low",
+    "high",
+    "n_seeds",
+    "n_prompts",
+    "paper",
+    "delta",
+    "delta_low",
+    "delta_high",
+    "p",
+    "p_holm",
+    "note",
+)
+LATEX = {
+    "&": r"\&",
+    "%": r"\%",
+    "_": r"\_",
+    "#": r"\#",
+    "$": r"\$",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}
 
 
 def number(value: float, digits: int) -> str:
@@ -99,9 +126,14 @@ def _delta_text(entry: Entry, column: Column) -> str:
 def latex(table: Table) -> str:
     """A table environment for the booktabs package."""
     per = 2 if table.has_paper else 1
-    lines = [r"\begin{table}", r"  \centering", rf"  \caption{{{_tex(table.title)}. {_tex(table.caption)}}}",
-             rf"  \label{{tab:{table.id}}}",
-             rf"  \begin{{tabular}}{{l{'r' * per * len(table.columns)}}}", r"    \toprule"]  # fmt: skip
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{_tex(table.title)}. {_tex(table.caption)}}}",
+        rf"  \label{{tab:{table.id}}}",
+        rf"  \begin{{tabular}}{{l{'r' * per * len(table.columns)}}}",
+        r"    \toprule",
+    ]
     if any(column.group for column in table.columns):
         lines += _tex_groups(table, per)
     head = [""]
@@ -152,10 +184,21 @@ def as_csv(table: Table) -> str:
                 else [None] * 4
             )
             writer.writerow(
-                [table.id, label, column.group, column.heading, column.unit,
-                 *map(_exact, (found.value, found.low, found.high)), found.n_seeds, found.n_prompts,
-                 _exact(entry.paper), *map(_exact, change), _exact(entry.p_adjusted), found.note]
-            )  # fmt: skip
+                [
+                    table.id,
+                    label,
+                    column.group,
+                    column.heading,
+                    column.unit,
+                    *map(_exact, (found.value, found.low, found.high)),
+                    found.n_seeds,
+                    found.n_prompts,
+                    _exact(entry.paper),
+                    *map(_exact, change),
+                    _exact(entry.p_adjusted),
+                    found.note,
+                ]
+            )
     return stream.getvalue()
 
 
@@ -176,8 +219,8 @@ def as_html(table: Table) -> str:
     return (
         f'<figure class="table" id="{table.id}"><figcaption><b>{_esc(table.title)}.</b> {_esc(table.caption)}'
         f'</figcaption><div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>'
-        f'</table></div>{f"<ul class=notes>{notes}</ul>" if notes else ""}</figure>'
-    )  # fmt: skip
+        f"</table></div>{f'<ul class=notes>{notes}</ul>' if notes else ''}</figure>"
+    )
 
 
 def _td(entry: Entry, column: Column) -> str:

@@ -39,9 +39,13 @@ MARKS = {"supported": "&#10003;", "contradicted": "&#10007;", "undecided": "?"}
 
 
 def page(
-    records: Records, variants: Sequence[Variant], tables: Sequence[Table],
-    images: Sequence[tuple[Picture, bytes]], findings: Sequence[Finding], problems: Sequence[Problem],
-) -> str:  # fmt: skip
+    records: Records,
+    variants: Sequence[Variant],
+    tables: Sequence[Table],
+    images: Sequence[tuple[Picture, bytes]],
+    findings: Sequence[Finding],
+    problems: Sequence[Problem],
+) -> str:
     """The whole page."""
     sections = [
         ("claims", "Claims of the paper", _claims(findings)),
@@ -123,8 +127,14 @@ def _problems(problems: Sequence[Problem]) -> str:
 
 
 def _cells(records: Records) -> str:
-    columns = {"seed": "seed", "state": "state", "step": "steps", "hardware": "hardware", "commit": "commit",
-               "requeues": "requeues"}  # fmt: skip
+    columns = {
+        "seed": "seed",
+        "state": "state",
+        "step": "steps",
+        "hardware": "hardware",
+        "commit": "commit",
+        "requeues": "requeues",
+    }
     head = "".join(f"<th>{_esc(title)}</th>" for title in ("cell", *columns.values()))
     rows = "".join(
         f"<tr><td>{_esc(str(name))}</td>"

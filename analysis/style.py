@@ -17,17 +17,51 @@ WIDTH = 6.75
 """Inches: the text width of most two-column papers."""
 
 COLOURS = {
-    "dash": "#0072B2", "grpo": "#D55E00", "no_gf": "#009E73", "no_kl": "#CC79A7", "ppo_multi": "#E69F00",
-    "ppo_mini": "#8C510A", "sft_h": "#56B4E9", "sft_m": "#542788", "base": "#7F7F7F", "pg": "#000000",
-    "rloo": "#B2182B", "dr_grpo": "#666633",
-}  # fmt: skip
+    "dash": "#0072B2",
+    "grpo": "#D55E00",
+    "no_gf": "#009E73",
+    "no_kl": "#CC79A7",
+    "ppo_multi": "#E69F00",
+    "ppo_mini": "#8C510A",
+    "sft_h": "#56B4E9",
+    "sft_m": "#542788",
+    "base": "#7F7F7F",
+    "pg": "#000000",
+    "rloo": "#B2182B",
+    "dr_grpo": "#666633",
+}
 """Okabe and Ito's palette first; further arms in colours that keep their distance in lightness."""
-LINES = {"dash": "-", "grpo": "--", "no_gf": "-.", "no_kl": (0, (5, 1)), "ppo_multi": (0, (3, 1, 1, 1)),
-         "ppo_mini": ":", "sft_h": "--", "sft_m": "-.", "base": (0, (1, 1))}  # fmt: skip
-MARKS = {"dash": "o", "grpo": "s", "no_gf": "^", "no_kl": "v", "ppo_multi": "D", "ppo_mini": "P",
-         "sft_h": "X", "sft_m": "*", "pg": "<", "rloo": ">", "dr_grpo": "p"}  # fmt: skip
-PHASE_COLOURS = {"sampling": "#56B4E9", "gradient": "#D55E00", "verdicts": "#F0E442", "sync": "#009E73",
-                 "other": "#BBBBBB"}  # fmt: skip
+LINES = {
+    "dash": "-",
+    "grpo": "--",
+    "no_gf": "-.",
+    "no_kl": (0, (5, 1)),
+    "ppo_multi": (0, (3, 1, 1, 1)),
+    "ppo_mini": ":",
+    "sft_h": "--",
+    "sft_m": "-.",
+    "base": (0, (1, 1)),
+}
+MARKS = {
+    "dash": "o",
+    "grpo": "s",
+    "no_gf": "^",
+    "no_kl": "v",
+    "ppo_multi": "D",
+    "ppo_mini": "P",
+    "sft_h": "X",
+    "sft_m": "*",
+    "pg": "<",
+    "rloo": ">",
+    "dr_grpo": "p",
+}
+PHASE_COLOURS = {
+    "sampling": "#56B4E9",
+    "gradient": "#D55E00",
+    "verdicts": "#F0E442",
+    "sync": "#009E73",
+    "other": "#BBBBBB",
+}
 PHASE_HATCHES = {"sampling": "", "gradient": "//", "verdicts": "..", "sync": "xx", "other": "--"}
 
 

@@ -57,8 +57,14 @@ class Table:
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The same estimate in another unit."""
-    return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor,
-                    estimate.n_seeds, estimate.n_prompts, estimate.note)  # fmt: skip
+    return Estimate(
+        estimate.value * factor,
+        estimate.low * factor,
+        estimate.high * factor,
+        estimate.n_seeds,
+        estimate.n_prompts,
+        estimate.note,
+    )
 
 
 def counted(estimate: Estimate) -> str:

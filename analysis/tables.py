@@ -18,10 +18,20 @@ from dash_exp.statistics import pass_at_k
 MATH, CODE = "math", "code"
 PAPER_DATA = {"math": MATH, "mbppplus": CODE}
 """The paper's own training sets: only beside these are its values comparable."""
-SET_NAMES = {"math500": "MATH-500", "gsm8k": "GSM8K", "mbppplus": "MBPP+", "arithmetic": "arithmetic",
-             "functions": "functions", "aime24": "AIME 2024"}  # fmt: skip
-MODEL_NAMES = {"qwen0.5b": "Qwen2.5-0.5B", "qwen1.5b": "Qwen2.5-1.5B", "qwen3b": "Qwen2.5-3B",
-               "smollm2_135m": "SmolLM2-135M"}  # fmt: skip
+SET_NAMES = {
+    "math500": "MATH-500",
+    "gsm8k": "GSM8K",
+    "mbppplus": "MBPP+",
+    "arithmetic": "arithmetic",
+    "functions": "functions",
+    "aime24": "AIME 2024",
+}
+MODEL_NAMES = {
+    "qwen0.5b": "Qwen2.5-0.5B",
+    "qwen1.5b": "Qwen2.5-1.5B",
+    "qwen3b": "Qwen2.5-3B",
+    "smollm2_135m": "SmolLM2-135M",
+}
 NOT_TRAINED = "not trained"
 UNITS = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
@@ -104,9 +114,14 @@ def paper_table(records: Records, wanted: Wanted, data: str, rows: Sequence[Vari
     twin = "" if data in PAPER_DATA else f" (twin on {data})"
     names = [c for v in rows for c in v.cells]
     return Table(
-        f"{wanted.name}-{data}", f"{wanted.title}{twin}",
-        _caption(wanted, data), tuple(columns), _with_holm(shown), tuple(dict.fromkeys(notes)), tuple(names),
-    )  # fmt: skip
+        f"{wanted.name}-{data}",
+        f"{wanted.title}{twin}",
+        _caption(wanted, data),
+        tuple(columns),
+        _with_holm(shown),
+        tuple(dict.fromkeys(notes)),
+        tuple(names),
+    )
 
 
 def _labels(wanted: Wanted, rows: Sequence[Variant]) -> dict[str, list[Variant]]:
@@ -162,8 +177,12 @@ def _time_column(
         label: quantities.time_of(records, v) if v and v.arm != "base" else est.NOTHING
         for label, v in own.items()
     }
-    machines = {m for v in own.values() if v and v.arm != "base" for m in
-                quantities.hardware_of(records, quantities.finished(records, v))}  # fmt: skip
+    machines = {
+        m
+        for v in own.values()
+        if v and v.arm != "base"
+        for m in quantities.hardware_of(records, quantities.finished(records, v))
+    }
     if len(machines) > 1:
         reason = f"rows ran on different hardware: {'; '.join(sorted(machines))}"
         times = {label: est.Estimate(math.nan, note=reason) for label in times}
@@ -210,8 +229,13 @@ def before_training(records: Records, variants: Sequence[Variant], dataset: str)
     for variant in variants:
         found = quantities.scores(records, variant, dataset, after=False)
         if found.cells:
-            return replace(found, cells=found.cells[:1], seeds=found.seeds[:1], scores_SP=found.scores_SP[:1],
-                           correct_SP=found.correct_SP[:1])  # fmt: skip
+            return replace(
+                found,
+                cells=found.cells[:1],
+                seeds=found.seeds[:1],
+                scores_SP=found.scores_SP[:1],
+                correct_SP=found.correct_SP[:1],
+            )
     return quantities.Scores((), (), (), np.empty((0, 0)), np.empty((0, 0)), 0, ())
 
 

@@ -84,8 +84,13 @@ def _drawn(cell: str, rows: Sequence[Row]) -> Picture:
         _bar(axis, row, begin, learner, 2.2)
         for group in row.get("groups", ()):
             ready = judged.get(group, row)["end"] - begin
-            axis.plot([ready, row["start"] - begin], [places.get(group, learner), learner], color="0.6",
-                      linewidth=0.5, zorder=0)  # fmt: skip
+            axis.plot(
+                [ready, row["start"] - begin],
+                [places.get(group, learner), learner],
+                color="0.6",
+                linewidth=0.5,
+                zorder=0,
+            )
     ticks.append((learner, "learner"))
     axis.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axis.invert_yaxis()
@@ -96,13 +101,15 @@ def _drawn(cell: str, rows: Sequence[Row]) -> Picture:
     length = max(r["end"] for r in rows) - begin
     dropped = len(places) - len({g for r in rows if r["kind"] == "backprop" for g in r.get("groups", ())})
     return Picture(
-        "figure2", "Figure 2. Preemptive sampling, as it happened",
+        "figure2",
+        "Figure 2. Preemptive sampling, as it happened",
         f"Step {rows[0]['step']} of {cell}: each bar is one group; a line leads from its verdict to the "
         f"backpropagation it took part in; groups without a line ({dropped}) were dropped by the filter. The "
         f"learner computed gradients for {busy:.2f} of {length:.2f} s; the rest is waiting, the reference "
         "model's forward pass, and the optimizer.",
-        drawn, (cell,),
-    )  # fmt: skip
+        drawn,
+        (cell,),
+    )
 
 
 def _by_end(row: Row) -> Any:
@@ -110,8 +117,15 @@ def _by_end(row: Row) -> Any:
 
 
 def _bar(axis: Axes, row: Row, begin: float, place: float, height: float) -> None:
-    axis.barh(place, max(row["end"] - row["start"], 1e-4), left=row["start"] - begin, height=height,
-              color=COLOURS[row["kind"]], edgecolor="white", linewidth=0.3)  # fmt: skip
+    axis.barh(
+        place,
+        max(row["end"] - row["start"], 1e-4),
+        left=row["start"] - begin,
+        height=height,
+        color=COLOURS[row["kind"]],
+        edgecolor="white",
+        linewidth=0.3,
+    )
 
 
 def _legend(axis: Axes) -> None:

@@ -55,7 +55,12 @@ def sidecar(records: Records, title: str, cells: Sequence[str], files: Mapping[s
 def _cell(records: Records, name: str) -> dict[str, Any]:
     row = records.cells.loc[name]
     return {
-        "cell": name, "seed": int(row["seed"]), "state": row["state"], "step": int(row["step"]),
-        "commit": row["commit"], "code_hash": row["code_hash"], "hardware": row["hardware"],
+        "cell": name,
+        "seed": int(row["seed"]),
+        "state": row["state"],
+        "step": int(row["step"]),
+        "commit": row["commit"],
+        "code_hash": row["code_hash"],
+        "hardware": row["hardware"],
         "content": content_of(str(row["folder"])),
-    }  # fmt: skip
+    }

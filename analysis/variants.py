@@ -29,8 +29,11 @@ ARMS = {
 """The paper's names, in the order of its tables; other arms follow by their own names."""
 
 OF_THE_ARM = (
-    "config.algorithm.", "config.filter.name", "config.filter.threshold", "config.sampler.schedule",
-)  # fmt: skip
+    "config.algorithm.",
+    "config.filter.name",
+    "config.filter.threshold",
+    "config.sampler.schedule",
+)
 """Settings that an arm's name stands for, unless two variants of it differ in them."""
 PLACES = ("path", "traces")
 """Last part of the keys of files: where they lie does not make another recipe."""
@@ -75,8 +78,17 @@ def variants(records: Records) -> list[Variant]:
         for key in own.unique():
             cells = same.loc[own.index[own == key]].sort_values(["seed", "done", "started"])
             cells = cells.drop_duplicates("seed", keep="last")  # `repeated` tells of them
-            found.append(Variant(key, str(arm), str(model), str(data), labels[key], tuple(cells.index),
-                                 tuple(int(s) for s in cells["seed"])))  # fmt: skip
+            found.append(
+                Variant(
+                    key,
+                    str(arm),
+                    str(model),
+                    str(data),
+                    labels[key],
+                    tuple(cells.index),
+                    tuple(int(s) for s in cells["seed"]),
+                )
+            )
     return sorted(found, key=lambda v: (v.data, v.model, order.get(v.arm, len(order)), v.arm, v.label))
 
 
@@ -85,16 +97,18 @@ def repeated(records: Records, found: Sequence[Variant]) -> list[Problem]:
     used = {cell for variant in found for cell in variant.cells}
     return [
         Problem(cell, "left out: another cell has the same recipe and seed, finished or later")
-        for cell in records.cells.index if cell not in used
-    ]  # fmt: skip
+        for cell in records.cells.index
+        if cell not in used
+    ]
 
 
 def _settings(cells: pd.DataFrame) -> pd.DataFrame:
     """What distinguishes recipes: every setting but the seed and the places of files."""
     columns = [
-        name for name in cells.columns
+        name
+        for name in cells.columns
         if name.startswith("config.") and name != "config.seed" and name.rpartition(".")[2] not in PLACES
-    ]  # fmt: skip
+    ]
     table = cells[columns].astype(object)
     if PARTNER in table:
         table[PARTNER] = table[PARTNER].where(table[PARTNER] == "null", "partner")

@@ -23,9 +23,18 @@ from typing import Any
 from benchmarks.report import Options, Skipped, describe, machine, print_lines, write
 
 ROWS = (
-    "default_cell", "gsm8k_update", "sampling", "learner", "streaming", "preemptive", "filtering", "sync",
-    "overhead", "curves", "capacity",
-)  # fmt: skip
+    "default_cell",
+    "gsm8k_update",
+    "sampling",
+    "learner",
+    "streaming",
+    "preemptive",
+    "filtering",
+    "sync",
+    "overhead",
+    "curves",
+    "capacity",
+)
 """Modules of this package with a function `measure(options)`, in the order in which they run."""
 
 
@@ -81,9 +90,13 @@ def main() -> int:
         print(f"no such row: {', '.join(unknown)}; there are: {', '.join(ROWS)}", file=sys.stderr)
         return 2
     options = Options(
-        quick=args.quick, repeats=args.repeats, threads=args.threads, outputs=args.outputs,
-        without=tuple(filter(None, args.without.split(","))), override=tuple(args.override),
-    )  # fmt: skip
+        quick=args.quick,
+        repeats=args.repeats,
+        threads=args.threads,
+        outputs=args.outputs,
+        without=tuple(filter(None, args.without.split(","))),
+        override=tuple(args.override),
+    )
     facts = machine(args.threads)
     print(describe(facts), flush=True)
     found: dict[str, Any] = {}

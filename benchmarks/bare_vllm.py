@@ -22,8 +22,10 @@ class BareVLLM:
     def __init__(self, settings: dict[str, Any]):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.bare_vllm"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self._say(json.dumps(settings))
         self._hear()  # that it is ready
 

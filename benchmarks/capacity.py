@@ -35,9 +35,15 @@ def line_of(row: dict[str, Any], options: Options) -> Line:
     ratio = row["predicted"] / row["real"]
     met = None if options.quick else abs(ratio - 1) <= GOAL
     return Line(
-        f"step, {row['what']}", "the real one", row["predicted"], row["real"], "s", ratio,
-        f"within {GOAL:.0%}", met,
-    )  # fmt: skip
+        f"step, {row['what']}",
+        "the real one",
+        row["predicted"],
+        row["real"],
+        "s",
+        ratio,
+        f"within {GOAL:.0%}",
+        met,
+    )
 
 
 def label(setting: Setting) -> str:
@@ -87,23 +93,31 @@ def row_of(setting: Setting, known: Curves, steps: list[Row]) -> dict[str, Any]:
     lengths = [tuple(map(tuple, row["lengths"])) for row in steps]
     given = statistics.median(predict_batch(known, setting, some).step_s for some in lengths)
     return {
-        "what": label(setting), "setting": asdict(setting),
-        "predicted": prediction.step_s, "real": median(steps, "time/step_s"),
-        "predicted_of_these_lengths": given, "predicted_backprop_s": prediction.backprop_s,
+        "what": label(setting),
+        "setting": asdict(setting),
+        "predicted": prediction.step_s,
+        "real": median(steps, "time/step_s"),
+        "predicted_of_these_lengths": given,
+        "predicted_backprop_s": prediction.backprop_s,
         "real_backprop_s": median(steps, "time/backprop_s", "time/logprob_s"),
-        "predicted_sampling_s": prediction.sampling_s, "real_waiting_s": median(steps, "time/sample_s"),
-        "predicted_tokens": prediction.tokens, "real_tokens": median(steps, "tokens/sampled"),
+        "predicted_sampling_s": prediction.sampling_s,
+        "real_waiting_s": median(steps, "time/sample_s"),
+        "predicted_tokens": prediction.tokens,
+        "real_tokens": median(steps, "tokens/sampled"),
         "all": [row["time/step_s"] for row in steps],
-    }  # fmt: skip
+    }
 
 
 def real(ours: Ours, setting: Setting, number: int) -> Row:
     """A step with this setting, by the machine that curves were measured on."""
     call = setting.call or setting.prompts
     plan = ours.plan(
-        prompts_per_step=setting.prompts, prompts_per_update=setting.prompts,
-        prompts_per_call=call, group_size=setting.group,
-        waves=setting.waves if setting.streaming else None, servers=setting.servers,
+        prompts_per_step=setting.prompts,
+        prompts_per_update=setting.prompts,
+        prompts_per_call=call,
+        group_size=setting.group,
+        waves=setting.waves if setting.streaming else None,
+        servers=setting.servers,
         streaming=setting.streaming or ours.config.sampler.name != "vllm_servers",
-    )  # fmt: skip
+    )
     return ours.step(number, plan)

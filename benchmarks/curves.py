@@ -77,9 +77,7 @@ def place_of(options: Options) -> tuple[int | None, list[str]]:
             raise Skipped("another sampler is wanted")
         return None, asked(options, *WORK, *places())
     except Skipped:
-        return options.threads, asked(
-            options, "dataset.stop=['3','7']", "sampler.max_new_tokens=64", STILL
-        )  # fmt: skip
+        return options.threads, asked(options, "dataset.stop=['3','7']", "sampler.max_new_tokens=64", STILL)
 
 
 def measured(ours: Ours, rounds: int) -> dict[str, Any]:
@@ -117,11 +115,13 @@ class Collector:
         plan, s = self.ours.machine.plan, self.ours.config.sampler
         apart = s.name == "vllm_servers"
         return {
-            "prompts": plan.prompts_per_step, "group": plan.group_size,
-            "waves": plan.waves or 1, "streaming": bool(apart and plan.streaming),
+            "prompts": plan.prompts_per_step,
+            "group": plan.group_size,
+            "waves": plan.waves or 1,
+            "streaming": bool(apart and plan.streaming),
             "max_sequences": s.max_sequences,
             "micro_batch_tokens": self.ours.config.learner.micro_batch_tokens,
-        }  # fmt: skip
+        }
 
     def curves(self) -> dict[str, Any]:
         prefill, prompt = statistics.median(self.prefilled), self.asker.prompt_tokens()
@@ -129,14 +129,18 @@ class Collector:
         steps = self.steps
         learned = [r["tokens/computed"] / (r["time/backprop_s"] + r["time/logprob_s"]) for r in steps]
         return {
-            "sampler": self.ours.config.sampler.name, "decode": sorted(points),
-            "prefill_tokens_per_s": prefill, "prompt_tokens": prompt,
+            "sampler": self.ours.config.sampler.name,
+            "decode": sorted(points),
+            "prefill_tokens_per_s": prefill,
+            "prompt_tokens": prompt,
             "learner_tokens_per_s": statistics.median(learned),
             "lengths": [group for r in steps for group in r["lengths"]],
             "cap": self.ours.machine.parts.decoding.max_new_tokens,
-            "optimizer_s": median(steps, "time/optimizer_s"), "sync_s": median(steps, "time/sync_s"),
-            "other_s": median(steps, "time/other_s", "time/verify_s"), "setting": self.setting(),
-        }  # fmt: skip
+            "optimizer_s": median(steps, "time/optimizer_s"),
+            "sync_s": median(steps, "time/sync_s"),
+            "other_s": median(steps, "time/other_s", "time/verify_s"),
+            "setting": self.setting(),
+        }
 
     def _point(self, wanted: int, prefill_s: float) -> list[float]:
         """Mean sequences of a server that was asked for so many at once, and its tokens per second. All

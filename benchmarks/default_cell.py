@@ -31,9 +31,13 @@ def measure(options: Options) -> dict[str, Any]:
         config = config_of("advantage", beta, options.threads, asked(options))
         with tempfile.TemporaryDirectory() as scratch:
             row = take_turns(
-                config, options.cache, Path(scratch),
-                updates=options.rounds, micro_batch=size, attention="sdpa",
-            )  # fmt: skip
+                config,
+                options.cache,
+                Path(scratch),
+                updates=options.rounds,
+                micro_batch=size,
+                attention="sdpa",
+            )
         rows.append(row)
         work = f"whole update, default work, beta {beta:g}"
         lines.append(asdict(line_of(row, work, size, GOAL, options)))
@@ -90,10 +94,16 @@ def main() -> None:
         config = config_of(args.filter, beta, args.threads, args.override)
         print(f"beta {beta:g}")
         with tempfile.TemporaryDirectory() as scratch:
-            result["rows"].append(take_turns(
-                config, Path(config.run.dir) / "cache", Path(scratch),
-                updates=args.updates, micro_batch=args.micro_batch, attention=args.peer_attention,
-            ))  # fmt: skip
+            result["rows"].append(
+                take_turns(
+                    config,
+                    Path(config.run.dir) / "cache",
+                    Path(scratch),
+                    updates=args.updates,
+                    micro_batch=args.micro_batch,
+                    attention=args.peer_attention,
+                )
+            )
     if result["rows"]:
         show_updates(result["rows"])
     write(args.json, result)

@@ -27,11 +27,20 @@ def measure(options: Options) -> dict[str, Any]:
         for share in list(rows)[1:]:
             dropped = 1 - rows[share]["computed"] / whole
             saved = 1 - rows[share]["seconds"] / all_s
-            lines.append(asdict(at_least(
-                GOAL, saved / dropped, options,
-                work=f"backpropagation, {prompt} + {max(lengths)} tokens", against="tokens dropped",
-                ours=saved, rival=dropped, unit="share",
-            )))  # fmt: skip
+            lines.append(
+                asdict(
+                    at_least(
+                        GOAL,
+                        saved / dropped,
+                        options,
+                        work=f"backpropagation, {prompt} + {max(lengths)} tokens",
+                        against="tokens dropped",
+                        ours=saved,
+                        rival=dropped,
+                        unit="share",
+                    )
+                )
+            )
         details.append({"prompt_tokens": prompt, "lengths": lengths, "rows": list(rows.values())})
     print_lines("Filter: time saved against tokens dropped", lines)
     return {"lines": lines, "steps": details}
@@ -57,7 +66,8 @@ def steps(options: Options, prompt: int, lengths: list[int]) -> dict[float, dict
         rows = found[str(share)]
         assert all(abs(r["filter/kept_share"] - share) < 1e-9 for r in rows), "the filter kept something else"
         made[share] = {
-            "kept": share, "computed": rows[0]["tokens/computed"],
+            "kept": share,
+            "computed": rows[0]["tokens/computed"],
             "seconds": statistics.median(r["time/backprop_s"] + r["time/logprob_s"] for r in rows),
-        }  # fmt: skip
+        }
     return made

@@ -58,11 +58,17 @@ def give(ours: Ours, *, prompt_tokens: int, lengths: Sequence[int], share: float
     packing and its filter are untouched."""
     plan, vocabulary = ours.machine.plan, ours.vocabulary
     prompts = tuple(
-        Prompt(f"p{n}", TASK, "", random_tokens(-1 - n, prompt_tokens, vocabulary),
-               VARIED if is_varied(n, share) else CONSTANT)
+        Prompt(
+            f"p{n}",
+            TASK,
+            "",
+            random_tokens(-1 - n, prompt_tokens, vocabulary),
+            VARIED if is_varied(n, share) else CONSTANT,
+        )
         for n in range(plan.prompts_per_step)
-    )  # fmt: skip
+    )
     ours.change(
-        prompts=PromptSet(TASK, prompts, 0, TASK), judges={TASK: SetJudge(plan.group_size)},
+        prompts=PromptSet(TASK, prompts, 0, TASK),
+        judges={TASK: SetJudge(plan.group_size)},
         sampler=GivenSampler(lengths, vocabulary),
-    )  # fmt: skip
+    )

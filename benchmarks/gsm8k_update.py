@@ -29,9 +29,14 @@ def measure(options: Options) -> dict[str, Any]:
         config = config_of(name, 0.0, options.threads, gsm8k(options))
         with tempfile.TemporaryDirectory() as scratch:
             row = take_turns(
-                config, options.cache, Path(scratch),
-                updates=options.rounds, micro_batch=size, attention="sdpa", share=share,
-            )  # fmt: skip
+                config,
+                options.cache,
+                Path(scratch),
+                updates=options.rounds,
+                micro_batch=size,
+                attention="sdpa",
+                share=share,
+            )
         assert abs(row["ours"]["kept_share"] - share) < 1e-9, "the filter kept something else"
         rows.append(row)
         work = f"whole update, GSM8K, filter={name}"

@@ -30,12 +30,21 @@ def measure(options: Options) -> dict[str, Any]:
     for prompt, lengths in ((9, [4, 2]),) if options.quick else CASES:
         found = compare(options, prompt, lengths)
         ours, bare = found["ours"]["median"], found["bare"]["median"]
-        lines.append(asdict(at_least(
-            GOAL, ours / bare, options,
-            work=f"learner, {found['completions']} x {prompt} + {min(lengths)}..{max(lengths)} tokens, "
-            f"kept {SHARE:g}",
-            against="bare forward + backward", ours=ours, rival=bare, unit="tokens/s",
-        )))  # fmt: skip
+        lines.append(
+            asdict(
+                at_least(
+                    GOAL,
+                    ours / bare,
+                    options,
+                    work=f"learner, {found['completions']} x {prompt} + {min(lengths)}..{max(lengths)} tokens, "
+                    f"kept {SHARE:g}",
+                    against="bare forward + backward",
+                    ours=ours,
+                    rival=bare,
+                    unit="tokens/s",
+                )
+            )
+        )
         details.append({"prompt_tokens": prompt, "lengths": lengths, **found})
     print_lines("Learner", lines)
     return {"lines": lines, "tokens_per_s": details}
@@ -50,9 +59,7 @@ def compare(options: Options, prompt: int, lengths: Sequence[int]) -> dict[str, 
         assert abs(first["filter/kept_share"] - SHARE) < 1e-9, "the filter kept something else"
         tokens, targets = first["tokens/computed"], first["tokens/backpropagated"]
         row_tokens = prompt + round(targets / first["completions/forwarded"])
-        bare, bare_tokens = make_bare(
-            ours, tokens, targets, row_tokens, config.learner.micro_batch_tokens
-        )  # fmt: skip
+        bare, bare_tokens = make_bare(ours, tokens, targets, row_tokens, config.learner.micro_batch_tokens)
 
         def learn(number: int) -> float:
             row = ours.step()
@@ -61,9 +68,12 @@ def compare(options: Options, prompt: int, lengths: Sequence[int]) -> dict[str, 
         sides = {"ours": learn, "bare": lambda number: bare_tokens / seconds(bare)}
         rates = alternate(sides, options.rounds)
     return {
-        "computed": tokens, "targets": targets, "completions": first["completions/forwarded"],
-        "ours": spread(rates["ours"]), "bare": spread(rates["bare"]),
-    }  # fmt: skip
+        "computed": tokens,
+        "targets": targets,
+        "completions": first["completions/forwarded"],
+        "ours": spread(rates["ours"]),
+        "bare": spread(rates["bare"]),
+    }
 
 
 def make_bare(

@@ -109,10 +109,15 @@ def save_random_model(folder: Path, vocabulary: int) -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        vocab_size=vocabulary,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -127,11 +132,13 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
 
     config = compose(
         [
-            f"algorithm.beta={setting.beta}", "learner.precision=bf16_mixed",
-            "learner.freeze_embeddings=false", f"learner.logit_chunk={setting.logit_chunk}",
+            f"algorithm.beta={setting.beta}",
+            "learner.precision=bf16_mixed",
+            "learner.freeze_embeddings=false",
+            f"learner.logit_chunk={setting.logit_chunk}",
             f"learner.gradient_checkpointing={str(setting.gradient_checkpointing).lower()}",
         ]
-    )  # fmt: skip
+    )
     plan = make_plan(config, prompts=1)
     spec = make_spec(config, plan, folder, setting.vocabulary)
     learner, _ = make_learner(spec, torch.device("cpu"), Alone(), 0)
@@ -201,11 +208,19 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     parts = held(learner)
     peak, needed = resident("VmHWM") - before, sum(parts.values())
     return {
-        "setting": dataclasses.asdict(setting), "bytes": parts, "needed": needed, "peak": peak,
-        "ratio": peak / needed, "baseline": before, "building_peak": building, "before_update": after,
-        "peak_is_of_update_alone": alone, "whole_batch_logits": setting.whole_batch_logits,
-        "micro_batches": count, "seconds": seconds,
-    }  # fmt: skip
+        "setting": dataclasses.asdict(setting),
+        "bytes": parts,
+        "needed": needed,
+        "peak": peak,
+        "ratio": peak / needed,
+        "baseline": before,
+        "building_peak": building,
+        "before_update": after,
+        "peak_is_of_update_alone": alone,
+        "whole_batch_logits": setting.whole_batch_logits,
+        "micro_batches": count,
+        "seconds": seconds,
+    }
 
 
 def in_fresh_process(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -213,8 +228,10 @@ def in_fresh_process(setting: Setting, folder: Path) -> dict[str, Any]:
     text = json.dumps(dataclasses.asdict(setting))
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", "--child", text, str(folder)],
-        stdout=subprocess.PIPE, text=True, check=False,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise SystemExit(f"the measurement ended with code {done.returncode}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -223,17 +240,33 @@ def in_fresh_process(setting: Setting, folder: Path) -> dict[str, Any]:
 
 def show(results: list[dict[str, Any]]) -> None:
     """A table of the ratios, and one of what is counted."""
-    columns = ["beta", "micro-batch tokens", "logit chunk", "checkpointing", "must be held MB",
-               "peak MB", "ratio", "goal", "seconds"]  # fmt: skip
+    columns = [
+        "beta",
+        "micro-batch tokens",
+        "logit chunk",
+        "checkpointing",
+        "must be held MB",
+        "peak MB",
+        "ratio",
+        "goal",
+        "seconds",
+    ]
     rows = []
     for r in results:
         s = r["setting"]
         rows.append(
-            [f"{s['beta']:g}", str(s["micro_batch_tokens"]), str(s["logit_chunk"]),
-             "yes" if s["gradient_checkpointing"] else "no", f"{r['needed'] / MB:,.0f}",
-             f"{r['peak'] / MB:,.0f}", f"{r['ratio']:.2f}",
-             f"{'within' if r['ratio'] <= GOAL else 'over'} {GOAL}", f"{r['seconds']:.0f}"]
-        )  # fmt: skip
+            [
+                f"{s['beta']:g}",
+                str(s["micro_batch_tokens"]),
+                str(s["logit_chunk"]),
+                "yes" if s["gradient_checkpointing"] else "no",
+                f"{r['needed'] / MB:,.0f}",
+                f"{r['peak'] / MB:,.0f}",
+                f"{r['ratio']:.2f}",
+                f"{'within' if r['ratio'] <= GOAL else 'over'} {GOAL}",
+                f"{r['seconds']:.0f}",
+            ]
+        )
     print_table("Peak memory of an update over what must be held", columns, rows)
     parts = sorted({name for r in results for name in r["bytes"]})
     rows = [

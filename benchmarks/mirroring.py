@@ -58,8 +58,11 @@ def record(root: Path, name: str, steps: int) -> dict[str, float]:
     if follower.process is not None:
         follower.process.wait(MOST_S)  # on a busy machine a run leaves it alone after a while
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"processor_s": used.ru_utime + used.ru_stime, "memory_mb": used.ru_maxrss / 1024,
-            "behind_s": time.monotonic() - ended}  # fmt: skip
+    return {
+        "processor_s": used.ru_utime + used.ru_stime,
+        "memory_mb": used.ru_maxrss / 1024,
+        "behind_s": time.monotonic() - ended,
+    }
 
 
 def together(root: Path, names: list[str], steps: int) -> list[dict[str, float]]:
@@ -111,12 +114,17 @@ def measure(processes: int, steps: int) -> dict[str, Any]:
         new_s, same_s = rebuild(root, root / "again.db"), rebuild(root, root / "again.db")
         size = (root / "mlflow.db").stat().st_size
     return {
-        "processes": processes, "steps": steps, "values": count, "lost": missing,
+        "processes": processes,
+        "steps": steps,
+        "values": count,
+        "lost": missing,
         "behind_s": max(cost["behind_s"] for cost in costs),
         "processor_s": max(cost["processor_s"] for cost in costs),
         "memory_mb": max(cost["memory_mb"] for cost in costs),
-        "rebuild_s": new_s, "unchanged_s": same_s, "bytes_a_value": size / count,
-    }  # fmt: skip
+        "rebuild_s": new_s,
+        "unchanged_s": same_s,
+        "bytes_a_value": size / count,
+    }
 
 
 def main() -> None:

@@ -24,13 +24,18 @@ from dash_exp.record import Recorder, Row
 from dash_exp.validation import check
 
 ARMS = {
-    ("advantage", True): "dash", ("advantage", False): "no_kl",
-    ("none", True): "no_gf", ("none", False): "pg",
-}  # fmt: skip
+    ("advantage", True): "dash",
+    ("advantage", False): "no_kl",
+    ("none", True): "no_gf",
+    ("none", False): "pg",
+}
 """The arm for a filter, with and without KL; they differ in nothing else."""
 QUICK = (
-    "model=tiny", "algorithm.prompts_per_step=2", "algorithm.group_size=2", "sampler.max_new_tokens=4",
-)  # fmt: skip
+    "model=tiny",
+    "algorithm.prompts_per_step=2",
+    "algorithm.group_size=2",
+    "sampler.max_new_tokens=4",
+)
 """For a smoke check: anything that a row sets comes before."""
 STILL = "learner.lr=1e-12"
 """So small that weights stay as they are: every side, and every round, samples the same."""
@@ -66,9 +71,13 @@ def gsm8k(options: Options) -> list[str]:
     if not file.is_file():
         raise Skipped("no gsm8k_train.jsonl: set DASH_DATA to the folder that holds it")
     return asked(
-        options, "dataset=gsm8k", f"dataset.path='{file}'", "algorithm.prompts_per_step=16",
-        "algorithm.group_size=4", "sampler.max_new_tokens=128",
-    )  # fmt: skip
+        options,
+        "dataset=gsm8k",
+        f"dataset.path='{file}'",
+        "algorithm.prompts_per_step=16",
+        "algorithm.group_size=4",
+        "sampler.max_new_tokens=128",
+    )
 
 
 def tell_fault(kind: str, start: float, end: float, **more: Any) -> None:

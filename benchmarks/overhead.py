@@ -34,9 +34,15 @@ def measure(options: Options) -> dict[str, Any]:
     shares = [r["time/other_s"] / r["time/step_s"] for r in rows]
     share = statistics.median(shares)
     line = at_most(
-        GOAL, share, options, work="everything else in an update, default work", against="0",
-        ours=statistics.median(r["time/other_s"] for r in rows), rival=0.0, unit="s (ratio: of the step)",
-    )  # fmt: skip
+        GOAL,
+        share,
+        options,
+        work="everything else in an update, default work",
+        against="0",
+        ours=statistics.median(r["time/other_s"] for r in rows),
+        rival=0.0,
+        unit="s (ratio: of the step)",
+    )
     lines = [asdict(line)]
     print_lines("Overhead", lines)
     return {"lines": lines, "share": spread(shares), "step_s": spread([r["time/step_s"] for r in rows])}

@@ -92,26 +92,52 @@ def make_arguments(config: Config, folder: Path, updates: int, micro_batch: int)
     """The same algorithm, as `config` has it, with nothing saved or logged on the way."""
     a, opt = config.algorithm, config.learner
     return GRPOConfig(
-        output_dir=str(folder), max_steps=updates, seed=config.seed, bf16=True,
+        output_dir=str(folder),
+        max_steps=updates,
+        seed=config.seed,
+        bf16=True,
         use_cpu=not torch.cuda.is_available(),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=a.prompts_per_step * a.group_size // micro_batch,
-        num_generations=a.group_size, max_completion_length=config.sampler.max_new_tokens,
-        temperature=config.sampler.temperature, shuffle_dataset=False, disable_dropout=True,
-        beta=a.beta, use_bias_correction_kl=False, loss_type="dr_grpo", scale_rewards="group",
-        epsilon=a.clip_low, epsilon_high=a.clip_high,
-        optim="adamw_torch_fused", learning_rate=opt.lr, lr_scheduler_type="constant",
-        adam_beta1=opt.beta1, adam_beta2=opt.beta2, adam_epsilon=opt.eps,
-        weight_decay=opt.weight_decay, max_grad_norm=opt.max_grad_norm,
-        gradient_checkpointing=False, dataloader_pin_memory=False,
-        save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+        num_generations=a.group_size,
+        max_completion_length=config.sampler.max_new_tokens,
+        temperature=config.sampler.temperature,
+        shuffle_dataset=False,
+        disable_dropout=True,
+        beta=a.beta,
+        use_bias_correction_kl=False,
+        loss_type="dr_grpo",
+        scale_rewards="group",
+        epsilon=a.clip_low,
+        epsilon_high=a.clip_high,
+        optim="adamw_torch_fused",
+        learning_rate=opt.lr,
+        lr_scheduler_type="constant",
+        adam_beta1=opt.beta1,
+        adam_beta2=opt.beta2,
+        adam_epsilon=opt.eps,
+        weight_decay=opt.weight_decay,
+        max_grad_norm=opt.max_grad_norm,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def make_trainer(
-    config: Config, source: Path, scratch: Path, prompts: Sequence[Prompt], stop_ids: Sequence[int],
-    seen: Seen, turns: Turns, micro_batch: int, attention: str,
-) -> GRPOTrainer:  # fmt: skip
+    config: Config,
+    source: Path,
+    scratch: Path,
+    prompts: Sequence[Prompt],
+    stop_ids: Sequence[int],
+    seen: Seen,
+    turns: Turns,
+    micro_batch: int,
+    attention: str,
+) -> GRPOTrainer:
     """A trainer that will ask these prompts in this order, `prompts_per_step` in each update."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()

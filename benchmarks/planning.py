@@ -28,8 +28,12 @@ HEAVY = ("torch", "numpy", "transformers", "vllm", "submitit", "mlflow")
 
 def seeds(cells: int) -> list[tuple[str, ...]]:
     """Nine arms, three models, two rates, and as many seeds as it takes."""
-    grid = [(f"algorithm={arm}", f"model={model}", f"learner.lr={rate}")
-            for arm in ARMS for model in MODELS for rate in ("1e-6", "3e-6")]  # fmt: skip
+    grid = [
+        (f"algorithm={arm}", f"model={model}", f"learner.lr={rate}")
+        for arm in ARMS
+        for model in MODELS
+        for rate in ("1e-6", "3e-6")
+    ]
     return [(*grid[n % len(grid)], f"seed={n // len(grid)}") for n in range(cells)]
 
 
@@ -38,8 +42,11 @@ def rates(cells: int) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for n in range(-(-cells // 3)):
         own = (f"model={MODELS[n % 3]}", f"learner.lr={1e-6 + n * 1e-9:.4g}", f"algorithm.beta={n % 7 / 100}")
-        found += [("algorithm=dash", *own), ("algorithm=no_kl", *own[:2], f"seed={n}"),
-                  ("algorithm=ppo_multi", "budget.match=dash", *own)]  # fmt: skip
+        found += [
+            ("algorithm=dash", *own),
+            ("algorithm=no_kl", *own[:2], f"seed={n}"),
+            ("algorithm=ppo_multi", "budget.match=dash", *own),
+        ]
     return found[:cells]
 
 
@@ -55,11 +62,13 @@ def measure(kind: str, cells: int) -> dict[str, Any]:
         )
         elapsed, worked = time.perf_counter() - begin, time.process_time() - worked
     return {
-        "kind": kind, "cells": len(plan.cells), "seconds": round(elapsed, 2),
+        "kind": kind,
+        "cells": len(plan.cells),
+        "seconds": round(elapsed, 2),
         "processor_s": round(worked, 2),
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "heavy": [name for name in HEAVY if name in sys.modules],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -80,10 +89,13 @@ def main() -> None:
         row = json.loads(done.stdout)
         met = row["seconds"] < GOAL_S and row["peak_mb"] < GOAL_MB and not row["heavy"]
         rows.append({**row, "goal_s": GOAL_S, "goal_mb": GOAL_MB, "met": met})
-        print(f"{kind}: {row['cells']} cells planned in {row['seconds']} s (goal {GOAL_S:g}), of which "
-              f"{row['processor_s']} of the processor, peak {row['peak_mb']} MB (goal {GOAL_MB:g}), heavy "
-              f"imports: {row['heavy'] or 'none'}; "
-              f"{'met' if met else 'MISSED'}", flush=True)  # fmt: skip
+        print(
+            f"{kind}: {row['cells']} cells planned in {row['seconds']} s (goal {GOAL_S:g}), of which "
+            f"{row['processor_s']} of the processor, peak {row['peak_mb']} MB (goal {GOAL_MB:g}), heavy "
+            f"imports: {row['heavy'] or 'none'}; "
+            f"{'met' if met else 'MISSED'}",
+            flush=True,
+        )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

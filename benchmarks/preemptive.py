@@ -33,10 +33,19 @@ def measure(options: Options) -> dict[str, Any]:
         for side, seconds in found["seconds"].items():
             if side == "dash":
                 continue
-            lines.append(asdict(Line(
-                f"DASH, up to {tokens} tokens, kept {found['kept']:.2f}", side, dash, seconds, "s an update",
-                1 - dash / seconds, "curve; paper 0.83" if side != ONE_CALL else "",
-            )))  # fmt: skip
+            lines.append(
+                asdict(
+                    Line(
+                        f"DASH, up to {tokens} tokens, kept {found['kept']:.2f}",
+                        side,
+                        dash,
+                        seconds,
+                        "s an update",
+                        1 - dash / seconds,
+                        "curve; paper 0.83" if side != ONE_CALL else "",
+                    )
+                )
+            )
     print_lines("DASH against GRPO (ratio: share of the update's time that is saved)", lines)
     return {"lines": lines, "paper": PAPER, "curve": details}
 
@@ -67,10 +76,13 @@ def compare(options: Options, tokens: int) -> dict[str, Any]:
             for arm in arms:
                 arm.close()
     phases = ("sample", "verify", "logprob", "backprop", "optimizer", "other")
-    rows = [[s, *(f"{median(r, f'time/{p}_s'):.2f}" for p in phases), f"{median(r, 'tokens/sampled'):.0f}"]
-            for s, r in found.items()]  # fmt: skip
+    rows = [
+        [s, *(f"{median(r, f'time/{p}_s'):.2f}" for p in phases), f"{median(r, 'tokens/sampled'):.0f}"]
+        for s, r in found.items()
+    ]
     print_table(f"Up to {tokens} tokens: seconds of an update (median)", ["", *phases, "tokens"], rows)
     return {
         "seconds": {side: median(steps, "time/step_s") for side, steps in found.items()},
-        "kept": median(found["dash"], "filter/kept_share"), "steps": found,
-    }  # fmt: skip
+        "kept": median(found["dash"], "filter/kept_share"),
+        "steps": found,
+    }

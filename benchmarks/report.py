@@ -63,17 +63,31 @@ class Line:
 
 
 def at_least(
-    bound: float, ratio: float, options: Options, *, work: str, against: str, ours: float,
-    rival: float | None, unit: str,
-) -> Line:  # fmt: skip
+    bound: float,
+    ratio: float,
+    options: Options,
+    *,
+    work: str,
+    against: str,
+    ours: float,
+    rival: float | None,
+    unit: str,
+) -> Line:
     met = None if options.quick else ratio >= bound
     return Line(work, against, ours, rival, unit, ratio, f">= {bound:g}", met)
 
 
 def at_most(
-    bound: float, ratio: float, options: Options, *, work: str, against: str, ours: float,
-    rival: float | None, unit: str,
-) -> Line:  # fmt: skip
+    bound: float,
+    ratio: float,
+    options: Options,
+    *,
+    work: str,
+    against: str,
+    ours: float,
+    rival: float | None,
+    unit: str,
+) -> Line:
     met = None if options.quick else ratio <= bound
     return Line(work, against, ours, rival, unit, ratio, f"<= {bound:g}", met)
 
@@ -132,9 +146,17 @@ def print_lines(title: str, lines: Sequence[Mapping[str, Any]]) -> None:
         rival = "-" if line["rival"] is None else f"{line['rival']:.4g}"
         verdict = {True: "met", False: "NOT met", None: ""}[line["met"]]
         rows.append(
-            [line["work"], line["against"], f"{line['ours']:.4g}", rival, line["unit"],
-             f"{line['ratio']:.3g}", line["goal"], verdict]
-        )  # fmt: skip
+            [
+                line["work"],
+                line["against"],
+                f"{line['ours']:.4g}",
+                rival,
+                line["unit"],
+                f"{line['ratio']:.3g}",
+                line["goal"],
+                verdict,
+            ]
+        )
     print_table(title, ["work", "against", "ours", "rival", "unit", "ratio", "goal", ""], rows)
 
 

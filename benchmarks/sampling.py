@@ -47,11 +47,16 @@ def measure(options: Options) -> dict[str, Any]:
     same = [a == b for a, b in zip(found["ours"][0]["ids"], found["bare"][0]["ids"], strict=True)]
     ours_rate, bare_rate = rates["ours"]["median"], rates["bare"]["median"]
     line = at_least(
-        GOAL, ours_rate / bare_rate, options,
+        GOAL,
+        ours_rate / bare_rate,
+        options,
         work=f"sampling, {config.dataset.name}, {len(calls)} x {plan.group_size} "
         f"of {parts.decoding.max_new_tokens} tokens",
-        against="bare vllm.LLM.generate", ours=ours_rate, rival=bare_rate, unit="tokens/s",
-    )  # fmt: skip
+        against="bare vllm.LLM.generate",
+        ours=ours_rate,
+        rival=bare_rate,
+        unit="tokens/s",
+    )
     lines = [asdict(line)]
     print_lines("Sampling", lines)
     share = sum(same) / len(same)
@@ -87,14 +92,24 @@ def settings_of(ours: Any, calls: Any, threads: int) -> dict[str, Any]:
     return {
         "threads": threads,
         "engine": {
-            "model": str(ours.machine.source.folder), "dtype": s.dtype, "max_model_len": longest,
-            "max_num_seqs": s.max_sequences, "enforce_eager": s.enforce_eager, "seed": 0,
-            "enable_prefix_caching": True, "generation_config": "vllm", "disable_log_stats": True,
-            **scheduling(longest), **gpu,
+            "model": str(ours.machine.source.folder),
+            "dtype": s.dtype,
+            "max_model_len": longest,
+            "max_num_seqs": s.max_sequences,
+            "enforce_eager": s.enforce_eager,
+            "seed": 0,
+            "enable_prefix_caching": True,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            **scheduling(longest),
+            **gpu,
         },
         "sampling": {
-            "max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature,
-            "top_p": decoding.top_p, "logprobs": 0, "stop_token_ids": list(decoding.stop_ids),
+            "max_tokens": decoding.max_new_tokens,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "logprobs": 0,
+            "stop_token_ids": list(decoding.stop_ids),
         },
         "questions": [(list(call.prompt.token_ids), seed) for call in calls for seed in call.seeds],
-    }  # fmt: skip
+    }

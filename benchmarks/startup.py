@@ -38,9 +38,16 @@ def once(models: Path, overrides: tuple[str, ...], threads: int) -> float:
         (root / "cache").mkdir()
         (root / "cache" / "models").symlink_to(models.resolve())
         command = [
-            sys.executable, "-m", "dash_exp", f"run.dir={root}", f"cluster.threads={threads}",
-            "algorithm.steps=1", "evaluation.after=false", "run.progress=none", *overrides,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "dash_exp",
+            f"run.dir={root}",
+            f"cluster.threads={threads}",
+            "algorithm.steps=1",
+            "evaluation.after=false",
+            "run.progress=none",
+            *overrides,
+        ]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:

@@ -47,9 +47,12 @@ def step_row(step: int) -> dict[str, Any]:
 def frozen_of(arm: str, seed: int, steps: int) -> dict[str, Any]:
     """As long as a real one, with what `status` looks for at its usual place."""
     settings = {f"setting_{n}": n for n in range(80)}
-    return {"seed": seed, "model": {"name": "qwen0.5b", "path": None},
-            "algorithm": {"name": arm, "steps": steps, "epochs": None, **settings},
-            "budget": {"seconds": None, "match": None}}  # fmt: skip
+    return {
+        "seed": seed,
+        "model": {"name": "qwen0.5b", "path": None},
+        "algorithm": {"name": arm, "steps": steps, "epochs": None, **settings},
+        "budget": {"seconds": None, "match": None},
+    }
 
 
 def make_sweep(root: Path, count: int, rows: int) -> tuple[Manifest, list[int]]:
@@ -87,8 +90,12 @@ def run_by_hand(folder: Path, state: str, rows: int, code: str) -> None:
         name, more = ended.get(state, ("running", {}))
         recorder.status(name, rows, steps=2 * rows, **more)
     if state in ended:
-        journal.note(folder, "end", exit=0 if state == "finished" else 1,
-                     failure_class=None if state == "finished" else "out_of_memory")  # fmt: skip
+        journal.note(
+            folder,
+            "end",
+            exit=0 if state == "finished" else 1,
+            failure_class=None if state == "finished" else "out_of_memory",
+        )
 
 
 def seconds_of(command: list[str]) -> float:
@@ -109,8 +116,13 @@ def measure(count: int, repeats: int, rows: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         manifest, held = make_sweep(Path(scratch), count, rows)
         counts = counts_of(manifest.folder)
-        wanted = {"running": count // 10, "interrupted": count // 10, "failed": count // 10,
-                  "pending": count // 10, "finished": 6 * count // 10}  # fmt: skip
+        wanted = {
+            "running": count // 10,
+            "interrupted": count // 10,
+            "failed": count // 10,
+            "pending": count // 10,
+            "finished": 6 * count // 10,
+        }
         if counts != wanted:
             raise SystemExit(f"status told {counts}, there are {wanted}")
         command = [sys.executable, "-m", "dash_exp.sweep", "status", str(manifest.folder)]
@@ -119,8 +131,14 @@ def measure(count: int, repeats: int, rows: int) -> dict[str, Any]:
         bytes_ = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
         for descriptor in held:
             os.close(descriptor)
-    return {"cells": count, "megabytes": bytes_ / 1e6, "table_s": tables, "json_s": texts,
-            "goal_s": GOAL_S, "met": statistics.median(tables) < GOAL_S}  # fmt: skip
+    return {
+        "cells": count,
+        "megabytes": bytes_ / 1e6,
+        "table_s": tables,
+        "json_s": texts,
+        "goal_s": GOAL_S,
+        "met": statistics.median(tables) < GOAL_S,
+    }
 
 
 def main() -> None:
@@ -135,8 +153,10 @@ def main() -> None:
     facts = machine(1)
     print(describe(facts))
     found = measure(args.cells, args.repeats, args.rows)
-    rows = [[name, f"{statistics.median(found[key]):.2f}", f"{min(found[key]):.2f}", f"{max(found[key]):.2f}"]
-            for name, key in (("table", "table_s"), ("--json", "json_s"))]  # fmt: skip
+    rows = [
+        [name, f"{statistics.median(found[key]):.2f}", f"{min(found[key]):.2f}", f"{max(found[key]):.2f}"]
+        for name, key in (("table", "table_s"), ("--json", "json_s"))
+    ]
     title = f"status over {found['cells']} cells, {found['megabytes']:.0f} MB of records; goal < {GOAL_S:g} s"
     print_table(title, ["output", "median s", "least", "most"], rows)
     write(args.json, {"machine": facts, **found})

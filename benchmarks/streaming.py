@@ -26,9 +26,13 @@ WAVES = (1, 2, 4)
 CHOSEN, SETTLING = "streaming, W chosen", 6
 """Steps before those that are timed: with the first ones the choice is being made."""
 WORK = (
-    "sampler=vllm_servers", "sampler.servers=1", "learner.deterministic=false",
-    "dataset.stop=['3','7']", "sampler.max_new_tokens=64", STILL,
-)  # fmt: skip
+    "sampler=vllm_servers",
+    "sampler.servers=1",
+    "learner.deterministic=false",
+    "dataset.stop=['3','7']",
+    "sampler.max_new_tokens=64",
+    STILL,
+)
 ON_CPU = ("sampler.server_threads=1",)
 
 
@@ -46,14 +50,18 @@ def measure(options: Options) -> dict[str, Any]:
     lines = [
         asdict(
             at_most(
-                GOAL, one["ratio"]["median"], options,
+                GOAL,
+                one["ratio"]["median"],
+                options,
                 work=f"{name}{in_which(name, found[name])}, lengths {lengths_of(found['in turn'])}",
-                against="max(S, B) + min(S, B) / W", ours=one["ours"]["median"], rival=one["limit"]["median"],
+                against="max(S, B) + min(S, B) / W",
+                ours=one["ours"]["median"],
+                rival=one["limit"]["median"],
                 unit="s",
             )
         )
         for name, one in ratios.items()
-    ]  # fmt: skip
+    ]
     lines.append(asdict(against_the_best(found)))
     print_lines("Streaming", lines)
     show(found)
@@ -115,8 +123,14 @@ def lengths_of(rows: list[dict[str, Any]]) -> str:
 
 def show(found: dict[str, list[dict[str, Any]]]) -> None:
     columns = ["", "step", "waiting for samples", "backpropagation", "overlap", "optimizer", "sync", "tokens"]
-    names = [("time/step_s",), ("time/sample_s",), ("time/backprop_s", "time/logprob_s"), ("time/overlap_s",),
-             ("time/optimizer_s",), ("time/sync_s",)]  # fmt: skip
+    names = [
+        ("time/step_s",),
+        ("time/sample_s",),
+        ("time/backprop_s", "time/logprob_s"),
+        ("time/overlap_s",),
+        ("time/optimizer_s",),
+        ("time/sync_s",),
+    ]
     rows = [
         [side, *(f"{median(steps, *keys):.2f}" for keys in names), f"{median(steps, 'tokens/sampled'):.0f}"]
         for side, steps in found.items()

@@ -27,11 +27,20 @@ def measure(options: Options) -> dict[str, Any]:
     for engine, moves in MOVES.items():
         found = details[engine] = syncs(options, engine)
         moved, copied = found["seconds"]["median"], moves * found["copy"]["median"]
-        lines.append(asdict(at_most(
-            GOAL, moved / copied, options,
-            work=f"weight sync, {engine}, {moves} x {found['bytes'] / 1e6:.0f} MB",
-            against="bytes moved / bandwidth of a copy", ours=moved, rival=copied, unit="s",
-        )))  # fmt: skip
+        lines.append(
+            asdict(
+                at_most(
+                    GOAL,
+                    moved / copied,
+                    options,
+                    work=f"weight sync, {engine}, {moves} x {found['bytes'] / 1e6:.0f} MB",
+                    against="bytes moved / bandwidth of a copy",
+                    ours=moved,
+                    rival=copied,
+                    unit="s",
+                )
+            )
+        )
     print_lines("Weight sync, checksums apart", lines)
     names = ["write", "checksum", "load", "server checksum (as the sender's)", "in all"]
     rows = [
@@ -72,7 +81,9 @@ def syncs(options: Options, engine: str) -> dict[str, Any]:
     rows: list[dict[str, float]] = found["sync"]  # type: ignore[assignment]
     copied: list[float] = found["copy"]  # type: ignore[assignment]
     return {
-        "bytes": size, "seconds": spread([r["apart"] for r in rows]), "copy": spread(copied),
+        "bytes": size,
+        "seconds": spread([r["apart"] for r in rows]),
+        "copy": spread(copied),
         "bandwidth_bytes_per_s": size / statistics.median(copied),
         "parts": {name: statistics.median(r[name] for r in rows) for name in rows[0] if name != "apart"},
-    }  # fmt: skip
+    }

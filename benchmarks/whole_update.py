@@ -15,9 +15,15 @@ PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other
 
 
 def take_turns(
-    config: Config, cache: Path, scratch: Path, *, updates: int, micro_batch: int, attention: str,
+    config: Config,
+    cache: Path,
+    scratch: Path,
+    *,
+    updates: int,
+    micro_batch: int,
+    attention: str,
     share: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Both sides built once, then an update of one after an update of the other. `share`: of the groups
     whose rewards differ, if rewards are set and not earned; else answers are integers."""
     from benchmarks import agreement
@@ -36,7 +42,7 @@ def take_turns(
         ours.change(
             prompts=marked(prompts, plan.seed, count, plan.prompts_per_step, share),
             judges={prompts.name: SetJudge(plan.group_size)},
-        )  # fmt: skip
+        )
         rewards = SetRewards(plan.group_size)
     rows: list[dict[str, Any]] = []
     seen, turns = Seen(rewards), Turns(lambda: rows.append(ours.step()))
@@ -44,9 +50,16 @@ def take_turns(
     steps = range(1, count + 1)
     asked = [p for s in steps for p in batch(parts.prompts, plan.seed, s, plan.prompts_per_step)]
     trainer = make_trainer(
-        config, ours.machine.source.folder, scratch / "trl", asked, parts.decoding.stop_ids,
-        seen, turns, micro_batch, attention,
-    )  # fmt: skip
+        config,
+        ours.machine.source.folder,
+        scratch / "trl",
+        asked,
+        parts.decoding.stop_ids,
+        seen,
+        turns,
+        micro_batch,
+        attention,
+    )
     checks = agreement.before(ours, asked, trainer.processing_class, rewards)
     checks |= agreement.listed_texts() if share is None else {}
     print(", ".join(f"{n} {what}" for what, n in checks.items()), flush=True)
@@ -55,10 +68,12 @@ def take_turns(
     checks |= agreement.after(seen, judge)
     ours.close()
     return {
-        "beta": config.algorithm.beta, "filter": config.filter.name, "checks": checks,
+        "beta": config.algorithm.beta,
+        "filter": config.filter.name,
+        "checks": checks,
         "ours": our_numbers(rows[WARM_UP:]),
         "trl": peer_numbers(turns.seconds[WARM_UP:], seen.batches[WARM_UP:]),
-    }  # fmt: skip
+    }
 
 
 def our_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -86,9 +101,15 @@ def line_of(row: dict[str, Any], work: str, micro_batch: int, goal: float, optio
     ours, theirs = row["ours"]["seconds"]["median"], row["trl"]["seconds"]["median"]
     kept = row["ours"]["kept_share"]
     return at_least(
-        goal, theirs / ours, options, work=f"{work}, kept {kept:.2f}",
-        against=f"TRL, micro-batch {micro_batch}", ours=ours, rival=theirs, unit="s an update",
-    )  # fmt: skip
+        goal,
+        theirs / ours,
+        options,
+        work=f"{work}, kept {kept:.2f}",
+        against=f"TRL, micro-batch {micro_batch}",
+        ours=ours,
+        rival=theirs,
+        unit="s an update",
+    )
 
 
 def show_updates(rows: Sequence[dict[str, Any]]) -> None:
@@ -100,16 +121,32 @@ def show_updates(rows: Sequence[dict[str, Any]]) -> None:
         ours, trl = row["ours"], row["trl"]
         ratio = trl["seconds"]["median"] / ours["seconds"]["median"]
         table.append(
-            [f"{row['beta']:g}", *cells(ours["seconds"]), *cells(trl["seconds"]), f"{ratio:.1f}x",
-             f"{ours['tokens']:.0f} / {trl['tokens']:.0f}",
-             f"{ours['reward']:.2f} / {trl['reward']:.2f}"]
-        )  # fmt: skip
-    columns = ["beta", "ours s", "min .. max", "TRL s", "min .. max", "TRL / ours",
-               "tokens ours / TRL", "reward ours / TRL"]  # fmt: skip
+            [
+                f"{row['beta']:g}",
+                *cells(ours["seconds"]),
+                *cells(trl["seconds"]),
+                f"{ratio:.1f}x",
+                f"{ours['tokens']:.0f} / {trl['tokens']:.0f}",
+                f"{ours['reward']:.2f} / {trl['reward']:.2f}",
+            ]
+        )
+    columns = [
+        "beta",
+        "ours s",
+        "min .. max",
+        "TRL s",
+        "min .. max",
+        "TRL / ours",
+        "tokens ours / TRL",
+        "reward ours / TRL",
+    ]
     print_table("Seconds per update (median)", columns, table)
     phases = [
-        [f"{row['beta']:g}", *(f"{row['ours']['phases'][p]:.3f}" for p in PHASES),
-         f"{row['ours']['kept_share']:.2f}"]
+        [
+            f"{row['beta']:g}",
+            *(f"{row['ours']['phases'][p]:.3f}" for p in PHASES),
+            f"{row['ours']['kept_share']:.2f}",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     print_table("Ours by phase, s (median)", ["beta", *PHASES, "kept share"], phases)

@@ -74,10 +74,13 @@ def find_partner(config: Config, pool: Path) -> Partner:
     state = status.get("state", "pending")
     if state in ("failed", "cancelled"):
         raise UserError(
-            Fault(KEY, f"the partner {folder.name} {state}: {status.get('failure') or 'no reason is known'}",
-                  "mend and run the partner, then this cell again"),
+            Fault(
+                KEY,
+                f"the partner {folder.name} {state}: {status.get('failure') or 'no reason is known'}",
+                "mend and run the partner, then this cell again",
+            ),
             "nothing was trained",
-        )  # fmt: skip
+        )
     if state != "finished":
         raise Blocked(f"waits for its partner {folder.name}, which is {state} (step {status.get('step', 0)})")
     theirs = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -85,10 +88,13 @@ def find_partner(config: Config, pool: Path) -> Partner:
     other = {"seed": theirs["seed"], "model": theirs["model"]["name"]}
     if mine != other:
         raise UserError(
-            Fault(KEY, f"the partner {folder.name} has {other}, this cell {mine}",
-                  "seconds are comparable for equal seed, model and hardware only"),
+            Fault(
+                KEY,
+                f"the partner {folder.name} has {other}, this cell {mine}",
+                "seconds are comparable for equal seed, model and hardware only",
+            ),
             "nothing was trained",
-        )  # fmt: skip
+        )
     seconds = spent_seconds(read_final(folder, "steps"))
     if seconds == 0:
         raise UserError(Fault(KEY, f"the partner {folder.name} was not trained", "name one that was"))
@@ -102,18 +108,24 @@ def check_equal(partner: Partner, here: dict[str, Any], weights: str) -> None:
     """Raises UserError when the partner started from other weights, or ran on another machine."""
     if partner.weights != weights:
         raise UserError(
-            Fault(KEY, f"the partner {partner.name} started from other weights than this cell",
-                  "seconds are comparable for equal seed, model and hardware only"),
+            Fault(
+                KEY,
+                f"the partner {partner.name} started from other weights than this cell",
+                "seconds are comparable for equal seed, model and hardware only",
+            ),
             "nothing was trained",
-        )  # fmt: skip
+        )
     different = {k: there.get(k) for there in partner.machines for k in COMPARED if there.get(k) != here[k]}
     if different:
         told = ", ".join(f"{k} {value!r} there, {here[k]!r} here" for k, value in different.items())
         raise UserError(
-            Fault(KEY, f"the partner {partner.name} ran on other hardware: {told}",
-                  "run both on one kind of machine, or set budget.seconds instead"),
+            Fault(
+                KEY,
+                f"the partner {partner.name} ran on other hardware: {told}",
+                "run both on one kind of machine, or set budget.seconds instead",
+            ),
             "nothing was trained",
-        )  # fmt: skip
+        )
 
 
 def spent_seconds(rows: Sequence[Row]) -> float:

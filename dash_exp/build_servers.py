@@ -43,27 +43,48 @@ def split(config: Config) -> Processors:
 
 
 def make_servers(
-    config: Config, model: Path, *, vocabulary: int, longest: int, decode: Callable[[Sequence[int]], str],
-    weights: Callable[[], Named], folder: Path, event: Callable[..., None],
+    config: Config,
+    model: Path,
+    *,
+    vocabulary: int,
+    longest: int,
+    decode: Callable[[Sequence[int]], str],
+    weights: Callable[[], Named],
+    folder: Path,
+    event: Callable[..., None],
     release: Callable[[], None] | None = None,
-) -> ServerSampler:  # fmt: skip
+) -> ServerSampler:
     """Start the servers, or reach those that are named, and wait until all answer. `longest`: tokens of the
     longest prompt with its completion; `folder`: for their logs; `release`: of a learner's memory on its
     GPUs, None where nothing learns."""
     s, named = config.sampler, bool(config.cluster.server_urls)
     key = os.environ.get(KEY_VARIABLE, "") if named else secrets.token_urlsafe(32)
     if not key:
-        raise UserError(Fault(KEY_VARIABLE, "is not set, but cluster.server_urls names servers",
-                              "set it to the key they were started with"))  # fmt: skip
+        raise UserError(
+            Fault(
+                KEY_VARIABLE,
+                "is not set, but cluster.server_urls names servers",
+                "set it to the key they were started with",
+            )
+        )
     transfer = make_transfer(config)
     sampler = ServerSampler(
         make_members(config, model, vocabulary, longest, transfer.engine, release is not None),
         or_of_folder(weights, model),
-        transfer, key=key, folder=folder, vocabulary=vocabulary, max_sequences=s.max_sequences,
-        decode=decode, restarts=s.restarts, patience=Patience(stall_s=s.stall_s),
-        in_order=config.learner.deterministic, colocated=s.colocated, event=event,
-        tag=f"-{secrets.token_hex(4)}" if named else "", release=release or (lambda: None),
-    )  # fmt: skip
+        transfer,
+        key=key,
+        folder=folder,
+        vocabulary=vocabulary,
+        max_sequences=s.max_sequences,
+        decode=decode,
+        restarts=s.restarts,
+        patience=Patience(stall_s=s.stall_s),
+        in_order=config.learner.deterministic,
+        colocated=s.colocated,
+        event=event,
+        tag=f"-{secrets.token_hex(4)}" if named else "",
+        release=release or (lambda: None),
+    )
     if named:  # whatever a run before this one has left in them
         try:
             sampler.load_weights(0)
@@ -113,7 +134,7 @@ def learner_gpus(config: Config) -> tuple[int, ...]:
 
 def make_members(
     config: Config, model: Path, vocabulary: int, longest: int, engine: str, learns: bool
-) -> list[Member]:  # fmt: skip
+) -> list[Member]:
     """The servers, not started yet. `learns`: something besides them needs GPUs."""
     s, urls, count = config.sampler, config.cluster.server_urls, torch.cuda.device_count()
     if urls:
@@ -130,7 +151,7 @@ def make_members(
 
 def server_settings(
     config: Config, model: Path, vocabulary: int, longest: int, engine: str
-) -> ServerSettings:  # fmt: skip
+) -> ServerSettings:
     """Of a server anywhere."""
     s = config.sampler
     return ServerSettings(

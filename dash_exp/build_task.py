@@ -53,9 +53,13 @@ def load_examples(one: DatasetConfig) -> ExampleSet:
     if one.kind == "reasoning_gym":
         assert one.task is not None and one.size is not None
         return gym_examples(
-            one.name, one.task, one.task_options,
-            split=one.split, size=one.size, extraction=one.extraction,
-        )  # fmt: skip
+            one.name,
+            one.task,
+            one.task_options,
+            split=one.split,
+            size=one.size,
+            extraction=one.extraction,
+        )
     if one.path:
         return read_jsonl(Path(one.path), one.name, layout(one))
     if one.hub:
@@ -66,11 +70,15 @@ def load_examples(one: DatasetConfig) -> ExampleSet:
 def layout(one: DatasetConfig) -> Layout:
     """How the rows of a dataset are read."""
     return Layout(
-        fields=one.fields, code=one.verifier == "code", answer_after=one.answer_after,
-        solution_drop=one.solution_drop, id_prefix=one.id_prefix,
+        fields=one.fields,
+        code=one.verifier == "code",
+        answer_after=one.answer_after,
+        solution_drop=one.solution_drop,
+        id_prefix=one.id_prefix,
         id_range=(one.id_range[0], one.id_range[1]) if one.id_range else None,
-        tests_call=one.tests_call, timeouts=one.timeouts,
-    )  # fmt: skip
+        tests_call=one.tests_call,
+        timeouts=one.timeouts,
+    )
 
 
 def stop_ids(tokenizer: Any, stops: list[str]) -> tuple[int, ...]:
@@ -80,9 +88,12 @@ def stop_ids(tokenizer: Any, stops: list[str]) -> tuple[int, ...]:
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         if len(tokens) != 1:
             raise UserError(
-                Fault("stop", f"{text!r} is {len(tokens)} tokens of this tokenizer, not one",
-                      "choose a text that is one token, or []")
-            )  # fmt: skip
+                Fault(
+                    "stop",
+                    f"{text!r} is {len(tokens)} tokens of this tokenizer, not one",
+                    "choose a text that is one token, or []",
+                )
+            )
         ids.append(tokens[0])
     return tuple(dict.fromkeys(ids))
 
@@ -172,11 +183,13 @@ class Questions:
         shots = [(shot["problem"], shot["solution"]) for shot in one.shots]
         with placed(place):
             return make_prompts(
-                load_examples(one), renderer(one.template, Style(shots, chat_form(self.tokenizer))),
+                load_examples(one),
+                renderer(one.template, Style(shots, chat_form(self.tokenizer))),
                 partial(tokenize, self.tokenizer, add_bos),
-                max_prompt_tokens=one.max_prompt_tokens, model_limit=self.positions - self._length(one),
+                max_prompt_tokens=one.max_prompt_tokens,
+                model_limit=self.positions - self._length(one),
                 limit=limit if limit is not None else one.limit,
-            )  # fmt: skip
+            )
 
     def decoding(
         self, one: DatasetConfig, temperature: float, top_p: float = 1.0, place: str = "dataset"

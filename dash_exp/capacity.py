@@ -43,9 +43,17 @@ from dash_exp.errors import Fault, UserError, nearest, print_error
 OK, USER_ERROR = 0, 2
 SOURCES = ("curves", "cell")
 LEAST = {
-    "servers": 1, "learners": 1, "prompts": 1, "group": 1, "waves": 1, "tokens": 1, "call": 0,
-    "max_sequences": 1, "micro_batch_tokens": 1, "gpus": 1,
-}  # fmt: skip
+    "servers": 1,
+    "learners": 1,
+    "prompts": 1,
+    "group": 1,
+    "waves": 1,
+    "tokens": 1,
+    "call": 0,
+    "max_sequences": 1,
+    "micro_batch_tokens": 1,
+    "gpus": 1,
+}
 """Whole numbers, with the smallest that makes sense."""
 SWITCHES = {"true": True, "false": False}
 KEYS = (*SOURCES, *LEAST, "kept", "streaming", "equal")
@@ -154,10 +162,15 @@ def table(prediction: Prediction) -> list[str]:
     p = prediction
     hidden = round(p.hidden_s, 6)
     rows = [
-        ("sampling", p.sampling_s), ("backpropagation", p.backprop_s), ("both at once", 0.0 - hidden),
-        ("reduction", p.reduce_s), ("optimizer", p.optimizer_s), ("sync", p.sync_s),
-        ("everything else", p.other_s), ("step", p.step_s),
-    ]  # fmt: skip
+        ("sampling", p.sampling_s),
+        ("backpropagation", p.backprop_s),
+        ("both at once", 0.0 - hidden),
+        ("reduction", p.reduce_s),
+        ("optimizer", p.optimizer_s),
+        ("sync", p.sync_s),
+        ("everything else", p.other_s),
+        ("step", p.step_s),
+    ]
     lines = [f"  {name:<20} {seconds:>10.3f} s  {seconds / p.step_s:>6.1%}" for name, seconds in rows]
     return [*lines, f"  {'sampled':<20} {p.tokens_per_s:>10.0f} tokens/s"]
 
@@ -201,12 +214,25 @@ def run(arguments: Sequence[str]) -> int:
     for note in (*measured.notes, *notes_of(curves, setting, prediction)):
         print(f"note: {note}")
     print()
-    print(json.dumps({
-        "setting": asdict(setting), **rounded(prediction), "recommended_waves": best,
-        "step_s_at_recommended_waves": round(at_best.step_s, 6),
-        "splits": [{"servers": s.servers, "learners": s.learners, "waves": s.waves,
-                    "step_s": round(p.step_s, 6)} for s, p in found],
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "setting": asdict(setting),
+                **rounded(prediction),
+                "recommended_waves": best,
+                "step_s_at_recommended_waves": round(at_best.step_s, 6),
+                "splits": [
+                    {
+                        "servers": s.servers,
+                        "learners": s.learners,
+                        "waves": s.waves,
+                        "step_s": round(p.step_s, 6),
+                    }
+                    for s, p in found
+                ],
+            }
+        )
+    )
     return OK
 
 

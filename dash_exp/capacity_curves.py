@@ -133,10 +133,14 @@ def read_cells(folders: Sequence[Path]) -> Measured:
     first = cells[0]
     one = "one cell gives one point of the decode curve: other numbers of sequences are a guess"
     curves = Curves(
-        decode=Decode.of_rates(list(points.items())), prefill_tokens_per_s=math.inf,
-        learner_tokens_per_s=first.learner_rate(), lengths=first.lengths(), cap=first.setting.tokens,
-        prompt_tokens=first.prompt_tokens(), **first.seconds(),
-    )  # fmt: skip
+        decode=Decode.of_rates(list(points.items())),
+        prefill_tokens_per_s=math.inf,
+        learner_tokens_per_s=first.learner_rate(),
+        lengths=first.lengths(),
+        cap=first.setting.tokens,
+        prompt_tokens=first.prompt_tokens(),
+        **first.seconds(),
+    )
     return Measured(curves, first.setting, (one,) if len(points) == 1 else ())
 
 
@@ -165,9 +169,10 @@ class _Cell:
             what = f"{folder} has no second step with something sampled and learned from"
             raise UserError(Fault("cell", what, "let it run for a few steps, or use curves=<file>"))
         setting = replace(
-            setting, kept=statistics.fmean(r["filter/kept_share"] for r in steps),
+            setting,
+            kept=statistics.fmean(r["filter/kept_share"] for r in steps),
             waves=int(steps[-1].get("sampler/waves", setting.waves)),
-        )  # fmt: skip
+        )
         numbers = {int(r["step"]) for r in steps}
         by_prompt: dict[int, dict[str, list[int]]] = {n: {} for n in numbers}
         for row in read_final(folder, "samples"):
@@ -192,9 +197,13 @@ class _Cell:
             at_once = groups_at_once(size, waves, s.servers) if s.streaming else None
             for first in range(0, len(lengths), size):
                 done = sample(
-                    lengths[first : first + size], UNIT, 0.0, servers=s.servers,
-                    max_sequences=s.max_sequences, at_once=at_once,
-                )  # fmt: skip
+                    lengths[first : first + size],
+                    UNIT,
+                    0.0,
+                    servers=s.servers,
+                    max_sequences=s.max_sequences,
+                    at_once=at_once,
+                )
                 ticks += done.seconds
             tokens += sum(map(sum, lengths))
             seconds += self.sampled_s[row["step"]]
@@ -223,8 +232,9 @@ class _Cell:
         return {
             "optimizer_s": max(0.0, median("optimizer") - statistics.median(reduced)),
             "reduce_s": of_two(statistics.median(reduced), self.setting.learners),
-            "sync_s": median("sync"), "other_s": median("verify", "other"),
-        }  # fmt: skip
+            "sync_s": median("sync"),
+            "other_s": median("verify", "other"),
+        }
 
 
 def _setting_of(frozen: Mapping[str, Any]) -> Setting:
@@ -232,13 +242,17 @@ def _setting_of(frozen: Mapping[str, Any]) -> Setting:
     apart, named = s["name"] == "vllm_servers", frozen.get("cluster", {}).get("server_urls") or ()
     one_update = a.get("passes", 1) == 1 and a.get("mini_batch") is None
     return Setting(
-        servers=(len(named) or s["servers"]) if apart else 1, learners=opt.get("ranks") or 1,
-        prompts=a["prompts_per_step"], group=a["group_size"], waves=(s["waves"] or 1) if apart else 1,
+        servers=(len(named) or s["servers"]) if apart else 1,
+        learners=opt.get("ranks") or 1,
+        prompts=a["prompts_per_step"],
+        group=a["group_size"],
+        waves=(s["waves"] or 1) if apart else 1,
         tokens=s["max_new_tokens"],
         streaming=bool(apart and s["streaming"] and not s.get("colocated") and one_update),
         call=s["prompts_per_call"] if s["schedule"] == "per_microbatch" else None,
-        max_sequences=s["max_sequences"], micro_batch_tokens=opt["micro_batch_tokens"],
-    )  # fmt: skip
+        max_sequences=s["max_sequences"],
+        micro_batch_tokens=opt["micro_batch_tokens"],
+    )
 
 
 def _spans(events: Sequence[Row]) -> dict[int, float]:

@@ -71,10 +71,14 @@ class Served:
         came: Floats = np.bincount(np.searchsorted(times, begun), computed, len(times)).astype(float)
         before = np.concatenate([[0.0], np.cumsum(came)])
         return cls(
-            times, np.cumsum(np.bincount(first, minlength=len(times)) - np.bincount(last)), came, first, last,
+            times,
+            np.cumsum(np.bincount(first, minlength=len(times)) - np.bincount(last)),
+            came,
+            first,
+            last,
             np.array([len(c.token_ids) for g in groups for c in g.completions], dtype=float),
             before[last] - before[first],
-        )  # fmt: skip
+        )
 
     @property
     def lasted(self) -> Floats:

@@ -142,9 +142,13 @@ def _part(curves: Curves, setting: Setting, lengths: Lengths) -> tuple[float, Sa
     backpropagation alone."""
     at_once = groups_at_once(len(lengths), setting.waves, setting.servers) if setting.streaming else None
     done = sample(
-        lengths, curves.decode, curves.prompt_tokens / curves.prefill_tokens_per_s,
-        servers=setting.servers, max_sequences=setting.max_sequences, at_once=at_once,
-    )  # fmt: skip
+        lengths,
+        curves.decode,
+        curves.prompt_tokens / curves.prefill_tokens_per_s,
+        servers=setting.servers,
+        max_sequences=setting.max_sequences,
+        at_once=at_once,
+    )
     most, rate = setting.micro_batch_tokens, curves.learner_tokens_per_s
     cut = [[setting.kept * p for p in pieces(curves.prompt_tokens, group, most)] for group in lengths]
     alone = learn([(0.0, cut[g]) for _, g in done.ends], rate, learners=setting.learners, most=most)
@@ -163,10 +167,16 @@ def predict_batch(curves: Curves, setting: Setting, lengths: Lengths) -> Predict
     reduce = curves.reduce_s / of_two(1.0, setting.learners) if setting.learners > 1 else 0.0
     return Prediction(
         step_s=both + reduce + curves.optimizer_s + curves.sync_s + curves.other_s,
-        sampling_s=sampling, backprop_s=backprop, hidden_s=max(0.0, sampling + backprop - both),
-        reduce_s=reduce, optimizer_s=curves.optimizer_s, sync_s=curves.sync_s, other_s=curves.other_s,
-        tokens=sum(map(sum, lengths)), sequences=max(d.sequences for _, d, _ in parts),
-    )  # fmt: skip
+        sampling_s=sampling,
+        backprop_s=backprop,
+        hidden_s=max(0.0, sampling + backprop - both),
+        reduce_s=reduce,
+        optimizer_s=curves.optimizer_s,
+        sync_s=curves.sync_s,
+        other_s=curves.other_s,
+        tokens=sum(map(sum, lengths)),
+        sequences=max(d.sequences for _, d, _ in parts),
+    )
 
 
 def predict(curves: Curves, setting: Setting, draws: int = DRAWS) -> Prediction:
@@ -174,12 +184,17 @@ def predict(curves: Curves, setting: Setting, draws: int = DRAWS) -> Prediction:
     each = [predict_batch(curves, setting, draw_lengths(curves, setting, seed)) for seed in range(draws)]
     n = len(each)
     return Prediction(
-        step_s=sum(p.step_s for p in each) / n, sampling_s=sum(p.sampling_s for p in each) / n,
-        backprop_s=sum(p.backprop_s for p in each) / n, hidden_s=sum(p.hidden_s for p in each) / n,
-        reduce_s=each[0].reduce_s, optimizer_s=curves.optimizer_s, sync_s=curves.sync_s,
-        other_s=curves.other_s, tokens=sum(p.tokens for p in each) / n,
+        step_s=sum(p.step_s for p in each) / n,
+        sampling_s=sum(p.sampling_s for p in each) / n,
+        backprop_s=sum(p.backprop_s for p in each) / n,
+        hidden_s=sum(p.hidden_s for p in each) / n,
+        reduce_s=each[0].reduce_s,
+        optimizer_s=curves.optimizer_s,
+        sync_s=curves.sync_s,
+        other_s=curves.other_s,
+        tokens=sum(p.tokens for p in each) / n,
         sequences=max(p.sequences for p in each),
-    )  # fmt: skip
+    )
 
 
 def wave_choices(prompts: int) -> list[int]:

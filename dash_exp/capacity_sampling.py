@@ -94,9 +94,14 @@ class Sampled:
 
 
 def sample(
-    lengths: Lengths, decode: Decode, prefill_s: float, *, servers: int, max_sequences: int,
+    lengths: Lengths,
+    decode: Decode,
+    prefill_s: float,
+    *,
+    servers: int,
+    max_sequences: int,
     at_once: int | None,
-) -> Sampled:  # fmt: skip
+) -> Sampled:
     """Continuous batching over some servers: a group goes to the one with the fewest groups, as long as it
     has room, and at most as many completions are on their way as `at_once` groups have. `prefill_s`: seconds
     of a group's prompt."""

@@ -43,8 +43,13 @@ def run_config(config: Config, apart: bool = False) -> int:
     """Freeze the cell of this config and run it, here or, `apart`, in a fresh process (so that the
     cells of a sweep share nothing). Returns an exit code; UserError is the caller's."""
     if apart and placed(os.environ) is not None:
-        raise UserError(Fault("-m", "torchrun and srun start the ranks of one cell, not a sweep",
-                              "leave them out: a sweep starts the ranks of each cell itself"))  # fmt: skip
+        raise UserError(
+            Fault(
+                "-m",
+                "torchrun and srun start the ranks of one cell, not a sweep",
+                "leave them out: a sweep starts the ranks of each cell itself",
+            )
+        )
     return together(config, lambda links: freeze_and_run(config, apart, links))
 
 
@@ -79,10 +84,12 @@ def together(config: Config, cell: Callable[[Links | None], int]) -> int:
         return cell(None)
     if place.size != config.learner.ranks:
         raise UserError(
-            Fault("learner.ranks",
-                  f"got {config.learner.ranks}, but {place.size} processes were started together",
-                  f"set learner.ranks={place.size}, or start {config.learner.ranks}")
-        )  # fmt: skip
+            Fault(
+                "learner.ranks",
+                f"got {config.learner.ranks}, but {place.size} processes were started together",
+                f"set learner.ranks={place.size}, or start {config.learner.ranks}",
+            )
+        )
     share_cores()
     from dash_exp.learning.ranks import follow, lead
 
@@ -93,10 +100,6 @@ def together(config: Config, cell: Callable[[Links | None], int]) -> int:
         return cell(links)
     finally:
         links.close()
-
-
-
-
 
 
 def run(folder: Path, config: Config, links: Links | None = None) -> int:
@@ -111,7 +114,9 @@ def run(folder: Path, config: Config, links: Links | None = None) -> int:
             mirror.start(recorder.attempt)
             return run_locked(folder, config, recorder, display, stop, links)
     except CellBusy as error:
-        raise UserError(Fault(format_path(folder), "is being run by another process", "see its log.txt")) from error
+        raise UserError(
+            Fault(format_path(folder), "is being run by another process", "see its log.txt")
+        ) from error
     except Interrupted as error:  # before or after the record could say so
         return SIGNALLED + error.number
     except OSError as error:
@@ -137,7 +142,7 @@ def tell_finished(folder: Path, display: Display) -> int:
 
 def run_locked(
     folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop, links: Links | None
-) -> int:  # fmt: skip
+) -> int:
     """One attempt at a cell, with every way it can end turned into a status and an exit code."""
     step = int(read_json(folder / "status.json").get("step", 0))
     recorder.status("running", step)
@@ -212,9 +217,12 @@ def run_folder(arguments: list[str]) -> int:
     cell = make_cell(config, folder.parent.parent / "cache")
     if cell.id != folder.name.rpartition("-")[2]:
         raise UserError(
-            Fault(str(folder), "was frozen with other data, model or settings than are there now",
-                  "run the experiment again: it becomes a cell of its own")
-        )  # fmt: skip
+            Fault(
+                str(folder),
+                "was frozen with other data, model or settings than are there now",
+                "run the experiment again: it becomes a cell of its own",
+            )
+        )
     return together(config, lambda links: run(folder, config, links))
 
 

@@ -141,8 +141,14 @@ def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
     defaults = {
         "run": {"dir": str(folder.parent.parent), "force": False, "progress": "auto"},
         "tracking": {"name": "none"},
-        "cluster": {"name": "local", "gpus_per_node": 1, "cpus_per_gpu": 1, "cells_per_gpu": 1,
-                    "warning_s": 1, "requeues": 0},  # who started this has seen to these
-    }  # fmt: skip
+        "cluster": {
+            "name": "local",
+            "gpus_per_node": 1,
+            "cpus_per_gpu": 1,
+            "cells_per_gpu": 1,
+            "warning_s": 1,
+            "requeues": 0,
+        },  # who started this has seen to these
+    }
     given = OmegaConf.from_dotlist([a for a in actions if a.partition(".")[0] in ACTIONS])
     return to_config(OmegaConf.merge(OmegaConf.create(defaults), loaded, given))

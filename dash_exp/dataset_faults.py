@@ -28,8 +28,13 @@ SHOT_KEYS = ("problem", "solution")
 def dataset_faults(config: Config) -> Iterator[Fault]:
     """Every fault of every dataset, and of the mixture they make."""
     checks: tuple[Callable[[str, DatasetConfig], Iterator[Fault]], ...] = (
-        _names, _ranges, _source, _judging, _asking, _generated,
-    )  # fmt: skip
+        _names,
+        _ranges,
+        _source,
+        _judging,
+        _asking,
+        _generated,
+    )
     for place, data in dataset_places(config).items():
         for one in checks:
             yield from one(place, data)
@@ -53,16 +58,20 @@ def _ranges(place: str, data: DatasetConfig) -> Iterator[Fault]:
         yield from outside(f"{place}.timeouts.{name}", seconds, POSITIVE)
     bounds = data.id_range
     if bounds and (len(bounds) != 2 or bounds[0] > bounds[1] or not NATURAL.holds(bounds[0])):
-        yield Fault(f"{place}.id_range", f"got {bounds}, must be the first and the last number of an id",
-                    "e.g. [2, 593]; [] uses all")  # fmt: skip
+        yield Fault(
+            f"{place}.id_range",
+            f"got {bounds}, must be the first and the last number of an id",
+            "e.g. [2, 593]; [] uses all",
+        )
 
 
 def _source(place: str, data: DatasetConfig) -> Iterator[Fault]:
     if data.kind in ("arithmetic", "functions", "reasoning_gym") and data.path:
         yield Fault(
-            f"{place}.path", f"got {data.path}, but {place}.kind={data.kind} is generated and reads no file",
+            f"{place}.path",
+            f"got {data.path}, but {place}.kind={data.kind} is generated and reads no file",
             "choose a dataset that is read, e.g. dataset=gsm8k dataset.path=<file>",
-        )  # fmt: skip
+        )
     if data.kind != "jsonl":
         return
     code = data.verifier == "code"
@@ -91,8 +100,9 @@ def _judging(place: str, data: DatasetConfig) -> Iterator[Fault]:
         )
     for key in ("timeouts", "tests_call"):
         if getattr(data, key) and data.verifier != "code":
-            yield Fault(f"{place}.{key}", f"is for programs, but {place}.verifier={data.verifier}",
-                        "leave it out")  # fmt: skip
+            yield Fault(
+                f"{place}.{key}", f"is for programs, but {place}.verifier={data.verifier}", "leave it out"
+            )
 
 
 def _asking(place: str, data: DatasetConfig) -> Iterator[Fault]:
@@ -113,23 +123,35 @@ def _docstring(key: str, place: str, data: DatasetConfig) -> Iterator[Fault]:
 
 def _shots(place: str, data: DatasetConfig) -> Iterator[Fault]:
     if not data.shots:
-        yield Fault(f"{place}.shots", "empty, but the template few_shot shows them",
-                    "give a list of {problem: ..., solution: ...}, or choose another template")  # fmt: skip
+        yield Fault(
+            f"{place}.shots",
+            "empty, but the template few_shot shows them",
+            "give a list of {problem: ..., solution: ...}, or choose another template",
+        )
     for number, shot in enumerate(data.shots):
         if set(shot) != set(SHOT_KEYS) or not all(text.strip() for text in shot.values()):
-            yield Fault(f"{place}.shots[{number}]", f"has {', '.join(shot) or 'nothing'}",
-                        "it needs a problem and a solution, neither empty")  # fmt: skip
+            yield Fault(
+                f"{place}.shots[{number}]",
+                f"has {', '.join(shot) or 'nothing'}",
+                "it needs a problem and a solution, neither empty",
+            )
 
 
 def _generated(place: str, data: DatasetConfig) -> Iterator[Fault]:
     if data.kind == "reasoning_gym":
         for key, example in (("task", "chain_sum"), ("size", "1000")):
             if getattr(data, key) is None:
-                yield Fault(f"{place}.{key}", f"not set, but {place}.kind=reasoning_gym needs it",
-                            f"e.g. {place}.{key}={example}, or dataset=reasoning_gym")  # fmt: skip
+                yield Fault(
+                    f"{place}.{key}",
+                    f"not set, but {place}.kind=reasoning_gym needs it",
+                    f"e.g. {place}.{key}={example}, or dataset=reasoning_gym",
+                )
     elif data.kind in DATASET_ALLOWED["kind"] and data.size is not None and COUNT.holds(data.size):
-        yield Fault(f"{place}.size", f"got {data.size}, but {place}.kind={data.kind} has a size of its own",
-                    f"use {place}.limit for the first so many prompts")  # fmt: skip
+        yield Fault(
+            f"{place}.size",
+            f"got {data.size}, but {place}.kind={data.kind} has a size of its own",
+            f"use {place}.limit for the first so many prompts",
+        )
 
 
 def _mixture(config: Config) -> Iterator[Fault]:
@@ -139,24 +161,39 @@ def _mixture(config: Config) -> Iterator[Fault]:
     for label, part in data.mix.items():
         place = f"dataset.mix.{label}"
         if part.mix:
-            yield Fault(f"{place}.mix", "a dataset that is mixed in cannot be a mixture itself",
-                        "name its parts in dataset.mix")  # fmt: skip
+            yield Fault(
+                f"{place}.mix",
+                "a dataset that is mixed in cannot be a mixture itself",
+                "name its parts in dataset.mix",
+            )
         for key in ("stop", "max_new_tokens"):
             here, there = getattr(part, key), getattr(data, key)
             if here != there:
-                yield Fault(f"{place}.{key}", f"got {here}, but dataset.{key}={there}",
-                            "a step samples all parts together: make them equal")  # fmt: skip
+                yield Fault(
+                    f"{place}.{key}",
+                    f"got {here}, but dataset.{key}={there}",
+                    "a step samples all parts together: make them equal",
+                )
         if part.name in names:
-            yield Fault(f"{place}.name", f"{part.name!r} is the name of {names[part.name]} too",
-                        f"give it another, e.g. {place}.name={label}_{part.name}")  # fmt: skip
+            yield Fault(
+                f"{place}.name",
+                f"{part.name!r} is the name of {names[part.name]} too",
+                f"give it another, e.g. {place}.name={label}_{part.name}",
+            )
         names.setdefault(part.name, place)
     if data.mix and config.algorithm.source == "traces":
-        yield Fault("dataset.mix", "a mixture has no traces: they are of one dataset",
-                    "choose algorithm=sft_h, or one dataset")  # fmt: skip
+        yield Fault(
+            "dataset.mix",
+            "a mixture has no traces: they are of one dataset",
+            "choose algorithm=sft_h, or one dataset",
+        )
     for place, held_out in evaluation_places(config).items():
         if held_out.mix:
-            yield Fault(f"{place}.mix", "only what is trained on can be a mixture",
-                        "give each dataset a label of its own in evaluation.sets")  # fmt: skip
+            yield Fault(
+                f"{place}.mix",
+                "only what is trained on can be a mixture",
+                "give each dataset a label of its own in evaluation.sets",
+            )
 
 
 def _evaluation_template(config: Config) -> Iterator[Fault]:

@@ -86,7 +86,9 @@ def _refuse_damage(folder: Path) -> None:
     from dash_exp.checkpoint import CHECKSUMS, damage
 
     if (folder / CHECKSUMS).exists() and (reason := damage(folder)):
-        raise UserError(Fault("checkpoint", f"{format_path(folder)} is damaged: {reason}", "choose another one"))
+        raise UserError(
+            Fault("checkpoint", f"{format_path(folder)} is damaged: {reason}", "choose another one")
+        )
 
 
 def _digest(value: object) -> str:
@@ -161,12 +163,16 @@ class Job:
 
         path, source = self.recorder.folder / "provenance.json", self.answerer.source
         facts = provenance.collect(
-            read_json(path), self.recorder.attempt, None,
-            hardware=hardware_facts(self.subject.config), evaluated=dict(self.subject.facts),
+            read_json(path),
+            self.recorder.attempt,
+            None,
+            hardware=hardware_facts(self.subject.config),
+            evaluated=dict(self.subject.facts),
             model={"origin": source.origin, "weights_hash": weights_hash(source.folder, self.cache)},
             datasets={one.label: one.prompts.content_hash for one in self.sets},
-            verifiers=sorted({one.judge.version for one in self.sets}), keys=dict(self.keys),
-        )  # fmt: skip
+            verifiers=sorted({one.judge.version for one in self.sets}),
+            keys=dict(self.keys),
+        )
         write_json(path, facts)
 
 

@@ -55,10 +55,14 @@ class Answerer:
         if self._sampler is None:
             longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts)
             self._sampler = make_sampler(
-                self.config, self.source.folder, self.tokenizer,
-                model=self._model, weights=lambda: iter(()), longest=longest,
+                self.config,
+                self.source.folder,
+                self.tokenizer,
+                model=self._model,
+                weights=lambda: iter(()),
+                longest=longest,
                 logs=Path(self.config.run.dir) / "servers",
-            )  # fmt: skip
+            )
         return self._sampler
 
     def _model(self) -> Any:

@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 PHASES = (
-    "sample", "verify", "logprob", "backprop", "optimizer", "sync", "evaluate", "checkpoint", "other",
-)  # fmt: skip
+    "sample",
+    "verify",
+    "logprob",
+    "backprop",
+    "optimizer",
+    "sync",
+    "evaluate",
+    "checkpoint",
+    "other",
+)
 Item = TypeVar("Item")
 
 

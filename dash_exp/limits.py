@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dash_exp.errors import Fault, nearest
-from dash_exp.learning.advantages import BASELINES, SCALES
-from dash_exp.learning.schedules import BETA_SCHEDULES, LR_SCHEDULES
-from dash_exp.tasks.templates import TEMPLATES
-from dash_exp.verifiers.extraction import EXTRACTIONS
 
-SURROGATES = ("policy_gradient", "clipped")  # as in learning/losses.py, which imports torch
+BASELINES = ("group_mean", "leave_one_out")
+SCALES = ("std", "none")
+LR_SCHEDULES = ("linear", "constant")
+BETA_SCHEDULES = ("constant", "linear")
+TEMPLATES = ("bare", "problem_solution", "docstring", "few_shot", "answer_tag", "chat", "chat_boxed")
+EXTRACTIONS = ("boxed", "boxed_or_last", "last_number", "hash", "whole")
+STD_EPSILON = 1e-4
+"""Added to a group's standard deviation before dividing by it."""
+SURROGATES = ("policy_gradient", "clipped")
 KL_ESTIMATORS = ("k2", "k3")
 AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
 SCHEDULES = ("preemptive", "per_microbatch")
@@ -43,11 +47,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 DATASET_ALLOWED: dict[str, tuple[str, ...]] = {
     "kind": ("jsonl", "arithmetic", "functions", "reasoning_gym"),
     "split": ("train", "test"),
-    "template": tuple(TEMPLATES),
+    "template": TEMPLATES,
     "verifier": ("math", "integer", "code", "reasoning_gym"),
 }
 EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
-    "math": tuple(EXTRACTIONS),
+    "math": EXTRACTIONS,
     "integer": ("first_integer",),
     "code": ("program",),
     "reasoning_gym": ("answer_tag", "boxed_or_last", "whole"),

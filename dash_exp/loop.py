@@ -26,9 +26,7 @@ from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Request, 
 from dash_exp.updates import backpropagate, divisor, mini_batches, repeated_updates, update
 
 
-def train(
-    plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float
-) -> Ending:  # fmt: skip
+def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float) -> Ending:
     """Run the steps after `done`; `spent_s` seconds of training time were used by them."""
     ledger = Ledger()
     budget = Budget(plan.budget_s, spent_s, ledger)
@@ -81,17 +79,24 @@ def refuse_hopeless(step: int, facts: BatchFacts) -> None:
     """Stop where going on would only record nonsense."""
     scores = [score for _, score, _, _ in facts.samples()]
     if all(s.outcome == "verifier_error" for s in scores):
-        fault = Fault("verifier", f"every verdict of step {step} failed: {scores[0].detail}",
-                      "nothing was learned from it; mend the cause and run the same command")  # fmt: skip
+        fault = Fault(
+            "verifier",
+            f"every verdict of step {step} failed: {scores[0].detail}",
+            "nothing was learned from it; mend the cause and run the same command",
+        )
         raise UserError(fault, "what was recorded is kept")
     if facts.updates and all(not u.finite for u in facts.updates):
         raise FloatingPointError(f"the gradient of step {step} is infinite or not a number")
 
 
 def train_step(
-    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int,
+    plan: Plan,
+    parts: Parts,
+    ledger: Ledger,
+    recorder: Recorder,
+    step: int,
     over: Callable[[], bool] = lambda: False,
-) -> BatchFacts:  # fmt: skip
+) -> BatchFacts:
     """Get one batch, learn from it, and hand the new weights to the sampler. An arm with several updates
     makes no further one when its budget is `over`."""
     chosen = batch(parts.prompts, plan.seed, step, plan.prompts_per_step)
@@ -139,9 +144,13 @@ def advantaged_groups(
 
 
 def sampled_groups(
-    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, call: list[Request],
+    parts: Parts,
+    ledger: Ledger,
+    recorder: Recorder,
+    step: int,
+    call: list[Request],
     at_once: int | None,
-) -> Iterator[Group | None]:  # fmt: skip
+) -> Iterator[Group | None]:
     """Groups as they are sampled; None where a sampler that works beside this process has none yet."""
     start = time.time()
     expected = parts.sampler.policy_version
@@ -152,8 +161,9 @@ def sampled_groups(
             origin = group.origin or Origin("sampler", start, time.time())
             if group.origin is not None:
                 ledger.beside(origin.start, origin.end, "sample")
-            recorder.event("sample", origin.start, origin.end, step=step, worker=origin.worker,
-                           group=group.position)  # fmt: skip
+            recorder.event(
+                "sample", origin.start, origin.end, step=step, worker=origin.worker, group=group.position
+            )
         yield group
 
 

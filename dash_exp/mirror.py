@@ -150,8 +150,13 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], TrackingConfig]:
         else:
             setattr(tracking, key.partition(".")[2], value)
     if not folders:
-        faults.append(Fault("usage", "python -m dash_exp.mirror <folders> [tracking.uri=...]",
-                            "name folders of cells, of sweeps, or of outputs"))  # fmt: skip
+        faults.append(
+            Fault(
+                "usage",
+                "python -m dash_exp.mirror <folders> [tracking.uri=...]",
+                "name folders of cells, of sweeps, or of outputs",
+            )
+        )
     faults += tracking_faults(tracking, is_installed)
     if faults:
         raise UserError(faults, "nothing was mirrored")
@@ -168,9 +173,13 @@ def run(arguments: Sequence[str]) -> int:
         except StoreError as error:
             where = URI if tracking.uri or not os.environ.get(VARIABLE) else VARIABLE
             raise UserError(
-                Fault(where, f"{place.shown} cannot be used: {error}",
-                      "when it can be, the same command sends what is lacking"), "the mirror is not whole",
-            ) from error  # fmt: skip
+                Fault(
+                    where,
+                    f"{place.shown} cannot be used: {error}",
+                    "when it can be, the same command sends what is lacking",
+                ),
+                "the mirror is not whole",
+            ) from error
         if place.file:
             print(f"to look at it: mlflow ui --backend-store-uri {place.shown}")
     if faults:

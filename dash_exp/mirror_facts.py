@@ -23,9 +23,14 @@ LONGEST_PARAMETER, LONGEST_TAG = 6000, 1000
 PREFIX = "dash_exp"
 CELL, RECORD, STATE, SWEEPS = (f"{PREFIX}.{name}" for name in ("cell", "record", "state", "sweeps"))
 STATUS = {
-    "finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "cancelled": "KILLED",
-    "running": "RUNNING", "pending": "SCHEDULED", "blocked": "SCHEDULED",
-}  # fmt: skip
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+    "cancelled": "KILLED",
+    "running": "RUNNING",
+    "pending": "SCHEDULED",
+    "blocked": "SCHEDULED",
+}
 ENDED = ("FINISHED", "FAILED", "KILLED")
 QUIET_ELSEWHERE_S = 3600.0
 """A run on another machine is taken for dead after so long without a word."""
@@ -103,9 +108,14 @@ def read_facts(folder: Path, sweeps: Sequence[str] = (), gone: int | None = None
     first = min(began.values(), default=None)
     record = "" if first is None else str(milliseconds(first))
     return Facts(
-        folder.name, record, state, heartbeat if first is None else milliseconds(first), heartbeat,
-        parameters(config), tags_of(folder.name, record, state, status, provenance, sweeps),
-    )  # fmt: skip
+        folder.name,
+        record,
+        state,
+        heartbeat if first is None else milliseconds(first),
+        heartbeat,
+        parameters(config),
+        tags_of(folder.name, record, state, status, provenance, sweeps),
+    )
 
 
 def state_of(folder: Path, status: Row, provenance: Row, gone: int | None = None) -> str:
@@ -129,29 +139,47 @@ def state_of(folder: Path, status: Row, provenance: Row, gone: int | None = None
 
 def tags_of(
     name: str, record: str, state: str, status: Row, provenance: Row, sweeps: Sequence[str]
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Who and what, as text; what is not known is left out."""
     hardware, model = provenance.get("hardware", {}), provenance.get("model", {})
     hosts = dict.fromkeys(one.get("host") for one in provenance.get("attempts", []))
     found = {
-        CELL: name, RECORD: record, STATE: state, SWEEPS: ", ".join(sweeps),
-        "id": name.rpartition("-")[2], "attempts": status.get("attempt"), "reason": status.get("reason"),
-        "failure": status.get("failure"), "requeues": provenance.get("requeues"),
-        "code_hash": provenance.get("code_hash"), "diff_hash": provenance.get("diff_hash"),
-        "mlflow.source.git.commit": provenance.get("commit"), "mlflow.source.name": PREFIX,
-        "model": model.get("origin"), "weights_hash": model.get("weights_hash"),
-        "cpu": hardware.get("cpu"), "gpus": ", ".join(hardware.get("gpus", [])),
+        CELL: name,
+        RECORD: record,
+        STATE: state,
+        SWEEPS: ", ".join(sweeps),
+        "id": name.rpartition("-")[2],
+        "attempts": status.get("attempt"),
+        "reason": status.get("reason"),
+        "failure": status.get("failure"),
+        "requeues": provenance.get("requeues"),
+        "code_hash": provenance.get("code_hash"),
+        "diff_hash": provenance.get("diff_hash"),
+        "mlflow.source.git.commit": provenance.get("commit"),
+        "mlflow.source.name": PREFIX,
+        "model": model.get("origin"),
+        "weights_hash": model.get("weights_hash"),
+        "cpu": hardware.get("cpu"),
+        "gpus": ", ".join(hardware.get("gpus", [])),
         "hosts": ", ".join(map(str, hosts)),
         "packages": provenance.get("packages"),
-    }  # fmt: skip
+    }
     return {
         key if "." in key else f"{PREFIX}.{key}": shortened(_text(value), LONGEST_TAG)
-        for key, value in found.items() if value not in (None, "", {}, [])
-    }  # fmt: skip
+        for key, value in found.items()
+        if value not in (None, "", {}, [])
+    }
 
 
 def digest_of(facts: Facts, points: Iterable[Point]) -> str:
     """Of everything a mirror is told of a cell: equal ones need nothing sent."""
-    told = [FORMAT, facts.status, facts.start_ms, facts.end_ms, facts.params, facts.tags,
-            *([p.step, p.time_ms, p.values] for p in points)]  # fmt: skip
+    told = [
+        FORMAT,
+        facts.status,
+        facts.start_ms,
+        facts.end_ms,
+        facts.params,
+        facts.tags,
+        *([p.step, p.time_ms, p.values] for p in points),
+    ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -41,7 +41,7 @@ class Follower:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:  # fmt: skip
+    ) -> None:
         if self.process is not None:
             self.end(self.process)
 
@@ -50,16 +50,27 @@ class Follower:
         if self.tracking.name != "mlflow":
             return
         self.attempt = attempt
-        command = [sys.executable, "-m", "dash_exp.mirror", "--follow", str(self.folder.resolve()),
-                   f"--attempt={attempt}", f"tracking.experiment={self.tracking.experiment}",
-                   f"tracking.every_s={self.tracking.every_s}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "dash_exp.mirror",
+            "--follow",
+            str(self.folder.resolve()),
+            f"--attempt={attempt}",
+            f"tracking.experiment={self.tracking.experiment}",
+            f"tracking.every_s={self.tracking.every_s}",
+        ]
         environment = {**os.environ, VARIABLE: self.place.uri, "OMP_NUM_THREADS": "1"}  # may hold a password
         try:
             with (self.folder / LOG).open("ab") as output, sheltered(*SHIELDED):
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True,
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
                     env=environment,
-                )  # fmt: skip
+                )
         except OSError as error:
             self.say(f"could not be started: {error}")
 

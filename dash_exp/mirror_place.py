@@ -76,9 +76,12 @@ def tracking_faults(
     if tracking.name != "mlflow":
         return
     if not installed(PACKAGE):
-        yield Fault("tracking", f"tracking=mlflow needs the package {PACKAGE}, which is not installed",
-                    "pip install 'dash-exp[mlflow]', or leave it out: python -m dash_exp.mirror can "
-                    "mirror the records at any later time")  # fmt: skip
+        yield Fault(
+            "tracking",
+            f"tracking=mlflow needs the package {PACKAGE}, which is not installed",
+            "pip install 'dash-exp[mlflow]', or leave it out: python -m dash_exp.mirror can "
+            "mirror the records at any later time",
+        )
     yield from place_faults(tracking, environment)
 
 
@@ -88,9 +91,12 @@ def place_faults(tracking: TrackingConfig, environment: Mapping[str, str] = os.e
     if uri:
         yield from _uri_faults(where, uri)
     if tracking.uri and secrets_of(tracking.uri):
-        yield Fault(URI, f"{hide(uri or '')} holds a password, which would be written into records",
-                    f"set the variable {VARIABLE} instead, or for a server MLFLOW_TRACKING_USERNAME and "
-                    "MLFLOW_TRACKING_PASSWORD")  # fmt: skip
+        yield Fault(
+            URI,
+            f"{hide(uri or '')} holds a password, which would be written into records",
+            f"set the variable {VARIABLE} instead, or for a server MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD",
+        )
     name = tracking.experiment
     if not name.strip() or len(name) > LONGEST_EXPERIMENT:
         yield Fault(EXPERIMENT, f"got {name[:40]!r}, must have 1 to {LONGEST_EXPERIMENT} characters")
@@ -100,15 +106,20 @@ def _uri_faults(where: str, uri: str) -> Iterator[Fault]:
     scheme, colon, rest = uri.partition("://")
     kind = scheme.partition("+")[0].lower()
     if not colon or kind == "file":
-        yield Fault(where, f"{hide(uri)} is a folder or file: MLflow's file store, which it refuses by now",
-                    f"name a database (sqlite:////folder/{DATABASE}) or a server (http://host:5000)"
-        )  # fmt: skip
+        yield Fault(
+            where,
+            f"{hide(uri)} is a folder or file: MLflow's file store, which it refuses by now",
+            f"name a database (sqlite:////folder/{DATABASE}) or a server (http://host:5000)",
+        )
     elif kind not in (*SERVERS, *DATABASES):
         allowed = ", ".join((*SERVERS, *DATABASES))
         yield Fault(where, f"{hide(uri)} begins with {scheme!r}", f"allowed: {allowed}")
     elif kind == "sqlite" and not re.match(r"/(?!:memory:)[^?]", rest):
-        yield Fault(where, f"{hide(uri)} names no file, and other processes could not see it",
-                    f"write sqlite:////a/folder/{DATABASE}: three slashes, then the path")  # fmt: skip
+        yield Fault(
+            where,
+            f"{hide(uri)} names no file, and other processes could not see it",
+            f"write sqlite:////a/folder/{DATABASE}: three slashes, then the path",
+        )
 
 
 def hide(uri: str) -> str:

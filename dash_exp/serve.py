@@ -101,8 +101,13 @@ def setting_faults(serve: ServeConfig, config: Config) -> list[Fault]:
     if serve.transfer not in ENGINES:
         found.append(Fault("serve.transfer", f"got {serve.transfer!r}", f"allowed: {', '.join(ENGINES)}"))
     if absent := sorted(set(serve.cores) - os.sched_getaffinity(0)):
-        found.append(Fault("serve.cores", f"names {absent}, which this process may not use",
-                           f"allowed: {sorted(os.sched_getaffinity(0))}"))  # fmt: skip
+        found.append(
+            Fault(
+                "serve.cores",
+                f"names {absent}, which this process may not use",
+                f"allowed: {sorted(os.sched_getaffinity(0))}",
+            )
+        )
     return found
 
 
@@ -188,7 +193,9 @@ def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
             process.process.wait()
     finally:
         process.kill()
-    print_error(f"dash_exp: the server ended with code {process.exit_code}; the end of {format_path(process.log)}:")
+    print_error(
+        f"dash_exp: the server ended with code {process.exit_code}; the end of {format_path(process.log)}:"
+    )
     print_error(process.log_tail())
     return FAILED
 

@@ -28,8 +28,11 @@ def server_faults(config: Config) -> Iterator[Fault]:
         yield Fault(URLS, f"names {', '.join(repeated)} more than once")
     far = [url for url in c.server_urls if _is_address(url) and not is_loopback(url)]
     if far and not c.weights_dir and c.transfer in ("auto", "shared"):
-        yield Fault("cluster.weights_dir", f"is not set, but {far[0]} does not share this machine's memory",
-                    "name a folder that both see; between GPUs also cluster.transfer=nccl")  # fmt: skip
+        yield Fault(
+            "cluster.weights_dir",
+            f"is not set, but {far[0]} does not share this machine's memory",
+            "name a folder that both see; between GPUs also cluster.transfer=nccl",
+        )
     elif c.transfer == "file" and not c.weights_dir:
         yield Fault("cluster.weights_dir", "is not set, but cluster.transfer=file writes weights there")
     yield from _gpu_faults(config)
@@ -40,15 +43,22 @@ def _gpu_faults(config: Config) -> Iterator[Fault]:
     if wanted in ("nccl", "ipc") and config.learner.device == "cpu":
         yield Fault(TRANSFER, f"{wanted} is between GPUs, but learner.device=cpu", "set it to auto")
     if wanted == "ipc" and not colocated:
-        yield Fault(TRANSFER, "ipc is within the GPU that learner and server share",
-                    "set sampler.colocated=true, or cluster.transfer=nccl")  # fmt: skip
+        yield Fault(
+            TRANSFER,
+            "ipc is within the GPU that learner and server share",
+            "set sampler.colocated=true, or cluster.transfer=nccl",
+        )
     servers = len(config.cluster.server_urls) or config.sampler.servers
     if wanted == "ipc" and colocated and servers != 1:
-        yield Fault(TRANSFER, f"ipc reaches one GPU, but there are {servers} servers",
-                    "set cluster.transfer=auto")  # fmt: skip
+        yield Fault(
+            TRANSFER, f"ipc reaches one GPU, but there are {servers} servers", "set cluster.transfer=auto"
+        )
     if wanted == "nccl" and colocated:
-        yield Fault(TRANSFER, "nccl wants a GPU for each side, but sampler.colocated=true",
-                    "set cluster.transfer=auto")  # fmt: skip
+        yield Fault(
+            TRANSFER,
+            "nccl wants a GPU for each side, but sampler.colocated=true",
+            "set cluster.transfer=auto",
+        )
 
 
 def _is_address(url: str) -> bool:

@@ -1,4 +1,4 @@
-"""What applies to a whole process: how signals end a training step, how threads wait, how freed memory is kept."""
+"""What applies to a whole process: signals that end a step, waiting threads, freed memory."""
 
 from __future__ import annotations
 

@@ -33,8 +33,17 @@ USAGE = (
 )
 UNKNOWN_STEP = -1
 """Of a checkpoint whose folder's name does not tell; its rows say step 0, its provenance which one."""
-CELL_KEYS = ("evaluation", "sampler", "verifier", "cluster", "paths", "run", "seed",
-             "learner.device", "learner.precision")  # fmt: skip
+CELL_KEYS = (
+    "evaluation",
+    "sampler",
+    "verifier",
+    "cluster",
+    "paths",
+    "run",
+    "seed",
+    "learner.device",
+    "learner.precision",
+)
 """What can be set for a cell's checkpoint; the rest of its config is how it was trained."""
 USED = (*CELL_KEYS, "model", "config")
 """Where a fault of the whole config matters: no training takes place."""

@@ -45,8 +45,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(command: str) -> Parser:
-    parser = Parser(prog=f"python -m dash_exp.sweep {command}", description=COMMANDS[command],
-                    allow_abbrev=False)  # fmt: skip
+    parser = Parser(
+        prog=f"python -m dash_exp.sweep {command}", description=COMMANDS[command], allow_abbrev=False
+    )
     add = parser.add_argument
     if command == "status":
         add("sweep", nargs="?", help="yaml, name or folder; all sweeps without one")

@@ -21,10 +21,6 @@ REWARD, LIKELIHOOD = "reward/mean", "policy/logprob_mean"
 SHOWN_STEPS = 8
 
 
-
-
-
-
 def columns_of(row: Row, steps: int, left_s: float) -> list[tuple[str, str]]:
     """The cells of a progress line: heading and text."""
     return [
@@ -78,8 +74,9 @@ class Display:
         if not self.live:
             self.console.print(
                 " ".join(f"{name} {text}" for name, text in cells if name not in ("verify", "optim")),
-                markup=False, soft_wrap=True,
-            )  # fmt: skip
+                markup=False,
+                soft_wrap=True,
+            )
             return
         self._rows.append(cells)
         if self._view is None:
@@ -145,8 +142,6 @@ def accuracy_lines(evals: Sequence[Row]) -> list[str]:
     return lines
 
 
-
-
 def time_lines(steps: Sequence[Row]) -> list[str]:
     """Where the seconds went, largest phase first."""
     total = sum(r["time/step_s"] for r in steps)
@@ -167,7 +162,3 @@ def next_lines(folder: Path) -> list[str]:
         "  next             python -m dash_exp algorithm=grpo   (another arm, same prompts)",
         "                   python -m dash_exp seed=1           (another seed)",
     ]
-
-
-
-

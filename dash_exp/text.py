@@ -23,7 +23,8 @@ def format_number(value: float | None) -> str:
 
 def format_accuracy(row: Mapping[str, Any]) -> str:
     """A share with its interval, or a dash for what could not be measured."""
-    return f"{format_number(row.get('value'))} [{format_number(row.get('low'))}, {format_number(row.get('high'))}]"
+    value, low, high = (format_number(row.get(key)) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def format_path(path: Path) -> str:

@@ -52,7 +52,9 @@ class TraceFile:
             lock.acquire(timeout=0)
         except Timeout as error:
             what = "another process is sampling into it"
-            raise UserError(Fault(format_path(self.out), what, "wait for it, or choose traces.out=")) from error
+            raise UserError(
+                Fault(format_path(self.out), what, "wait for it, or choose traces.out=")
+            ) from error
         try:
             yield
         finally:
@@ -110,7 +112,9 @@ class TraceFile:
             return
         differing = [key for key in {**found, **now} if found.get(key) != now.get(key)]
         faults = [
-            Fault(format_path(path), f"was made with {key} {_brief(found.get(key))}, not {_brief(now.get(key))}")
+            Fault(
+                format_path(path), f"was made with {key} {_brief(found.get(key))}, not {_brief(now.get(key))}"
+            )
             for key in differing
         ]
         last = faults.pop()
@@ -133,9 +137,12 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def prompt_line(
-    name: str, problem: str, solutions: Sequence[str], completions: Sequence[Completion],
+    name: str,
+    problem: str,
+    solutions: Sequence[str],
+    completions: Sequence[Completion],
     scores: Sequence[Score],
-) -> Row:  # fmt: skip
+) -> Row:
     """What is kept of a prompt's completions: each correct solution once, the first time it was sampled;
     and how many there were of each kind."""
     traces: dict[str, Row] = {}
@@ -144,10 +151,17 @@ def prompt_line(
         if score.outcome != "correct" or not text.strip():
             continue
         correct += 1
-        traces.setdefault(text, {
-            "id": name, "problem": problem, "solution": text, "tokens": len(completion.token_ids),
-            "index": index, "finish": completion.finish_reason,
-        })  # fmt: skip
+        traces.setdefault(
+            text,
+            {
+                "id": name,
+                "problem": problem,
+                "solution": text,
+                "tokens": len(completion.token_ids),
+                "index": index,
+                "finish": completion.finish_reason,
+            },
+        )
     return {
         "id": name,
         "sampled": len(completions),

@@ -14,8 +14,19 @@ from dash_exp.own_settings import own_settings, split_off
 from dash_exp.validation import check
 
 TEACHER = "qwen7b_instruct"
-USED = ("dataset", "model", "sampler", "verifier", "cluster", "paths", "run", "seed", "learner.device",
-        "learner.precision", "config")  # fmt: skip
+USED = (
+    "dataset",
+    "model",
+    "sampler",
+    "verifier",
+    "cluster",
+    "paths",
+    "run",
+    "seed",
+    "learner.device",
+    "learner.precision",
+    "config",
+)
 """Where a fault of the whole config matters: nothing is trained or evaluated."""
 
 

@@ -169,11 +169,14 @@ class Work:
 
         source, config = self.answerer.source, self.command.config
         return provenance.collect(
-            {}, 1, None,
+            {},
+            1,
+            None,
             hardware=hardware_facts(config),
             model={"origin": source.origin, "weights_hash": weights_hash(source.folder, cache)},
-            datasets={self.prompts.name: self.prompts.content_hash}, verifiers=[self.judge.version],
-        )  # fmt: skip
+            datasets={self.prompts.name: self.prompts.content_hash},
+            verifiers=[self.judge.version],
+        )
 
 
 def judged(groups: Iterator[Group], judge: Judge) -> Iterator[tuple[Group, list[Score]]]:

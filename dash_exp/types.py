@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length"]
 
 Outcome = Literal[
     "correct", "wrong", "no_answer", "unparsed", "timeout", "crashed", "verifier_error", "shown"
-]  # fmt: skip
+]
 """What a verifier found. `verifier_error` means that our own code failed: never a silent 0. `shown`: a
 demonstration, which nobody judges."""
 

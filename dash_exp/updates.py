@@ -18,9 +18,14 @@ from dash_exp.types import AdvantagedGroup
 
 
 def backpropagate(
-    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, ready: Round,
-    references: Sequence[Tensor | None] | None = None, old: Sequence[Tensor | None] | None = None,
-) -> list[Tensor]:  # fmt: skip
+    parts: Parts,
+    ledger: Ledger,
+    recorder: Recorder,
+    step: int,
+    ready: Round,
+    references: Sequence[Tensor | None] | None = None,
+    old: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
     """Forward and backward of a round of micro-batches; returns their log-probabilities. The forward of the
     reference model, unless its result is given, is an extra one, so it counts as `logprob`."""
     if references is None:
@@ -82,9 +87,14 @@ def mini_batches(plan: Plan, parts: Parts, groups: Sequence[AdvantagedGroup]) ->
 
 
 def repeated_updates(
-    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int, minis: list[MiniBatch],
+    plan: Plan,
+    parts: Parts,
+    ledger: Ledger,
+    recorder: Recorder,
+    step: int,
+    minis: list[MiniBatch],
     over: Callable[[], bool] = lambda: False,
-) -> list[UpdateStats]:  # fmt: skip
+) -> list[UpdateStats]:
     """One update per mini-batch, `passes` times over. Old log-probabilities are those at the sampling
     weights, with the packing of the update itself: the first mini-batch meets those weights anyway,
     the others are scored before anything moves. Stops after an update when the budget is `over`."""
@@ -98,9 +108,7 @@ def repeated_updates(
     for _ in range(plan.passes):
         for mini in minis:
             for one in mini.parts:
-                logprobs = backpropagate(
-                    parts, ledger, recorder, step, one.round, one.references, one.old
-                )  # fmt: skip
+                logprobs = backpropagate(parts, ledger, recorder, step, one.round, one.references, one.old)
                 if one.old is None:
                     one.old = logprobs
             done.append(update(parts, ledger, mini.divisor))

@@ -6,6 +6,7 @@ settings that contradict each other, and files and packages that are not there (
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,13 +14,13 @@ from typing import Any
 from dash_exp.config import Config
 from dash_exp.dataset_faults import dataset_faults
 from dash_exp.errors import Fault
-from dash_exp.learning.advantages import group_advantages
 from dash_exp.limits import (
     ALLOWED,
     COUNT,
     KL_ESTIMATORS,
     RANDOM_SIZES,
     RANGES,
+    STD_EPSILON,
     outside,
     range_fault,
     unknown,
@@ -32,9 +33,21 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
     """Every fault of a config; none means that it can be started. `installed` says whether a Python
     package can be imported, without importing it."""
     parts: tuple[Callable[[Config], Iterator[Fault]], ...] = (
-        _names, _numbers, dataset_faults, _group, _sampling, _arm, _filter, _kl_and_passes,
-        _supervised, _sharding, _budget, _evaluation, _random_model, server_faults,
-    )  # fmt: skip
+        _names,
+        _numbers,
+        dataset_faults,
+        _group,
+        _sampling,
+        _arm,
+        _filter,
+        _kl_and_passes,
+        _supervised,
+        _sharding,
+        _budget,
+        _evaluation,
+        _random_model,
+        server_faults,
+    )
     faults = [fault for part in parts for fault in part(config)]
     return faults + list(missing(config, installed))
 
@@ -130,7 +143,8 @@ def _filter(config: Config) -> Iterator[Fault]:
 def largest_deviation(group_size: int) -> float:
     """The largest distance from the group's mean, in its standard deviations, that rewards of 0 and 1 can
     give: one right answer among wrong ones."""
-    return max(map(abs, group_advantages([1.0] + [0.0] * (group_size - 1))))
+    std = math.sqrt(1 / group_size)
+    return (1 - 1 / group_size) / (std + STD_EPSILON)
 
 
 def _kl_and_passes(config: Config) -> Iterator[Fault]:
@@ -188,27 +202,45 @@ def _sharding(config: Config) -> Iterator[Fault]:
         return
     key = "learner.sharding"
     if opt.ranks == 1:
-        yield Fault(key, "got fsdp, but learner.ranks=1: there is nobody to share the weights with",
-                    "set learner.ranks to the number of GPUs, or leave it out")  # fmt: skip
+        yield Fault(
+            key,
+            "got fsdp, but learner.ranks=1: there is nobody to share the weights with",
+            "set learner.ranks to the number of GPUs, or leave it out",
+        )
     if opt.precision == "bf16":
-        yield Fault(key, "got fsdp with learner.precision=bf16, whose gradient sums would be rounded",
-                    "use bf16_mixed or fp32")  # fmt: skip
+        yield Fault(
+            key,
+            "got fsdp with learner.precision=bf16, whose gradient sums would be rounded",
+            "use bf16_mixed or fp32",
+        )
     if opt.lora.rank > 0:
-        yield Fault(key, "got fsdp with learner.lora.rank above 0",
-                    "adapters leave hardly anything to share out: leave learner.sharding out")  # fmt: skip
+        yield Fault(
+            key,
+            "got fsdp with learner.lora.rank above 0",
+            "adapters leave hardly anything to share out: leave learner.sharding out",
+        )
     if config.sampler.name == "vllm":
-        yield Fault(key, "got fsdp with sampler=vllm: both want torch's default process group of one process",
-                    "use sampler=vllm_servers")  # fmt: skip
+        yield Fault(
+            key,
+            "got fsdp with sampler=vllm: both want torch's default process group of one process",
+            "use sampler=vllm_servers",
+        )
     if ":" in opt.device:
-        yield Fault(key, f"got fsdp with learner.device={opt.device}, one device for all ranks",
-                    "use learner.device=auto")  # fmt: skip
+        yield Fault(
+            key,
+            f"got fsdp with learner.device={opt.device}, one device for all ranks",
+            "use learner.device=auto",
+        )
 
 
 def _budget(config: Config) -> Iterator[Fault]:
     budget = config.budget
     if budget.seconds is not None and budget.match is not None:
-        yield Fault("budget.match", f"got {budget.match!r} beside budget.seconds={budget.seconds:g}",
-                    "a run has one budget: leave one of them out")  # fmt: skip
+        yield Fault(
+            "budget.match",
+            f"got {budget.match!r} beside budget.seconds={budget.seconds:g}",
+            "a run has one budget: leave one of them out",
+        )
 
 
 def _evaluation(config: Config) -> Iterator[Fault]:

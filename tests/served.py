@@ -10,9 +10,15 @@ from dash_exp.types import Completion, Group, Origin, Prompt
 
 
 def served(
-    lengths: Sequence[Sequence[int]], step_s: Callable[[int], float], prompt_s: float, *, at_once: int,
-    prompt_tokens: int = 20, start: float = 1e9, worker: str = "server-0",
-) -> list[Group]:  # fmt: skip
+    lengths: Sequence[Sequence[int]],
+    step_s: Callable[[int], float],
+    prompt_s: float,
+    *,
+    at_once: int,
+    prompt_tokens: int = 20,
+    start: float = 1e9,
+    worker: str = "server-0",
+) -> list[Group]:
     """Groups of these lengths. `step_s`: of a decode step by its sequences; `prompt_s`: of a prompt, which
     holds up all others; `at_once`: completions."""
     now, queue = start, deque(range(len(lengths)))
@@ -34,10 +40,15 @@ def served(
                 ends[one] = now
     return [
         Group(
-            g, Prompt(str(g), "t", "", (3,) * prompt_tokens, ""),
+            g,
+            Prompt(str(g), "t", "", (3,) * prompt_tokens, ""),
             tuple(Completion((5,) * n, (-1.0,) * n, "", "stop", 0) for n in own),
-            Origin(worker, begun[g], max(ends[g, n] for n in range(len(own))),
-                   tuple(ends[g, n] for n in range(len(own)))),
+            Origin(
+                worker,
+                begun[g],
+                max(ends[g, n] for n in range(len(own))),
+                tuple(ends[g, n] for n in range(len(own))),
+            ),
         )
         for g, own in enumerate(lengths)
-    ]  # fmt: skip
+    ]

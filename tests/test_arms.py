@@ -28,19 +28,30 @@ def arm(root: Path, *overrides: str) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "updates", "kl"),
     [
-        (["algorithm=dash"], 1, True), (["algorithm=no_gf"], 1, True), (["algorithm=no_kl"], 1, False),
-        (["algorithm=pg"], 1, False), (["algorithm=grpo", "sampler.prompts_per_call=2"], 1, True),
-        (["algorithm=rloo"], 1, False), (["algorithm=dr_grpo"], 1, False),
-        (["algorithm=ppo_multi"], 3, True), (["algorithm=ppo_mini", "algorithm.mini_batch=16"], 4, True),
+        (["algorithm=dash"], 1, True),
+        (["algorithm=no_gf"], 1, True),
+        (["algorithm=no_kl"], 1, False),
+        (["algorithm=pg"], 1, False),
+        (["algorithm=grpo", "sampler.prompts_per_call=2"], 1, True),
+        (["algorithm=rloo"], 1, False),
+        (["algorithm=dr_grpo"], 1, False),
+        (["algorithm=ppo_multi"], 3, True),
+        (["algorithm=ppo_mini", "algorithm.mini_batch=16"], 4, True),
         (["algorithm=ppo_mini", "algorithm.mini_batch=32", "algorithm.passes=2"], 4, True),
-        (["filter=zero_variance"], 1, True), (["filter.kl=keep"], 1, True),
-        (["filter.denominator=kept"], 1, True), (["learner.precision=fp32"], 1, True),
-        (["learner.precision=bf16"], 1, True), (["sampler.streaming=false"], 1, True),
-        (["algorithm.aggregation=token_mean"], 1, True), (["algorithm.kl=k2"], 1, True),
-        (["algorithm.aggregation=sequence_mean"], 1, True), (["algorithm.scale=none"], 1, True),
-        (["learner.lora.rank=2"], 1, True), (["learner.lora.rank=2", "algorithm=ppo_multi"], 3, True),
+        (["filter=zero_variance"], 1, True),
+        (["filter.kl=keep"], 1, True),
+        (["filter.denominator=kept"], 1, True),
+        (["learner.precision=fp32"], 1, True),
+        (["learner.precision=bf16"], 1, True),
+        (["sampler.streaming=false"], 1, True),
+        (["algorithm.aggregation=token_mean"], 1, True),
+        (["algorithm.kl=k2"], 1, True),
+        (["algorithm.aggregation=sequence_mean"], 1, True),
+        (["algorithm.scale=none"], 1, True),
+        (["learner.lora.rank=2"], 1, True),
+        (["learner.lora.rank=2", "algorithm=ppo_multi"], 3, True),
     ],
-)  # fmt: skip
+)
 def test_every_arm_and_axis_runs(tmp_path: Path, overrides: list[str], updates: int, kl: bool) -> None:
     rows = steps_of(arm(tmp_path, *overrides))
     assert [r["updates"] + r["updates/skipped"] for r in rows] == [updates] * 2
@@ -74,8 +85,15 @@ SUMS = ["dataset=arithmetic", "dataset.path=null", "dataset.verifier=integer", "
 def test_sft_learns_what_it_is_shown(tmp_path: Path) -> None:
     """The base model and the trained one are evaluated with the template of training; nothing is
     sampled, judged or filtered in a step."""
-    folder = run_here(tmp_path, *SUMS, "algorithm=sft_h", "algorithm.group_size=1", "algorithm.steps=20",
-                      "learner.lr=1e-2", "learner.freeze_embeddings=false")  # fmt: skip
+    folder = run_here(
+        tmp_path,
+        *SUMS,
+        "algorithm=sft_h",
+        "algorithm.group_size=1",
+        "algorithm.steps=20",
+        "learner.lr=1e-2",
+        "learner.freeze_embeddings=false",
+    )
     rows = steps_of(folder)
     assert rows[-1]["policy/logprob_mean"] > rows[0]["policy/logprob_mean"] + 1.0
     for row in rows:
@@ -94,10 +112,11 @@ def test_sft_learns_what_it_is_shown(tmp_path: Path) -> None:
 def test_sft_raises_the_likelihood_at_temperature_one(tmp_path: Path) -> None:
     """Whatever the sampler's temperature is for evaluation, a demonstration was not drawn with it."""
     likelihoods = [
-        steps_of(arm(tmp_path / t, *SUMS, "algorithm=sft_h", "algorithm.group_size=1",
-                     f"sampler.temperature={t}"))[0]["policy/logprob_mean"]
+        steps_of(
+            arm(tmp_path / t, *SUMS, "algorithm=sft_h", "algorithm.group_size=1", f"sampler.temperature={t}")
+        )[0]["policy/logprob_mean"]
         for t in ("1.0", "0.5")
-    ]  # fmt: skip
+    ]
     assert likelihoods[0] == likelihoods[1]
 
 
@@ -117,10 +136,14 @@ def test_sft_hands_its_weights_on_before_an_evaluation_only(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("overrides", [
-    ["algorithm=ppo_mini", "algorithm.mini_batch=16"], ["learner.lora.rank=2"],
-    [*SUMS, "algorithm=sft_h", "algorithm.group_size=1"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm=ppo_mini", "algorithm.mini_batch=16"],
+        ["learner.lora.rank=2"],
+        [*SUMS, "algorithm=sft_h", "algorithm.group_size=1"],
+    ],
+)
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, overrides: list[str]) -> None:
     whole = run_here(tmp_path / "whole", *overrides)
     process = start(tmp_path / "cut", *overrides)
@@ -141,8 +164,16 @@ def test_lora_killed_before_its_last_evaluation_evaluates_what_was_trained(
     """The last checkpoint is merged and has no moments, but still the adapters."""
     from dash_exp import attempt
 
-    options = [*SUMS, "algorithm=sft_h", "algorithm.group_size=1", "learner.lora.rank=4", "learner.lr=5e-2",
-               "algorithm.steps=40", "evaluation.temperature=1", "evaluation.limit=64"]  # fmt: skip
+    options = [
+        *SUMS,
+        "algorithm=sft_h",
+        "algorithm.group_size=1",
+        "learner.lora.rank=4",
+        "learner.lr=5e-2",
+        "algorithm.steps=40",
+        "evaluation.temperature=1",
+        "evaluation.limit=64",
+    ]
     whole = run_here(tmp_path / "whole", *options)
     plain = attempt.evaluate
     monkeypatch.setattr(attempt, "evaluate", lambda *a: (_ for _ in ()).throw(MemoryError("gone")))
@@ -164,8 +195,16 @@ def test_a_step_is_evaluated_once_although_the_budget_ends_there(tmp_path: Path)
 
 
 def test_supervised_arms_count_epochs_of_what_they_are_shown(tmp_path: Path) -> None:
-    folder = run_here(tmp_path, *SUMS, "algorithm=sft_h", "algorithm.group_size=1", "dataset.limit=10",
-                      "algorithm.steps=null", "algorithm.epochs=2.5", "evaluation=none")  # fmt: skip
+    folder = run_here(
+        tmp_path,
+        *SUMS,
+        "algorithm=sft_h",
+        "algorithm.group_size=1",
+        "dataset.limit=10",
+        "algorithm.steps=null",
+        "algorithm.epochs=2.5",
+        "evaluation=none",
+    )
     rows = steps_of(folder)
     assert len(rows) == 7  # 25 demonstrations in batches of 4
     assert rows[-1]["optimizer/lr"] == pytest.approx(1e-3 * 1 / 5)  # 2 of 7 warm up
@@ -189,16 +228,29 @@ def test_a_lora_checkpoint_is_a_plain_model(tmp_path: Path) -> None:
 
 def test_sft_m_reads_traces_and_its_identity_is_their_content(tmp_path: Path) -> None:
     traces = tmp_path / "traces.jsonl"
-    rows = [{"id": "12+34", "solution": " 46"}, {"id": "12+34", "solution": " 46 it is"},
-            {"id": "55+5", "solution": "no such prompt"}, {"id": "55+15", "solution": " 70"}]  # fmt: skip
+    rows = [
+        {"id": "12+34", "solution": " 46"},
+        {"id": "12+34", "solution": " 46 it is"},
+        {"id": "55+5", "solution": "no such prompt"},
+        {"id": "55+15", "solution": " 70"},
+    ]
     traces.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    options = [*SUMS, "algorithm=sft_m", "algorithm.group_size=1", f"dataset.traces={traces}",
-               "sampler.max_new_tokens=12", "algorithm.prompts_per_step=3", "algorithm.steps=2"]  # fmt: skip
+    options = [
+        *SUMS,
+        "algorithm=sft_m",
+        "algorithm.group_size=1",
+        f"dataset.traces={traces}",
+        "sampler.max_new_tokens=12",
+        "algorithm.prompts_per_step=3",
+        "algorithm.steps=2",
+    ]
     folder = run_here(tmp_path, *options)
     shown = {r["prompt"]: r["text"] for r in read_final(folder, "samples")}
     assert shown == {
-        "arithmetic/12+34#0": " 46", "arithmetic/12+34#1": " 46 it is", "arithmetic/55+15#0": " 70"
-    }  # fmt: skip
+        "arithmetic/12+34#0": " 46",
+        "arithmetic/12+34#1": " 46 it is",
+        "arithmetic/55+15#0": " 70",
+    }
     moved = tmp_path / "elsewhere.jsonl"
     traces.rename(moved)
     same = run_here(tmp_path, *[o.replace(str(traces), str(moved)) for o in options])
@@ -211,11 +263,13 @@ def test_sft_m_reads_traces_and_its_identity_is_their_content(tmp_path: Path) ->
         (["algorithm=sft_m"], "sample them first: python -m dash_exp.traces"),
         (["algorithm=sft_h", "algorithm.group_size=4"], "must be 1 with algorithm.source=solutions"),
         (["algorithm=ppo_mini", "algorithm.mini_batch=24"], "allowed: 16, 32, 64"),
-        (["algorithm=ppo_mini", "algorithm.mini_batch=16", "algorithm.surrogate=policy_gradient"],
-         "must be 'clipped' when algorithm.mini_batch=16"),
+        (
+            ["algorithm=ppo_mini", "algorithm.mini_batch=16", "algorithm.surrogate=policy_gradient"],
+            "must be 'clipped' when algorithm.mini_batch=16",
+        ),
         (["algorithm.kl=k1"], "k2's is what k1 gives as a penalty on the reward"),
     ],
-)  # fmt: skip
+)
 def test_contradictions_are_told(overrides: list[str], told: str) -> None:
     from dash_exp.compose import find_faults
 
@@ -229,8 +283,9 @@ def test_a_dataset_without_solutions_is_refused_by_sft(tmp_path: Path) -> None:
 
 PRESETS = sorted(
     p.relative_to(conf_dir() / "experiment").with_suffix("").as_posix()
-    for folder in ("paper", "demo") for p in (conf_dir() / "experiment" / folder).glob("*.yaml")
-)  # fmt: skip
+    for folder in ("paper", "demo")
+    for p in (conf_dir() / "experiment" / folder).glob("*.yaml")
+)
 QUICK = ("paper/math_ppo_mini_0.5b", "paper/code_dash_0.5b", "demo/math_sft_m", "demo/code_sft_h")
 
 
@@ -246,10 +301,18 @@ def test_every_preset_runs_two_updates(
     """With the tiny model's weights, the sampler of this process and short completions; the rest as it
     is. A base model is evaluated and not trained."""
     overrides = [
-        f"experiment={name}", f"model.path={tiny_folder}", "sampler=hf", f"run.dir={tmp_path}", *TINY,
-        f"paths.data={data_folder}", "verifier.workers=1", "evaluation.samples=1",
-        "evaluation.temperature=0", "evaluation.k=[]", "learner.preflight=false",
-    ]  # fmt: skip
+        f"experiment={name}",
+        f"model.path={tiny_folder}",
+        "sampler=hf",
+        f"run.dir={tmp_path}",
+        *TINY,
+        f"paths.data={data_folder}",
+        "verifier.workers=1",
+        "evaluation.samples=1",
+        "evaluation.temperature=0",
+        "evaluation.k=[]",
+        "learner.preflight=false",
+    ]
     supervised, steps = "sft" in name, 0 if "base" in name else 2
     overrides.append(f"algorithm.steps={steps}")
     if "confounded" not in name:
@@ -271,8 +334,12 @@ def test_every_preset_runs_two_updates(
     assert [r["step"] for r in rows] == [1, 2][:steps]
     assert all(r["updates/total"] >= r["step"] for r in rows)
     data = {row["dataset"] for row in read_final(folder, "evals")}
-    expected = {"paper/math": "math500", "demo/math": "arithmetic", "paper/code": "mbppplus",
-                "demo/minute": "arithmetic"}  # fmt: skip
+    expected = {
+        "paper/math": "math500",
+        "demo/math": "arithmetic",
+        "paper/code": "mbppplus",
+        "demo/minute": "arithmetic",
+    }
     assert supervised or expected.get(name.partition("_")[0], "functions") in data
 
 
@@ -287,10 +354,20 @@ def write_traces(folder: Path, name: str) -> Path:
 def test_vllm_samples_from_merged_adapters(tmp_path: Path) -> None:
     """The engine holds weights of its own, without adapters: after each sync its log-probabilities are
     the learner's."""
-    rows = steps_of(arm(
-        tmp_path, "sampler=vllm", "sampler.dtype=float32", "learner.precision=fp32", "algorithm=no_gf",
-        "learner.lora.rank=4", "learner.lr=3e-2", "learner.schedule=constant", "learner.warmup_share=0",
-        "algorithm.beta=10", "algorithm.steps=3",
-    ))  # fmt: skip
+    rows = steps_of(
+        arm(
+            tmp_path,
+            "sampler=vllm",
+            "sampler.dtype=float32",
+            "learner.precision=fp32",
+            "algorithm=no_gf",
+            "learner.lora.rank=4",
+            "learner.lr=3e-2",
+            "learner.schedule=constant",
+            "learner.warmup_share=0",
+            "algorithm.beta=10",
+            "algorithm.steps=3",
+        )
+    )
     assert rows[-1]["kl/mean"] > 1e-3  # it has moved
     assert all(r["policy/logprob_gap"] < 1e-5 for r in rows)

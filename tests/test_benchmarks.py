@@ -31,9 +31,7 @@ from tests.conftest import REPOSITORY
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_set_rewards_keep_exactly_the_share(share: float) -> None:
     """In every step, judged by ours and rewarded as a trainer would, and filtered by the arm's filter."""
-    prompts = PromptSet(
-        "t", tuple(Prompt(f"p{n}", "t", "", (1,), "gold") for n in range(200)), 0, "hash"
-    )  # fmt: skip
+    prompts = PromptSet("t", tuple(Prompt(f"p{n}", "t", "", (1,), "gold") for n in range(200)), 0, "hash")
     made = marked(prompts, seed=3, steps=2, per_step=16, share=share)
     for step in (1, 2):
         chosen = batch(made, 3, step, 16)
@@ -100,18 +98,29 @@ def test_small_sums() -> None:
 def benchmarks(*words: str, timeout: float) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     out = Path(words[words.index("--json") + 1])
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", *words], cwd=REPOSITORY, env=dict(os.environ),
-        capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "benchmarks", *words],
+        cwd=REPOSITORY,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
     return done, json.loads(out.read_text()) if out.exists() else {}
 
 
 @pytest.mark.long
 def test_every_row_runs_without_trl(tmp_path: Path) -> None:
     done, found = benchmarks(
-        "--quick", "--without", "trl", "--outputs", str(tmp_path), "--json", str(tmp_path / "b.json"),
+        "--quick",
+        "--without",
+        "trl",
+        "--outputs",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "b.json"),
         timeout=900,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(found["rows"]) == list(ROWS)
     for name, row in found["rows"].items():
@@ -125,11 +134,21 @@ def test_the_model_predicts_real_steps_of_the_tiny_model(tmp_path: Path) -> None
     """Curves from real runs, then other batches, predicted and run. The goal on a quiet machine and a real
     model is 15 % (benchmarks/README.md); tiny steps of a shared machine get more room."""
     done, found = benchmarks(
-        "--rows", "curves,capacity", "--threads", "1", "--outputs", str(tmp_path),
-        "--json", str(tmp_path / "b.json"),
-        "--override", "model=tiny", "sampler=hf", "sampler.max_new_tokens=96", "dataset.stop=['7']",
+        "--rows",
+        "curves,capacity",
+        "--threads",
+        "1",
+        "--outputs",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "b.json"),
+        "--override",
+        "model=tiny",
+        "sampler=hf",
+        "sampler.max_new_tokens=96",
+        "dataset.stop=['7']",
         timeout=900,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     checks = found["rows"]["capacity"]["checks"]
     errors = [abs(row["predicted"] / row["real"] - 1) for row in checks]
@@ -147,8 +166,12 @@ def test_memory_is_measured(tmp_path: Path) -> None:
     words = ["--groups", "1", "--tokens", "8", "--vocabulary", "500", "--beta", "0", "--json", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *words],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(out.read_text())["results"]
     held = row["bytes"]

@@ -185,11 +185,15 @@ def test_a_budget_once_read_needs_its_partner_no_more(tmp_path: Path) -> None:
     assert read_json(folder / "provenance.json")["budget"] == budget
 
 
-@pytest.mark.parametrize("overrides", [
-    ["experiment=demo/math_ppo_multi", "algorithm=ppo_mini"], ["experiment=demo/math_ppo_mini"],
-    ["experiment=demo/math_ppo_mini", "algorithm.mini_batch=16"],
-    ["experiment=demo/math_ppo_multi", "algorithm.passes=2", "algorithm.clip_high=0.3"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=demo/math_ppo_multi", "algorithm=ppo_mini"],
+        ["experiment=demo/math_ppo_mini"],
+        ["experiment=demo/math_ppo_mini", "algorithm.mini_batch=16"],
+        ["experiment=demo/math_ppo_multi", "algorithm.passes=2", "algorithm.clip_high=0.3"],
+    ],
+)
 def test_whatever_is_changed_of_a_demo_its_partner_is_the_demo_of_dash(
     tmp_path: Path, overrides: list[str]
 ) -> None:
@@ -228,10 +232,24 @@ def test_an_arm_with_several_updates_is_cut_between_them(tmp_path: Path) -> None
 @pytest.mark.long
 def test_one_sweep_holds_both(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dash_exp", "-m", *SMALL, f"run.dir={tmp_path}", "budget.match=dash",
-         "algorithm=dash,ppo_multi,ppo_mini", "algorithm.group_size=8", "run.progress=plain"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "dash_exp",
+            "-m",
+            *SMALL,
+            f"run.dir={tmp_path}",
+            "budget.match=dash",
+            "algorithm=dash,ppo_multi,ppo_mini",
+            "algorithm.group_size=8",
+            "run.progress=plain",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     states = {p.name.split("-")[0]: read_json(p / "status.json") for p in (tmp_path / "cells").iterdir()}
     assert {name: s["state"] for name, s in states.items()} == dict.fromkeys(

@@ -33,18 +33,26 @@ SHARED = Decode.of_rates([(1, 100.0), (64, 100.0)])
 
 def curves(**changes: Any) -> Curves:
     values: dict[str, Any] = {
-        "decode": SHARED, "prefill_tokens_per_s": float("inf"), "learner_tokens_per_s": 100.0,
-        "lengths": ((10, 10),), "cap": 10, "prompt_tokens": 1,
-    }  # fmt: skip
+        "decode": SHARED,
+        "prefill_tokens_per_s": float("inf"),
+        "learner_tokens_per_s": 100.0,
+        "lengths": ((10, 10),),
+        "cap": 10,
+        "prompt_tokens": 1,
+    }
     return Curves(**{**values, **changes})
 
 
 def test_one_server_and_one_sequence() -> None:
     """30 prompt tokens at 60 a second, 20 tokens at 10 a second, then 30 + 19 input tokens at 100."""
     measured = curves(
-        decode=Decode.of_rates([(1, 10.0)]), prefill_tokens_per_s=60.0, prompt_tokens=30,
-        optimizer_s=0.1, sync_s=0.2, other_s=0.05,
-    )  # fmt: skip
+        decode=Decode.of_rates([(1, 10.0)]),
+        prefill_tokens_per_s=60.0,
+        prompt_tokens=30,
+        optimizer_s=0.1,
+        sync_s=0.2,
+        other_s=0.05,
+    )
     p = predict(measured, Setting(prompts=1, group=1, tokens=20, equal=True))
     assert p.sampling_s == pytest.approx(0.5 + 2.0)
     assert p.backprop_s == pytest.approx(0.49)
@@ -176,16 +184,25 @@ BATCHES = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=BATCHES, waves=st.integers(1, 5), servers=st.integers(1, 3), learners=st.integers(1, 3),
+    lengths=BATCHES,
+    waves=st.integers(1, 5),
+    servers=st.integers(1, 3),
+    learners=st.integers(1, 3),
     kept=st.floats(0, 1),
-)  # fmt: skip
+)
 def test_bounds_and_monotone_properties(
     lengths: Any, waves: int, servers: int, learners: int, kept: float
 ) -> None:
     setting = Setting(
-        servers=servers, learners=learners, prompts=len(lengths), group=2, waves=waves, kept=kept,
-        streaming=True, micro_batch_tokens=40,
-    )  # fmt: skip
+        servers=servers,
+        learners=learners,
+        prompts=len(lengths),
+        group=2,
+        waves=waves,
+        kept=kept,
+        streaming=True,
+        micro_batch_tokens=40,
+    )
     measured = curves(decode=Decode.of_rates([(1, 20.0), (8, 80.0)]), prompt_tokens=3)
 
     def step(measured: Curves = measured, **changes: Any) -> float:

@@ -17,11 +17,16 @@ from dash_exp.errors import UserError
 from tests.conftest import REPOSITORY
 
 FOUND = {
-    "decode": [[1, 50.0], [8, 200.0], [32, 400.0]], "prefill_tokens_per_s": 1000.0,
-    "learner_tokens_per_s": 300.0, "lengths": [[5, 9, 7, 16], [16, 16, 12, 3]], "cap": 16,
-    "prompt_tokens": 29.0, "optimizer_s": 0.1, "sync_s": 0.5,
+    "decode": [[1, 50.0], [8, 200.0], [32, 400.0]],
+    "prefill_tokens_per_s": 1000.0,
+    "learner_tokens_per_s": 300.0,
+    "lengths": [[5, 9, 7, 16], [16, 16, 12, 3]],
+    "cap": 16,
+    "prompt_tokens": 29.0,
+    "optimizer_s": 0.1,
+    "sync_s": 0.5,
     "setting": {"prompts": 8, "group": 4, "waves": 4, "streaming": True, "micro_batch_tokens": 256},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -38,9 +43,14 @@ def capacity(*arguments: str) -> subprocess.CompletedProcess[str]:
         "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules); sys.exit(code)"
     )
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, env=dict(os.environ),
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *arguments],
+        cwd=REPOSITORY,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_the_command_predicts_what_was_measured_and_what_is_asked(file: Path) -> None:
@@ -62,12 +72,28 @@ def test_the_command_predicts_what_was_measured_and_what_is_asked(file: Path) ->
 
 
 def test_every_fault_of_the_command_at_once(file: Path) -> None:
-    done = capacity("server=2", "kept=2", "tokens=0", "streaming=maybe", "prompts", f"cell={file.parent}",
-                    f"curves={file}", "gpus=4", "learners=1")  # fmt: skip
+    done = capacity(
+        "server=2",
+        "kept=2",
+        "tokens=0",
+        "streaming=maybe",
+        "prompts",
+        f"cell={file.parent}",
+        f"curves={file}",
+        "gpus=4",
+        "learners=1",
+    )
     assert done.returncode == 2
     assert "8 problems" not in done.stdout
-    for text in ("did you mean 'servers'", "between 0 and 1", "1 or more", "true or false", "not key=value",
-                 "both curves= and cell=", "leave them out"):  # fmt: skip
+    for text in (
+        "did you mean 'servers'",
+        "between 0 and 1",
+        "1 or more",
+        "true or false",
+        "not key=value",
+        "both curves= and cell=",
+        "leave them out",
+    ):
         assert text in done.stderr, text
     assert "Traceback" not in done.stderr
     assert capacity().returncode == 2
@@ -81,8 +107,11 @@ def test_every_fault_of_a_file_at_once() -> None:
     with pytest.raises(UserError) as error:
         curves_of(broken)
     assert [f.where for f in error.value.faults] == [
-        "curves.decode", "curves.lengths", "curves.cap", "curves.sync_s",
-    ]  # fmt: skip
+        "curves.decode",
+        "curves.lengths",
+        "curves.cap",
+        "curves.sync_s",
+    ]
     with pytest.raises(UserError, match="above it"):
         curves_of({**FOUND, "cap": 15})
     with pytest.raises(UserError, match="no curves"):
@@ -102,15 +131,36 @@ def write_cell(folder: Path, learner: dict[str, Any], more: dict[str, float]) ->
     """A record of two steps of 2 prompts x 2 completions of 3, 5, 8 and 4 tokens, the second group kept."""
     config = {
         "algorithm": {"prompts_per_step": 2, "group_size": 2},
-        "sampler": {"name": "hf", "max_new_tokens": 8, "schedule": "preemptive", "servers": 1, "waves": 1,
-                    "streaming": True, "prompts_per_call": 1, "max_sequences": 64},
+        "sampler": {
+            "name": "hf",
+            "max_new_tokens": 8,
+            "schedule": "preemptive",
+            "servers": 1,
+            "waves": 1,
+            "streaming": True,
+            "prompts_per_call": 1,
+            "max_sequences": 64,
+        },
         "learner": {"micro_batch_tokens": 128, **learner},
-    }  # fmt: skip
+    }
     (folder / "config.yaml").write_text(json.dumps(config))
-    times = {"sample": 4.0, "verify": 0.1, "logprob": 0.5, "backprop": 1.5, "optimizer": 0.2, "sync": 0.3,
-             "other": 0.01}  # fmt: skip
-    row = {"tokens/computed": 40, "completions/forwarded": 2, "tokens/forwarded": 12,
-           "filter/kept_share": 0.5, **{f"time/{k}_s": v for k, v in times.items()}, **more}  # fmt: skip
+    times = {
+        "sample": 4.0,
+        "verify": 0.1,
+        "logprob": 0.5,
+        "backprop": 1.5,
+        "optimizer": 0.2,
+        "sync": 0.3,
+        "other": 0.01,
+    }
+    row = {
+        "tokens/computed": 40,
+        "completions/forwarded": 2,
+        "tokens/forwarded": 12,
+        "filter/kept_share": 0.5,
+        **{f"time/{k}_s": v for k, v in times.items()},
+        **more,
+    }
     rows = [{**row, "step": n, "attempt": 1} for n in (1, 2)]
     (folder / "steps.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     samples = [
@@ -161,8 +211,10 @@ def test_waves_that_a_run_chose_are_those_of_its_steps(tmp_path: Path) -> None:
         config = json.loads((own / "config.yaml").read_text())
         config["sampler"].update(name="vllm_servers", waves=None)
         (own / "config.yaml").write_text(json.dumps(config))
-        rows = [{"kind": "sample", "step": n, "attempt": 1, "start": 10.0 * n, "end": 10.0 * n + 4}
-                for n in (1, 2)]  # fmt: skip
+        rows = [
+            {"kind": "sample", "step": n, "attempt": 1, "start": 10.0 * n, "end": 10.0 * n + 4}
+            for n in (1, 2)
+        ]
         (own / "events.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         found[waves] = read_cells([own])
         assert found[waves].setting.waves == waves

@@ -28,9 +28,12 @@ def steps(a: float, b: float) -> Callable[[int], float]:
 
 
 @given(
-    st.integers(0, 1000), st.floats(0.001, 0.2), st.floats(0.0, 0.01), st.floats(0.0, 0.5),
+    st.integers(0, 1000),
+    st.floats(0.001, 0.2),
+    st.floats(0.0, 0.01),
+    st.floats(0.0, 0.5),
     st.sampled_from([8, 32, 128]),
-)  # fmt: skip
+)
 @settings(max_examples=25, deadline=None)
 def test_what_a_server_takes_is_found_again(
     seed: int, a: float, b: float, prompt_s: float, at_once: int
@@ -60,8 +63,11 @@ def test_equal_lengths_are_predicted_although_no_end_tells_steps_from_prompts(pr
 def test_each_server_has_company_of_its_own() -> None:
     """Two servers with 64 sequences each are not one with 128."""
     own = lengths(3)
-    both = [g for n in (0, 1) for g in served(own[n::2], steps(0.04, 0.002), 0.0, at_once=64,
-                                              worker=f"server-{n}")]  # fmt: skip
+    both = [
+        g
+        for n in (0, 1)
+        for g in served(own[n::2], steps(0.04, 0.002), 0.0, at_once=64, worker=f"server-{n}")
+    ]
     assert fit_speed(by_server(both)).decode.seconds(64) == pytest.approx(0.168, rel=1e-3)
 
 
@@ -78,8 +84,10 @@ def broken(group: Group, **changes: object) -> Group:
 
 def test_a_server_that_was_idle_in_between_was_not_slow() -> None:
     """A prompt at a time: the learner works before the next call, for seconds or for an hour."""
-    calls = [served(lengths(n, groups=4), steps(0.003, 0.0004), 0.0, at_once=32, start=1e9 + 3000.0 * n)
-             for n in range(4)]  # fmt: skip
+    calls = [
+        served(lengths(n, groups=4), steps(0.003, 0.0004), 0.0, at_once=32, start=1e9 + 3000.0 * n)
+        for n in range(4)
+    ]
     found = fit_speed(by_server([group for call in calls for group in call]))
     assert found.decode.seconds(1) == pytest.approx(0.0034, rel=0.01)
     assert found.decode.seconds(32) == pytest.approx(0.0158, rel=0.01)

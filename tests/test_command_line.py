@@ -163,8 +163,10 @@ def test_tab_completion_knows_options_and_keys(shell: Shell) -> None:
         return done.stdout.split()
 
     assert completed("dash-exp filter=") == [
-        "filter=advantage", "filter=none", "filter=zero_variance",
-    ]  # fmt: skip
+        "filter=advantage",
+        "filter=none",
+        "filter=zero_variance",
+    ]
     assert completed("dash-exp algorithm.ste") == ["algorithm.steps="]
 
 
@@ -248,10 +250,16 @@ def test_a_failed_cell_does_not_stop_a_sweep_but_fails_it(shell: Shell) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     assert [line.split()[1] for line in shell.said() if line.startswith("cell")] == [
         "0",  # the user has to mend it: once
-        "1", "1",  # once more
-        "2", "2", "2", "2", "2", "2",  # five times more: somebody's signal is no fault of the cell
+        "1",
+        "1",  # once more
+        "2",
+        "2",
+        "2",
+        "2",
+        "2",
+        "2",  # five times more: somebody's signal is no fault of the cell
         "3",
-    ]  # fmt: skip
+    ]
     assert "4 cells: 2 failed, 1 finished, 1 interrupted" in done.stdout
     assert "failed (unknown): ended with exit code 1: RuntimeError: a bug" in done.stdout
 

@@ -58,12 +58,23 @@ def test_options_are_named_after_their_files() -> None:
 def test_the_default_cell() -> None:
     config = compose()
     names = (
-        config.model.name, config.algorithm.name, config.recipe.name, config.sampler.name,
-        config.filter.name, config.dataset.name, config.evaluation.name,
-    )  # fmt: skip
+        config.model.name,
+        config.algorithm.name,
+        config.recipe.name,
+        config.sampler.name,
+        config.filter.name,
+        config.dataset.name,
+        config.evaluation.name,
+    )
     assert names == (
-        "smollm2_135m", "dash", "small", "hf", "advantage", "arithmetic", "arithmetic",
-    )  # fmt: skip
+        "smollm2_135m",
+        "dash",
+        "small",
+        "hf",
+        "advantage",
+        "arithmetic",
+        "arithmetic",
+    )
     assert (config.algorithm.steps, config.algorithm.beta) == (30, 0.04)
     assert (config.algorithm.prompts_per_step, config.algorithm.group_size) == (16, 8)
     assert (config.learner.lr, config.learner.precision) == (3e-5, "bf16_mixed")

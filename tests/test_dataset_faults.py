@@ -44,10 +44,12 @@ def test_the_tables_name_the_same_kinds_and_verifiers() -> None:
 @pytest.mark.parametrize(
     ("option", "verifier", "extraction"),
     [
-        ("arithmetic", "code", "program"), ("functions", "math", "boxed"),
-        ("gsm8k", "reasoning_gym", "answer_tag"), ("reasoning_gym", "integer", "first_integer"),
+        ("arithmetic", "code", "program"),
+        ("functions", "math", "boxed"),
+        ("gsm8k", "reasoning_gym", "answer_tag"),
+        ("reasoning_gym", "integer", "first_integer"),
     ],
-)  # fmt: skip
+)
 def test_a_verifier_that_does_not_understand_the_answers(option: str, verifier: str, extraction: str) -> None:
     config = copy.deepcopy(compose([f"dataset={option}", "evaluation=none", "model=tiny"]))
     config.dataset.verifier, config.dataset.extraction = verifier, extraction
@@ -75,8 +77,11 @@ def test_a_docstring_needs_programs(config: Config) -> None:
 def test_few_shot_needs_examples(config: Config) -> None:
     config.dataset.template = "few_shot"
     assert [w for w, _ in faults(config)] == ["dataset.shots"]
-    config.dataset.shots = [{"problem": "p", "solution": "s"}, {"problem": "p", "answer": "s"},
-                            {"problem": "p", "solution": " "}]  # fmt: skip
+    config.dataset.shots = [
+        {"problem": "p", "solution": "s"},
+        {"problem": "p", "answer": "s"},
+        {"problem": "p", "solution": " "},
+    ]
     assert [w for w, _ in faults(config)] == ["dataset.shots[1]", "dataset.shots[2]"]
     config.dataset.shots = config.dataset.shots[:1]
     assert faults(config) == []
@@ -169,8 +174,12 @@ def test_a_mixture_of_the_options(mixed: Config) -> None:
 
 
 def test_any_option_can_be_mixed_in_on_the_command_line() -> None:
-    chosen = ["dataset=math", "+dataset@dataset.mix.more=gsm8k", "dataset.mix.more.weight=0.5",
-              "evaluation=math"]  # fmt: skip
+    chosen = [
+        "dataset=math",
+        "+dataset@dataset.mix.more=gsm8k",
+        "dataset.mix.more.weight=0.5",
+        "evaluation=math",
+    ]
     assert find_faults(chosen) == []
     config = compose(chosen)
     assert config.dataset.mix["more"].file == "gsm8k_train.jsonl"
@@ -207,8 +216,10 @@ def test_all_faults_of_all_datasets_at_once(mixed: Config) -> None:
     mixed.dataset.template, mixed.dataset.mix["gsm8k"].split = "bear", "tarin"
     mixed.evaluation.sets["math500"].verifier = "maths"
     assert [w for w, _ in faults(mixed)] == [
-        "dataset.template", "dataset.mix.gsm8k.split", "evaluation.sets.math500.verifier",
-    ]  # fmt: skip
+        "dataset.template",
+        "dataset.mix.gsm8k.split",
+        "evaluation.sets.math500.verifier",
+    ]
 
 
 # --- identity --------------------------------------------------------------------------------------

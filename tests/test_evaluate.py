@@ -26,16 +26,30 @@ from tests.conftest import REPOSITORY
 
 DIGITS = Path(__file__).parent / "digits.jsonl"
 SETS = [
-    "evaluation=gsm8k", f"evaluation.sets.gsm8k.path={DIGITS}", "evaluation.sets.gsm8k.verifier=integer",
+    "evaluation=gsm8k",
+    f"evaluation.sets.gsm8k.path={DIGITS}",
+    "evaluation.sets.gsm8k.verifier=integer",
     "evaluation.sets.gsm8k.extraction=first_integer",
-]  # fmt: skip
+]
 TRAIN = [
-    "model=tiny", "algorithm.steps=4", "algorithm.prompts_per_step=4", "algorithm.group_size=8",
-    "checkpoint.every=2", "run.progress=none", "learner.lr=1e-3", "dataset=gsm8k",
-    f"dataset.path={DIGITS}", "dataset.verifier=integer", "dataset.extraction=first_integer",
-    "cluster.threads=1", "sampler.max_new_tokens=6", *SETS, "evaluation.samples=16",
-    "evaluation.temperature=1", "evaluation.k=[1,4]",
-]  # fmt: skip
+    "model=tiny",
+    "algorithm.steps=4",
+    "algorithm.prompts_per_step=4",
+    "algorithm.group_size=8",
+    "checkpoint.every=2",
+    "run.progress=none",
+    "learner.lr=1e-3",
+    "dataset=gsm8k",
+    f"dataset.path={DIGITS}",
+    "dataset.verifier=integer",
+    "dataset.extraction=first_integer",
+    "cluster.threads=1",
+    "sampler.max_new_tokens=6",
+    *SETS,
+    "evaluation.samples=16",
+    "evaluation.temperature=1",
+    "evaluation.k=[1,4]",
+]
 ONE = "cluster.threads=1"
 
 
@@ -67,8 +81,9 @@ def only(folder: Path) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*")) if p.is_file() and "evaluations" not in p.parts
-    }  # fmt: skip
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and "evaluations" not in p.parts
+    }
 
 
 def test_the_newest_checkpoint_answers_as_it_did_in_training(
@@ -81,8 +96,13 @@ def test_the_newest_checkpoint_answers_as_it_did_in_training(
     folder = only(mine / "evaluations")
     assert re.fullmatch(r"gsm8k-step-000004-[0-9a-f]{8}", folder.name)
     assert {p.name for p in folder.iterdir()} >= {
-        "config.yaml", "provenance.json", "evals.jsonl", "eval_samples.jsonl", "log.txt", "status.json",
-    }  # fmt: skip
+        "config.yaml",
+        "provenance.json",
+        "evals.jsonl",
+        "eval_samples.jsonl",
+        "log.txt",
+        "status.json",
+    }
     ours = {r["prompt"]: r for r in read_final(folder, "eval_samples")}
     theirs = {r["prompt"]: r for r in read_final(mine, "eval_samples") if r["step"] == 4}
     assert len(ours) == 25 and any(sum(r["scores"]) > 0 for r in ours.values())
@@ -128,8 +148,9 @@ def test_overrides_go_on_top_of_the_frozen_config(mine: Path) -> None:
     accuracy = [[r for r in read_final(p, "evals") if r["metric"] == "accuracy"] for p in found]
     assert [(r["dataset"], r["n"]) for r in accuracy[0]] == [("arithmetic", 7)]
     assert sorted([[(r["dataset"], r["n"]) for r in rows] for rows in accuracy[1:]], key=len) == [
-        [("gsm8k", 25)], [("gsm8k", 25), ("sums", 3)],
-    ]  # fmt: skip
+        [("gsm8k", 25)],
+        [("gsm8k", 25), ("sums", 3)],
+    ]
     cuts = [read_json(p / "provenance.json")["keys"] for p in found[1:]]
     assert sorted(keys["gsm8k"]["decoding"]["top_p"] for keys in cuts) == [0.5, 1.0]
     greedy = [len(r["scores"]) for r in read_final(found[0], "eval_samples")]
@@ -196,8 +217,13 @@ def faults_of(*arguments: str) -> str:
 
 def test_every_fault_at_once(cell: Path) -> None:
     text = faults_of(
-        f"cell={cell}", "checkpoint=3", "evaluation.sample=4", "algorithm.steps=3", "sampler=hff", "-x",
-    )  # fmt: skip
+        f"cell={cell}",
+        "checkpoint=3",
+        "evaluation.sample=4",
+        "algorithm.steps=3",
+        "sampler=hff",
+        "-x",
+    )
     for part in (
         "dash_exp: 5 problems, nothing was started",
         "-x: unknown flag",
@@ -279,8 +305,14 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_set(
 @pytest.mark.long
 def test_a_process_stopped_by_ctrl_c(mine: Path) -> None:
     command = [
-        sys.executable, "-m", "dash_exp.evaluate", f"cell={mine}", ONE, "evaluation.samples=32", *SUMS,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "dash_exp.evaluate",
+        f"cell={mine}",
+        ONE,
+        "evaluation.samples=32",
+        *SUMS,
+    ]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -301,7 +333,10 @@ def test_the_command_as_typed(cell: Path) -> None:
     """A real process: the message and the exit code for what a user can fix."""
     done = subprocess.run(
         [sys.executable, "-m", "dash_exp.evaluate", f"cell={cell}", "evaluation.sample=4"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert "did you mean 'evaluation.samples'?" in done.stderr and "Traceback" not in done.stderr

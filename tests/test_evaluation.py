@@ -112,9 +112,14 @@ def test_a_table_worked_by_hand() -> None:
     since 1 - C(3,2)/C(4,2) = 1 - 3/6; pass@4 (1 + 1 + 0)/3."""
     found = by_metric(summarise("d", [row("cccc", tokens=2), row("wcww"), row("wwwt", tokens=4)], [1, 2, 4]))
     assert list(found) == [
-        "accuracy", "pass@1", "pass@2", "pass@4", "length/mean_tokens", "length/truncated_share",
+        "accuracy",
+        "pass@1",
+        "pass@2",
+        "pass@4",
+        "length/mean_tokens",
+        "length/truncated_share",
         "verdicts/failed",
-    ]  # fmt: skip
+    ]
     assert found["accuracy"]["value"] == pytest.approx(1.25 / 3)
     assert found["pass@1"]["value"] == pytest.approx(1.25 / 3)
     assert found["pass@2"]["value"] == pytest.approx(1.5 / 3)
@@ -138,8 +143,13 @@ def test_one_sample_a_prompt_is_accuracy_with_wilsons_interval() -> None:
     low, high = wilson_interval(7, 10)
     for metric in ("accuracy", "pass@1"):
         assert found[metric] == {
-            "dataset": "d", "metric": metric, "value": 0.7, "n": 10, "low": low, "high": high,
-        }  # fmt: skip
+            "dataset": "d",
+            "metric": metric,
+            "value": 0.7,
+            "n": 10,
+            "low": low,
+            "high": high,
+        }
 
 
 def test_an_interval_is_over_prompts_never_over_samples() -> None:
@@ -323,9 +333,14 @@ def result_of(outcomes: str) -> EvalResult:
 
 @pytest.mark.parametrize(
     ("outcomes", "judging", "kept"),
-    [("cw", "math/boxed", True), ("ct", "math/boxed", False), ("ce", "math/boxed", False),
-     ("ct", "code/program", True), ("ce", "code/program", False)],
-)  # fmt: skip
+    [
+        ("cw", "math/boxed", True),
+        ("ct", "math/boxed", False),
+        ("ce", "math/boxed", False),
+        ("ct", "code/program", True),
+        ("ce", "code/program", False),
+    ],
+)
 def test_a_result_with_failed_verdicts_is_not_stored(
     tmp_path: Path, outcomes: str, judging: str, kept: bool
 ) -> None:
@@ -380,11 +395,13 @@ def test_two_processes_that_ask_at_once_compute_once(tmp_path: Path) -> None:
     start = time.monotonic()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", ASKER, str(tmp_path), str(n)], cwd=REPOSITORY, stdout=subprocess.PIPE,
+            [sys.executable, "-c", ASKER, str(tmp_path), str(n)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
             text=True,
         )
         for n in range(2)
-    ]  # fmt: skip
+    ]
     said = sorted(p.communicate(timeout=60)[0].split() for p in processes)
     assert said == [["False", str(2 / 3)], ["True", str(2 / 3)]], time.monotonic() - start
     assert (tmp_path / "calls").read_text() == "x"

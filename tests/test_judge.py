@@ -28,9 +28,13 @@ def judge(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedPro
     variables = {k: v for k, v in os.environ.items() if k != "DASH_DATA"}
     return subprocess.run(
         [sys.executable, "-c", TORCH_FREE, *arguments],
-        cwd=folder, env={**variables, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        env={**variables, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
 def summary(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -94,8 +98,10 @@ def test_completions_are_judged_and_the_exceptions_named(data: Path, tmp_path: P
     )
     done = judge(*OWN, f"dataset.path={data}", f"completions={file}")
     assert summary(done) == {
-        "dataset": "gsm8k", "n": 5, "outcomes": {"correct": 3, "no_answer": 1, "wrong": 1},
-    }  # fmt: skip
+        "dataset": "gsm8k",
+        "n": 5,
+        "outcomes": {"correct": 3, "no_answer": 1, "wrong": 1},
+    }
     lines = done.stdout.splitlines()
     assert "  2+1: wrong, found 4, expected 3" in lines
     assert "  3+1: no_answer, no integer in the text" in lines
@@ -126,9 +132,14 @@ def test_the_samples_of_a_cell_are_judged_as_they_are(data: Path, tmp_path: Path
 def test_every_faulty_line_is_named_at_once(data: Path, tmp_path: Path) -> None:
     file = write(
         tmp_path / "c.jsonl",
-        {"id": "0+1", "text": "1"}, {"id": "7+1", "text": "8"}, {"id": "0+1"}, {"text": "1"}, "{no\n",
-        {"id": 3, "text": None}, [1],
-    )  # fmt: skip
+        {"id": "0+1", "text": "1"},
+        {"id": "7+1", "text": "8"},
+        {"id": "0+1"},
+        {"text": "1"},
+        "{no\n",
+        {"id": 3, "text": None},
+        [1],
+    )
     done = judge(*OWN, f"dataset.path={data}", f"completions={file}")
     assert (done.returncode, done.stdout) == (2, "")
     for text in (

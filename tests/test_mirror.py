@@ -67,14 +67,21 @@ def whole(folder: Path, gone: int | None = None) -> int | None:
 
 
 EXPECTED = {
-    ("eval/sums/accuracy", 0, MS - 10_000, 0.125), ("eval/sums/accuracy/n", 0, MS - 10_000, 8.0),
-    ("eval/sums/accuracy/low", 0, MS - 10_000, 0.1), ("eval/sums/pass_at_16/n", 0, MS - 10_000, 0.0),
-    ("reward/mean", 1, MS + 1000, 0.25), ("updates", 1, MS + 1000, 1.0),
-    ("reward/mean", 2, MS + 2000, 0.5), ("updates", 2, MS + 2000, 1.0),
-    ("reward/mean", 3, MS + 3000, 0.75), ("updates", 3, MS + 3000, 1.0),
-    ("eval/sums/accuracy", 3, MS + 110_000, 0.5), ("eval/sums/accuracy/n", 3, MS + 110_000, 8.0),
-    ("eval/sums/accuracy/low", 3, MS + 110_000, 0.1), ("eval/sums/pass_at_16/n", 3, MS + 110_000, 0.0),
-}  # fmt: skip
+    ("eval/sums/accuracy", 0, MS - 10_000, 0.125),
+    ("eval/sums/accuracy/n", 0, MS - 10_000, 8.0),
+    ("eval/sums/accuracy/low", 0, MS - 10_000, 0.1),
+    ("eval/sums/pass_at_16/n", 0, MS - 10_000, 0.0),
+    ("reward/mean", 1, MS + 1000, 0.25),
+    ("updates", 1, MS + 1000, 1.0),
+    ("reward/mean", 2, MS + 2000, 0.5),
+    ("updates", 2, MS + 2000, 1.0),
+    ("reward/mean", 3, MS + 3000, 0.75),
+    ("updates", 3, MS + 3000, 1.0),
+    ("eval/sums/accuracy", 3, MS + 110_000, 0.5),
+    ("eval/sums/accuracy/n", 3, MS + 110_000, 8.0),
+    ("eval/sums/accuracy/low", 3, MS + 110_000, 0.1),
+    ("eval/sums/pass_at_16/n", 3, MS + 110_000, 0.0),
+}
 """All of the record that `finished` writes."""
 
 
@@ -196,8 +203,9 @@ def test_a_record_begun_anew_is_another_run(root: Path, database: Database) -> N
     whole(folder)
     assert [run[1] for run in database.runs()] == ["FINISHED", "FINISHED"]
     assert database.metrics() == EXPECTED | {
-        ("reward/mean", 1, MS + 1_001_000, 0.5), ("updates", 1, MS + 1_001_000, 1.0)
-    }  # fmt: skip
+        ("reward/mean", 1, MS + 1_001_000, 0.5),
+        ("updates", 1, MS + 1_001_000, 1.0),
+    }
 
 
 def test_sweeps_are_parents_with_the_status_of_their_cells(root: Path, database: Database) -> None:
@@ -293,12 +301,14 @@ def test_a_damaged_cell_is_named_and_the_others_mirrored(
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [([], ["python -m dash_exp.mirror <folders>"]),
-     (["nowhere", "tests"], ["2 problems", "nowhere: is no folder", "tests: holds no cell"]),
-     (["CELLS", "tracking.url=x"], ["tracking.url", "did you mean 'tracking.uri'?"]),
-     (["CELLS", "tracking.uri=./mlruns"], ["tracking.uri: ./mlruns is a folder", "sqlite:////"]),
-     (["CELLS", "tracking.uri=http://a:pw@host"], ["holds a password", "http://a:***@host"])],
-)  # fmt: skip
+    [
+        ([], ["python -m dash_exp.mirror <folders>"]),
+        (["nowhere", "tests"], ["2 problems", "nowhere: is no folder", "tests: holds no cell"]),
+        (["CELLS", "tracking.url=x"], ["tracking.url", "did you mean 'tracking.uri'?"]),
+        (["CELLS", "tracking.uri=./mlruns"], ["tracking.uri: ./mlruns is a folder", "sqlite:////"]),
+        (["CELLS", "tracking.uri=http://a:pw@host"], ["holds a password", "http://a:***@host"]),
+    ],
+)
 def test_wrong_arguments(
     root: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
 ) -> None:

@@ -188,8 +188,20 @@ def test_twelve_at_once_lose_nothing(tmp_path: Path) -> None:
 @contextmanager
 def mlflow_server(file: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """MLflow's own server, on a database; killed at the end."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{file}", "--host",
-               "127.0.0.1", "--port", str(port), "--workers", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{file}",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     with (file.parent / "server.log").open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=file.parent, start_new_session=True)
     try:
@@ -215,9 +227,7 @@ def free_port() -> int:
 
 def command(*words: str) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", *words]
-    return subprocess.Popen(
-        line, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+    return subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.long
@@ -226,10 +236,18 @@ def test_a_server_that_dies_stops_no_training_and_a_rebuild_makes_the_mirror_who
     uri, database = f"tracking.uri=http://127.0.0.1:{port}", Database(file)
     with mlflow_server(file, port):
         run = command(
-            "dash_exp", "model=tiny", "debug=fast", "algorithm.steps=100000", "cluster.threads=1",
-            "checkpoint.every=0", f"run.dir={root}", "run.progress=plain", "tracking=mlflow",
-            "tracking.every_s=0.5", uri,
-        )  # fmt: skip
+            "dash_exp",
+            "model=tiny",
+            "debug=fast",
+            "algorithm.steps=100000",
+            "cluster.threads=1",
+            "checkpoint.every=0",
+            f"run.dir={root}",
+            "run.progress=plain",
+            "tracking=mlflow",
+            "tracking.every_s=0.5",
+            uri,
+        )
         until(lambda: database.ask("select max(step) from metrics")[0][0], "a mirrored step")
     (folder,) = (root / "cells").iterdir()  # the server is dead
     before = len(read_final(folder, "steps"))

@@ -41,10 +41,17 @@ def test_a_file_is_named_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("uri", "word"),
-    [("./mlruns", "file store"), ("file:///a/mlruns", "file store"), ("/a/mlflow.db", "file store"),
-     ("ftp://host/x", "'ftp'"), ("sqlite://", "names no file"), ("sqlite:///:memory:", "names no file"),
-     ("http://me:pw@host", "holds a password"), ("postgresql://host/db?sslpassword=pw", "holds a password")],
-)  # fmt: skip
+    [
+        ("./mlruns", "file store"),
+        ("file:///a/mlruns", "file store"),
+        ("/a/mlflow.db", "file store"),
+        ("ftp://host/x", "'ftp'"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("http://me:pw@host", "holds a password"),
+        ("postgresql://host/db?sslpassword=pw", "holds a password"),
+    ],
+)
 def test_addresses_that_cannot_work_are_refused(uri: str, word: str) -> None:
     (found,) = faults(tracking(uri))
     assert word in found and found.startswith("tracking.uri:") and "pw" not in found.replace("password", "")

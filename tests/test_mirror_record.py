@@ -30,8 +30,12 @@ def test_points_have_the_times_that_the_events_tell(tmp_path: Path) -> None:
         recorder.event("checkpoint", BORN + 2, BORN + 2.75, step=2, worker="main")
         recorder.append("steps", [{"step": 3, "reward/mean": 1.0}])  # its events are lost
     first, second, *steps = sorted(final_points(folder), key=lambda point: point.time_ms)
-    values = {"eval/sums/accuracy": 0.125, "eval/sums/accuracy/n": 8.0, "eval/sums/accuracy/low": 0.1,
-              "eval/sums/pass_at_16/n": 0.0}  # fmt: skip
+    values = {
+        "eval/sums/accuracy": 0.125,
+        "eval/sums/accuracy/n": 8.0,
+        "eval/sums/accuracy/low": 0.1,
+        "eval/sums/pass_at_16/n": 0.0,
+    }
     assert first == Point(0, MS - 20_000, values)
     assert second.time_ms == MS - 10_000 and second.values["eval/words/accuracy"] == 0.5
     assert steps[0] == Point(3, MS, {"reward/mean": 1.0})  # when its attempt began
@@ -80,8 +84,15 @@ def test_values_are_finite_numbers_and_names_such_as_mlflow_takes() -> None:
 
 def test_parameters_are_dotted_and_long_ones_cut_visibly() -> None:
     given = {"a": {"b": None, "c": [1, "x"], "d": {}, "e": True, "f": ""}, "g": 1e-06, "h": "plain"}
-    assert parameters(given) == {"a.b": "null", "a.c": '[1, "x"]', "a.d": "{}", "a.e": "true", "a.f": '""',
-                                 "g": "1e-06", "h": "plain"}  # fmt: skip
+    assert parameters(given) == {
+        "a.b": "null",
+        "a.c": '[1, "x"]',
+        "a.d": "{}",
+        "a.e": "true",
+        "a.f": '""',
+        "g": "1e-06",
+        "h": "plain",
+    }
     assert shortened("y" * 6000, 6000) == "y" * 6000
     cut = parameters({"shots": "y" * 6001})["shots"]
     assert len(cut) == 6000 and "[cut: 6001 characters, sha256 " in cut[-60:]
@@ -160,10 +171,20 @@ def test_sweeps_of_a_cell_the_one_that_started_it_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("states", "status"),
-    [("finished finished", "FINISHED"), ("finished failed", "FAILED"), ("running failed", "RUNNING"),
-     ("pending finished failed", "SCHEDULED"), ("blocked failed", "FAILED"), ("blocked", "SCHEDULED"),
-     ("finished interrupted", "KILLED"), ("failed interrupted", "FAILED"), ("cancelled", "KILLED"),
-     ("blocked finished", "SCHEDULED"), ("blocked finished interrupted", "KILLED"), ("", "SCHEDULED")],
-)  # fmt: skip
+    [
+        ("finished finished", "FINISHED"),
+        ("finished failed", "FAILED"),
+        ("running failed", "RUNNING"),
+        ("pending finished failed", "SCHEDULED"),
+        ("blocked failed", "FAILED"),
+        ("blocked", "SCHEDULED"),
+        ("finished interrupted", "KILLED"),
+        ("failed interrupted", "FAILED"),
+        ("cancelled", "KILLED"),
+        ("blocked finished", "SCHEDULED"),
+        ("blocked finished interrupted", "KILLED"),
+        ("", "SCHEDULED"),
+    ],
+)
 def test_the_status_of_a_sweep(states: str, status: str) -> None:
     assert status_of(states.split()) == status

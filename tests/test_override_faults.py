@@ -101,7 +101,7 @@ def test_compose_raises_every_fault() -> None:
         ("hydra.foo=3", Fault("hydra.foo", "unknown key")),
         ("evaluation.sets.other.limit=3", None),
     ],
-)  # fmt: skip
+)
 def test_one_wrong_override(override: str, fault: Fault | None) -> None:
     found = find_faults(["model=tiny", override])
     if fault is None:  # only the place is ours to say
@@ -132,14 +132,27 @@ def test_an_unknown_key_names_the_one_meant(override: str, meant: str) -> None:
 
 def test_all_faults_are_found_at_once() -> None:
     overrides = [
-        "model=tiny", "algorithm.stepz=3", "sampler=hff", "learner.lr=x", "oops", "a=[",
-        "algorithm.group_size=1", "sampler.top_p=0.9",
-    ]  # fmt: skip
+        "model=tiny",
+        "algorithm.stepz=3",
+        "sampler=hff",
+        "learner.lr=x",
+        "oops",
+        "a=[",
+        "algorithm.group_size=1",
+        "sampler.top_p=0.9",
+    ]
     faults = find_faults(overrides)
-    assert sorted(where(faults)) == sorted([
-        "oops", "a", "algorithm.stepz", "sampler", "learner.lr", "algorithm.group_size",
-        "sampler.top_p",
-    ])  # fmt: skip
+    assert sorted(where(faults)) == sorted(
+        [
+            "oops",
+            "a",
+            "algorithm.stepz",
+            "sampler",
+            "learner.lr",
+            "algorithm.group_size",
+            "sampler.top_p",
+        ]
+    )
 
 
 def test_faults_that_hydra_finds_are_told_one_by_one() -> None:
@@ -205,8 +218,9 @@ def test_a_wrong_line_in_a_file_of_ones_own(
 def test_a_wrong_default_in_a_file_of_ones_own(outside: Path) -> None:
     [fault] = find_faults(add_arm(outside, "defaults: [dahs, _self_]\n"))
     assert (fault.where, fault.what) == (
-        "algorithm", "unknown option 'dahs' (in algorithm/mine.yaml)",
-    )  # fmt: skip
+        "algorithm",
+        "unknown option 'dahs' (in algorithm/mine.yaml)",
+    )
     assert fault.hint.startswith("did you mean 'dash'?")
 
 

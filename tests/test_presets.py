@@ -12,10 +12,32 @@ from dash_exp.config import Config
 pytest_plugins = ["tests.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")
 
-AXES = ("source", "baseline", "scale", "surrogate", "beta", "beta_schedule", "kl", "aggregation", "passes",
-        "mini_batch", "schedule")  # fmt: skip
-COMMON = ("sampler", "group_mean", "std", "policy_gradient", 0.04, "constant", "k3", "constant", 1, None,
-          "preemptive")  # fmt: skip
+AXES = (
+    "source",
+    "baseline",
+    "scale",
+    "surrogate",
+    "beta",
+    "beta_schedule",
+    "kl",
+    "aggregation",
+    "passes",
+    "mini_batch",
+    "schedule",
+)
+COMMON = (
+    "sampler",
+    "group_mean",
+    "std",
+    "policy_gradient",
+    0.04,
+    "constant",
+    "k3",
+    "constant",
+    1,
+    None,
+    "preemptive",
+)
 ARMS: dict[str, dict[str, Any]] = {
     "dash": {},
     "no_gf": {"filter": "none"},
@@ -48,10 +70,15 @@ def paper(name: str) -> Config:
 
 SIZES = {"math": ("0.5b", "1.5b", "3b"), "code": ("0.5b", "1.5b")}
 RL = {
-    "math": [*(f"dash_{s}" for s in SIZES["math"]), *(f"no_kl_{s}" for s in SIZES["math"]), "grpo_0.5b",
-             "no_gf_0.5b", *(f"{a}_{s}" for a in ("ppo_multi", "ppo_mini") for s in SIZES["math"][:2])],
+    "math": [
+        *(f"dash_{s}" for s in SIZES["math"]),
+        *(f"no_kl_{s}" for s in SIZES["math"]),
+        "grpo_0.5b",
+        "no_gf_0.5b",
+        *(f"{a}_{s}" for a in ("ppo_multi", "ppo_mini") for s in SIZES["math"][:2]),
+    ],
     "code": ["dash_0.5b", "dash_1.5b", "no_gf_0.5b", "grpo_0.5b"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("task", "name"), [(t, n) for t, names in RL.items() for n in names])
@@ -63,8 +90,12 @@ def test_a_row_of_reinforcement_learning(task: str, name: str) -> None:
     assert (a.name, config.model.name) == (arm, f"qwen{size}")
     assert (a.steps, a.prompts_per_step, a.group_size) == {"math": (562, 64, 4), "code": (24, 32, 4)}[task]
     assert (opt.lr, opt.schedule, opt.warmup_share, opt.weight_decay, opt.max_grad_norm) == (
-        3e-6, "linear", 0.0, 0.0, 1.0,
-    )  # fmt: skip
+        3e-6,
+        "linear",
+        0.0,
+        0.0,
+        1.0,
+    )
     assert (opt.beta1, opt.beta2, opt.eps, opt.freeze_embeddings) == (0.9, 0.999, 1e-8, False)
     assert (s.name, s.max_new_tokens, s.temperature, s.top_p, s.top_k) == ("vllm", 2048, 0.9, 1.0, 0)
     assert config.filter.threshold == (0.1 if task == "math" else 0.01) or config.filter.name == "none"

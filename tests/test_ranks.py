@@ -177,10 +177,14 @@ def test_rank_0_killed_leaves_no_process_and_resumes(two: Path, tmp_path: Path) 
 def test_srun_starts_them_too_and_a_rank_killed_there_is_noticed(tmp_path: Path) -> None:
     """Two tasks with the variables of a step; rank 0 learns of the other's end from its connection."""
     common = {
-        "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0",
-        "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_LOCALID": "0",
         "MASTER_ADDR": "127.0.0.1",
-    }  # fmt: skip
+    }
     options = [*TWO, "algorithm.steps=400", "checkpoint.every=0"]
     tasks = [start(tmp_path, *options, SLURM_PROCID=str(rank), **common) for rank in (0, 1)]
     wait_for_steps(tmp_path, 1, tasks[0])
@@ -196,10 +200,24 @@ def test_srun_starts_them_too_and_a_rank_killed_there_is_noticed(tmp_path: Path)
 @pytest.mark.long
 def test_torchrun_starts_them_too(two: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "dash_exp", *SMALL, *TWO, f"run.dir={tmp_path}"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "dash_exp",
+            *SMALL,
+            *TWO,
+            f"run.dir={tmp_path}",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "cells").iterdir()
     assert read_json(folder / "status.json")["attempt"] == 1

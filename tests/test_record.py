@@ -19,17 +19,20 @@ from dash_exp.record import (
     read_json,
     read_rows,
     write_json,
-)  # fmt: skip
+)
 from dash_exp.seeding import permutation, seed_for, uniforms
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
 
 
 def test_rows_of_the_last_attempt_of_each_step() -> None:
     rows = [
-        {"step": 1, "attempt": 1, "v": "a"}, {"step": 2, "attempt": 1, "v": "old"},
-        {"step": 2, "attempt": 1, "v": "old2"}, {"step": 2, "attempt": 3, "v": "new"},
-        {"step": 3, "attempt": 3, "v": "b"}, {"step": 3, "attempt": 3, "v": "c"},
-    ]  # fmt: skip
+        {"step": 1, "attempt": 1, "v": "a"},
+        {"step": 2, "attempt": 1, "v": "old"},
+        {"step": 2, "attempt": 1, "v": "old2"},
+        {"step": 2, "attempt": 3, "v": "new"},
+        {"step": 3, "attempt": 3, "v": "b"},
+        {"step": 3, "attempt": 3, "v": "c"},
+    ]
     assert [r["v"] for r in last_attempts(rows)] == ["a", "new", "b", "c"]
 
 
@@ -134,9 +137,16 @@ def test_bootstrap_interval_covers_about_as_often_as_it_says() -> None:
 
 
 def test_seeds_depend_on_every_argument_and_nothing_else() -> None:
-    places = [(0, "sample", 1, "p", 0), (1, "sample", 1, "p", 0), (0, "order", 1, "p", 0),
-              (0, "sample", 2, "p", 0), (0, "sample", 1, "q", 0), (0, "sample", 1, "p", 1),
-              (0, "sample", 11, "p", 0), (0, "sample", 1, "1p", 0)]  # fmt: skip
+    places = [
+        (0, "sample", 1, "p", 0),
+        (1, "sample", 1, "p", 0),
+        (0, "order", 1, "p", 0),
+        (0, "sample", 2, "p", 0),
+        (0, "sample", 1, "q", 0),
+        (0, "sample", 1, "p", 1),
+        (0, "sample", 11, "p", 0),
+        (0, "sample", 1, "1p", 0),
+    ]
     seeds = [seed_for(*place) for place in places]  # type: ignore[arg-type]
     assert len(set(seeds)) == len(seeds)
     assert seeds[0] == seed_for(0, "sample", 1, "p", 0) == 1743606167261203305

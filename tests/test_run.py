@@ -20,12 +20,22 @@ from dash_exp.record import Recorder, Row, differences, read_final, read_json, r
 from tests.conftest import REPOSITORY
 
 SMALL = [
-    "model=tiny", "algorithm.steps=6", "algorithm.prompts_per_step=4", "algorithm.group_size=16",
-    "checkpoint.every=2", "evaluation.limit=8", "run.progress=none", "learner.lr=1e-3",
-    "dataset=gsm8k", f"dataset.path={Path(__file__).parent / 'digits.jsonl'}",
-    "dataset.verifier=integer", "dataset.extraction=first_integer", "evaluation=arithmetic",
-    "cluster.threads=1", "sampler.max_new_tokens=6",
-]  # fmt: skip
+    "model=tiny",
+    "algorithm.steps=6",
+    "algorithm.prompts_per_step=4",
+    "algorithm.group_size=16",
+    "checkpoint.every=2",
+    "evaluation.limit=8",
+    "run.progress=none",
+    "learner.lr=1e-3",
+    "dataset=gsm8k",
+    f"dataset.path={Path(__file__).parent / 'digits.jsonl'}",
+    "dataset.verifier=integer",
+    "dataset.extraction=first_integer",
+    "evaluation=arithmetic",
+    "cluster.threads=1",
+    "sampler.max_new_tokens=6",
+]
 """Sums of one digit: a random model is right now and then, so there is something to learn from."""
 
 
@@ -46,9 +56,12 @@ def start(root: Path, *overrides: str, **environment: str) -> subprocess.Popen[s
     """The same as a user would start it."""
     return subprocess.Popen(
         [sys.executable, "-m", "dash_exp", *SMALL, "run.progress=plain", f"run.dir={root}", *overrides],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> str:
@@ -56,9 +69,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> str:
     return output
 
 
-def wait_for_steps(
-    folder_of: Any, count: int, process: subprocess.Popen[str], within_s: float = 90
-) -> None:  # fmt: skip
+def wait_for_steps(folder_of: Any, count: int, process: subprocess.Popen[str], within_s: float = 90) -> None:
     """Until the record shows `count` steps."""
     deadline = time.time() + within_s
     while time.time() < deadline:
@@ -82,9 +93,20 @@ def test_the_record_is_complete(whole: Path) -> None:
     assert status["attempt"] == 1
     rows = steps_of(whole)
     assert [r["step"] for r in rows] == list(range(1, 7))
-    names = {"attempt", "updates", "reward/mean", "time/step_s", "tokens/sampled", "tokens/forwarded",
-             "tokens/backpropagated", "filter/kept_share", "length/mean_tokens", "advantage/mean_abs",
-             "memory/peak_mb", "time/overlap_s"}  # fmt: skip
+    names = {
+        "attempt",
+        "updates",
+        "reward/mean",
+        "time/step_s",
+        "tokens/sampled",
+        "tokens/forwarded",
+        "tokens/backpropagated",
+        "filter/kept_share",
+        "length/mean_tokens",
+        "advantage/mean_abs",
+        "memory/peak_mb",
+        "time/overlap_s",
+    }
     for row in rows:
         assert names <= row.keys(), names - row.keys()
     samples = read_final(whole, "samples")
@@ -93,8 +115,9 @@ def test_the_record_is_complete(whole: Path) -> None:
     evals = read_rows(whole / "evals.jsonl").rows
     accuracy = [r for r in evals if r["metric"] == "accuracy"]
     assert [(r["step"], r["dataset"], r["n"]) for r in accuracy] == [
-        (0, "arithmetic", 8), (6, "arithmetic", 8),
-    ]  # fmt: skip
+        (0, "arithmetic", 8),
+        (6, "arithmetic", 8),
+    ]
     provenance = read_json(whole / "provenance.json")
     assert {"code_hash", "packages", "hardware", "model", "datasets", "verifiers"} <= provenance.keys()
     kinds = {r["kind"] for r in read_rows(whole / "events.jsonl").rows}
@@ -104,8 +127,17 @@ def test_the_record_is_complete(whole: Path) -> None:
 
 def test_ledger_sums_to_the_wall_and_rows_agree_with_samples(whole: Path) -> None:
     samples = read_final(whole, "samples")
-    phases = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "evaluate", "checkpoint",
-              "other")  # fmt: skip
+    phases = (
+        "sample",
+        "verify",
+        "logprob",
+        "backprop",
+        "optimizer",
+        "sync",
+        "evaluate",
+        "checkpoint",
+        "other",
+    )
     for row in steps_of(whole):
         own = [s for s in samples if s["step"] == row["step"]]
         assert row["reward/mean"] == pytest.approx(sum(s["reward"] for s in own) / 64)
@@ -233,8 +265,10 @@ def test_an_update_budget_in_seconds_stops_between_updates(tmp_path: Path) -> No
 def test_base_results_are_shared(tmp_path: Path) -> None:
     first = run_here(tmp_path, "algorithm.steps=1")
     second = run_here(tmp_path, "algorithm.steps=1", "seed=1")
-    hits = [[r["cached"] for r in read_rows(f / "events.jsonl").rows if r["kind"] == "evaluate"]
-            for f in (first, second)]  # fmt: skip
+    hits = [
+        [r["cached"] for r in read_rows(f / "events.jsonl").rows if r["kind"] == "evaluate"]
+        for f in (first, second)
+    ]
     assert hits == [[False, False], [True, False]]
 
 
@@ -266,9 +300,13 @@ def test_a_frozen_cell_runs_from_its_folder(whole: Path, tmp_path: Path) -> None
     target.mkdir(parents=True)
     (target / "config.yaml").write_text((whole / "config.yaml").read_text())
     done = subprocess.run(
-        [sys.executable, "-m", "dash_exp.cell", str(target), "cluster.threads=1"], cwd=REPOSITORY,
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "dash_exp.cell", str(target), "cluster.threads=1"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert differences(whole, target) == []
 
@@ -286,8 +324,9 @@ def disk_of(tmp_path: Path, size: str) -> Path:
     place.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)],
-        capture_output=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        check=False,
+    )
     if done.returncode != 0:
         pytest.skip("a small disk cannot be mounted here (needs root)")
     return place
@@ -439,10 +478,23 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) ->
 @pytest.mark.long
 def test_a_sweep_runs_each_cell_in_a_process_of_its_own(tmp_path: Path) -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "dash_exp", "-m", *SMALL, f"run.dir={tmp_path}", "algorithm.steps=1",
-         "evaluation=none", "algorithm=dash,pg"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "dash_exp",
+            "-m",
+            *SMALL,
+            f"run.dir={tmp_path}",
+            "algorithm.steps=1",
+            "evaluation=none",
+            "algorithm=dash,pg",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     folders = sorted((tmp_path / "cells").iterdir())
     assert [f.name.split("-")[0] for f in folders] == ["dash", "pg"]

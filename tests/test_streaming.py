@@ -57,20 +57,31 @@ class Scripted:
 
 
 def learned(
-    model: Any, script: Sequence[int | None], goal: Objective, aggregation: str, streaming: bool,
-    max_tokens: int, in_order: bool = False,
-) -> tuple[dict[str, torch.Tensor], dict[str, float], list[list[int]]]:  # fmt: skip
+    model: Any,
+    script: Sequence[int | None],
+    goal: Objective,
+    aggregation: str,
+    streaming: bool,
+    max_tokens: int,
+    in_order: bool = False,
+) -> tuple[dict[str, torch.Tensor], dict[str, float], list[list[int]]]:
     """Weights and metric sums after one step, and the groups of each micro-batch."""
     learner = Learner(copy.deepcopy(model), goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
     prompts = tuple(replace(g.group.prompt, answer="x" * n) for n, g in enumerate(BATCH))
     sampler = Scripted(script)
     weigh = partial(group_advantages, baseline="group_mean", scale="std")
     parts = parts_of(
-        learner, aggregation, max_tokens,
-        prompts=PromptSet("test", prompts, 0, "hash"), sampler=sampler, decoding=Decoding(MAX_NEW, 1.0, (1,)),
-        judges={"test": Rewards()}, advantages=weigh, keep=make_filter("advantage", 0.1),
+        learner,
+        aggregation,
+        max_tokens,
+        prompts=PromptSet("test", prompts, 0, "hash"),
+        sampler=sampler,
+        decoding=Decoding(MAX_NEW, 1.0, (1,)),
+        judges={"test": Rewards()},
+        advantages=weigh,
+        keep=make_filter("advantage", 0.1),
         filter_advantages=weigh,
-    )  # fmt: skip
+    )
     plan = replace(plan_of(1, 4, aggregation), streaming=streaming, in_prompt_order=in_order)
     record = Events()
     facts = train_step(plan, parts, Ledger(), cast(Recorder, record), 1)

@@ -24,10 +24,19 @@ from tests.conftest import REPOSITORY
 
 DIGITS = Path(__file__).parent / "digits.jsonl"
 TINY = [
-    "model=tiny", "sampler=hf", "dataset=gsm8k", f"dataset.path={DIGITS}", "dataset.verifier=integer",
-    "dataset.extraction=first_integer", "cluster.threads=1", "traces.samples=24", "traces.temperature=1",
-    "traces.max_new_tokens=6", "traces.chunk=4", "dataset.stop=[x,y,z]",
-]  # fmt: skip
+    "model=tiny",
+    "sampler=hf",
+    "dataset=gsm8k",
+    f"dataset.path={DIGITS}",
+    "dataset.verifier=integer",
+    "dataset.extraction=first_integer",
+    "cluster.threads=1",
+    "traces.samples=24",
+    "traces.temperature=1",
+    "traces.max_new_tokens=6",
+    "traces.chunk=4",
+    "dataset.stop=[x,y,z]",
+]
 
 
 def here(root: Path, *more: str) -> int:
@@ -225,23 +234,38 @@ def test_a_line_worked_by_hand() -> None:
     """Five samples: a right one, the same again, a wrong one, another right one that was cut, a failure."""
     outcomes = ["correct", "correct", "wrong", "correct", "timeout"]
     line = prompt_line(
-        "p", "1+1", ["2", "2", "3", "it is 2", "2"],
+        "p",
+        "1+1",
+        ["2", "2", "3", "it is 2", "2"],
         [completion(2), completion(2), completion(3), completion(6, "length"), completion(4)],
         [Score(float(o == "correct"), o) for o in outcomes],  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     common = {"id": "p", "problem": "1+1"}
     assert line == {
-        "id": "p", "sampled": 5, "correct": 3, "duplicates": 1, "truncated": 1, "failed": 1, "kept": 2,
+        "id": "p",
+        "sampled": 5,
+        "correct": 3,
+        "duplicates": 1,
+        "truncated": 1,
+        "failed": 1,
+        "kept": 2,
         "tokens": 17,
         "traces": [
             {**common, "solution": "2", "tokens": 2, "index": 0, "finish": "stop"},
             {**common, "solution": "it is 2", "tokens": 6, "index": 3, "finish": "length"},
         ],
-    }  # fmt: skip
+    }
     assert totals([line, line]) == {
-        "prompts": 2, "solved": 2, "sampled": 10, "correct": 6, "duplicates": 2, "truncated": 2,
-        "failed": 2, "kept": 4, "tokens": 34,
-    }  # fmt: skip
+        "prompts": 2,
+        "solved": 2,
+        "sampled": 10,
+        "correct": 6,
+        "duplicates": 2,
+        "truncated": 2,
+        "failed": 2,
+        "kept": 4,
+        "tokens": 34,
+    }
 
 
 @given(st.lists(st.tuples(st.sampled_from(["2", "02", "+2", "3"]), st.booleans()), max_size=12))

@@ -38,29 +38,55 @@ class NoRecord:
 
 def optimization(**changes: Any) -> Optimization:
     values: dict[str, Any] = {
-        "lr": 1e-3, "schedule": "linear", "warmup_share": 0.0, "total_updates": 6, "weight_decay": 0.1,
-        "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 0.05, "precision": "fp32",
+        "lr": 1e-3,
+        "schedule": "linear",
+        "warmup_share": 0.0,
+        "total_updates": 6,
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "max_grad_norm": 0.05,
+        "precision": "fp32",
         "freeze_embeddings": False,
-    }  # fmt: skip
+    }
     return Optimization(**{**values, **changes})
 
 
 def parts_of(learner: Learner, aggregation: str, max_tokens: int = 25, **more: Any) -> Parts:
     values: dict[str, Any] = {
-        "prompts": None, "sampler": None, "decoding": Decoding(MAX_NEW, 1.0, (1,)), "judges": {},
-        "advantages": tuple, "keep": keep_all, "filter_advantages": tuple, "demonstrations": None,
+        "prompts": None,
+        "sampler": None,
+        "decoding": Decoding(MAX_NEW, 1.0, (1,)),
+        "judges": {},
+        "advantages": tuple,
+        "keep": keep_all,
+        "filter_advantages": tuple,
+        "demonstrations": None,
         "packer": Packer(max_tokens, aggregation, keep_for_kl=False),
         "learner": ParallelLearner.alone(learner),
-    }  # fmt: skip
+    }
     return Parts(**{**values, **more})
 
 
 def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
     return Plan(
-        seed=0, steps=1, prompts_per_step=4, group_size=4, prompts_per_call=4, servers=1, waves=None,
-        streaming=False, in_prompt_order=True, passes=passes, prompts_per_update=prompts_per_update,
-        aggregation=aggregation, denominator="all", evaluate_every=0, checkpoint_every=0, budget_s=None,
-    )  # fmt: skip
+        seed=0,
+        steps=1,
+        prompts_per_step=4,
+        group_size=4,
+        prompts_per_call=4,
+        servers=1,
+        waves=None,
+        streaming=False,
+        in_prompt_order=True,
+        passes=passes,
+        prompts_per_update=prompts_per_update,
+        aggregation=aggregation,
+        denominator="all",
+        evaluate_every=0,
+        checkpoint_every=0,
+        budget_s=None,
+    )
 
 
 def ours(
@@ -79,9 +105,13 @@ def theirs(
     """The same updates, written as one would on paper; their gradient norms. Moves `model`."""
     setting = optimization()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=setting.lr, betas=setting.betas, eps=setting.eps,
-        weight_decay=setting.weight_decay, foreach=False,
-    )  # fmt: skip
+        model.parameters(),
+        lr=setting.lr,
+        betas=setting.betas,
+        eps=setting.eps,
+        weight_decay=setting.weight_decay,
+        foreach=False,
+    )
     old = old_logprobs(model, groups, goal.temperature)
     size, number, norms = plan.prompts_per_update, 0, []
     for _ in range(plan.passes):
@@ -181,9 +211,7 @@ def test_zero_learning_rate_keeps_every_ratio_at_one(tiny: Any) -> None:
     learner = Learner(tiny, goal, optimization(lr=0.0), vocabulary=VOCABULARY, logit_chunk=16)
     plan = plan_of(3, 2, "constant")
     minis = mini_batches(plan, parts_of(learner, "constant"), groups)
-    repeated_updates(
-        plan, parts_of(learner, "constant"), Ledger(), cast(Recorder, NoRecord()), 1, minis
-    )  # fmt: skip
+    repeated_updates(plan, parts_of(learner, "constant"), Ledger(), cast(Recorder, NoRecord()), 1, minis)
     sums = learner.take_sums()
     assert sums["later/ratio"] == sums["later/tokens"]
     assert sums["later/clipped"] == 0
@@ -239,9 +267,14 @@ def test_a_filter_threshold_means_the_same_in_every_arm(tiny: Any) -> None:
         for scale in ("std", "none"):
             arm = partial(group_advantages, baseline=baseline, scale=scale)
             made = weigh(
-                parts_of(cast(Learner, None), "constant", advantages=arm, keep=keep_large(0.6),
-                         filter_advantages=standard),
+                parts_of(
+                    cast(Learner, None),
+                    "constant",
+                    advantages=arm,
+                    keep=keep_large(0.6),
+                    filter_advantages=standard,
+                ),
                 scored([1.0, 0.0, 0.0, 0.0]),
-            )  # fmt: skip
+            )
             assert made.kept == (True, False, False, False), (baseline, scale)
             assert made.advantages == arm([1.0, 0.0, 0.0, 0.0])

@@ -17,7 +17,7 @@ from dash_exp.config import Config
 from dash_exp.errors import Fault
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
-from dash_exp.tasks.templates import TEMPLATES
+from dash_exp.limits import TEMPLATES
 from dash_exp.validation import check, largest_deviation
 
 pytest_plugins = ["tests.config_fixtures"]
@@ -176,11 +176,17 @@ def test_every_range_is_tested_above() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("algorithm.beta", 0.0), ("algorithm.steps", 1), ("filter.threshold", 0.0),
-        ("sampler.gpu_memory_utilization", 1.0), ("learner.beta1", 0.0), ("budget.seconds", None),
-        ("checkpoint.every", 0), ("evaluation.limit", None), ("algorithm.group_size", 2),
+        ("algorithm.beta", 0.0),
+        ("algorithm.steps", 1),
+        ("filter.threshold", 0.0),
+        ("sampler.gpu_memory_utilization", 1.0),
+        ("learner.beta1", 0.0),
+        ("budget.seconds", None),
+        ("checkpoint.every", 0),
+        ("evaluation.limit", None),
+        ("algorithm.group_size", 2),
     ],
-)  # fmt: skip
+)
 def test_the_ends_of_a_range_that_belong_to_it(config: Config, key: str, value: Any) -> None:
     put(config, key, value)
     assert check(config) == []
@@ -288,8 +294,9 @@ def test_a_group_is_sampled_together(config: Config) -> None:
     config.sampler.max_sequences = 7
     [fault] = check(config)
     assert (fault.where, fault.what) == (
-        "sampler.max_sequences", "got 7, less than algorithm.group_size=8",
-    )  # fmt: skip
+        "sampler.max_sequences",
+        "got 7, less than algorithm.group_size=8",
+    )
 
 
 def test_largest_deviations_of_the_paper() -> None:
@@ -330,8 +337,9 @@ def test_greedy_decoding_draws_from_no_nucleus(config: Config) -> None:
     config.evaluation.top_p = 0.95
     [fault] = check(config)
     assert (fault.where, fault.what) == (
-        "evaluation.top_p", "got 0.95 with evaluation.temperature=0: greedy decoding draws nothing",
-    )  # fmt: skip
+        "evaluation.top_p",
+        "got 0.95 with evaluation.temperature=0: greedy decoding draws nothing",
+    )
     config.evaluation.temperature = 0.7
     assert check(config) == []
 
@@ -394,9 +402,14 @@ def test_what_sharded_weights_do_not_go_with(config: Config, key: str, value: An
 
 def test_all_faults_at_once(config: Config) -> None:
     wrong = {
-        "algorithm.group_size": 1, "sampler.top_p": 0.9, "learner.lr": -1.0, "filter.kl": "kep",
-        "algorithm.kl": "k1", "dataset.kind": "jsnl", "evaluation.samples": 4,
-    }  # fmt: skip
+        "algorithm.group_size": 1,
+        "sampler.top_p": 0.9,
+        "learner.lr": -1.0,
+        "filter.kl": "kep",
+        "algorithm.kl": "k1",
+        "dataset.kind": "jsnl",
+        "evaluation.samples": 4,
+    }
     for key, value in wrong.items():
         put(config, key, value)
     assert {fault.where for fault in check(config)} == set(wrong)

@@ -36,9 +36,15 @@ class World:
             free = max(free, end) + count / self.rate
             learning += count / self.rate
         free *= self.slower(waves)
-        row = {"completions/forwarded": 128, "completions/sampled": 128, "tokens/computed": sum(tokens),
-               "time/backprop_s": learning, "time/logprob_s": 0.0, "time/verify_s": 0.0,
-               "time/sample_s": free - learning}  # fmt: skip
+        row = {
+            "completions/forwarded": 128,
+            "completions/sampled": 128,
+            "tokens/computed": sum(tokens),
+            "time/backprop_s": learning,
+            "time/logprob_s": 0.0,
+            "time/verify_s": 0.0,
+            "time/sample_s": free - learning,
+        }
         return [weighed(g) for g in groups], row
 
     def both_s(self, waves: int, most: int = 64) -> float:
@@ -88,8 +94,9 @@ def test_what_is_chosen_is_hardly_slower_than_the_best(name: str) -> None:
 
 def test_the_worlds_differ_in_what_is_best() -> None:
     """Else a constant would do."""
-    best = {name: min((1, 2, 4, 8, 16), key=lambda w, of=world: of.both_s(w))
-            for name, world in WORLDS.items()}  # fmt: skip
+    best = {
+        name: min((1, 2, 4, 8, 16), key=lambda w, of=world: of.both_s(w)) for name, world in WORLDS.items()
+    }
     assert best["sampling_is_all"] == 1
     assert best["even_and_batching_does_not"] > 4
     assert len(set(best.values())) > 2

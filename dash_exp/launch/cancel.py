@@ -57,8 +57,10 @@ def cancel(
         asked = [one for one in chosen if again or one in fresh or one.cell.state == "queued"]
         mine = sorted({one.cell.job for one in asked if one.cell.job in jobs and one.cell.job})
         if mine and not queue.cancel(mine, now=again):
-            raise UserError(Fault("scancel", f"SLURM did not take back {len(mine)} jobs", "add --now"),
-                            "cells that wait will not be started")  # fmt: skip
+            raise UserError(
+                Fault("scancel", f"SLURM did not take back {len(mine)} jobs", "add --now"),
+                "cells that wait will not be started",
+            )
         if whole:
             _end_controller(state)
         for one in chosen if again else fresh:
@@ -83,11 +85,14 @@ def _jobs(chosen: Sequence[Watched], state: SweepState) -> set[str]:
     jobs = {one.cell.job for one in chosen if one.cell.job and one.cell.state != "interrupted"}
     meant = {one.entry.id for one in chosen}
     faults = [
-        Fault(one.label, f"is run by the same job as what you named ({one.cell.job})",
-              "name both, or none of them")
+        Fault(
+            one.label,
+            f"is run by the same job as what you named ({one.cell.job})",
+            "name both, or none of them",
+        )
         for one in state.cells
         if one.cell.job in jobs and one.entry.id not in meant and one.cell.state in ACTIVE
-    ]  # fmt: skip
+    ]
     if faults:
         raise UserError(faults, NOTHING)
     return jobs

@@ -26,9 +26,14 @@ from dash_exp.launch.watching import (
 from dash_exp.text import format_seconds
 
 __all__ = [
-    "cancel_command", "launch_command", "list_command", "logs_command", "plan_command", "retry_command",
+    "cancel_command",
+    "launch_command",
+    "list_command",
+    "logs_command",
+    "plan_command",
+    "retry_command",
     "status_command",
-]  # fmt: skip
+]
 
 
 def list_command(args: Namespace) -> int:

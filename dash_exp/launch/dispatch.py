@@ -43,9 +43,17 @@ def tell(text: str) -> None:
 
 
 def launch(
-    plan: Plan, root: Path, *, cluster: ClusterConfig, n_jobs: int = 1, wait: bool = True,
-    detached: bool = False, force: bool = False, cells: Sequence[str] | None = None, say: Say = tell,
-) -> int:  # fmt: skip
+    plan: Plan,
+    root: Path,
+    *,
+    cluster: ClusterConfig,
+    n_jobs: int = 1,
+    wait: bool = True,
+    detached: bool = False,
+    force: bool = False,
+    cells: Sequence[str] | None = None,
+    say: Say = tell,
+) -> int:
     """Write a plan down and run what of it is not finished, here or on SLURM. `cells`: only those, by the
     names of their folders. `detached`: in a process of its own. `wait`: until all is done (without it only
     a sweep on this machine that is not detached waits), then show a table.
@@ -82,7 +90,7 @@ def launch(
 
 def prepare(
     plan: Plan, root: Path, cluster: ClusterConfig, force: bool, cells: Sequence[str] | None, say: Say
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Everything before the first cell starts. Raises UserError with nothing written where something is
     wrong, or where the disk does not take it."""
     if faults := refusals(plan, root, cluster, force):

@@ -26,9 +26,16 @@ def say_state(folder: Path, state: str, **more: object) -> bool:
         kept = {k: v for k, v in known.items() if k != "reason"}
         write_json(
             folder / "status.json",
-            {"attempt": 0, "step": 0, **kept, "failure": None, **more, "state": state,
-             "heartbeat": time.time()},
-        )  # fmt: skip
+            {
+                "attempt": 0,
+                "step": 0,
+                **kept,
+                "failure": None,
+                **more,
+                "state": state,
+                "heartbeat": time.time(),
+            },
+        )
     except OSError:
         return False
     finally:

@@ -26,28 +26,45 @@ from dash_exp.record import Row
 CLASSES = ("out_of_memory", "timeout", "preemption", "node", "nccl", "nan", "config", "verifier", "unknown")
 SIGNALLED, USER_ERROR = 128, 2
 BY_SCHEDULER = {
-    "TIMEOUT": "timeout", "DEADLINE": "timeout", "PREEMPTED": "preemption", "NODE_FAIL": "node",
-    "BOOT_FAIL": "node", "OUT_OF_MEMORY": "out_of_memory",
-}  # fmt: skip
+    "TIMEOUT": "timeout",
+    "DEADLINE": "timeout",
+    "PREEMPTED": "preemption",
+    "NODE_FAIL": "node",
+    "BOOT_FAIL": "node",
+    "OUT_OF_MEMORY": "out_of_memory",
+}
 """States of SLURM that explain an end. The others say no more than the exit code."""
 BY_SIGNAL = {
-    signal.SIGUSR2: "timeout", signal.SIGTERM: "preemption", signal.SIGINT: "preemption",
-    signal.SIGHUP: "preemption", signal.SIGXCPU: "timeout", signal.SIGKILL: "node",
-}  # fmt: skip
+    signal.SIGUSR2: "timeout",
+    signal.SIGTERM: "preemption",
+    signal.SIGINT: "preemption",
+    signal.SIGHUP: "preemption",
+    signal.SIGXCPU: "timeout",
+    signal.SIGKILL: "node",
+}
 KERNEL_KILLED = "killed by the kernel: the machine was out of memory"
 """Written after a process's output where the kernel's count of such kills has grown meanwhile."""
 
 BY_TEXT = (
-    ("out_of_memory", r"OutOfMemoryError|[Oo]ut of memory|MemoryError|does not fit into memory|oom-kill"
-     r"|(can't|[Cc]annot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED"),
+    (
+        "out_of_memory",
+        r"OutOfMemoryError|[Oo]ut of memory|MemoryError|does not fit into memory|oom-kill"
+        r"|(can't|[Cc]annot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED",
+    ),
     ("nan", r"FloatingPointError"),
     ("verifier", r"every verdict of step \d+ failed"),
-    ("node", r"uncorrectable ECC|fallen off the bus|Stale file handle|Input/output error"
-     r"|Transport endpoint is not connected|Bus error|every server is lost"),
-    ("nccl", r"NCCL[^\n]*([Ee]rror|[Tt]imeout|[Tt]imed out|[Aa]bort)|nccl\w*Error|DistBackendError"
-     r"|DistNetworkError|Watchdog caught collective"
-     r"|learner\.ranks: rank \d+ (was|gave|ended|failed|did not|could not)"),
-)  # fmt: skip
+    (
+        "node",
+        r"uncorrectable ECC|fallen off the bus|Stale file handle|Input/output error"
+        r"|Transport endpoint is not connected|Bus error|every server is lost",
+    ),
+    (
+        "nccl",
+        r"NCCL[^\n]*([Ee]rror|[Tt]imeout|[Tt]imed out|[Aa]bort)|nccl\w*Error|DistBackendError"
+        r"|DistNetworkError|Watchdog caught collective"
+        r"|learner\.ranks: rank \d+ (was|gave|ended|failed|did not|could not)",
+    ),
+)
 """What was said to a class; the first that matches counts (a rank that ran out of memory is no matter of
 communication)."""
 

@@ -49,9 +49,7 @@ class Order:
     taken: bool = False
 
 
-def launch(
-    manifest: Manifest, n_jobs: int, cells: Sequence[str] | None, say: Say, relay: Relay
-) -> None:  # fmt: skip
+def launch(manifest: Manifest, n_jobs: int, cells: Sequence[str] | None, say: Say, relay: Relay) -> None:
     """Run a sweep here and now, once no other controller of it is at work. `relay.first`: the signal that
     ended it, if one did."""
     folder = manifest.folder
@@ -77,8 +75,11 @@ def detach(manifest: Manifest, n_jobs: int, cells: Sequence[str] | None, say: Sa
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dash_exp.launch.local", str(folder.resolve())],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + START_S
     while process.poll() is None and read_json(folder / CONTROLLER).get("pid") != process.pid:
         if time.monotonic() > deadline:

@@ -37,10 +37,13 @@ class Target:
         """What was launched. Raises UserError where nothing was."""
         if not self.launched:
             raise UserError(
-                Fault(self.name, f"has not been launched: there is no {self.folder / manifests.NAME}",
-                      f"python -m dash_exp.sweep launch {self.name}; run.dir=<folder> looks elsewhere"),
+                Fault(
+                    self.name,
+                    f"has not been launched: there is no {self.folder / manifests.NAME}",
+                    f"python -m dash_exp.sweep launch {self.name}; run.dir=<folder> looks elsewhere",
+                ),
                 "nothing was changed",
-            )  # fmt: skip
+            )
         return manifests.read(self.folder)
 
 
@@ -82,10 +85,13 @@ def find(text: str, root: Path, name: str | None = None) -> Target:
         return Target(text, folder, root, None)
     there = [path.name for path in launched_folders(root)]
     raise UserError(
-        Fault(text, f"is no sweep: neither a file in sweeps/, nor one launched in {root}, nor a folder",
-              nearest(text, {*known, *there}) if known or there else LIST_HINT),
+        Fault(
+            text,
+            f"is no sweep: neither a file in sweeps/, nor one launched in {root}, nor a folder",
+            nearest(text, {*known, *there}) if known or there else LIST_HINT,
+        ),
         "nothing was changed",
-    )  # fmt: skip
+    )
 
 
 def matches(entry: Entry, pattern: str) -> bool:
@@ -111,8 +117,10 @@ def select(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
     chosen = [entry for entry in entries if all(matches(entry, pattern) for pattern in patterns)]
     if patterns and not chosen:
         text = " ".join(patterns)
-        raise UserError(Fault(text, "no cell is selected by all of these", "each pattern narrows the choice"),
-                        "nothing was changed")  # fmt: skip
+        raise UserError(
+            Fault(text, "no cell is selected by all of these", "each pattern narrows the choice"),
+            "nothing was changed",
+        )
     return chosen
 
 

@@ -72,14 +72,21 @@ def write(plan: Plan, root: Path) -> Manifest:
             freeze(cell.cell.frozen, path)
             first_status(path, [need for need in cell.needs if need not in finished])
         value = {
-            "format": FORMAT, "name": plan.name, "created": known.get("created", time.time()),
-            "about": dict(plan.about or {}), "actions": list(plan.actions),
+            "format": FORMAT,
+            "name": plan.name,
+            "created": known.get("created", time.time()),
+            "about": dict(plan.about or {}),
+            "actions": list(plan.actions),
             "cells": [_row(cell) for cell in plan.cells],
             "waiting": [
-                {"overrides": list(w.overrides), "traces": str(w.traces.path),
-                 "arguments": list(w.traces.arguments)} for w in plan.waiting
+                {
+                    "overrides": list(w.overrides),
+                    "traces": str(w.traces.path),
+                    "arguments": list(w.traces.arguments),
+                }
+                for w in plan.waiting
             ],
-        }  # fmt: skip
+        }
         write_json(folder / NAME, value)
     return read(folder)
 
@@ -89,8 +96,13 @@ def _state(root: Path, cell: PlannedCell) -> str:
 
 
 def _row(cell: PlannedCell) -> dict[str, Any]:
-    return {"id": cell.id, "folder": cell.folder_name, "overrides": list(cell.overrides),
-            "resources": asdict(cell.resources), "needs": list(cell.needs)}  # fmt: skip
+    return {
+        "id": cell.id,
+        "folder": cell.folder_name,
+        "overrides": list(cell.overrides),
+        "resources": asdict(cell.resources),
+        "needs": list(cell.needs),
+    }
 
 
 def _refuse_other(known: dict[str, Any], plan: Plan, folder: Path) -> None:
@@ -99,11 +111,13 @@ def _refuse_other(known: dict[str, Any], plan: Plan, folder: Path) -> None:
     lost = before - {cell.id for cell in plan.cells}
     if lost:
         raise UserError(
-            Fault("run.sweep", f"{folder} is another sweep: {len(lost)} of its {len(before)} cells are not "
-                  "in this one",
-                  f"choose another name (run.sweep=...): a sweep can only grow; {folder} as a name goes on "
-                  "with its own cells, as they are frozen")
-        )  # fmt: skip
+            Fault(
+                "run.sweep",
+                f"{folder} is another sweep: {len(lost)} of its {len(before)} cells are not in this one",
+                f"choose another name (run.sweep=...): a sweep can only grow; {folder} as a name goes on "
+                "with its own cells, as they are frozen",
+            )
+        )
 
 
 def first_status(folder: Path, needs: Sequence[str]) -> None:
@@ -113,8 +127,10 @@ def first_status(folder: Path, needs: Sequence[str]) -> None:
         return
     state, more = ("blocked", {"reason": f"waits for {', '.join(needs)}"}) if needs else ("pending", {})
     temporary = folder / f".status.json.first.{os.getpid()}"
-    write_json(temporary, {"state": state, "attempt": 0, "step": 0, "heartbeat": time.time(),
-                           "failure": None, **more})  # fmt: skip
+    write_json(
+        temporary,
+        {"state": state, "attempt": 0, "step": 0, "heartbeat": time.time(), "failure": None, **more},
+    )
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -128,21 +144,38 @@ def read(folder: Path) -> Manifest:
     value = read_json(folder / NAME)
     if not value:
         raise UserError(
-            Fault(str(folder), "holds no manifest.json, so it is not a sweep's folder",
-                  "python -m dash_exp.sweep list names them")
-        )  # fmt: skip
+            Fault(
+                str(folder),
+                "holds no manifest.json, so it is not a sweep's folder",
+                "python -m dash_exp.sweep list names them",
+            )
+        )
     if value["format"] > FORMAT:
         raise UserError(Fault(str(folder / NAME), f"has format {value['format']}, known here: {FORMAT}"))
     entries = tuple(
-        Entry(row["id"], row["folder"], tuple(row["overrides"]), Resources(**row["resources"]),
-              tuple(row["needs"])) for row in value["cells"]
-    )  # fmt: skip
+        Entry(
+            row["id"],
+            row["folder"],
+            tuple(row["overrides"]),
+            Resources(**row["resources"]),
+            tuple(row["needs"]),
+        )
+        for row in value["cells"]
+    )
     waiting = tuple(
         Waiting(tuple(row["overrides"]), Traces(Path(row["traces"]), tuple(row["arguments"])))
         for row in value["waiting"]
     )
-    return Manifest(value["name"], folder, folder.parent.parent, entries, waiting, tuple(value["actions"]),
-                    value["about"], value["created"])  # fmt: skip
+    return Manifest(
+        value["name"],
+        folder,
+        folder.parent.parent,
+        entries,
+        waiting,
+        tuple(value["actions"]),
+        value["about"],
+        value["created"],
+    )
 
 
 @contextmanager

@@ -26,7 +26,7 @@ N_JOBS, WAIT = "hydra.launcher.n_jobs", "hydra.launcher.wait"
 
 def launch_sweep(
     config: DictConfig, overrides: Sequence[Sequence[str]], first: int, n_jobs: object, wait: object
-) -> int:  # fmt: skip
+) -> int:
     """Run the combinations of a sweep; its exit code. `config`: Hydra's of the whole sweep. `first`: the
     number of the first one, above 0 in later batches (hydra.sweeper.max_batch_size): sweeps of their own.
 
@@ -65,13 +65,23 @@ def checked(n_jobs: object, wait: object) -> tuple[int, bool]:
     """The launcher's own settings. Raises UserError."""
     faults = []
     if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs < 1:
-        faults.append(Fault(N_JOBS, f"got {n_jobs!r}, must be a whole number from 1 on",
-                            "so many cells run at once on this machine"))  # fmt: skip
+        faults.append(
+            Fault(
+                N_JOBS,
+                f"got {n_jobs!r}, must be a whole number from 1 on",
+                "so many cells run at once on this machine",
+            )
+        )
     if not isinstance(wait, bool):
         faults.append(Fault(WAIT, f"got {wait!r}, expected true or false"))
     if placed(os.environ) is not None:
-        faults.append(Fault("-m", "torchrun and srun start the ranks of one cell, not a sweep",
-                            "leave them out: a sweep starts the ranks of each cell itself"))  # fmt: skip
+        faults.append(
+            Fault(
+                "-m",
+                "torchrun and srun start the ranks of one cell, not a sweep",
+                "leave them out: a sweep starts the ranks of each cell itself",
+            )
+        )
     if faults:
         raise UserError(faults)
     assert isinstance(n_jobs, int) and isinstance(wait, bool)
@@ -83,8 +93,9 @@ def search_path(config: DictConfig) -> tuple[str, ...]:
     hydra.searchpath."""
     sources: Iterable[Any] = config.hydra.runtime.config_sources
     found = [
-        f"{one.schema}://{one.path}" for one in sources
+        f"{one.schema}://{one.path}"
+        for one in sources
         if one.provider == "command-line" or one.provider.startswith("hydra.searchpath")
-    ]  # fmt: skip
+    ]
     quoted = ("'" + place.replace("\\", "\\\\").replace("'", "\\'") + "'" for place in found)
     return (f"hydra.searchpath=[{','.join(quoted)}]",) if found else ()

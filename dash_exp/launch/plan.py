@@ -45,23 +45,40 @@ SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe
 
 
 def plan_spec(
-    spec: Spec, *, root: Path, actions: Sequence[str] = (), extra: Sequence[str] = (),
-    name: str | None = None, installed: Installed = is_installed,
-) -> Plan:  # fmt: skip
+    spec: Spec,
+    *,
+    root: Path,
+    actions: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    name: str | None = None,
+    installed: Installed = is_installed,
+) -> Plan:
     """The plan of a sweep's file. `extra`: overrides from the command line, several values allowed, that
     take the place of the file's own; those of the launch among them count as `actions`."""
     own, more = split(extra)
     return make_plan(
-        name or spec.name, combinations(spec, own), root=root, actions=(*actions, *more), about=spec.about(),
-        times=spec.times, traces=spec.traces, installed=installed,
-    )  # fmt: skip
+        name or spec.name,
+        combinations(spec, own),
+        root=root,
+        actions=(*actions, *more),
+        about=spec.about(),
+        times=spec.times,
+        traces=spec.traces,
+        installed=installed,
+    )
 
 
 def make_plan(
-    name: str, combinations: Sequence[Sequence[str]], *, root: Path, actions: Sequence[str] = (),
-    about: Mapping[str, object] | None = None, times: bool = False, traces: Sequence[Combination] = (),
+    name: str,
+    combinations: Sequence[Sequence[str]],
+    *,
+    root: Path,
+    actions: Sequence[str] = (),
+    about: Mapping[str, object] | None = None,
+    times: bool = False,
+    traces: Sequence[Combination] = (),
     installed: Installed = is_installed,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Resolve, check and name every cell. Nothing is written but hashes in an existing `<root>/cache`.
 
     `actions`: overrides of run, tracking, cluster and paths for all cells. `times`: the result is a time,
@@ -94,13 +111,13 @@ def make_plan(
     return Plan(name, tuple(planned), tuple(waiting), duplicates, actions_of_all, about)
 
 
-def prepared(
-    combinations: Sequence[Sequence[str]], actions: Sequence[str], root: Path
-) -> list[Combination]:  # fmt: skip
+def prepared(combinations: Sequence[Sequence[str]], actions: Sequence[str], root: Path) -> list[Combination]:
     """Combinations with the settings of the launch, in which they win, and without those of Hydra's own
     launchers; equal ones once."""
-    common = [*(text for text in split(actions)[1] if key_of(text) not in NOT_REPEATED),
-              f"run.dir={quoted(str(root))}"]  # fmt: skip
+    common = [
+        *(text for text in split(actions)[1] if key_of(text) not in NOT_REPEATED),
+        f"run.dir={quoted(str(root))}",
+    ]
     found: dict[Combination, None] = {}
     for combination in combinations:
         own, launch = split(combination)

@@ -87,10 +87,15 @@ def frozen_plan(manifest: Manifest, overrides: Sequence[str]) -> Plan:
     own, settings = split(overrides)
     if own:
         raise UserError(
-            [Fault(key_of(one), f"{manifest.name} was launched already, and its cells are frozen",
-                   "only run, tracking, cluster and paths may change; name its yaml for other cells")
-             for one in own]
-        )  # fmt: skip
+            [
+                Fault(
+                    key_of(one),
+                    f"{manifest.name} was launched already, and its cells are frozen",
+                    "only run, tracking, cluster and paths may change; name its yaml for other cells",
+                )
+                for one in own
+            ]
+        )
     plan = plan_of(manifest)
     if not any(key_of(one) not in NOT_REPEATED for one in settings):
         return plan
@@ -146,5 +151,13 @@ def scripts(order: Order) -> tuple[list[str], list[Fault]]:
 
 def start(order: Order, wait: bool) -> int:
     """Launch it: by a controller of its own on this machine, or on SLURM."""
-    return launch(order.plan, order.root, cluster=order.cluster, n_jobs=order.n_jobs, wait=wait,
-                  detached=True, force=order.force, cells=order.cells)  # fmt: skip
+    return launch(
+        order.plan,
+        order.root,
+        cluster=order.cluster,
+        n_jobs=order.n_jobs,
+        wait=wait,
+        detached=True,
+        force=order.force,
+        cells=order.cells,
+    )

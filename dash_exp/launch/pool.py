@@ -61,7 +61,7 @@ class Relay:
 
 def run_pool(
     jobs: Sequence[Job], terms: Terms, say: Say = print, relay: Relay | None = None
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Run the cells until each is finished, has failed for good, is blocked or was cancelled, or until a
     signal has come (`relay.first`) and those that ran have ended. Returns the state of each, by the name of
     its folder."""

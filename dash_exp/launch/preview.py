@@ -48,12 +48,18 @@ class Line:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "id": self.planned.id, "folder": self.planned.folder_name,
-            "overrides": list(self.planned.overrides), "state": self.state, "note": self.note,
-            "stale": self.stale, "needs": list(self.planned.needs), "shared": list(self.shared),
-            "resources": asdict(self.planned.resources), "hours_left": self.hours_left,
+            "id": self.planned.id,
+            "folder": self.planned.folder_name,
+            "overrides": list(self.planned.overrides),
+            "state": self.state,
+            "note": self.note,
+            "stale": self.stale,
+            "needs": list(self.planned.needs),
+            "shared": list(self.shared),
+            "resources": asdict(self.planned.resources),
+            "hours_left": self.hours_left,
             "gpu_hours_left": self.gpu_hours,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +82,23 @@ class Preview:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "name": self.plan.name, **dict(self.plan.about or {}), "root": str(self.root),
-            "actions": list(self.plan.actions), "duplicates": self.plan.duplicates, "counts": self.counts(),
+            "name": self.plan.name,
+            **dict(self.plan.about or {}),
+            "root": str(self.root),
+            "actions": list(self.plan.actions),
+            "duplicates": self.plan.duplicates,
+            "counts": self.counts(),
             "cells": [line.as_json() for line in self.lines],
             "waiting": [
-                {"overrides": list(w.overrides), "traces": str(w.traces.path),
-                 "arguments": list(w.traces.arguments)} for w in self.plan.waiting
+                {
+                    "overrides": list(w.overrides),
+                    "traces": str(w.traces.path),
+                    "arguments": list(w.traces.arguments),
+                }
+                for w in self.plan.waiting
             ],
             "sbatch": list(self.sbatch),
-        }  # fmt: skip
+        }
 
 
 def preview(plan: Plan, root: Path, sbatch: Sequence[str] = ()) -> Preview:
@@ -100,10 +114,17 @@ def preview(plan: Plan, root: Path, sbatch: Sequence[str] = ()) -> Preview:
         open_needs = [need for need in cell.needs if need not in states or states[need].state != "finished"]
         after = "after " + ", ".join(called.get(need, need) for need in open_needs) if open_needs else ""
         lines.append(
-            Line(cell, name, state.state if state else NEW, after or (state.note if state else ""),
-                 state is not None and state.stale, hours.get(cell.id), _rest(state),
-                 shared.get(cell.id, ()))
-        )  # fmt: skip
+            Line(
+                cell,
+                name,
+                state.state if state else NEW,
+                after or (state.note if state else ""),
+                state is not None and state.stale,
+                hours.get(cell.id),
+                _rest(state),
+                shared.get(cell.id, ()),
+            )
+        )
     return Preview(plan, root, tuple(lines), tuple(sbatch))
 
 

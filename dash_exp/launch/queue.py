@@ -19,8 +19,14 @@ AT_ONCE = 1000
 
 JOB_ID = re.compile(r"\d+(_\d+)?")
 QUEUED = (
-    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD",
-)  # fmt: skip
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
+)
 RUNNING = ("RUNNING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
 ACTIVE = ("queued", "running", "completing")
 
@@ -97,9 +103,14 @@ def run(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str | None:
     """A command's standard output; None where it is missing, fails, or is not done in time."""
     try:
         done = subprocess.run(
-            list(command), capture_output=True, text=True, errors="replace", timeout=timeout_s,
-            stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
+            list(command),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -111,8 +122,17 @@ def _squeue(wanted: Sequence[str]) -> dict[str, JobState] | None:
     an error, asked for several, it leaves that out."""
     found: dict[str, JobState] = {}
     for parents in _parents(wanted):
-        text = run(["squeue", "--noheader", "--array", "--all", "--states=all", f"--jobs=1,{parents}",
-                    "--format=%i|%T|%r|%N"])  # fmt: skip
+        text = run(
+            [
+                "squeue",
+                "--noheader",
+                "--array",
+                "--all",
+                "--states=all",
+                f"--jobs=1,{parents}",
+                "--format=%i|%T|%r|%N",
+            ]
+        )
         if text is None:
             return None
         found.update(_read(text, _listed))
@@ -128,8 +148,16 @@ def _sacct(wanted: Sequence[str]) -> dict[str, JobState]:
     """Jobs that accounting knows; none where it is off."""
     found: dict[str, JobState] = {}
     for parents in _parents(wanted):
-        text = run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={parents}",
-                    "--format=JobID,State,ExitCode,NodeList"])  # fmt: skip
+        text = run(
+            [
+                "sacct",
+                "--noheader",
+                "--parsable2",
+                "--allocations",
+                f"--jobs={parents}",
+                "--format=JobID,State,ExitCode,NodeList",
+            ]
+        )
         found.update(_read(text or "", _accounted))
     return found
 

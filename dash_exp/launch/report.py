@@ -14,9 +14,13 @@ from dash_exp.launch.status import SweepState, Watched, end_of_output, has_contr
 from dash_exp.text import format_number, format_path, format_seconds
 
 STYLES = {
-    "running": "bold green", "finished": "green", "failed": "bold red", "interrupted": "yellow",
-    "queued": "cyan", "stale": "yellow",
-}  # fmt: skip
+    "running": "bold green",
+    "finished": "green",
+    "failed": "bold red",
+    "interrupted": "yellow",
+    "queued": "cyan",
+    "stale": "yellow",
+}
 SHOWN_CELLS = 100
 """Cells that a table lists; more are counted, and `--json` has them all."""
 SHOWN_FAILURES, SHORT_END, LONG_END = 3, 5, 20
@@ -49,14 +53,26 @@ def left_text(seconds: float | None) -> str:
 
 def sweep_lines(states: Sequence[SweepState]) -> RenderableType:
     """All sweeps, a line each."""
-    rows = table(("sweep", False), ("cells", True), ("finished", True), ("running", True), ("failed", True),
-                 ("left", True), ("other", False))  # fmt: skip
+    rows = table(
+        ("sweep", False),
+        ("cells", True),
+        ("finished", True),
+        ("running", True),
+        ("failed", True),
+        ("left", True),
+        ("other", False),
+    )
     for one in states:
         counts = one.counts
         other = [f"{n} {s}" for s, n in counts.items() if s not in ("finished", "running", "failed")]
-        add(rows, one.manifest.name, str(sum(counts.values())),
+        add(
+            rows,
+            one.manifest.name,
+            str(sum(counts.values())),
             *(str(counts.get(s, 0)) for s in ("finished", "running", "failed")),
-            "-" if one.eta_s is None else format_seconds(one.eta_s), ", ".join(other))  # fmt: skip
+            "-" if one.eta_s is None else format_seconds(one.eta_s),
+            ", ".join(other),
+        )
     return rows
 
 
@@ -86,15 +102,32 @@ def head(state: SweepState) -> RenderableType:
 
 
 def cell_table(chosen: Sequence[Watched]) -> Table:
-    rows = table(("cell", False), ("id", False), ("state", False), ("step", True), ("reward", True),
-                 ("s/step", True), ("", False))  # fmt: skip
+    rows = table(
+        ("cell", False),
+        ("id", False),
+        ("state", False),
+        ("step", True),
+        ("reward", True),
+        ("s/step", True),
+        ("", False),
+    )
     for one in chosen:
         cell = one.cell
         steps = f"{cell.step}/{cell.steps if cell.steps is not None else '?'}"
         shown = cell.state
         pace = "-" if cell.step_s is None else f"{cell.step_s:.2f}"
         style = STYLES.get(shown, "")
-        add(rows, one.label, one.entry.id, shown, steps, format_number(cell.reward), pace, remark(one), style=style)
+        add(
+            rows,
+            one.label,
+            one.entry.id,
+            shown,
+            steps,
+            format_number(cell.reward),
+            pace,
+            remark(one),
+            style=style,
+        )
     return rows
 
 
@@ -118,7 +151,8 @@ def _more(count: int, hint: str) -> list[RenderableType]:
 def waiting_lines(traces: Iterable[str]) -> list[RenderableType]:
     many = list(traces)
     lines = [
-        f"{many.count(path)} more wait for the traces {format_path(Path(path))}" for path in dict.fromkeys(many)
+        f"{many.count(path)} more wait for the traces {format_path(Path(path))}"
+        for path in dict.fromkeys(many)
     ]
     return [Text(line) for line in lines]
 
@@ -166,8 +200,16 @@ def plan_view(made: Preview) -> RenderableType:
         ("cell", False), ("id", False), ("state", False), ("hours", True), ("GPU-h", True), ("", False)
     )
     for line in made.lines[:SHOWN_CELLS]:
-        add(rows, line.label, line.planned.id, line.state, hours_text(line.hours_left),
-            hours_text(line.gpu_hours), _line_remark(line), style=STYLES.get(line.state, ""))  # fmt: skip
+        add(
+            rows,
+            line.label,
+            line.planned.id,
+            line.state,
+            hours_text(line.hours_left),
+            hours_text(line.gpu_hours),
+            _line_remark(line),
+            style=STYLES.get(line.state, ""),
+        )
     parts += [rows] if made.lines else []
     parts += _more(len(made.lines), "--json has them all")
     for waiting in {w.traces.path: w.traces for w in plan.waiting}.values():
@@ -212,9 +254,14 @@ def resource_table(made: Preview) -> Table:
     )
     for resources, lines in made.profiles().items():
         open_ones = [line for line in lines if line.rest > 0]
-        add(rows, str(resources), str(len(lines)), str(len(open_ones)),
+        add(
+            rows,
+            str(resources),
+            str(len(lines)),
+            str(len(open_ones)),
             sum_text([line.hours_left for line in open_ones]),
-            sum_text([line.gpu_hours for line in open_ones]))  # fmt: skip
+            sum_text([line.gpu_hours for line in open_ones]),
+        )
     return rows
 
 

@@ -31,9 +31,10 @@ def split(overrides: Iterable[str]) -> tuple[Combination, Combination]:
     """A command line's overrides: those of cells, then those of the launch. Hydra's own are left out, but
     for where options are looked for."""
     kept = [
-        text for text in overrides
+        text
+        for text in overrides
         if not key_of(text).startswith(("hydra.", "hydra/")) or key_of(text) == "hydra.searchpath"
-    ]  # fmt: skip
+    ]
     return tuple(t for t in kept if not is_setting(t)), tuple(t for t in kept if is_setting(t))
 
 

@@ -56,7 +56,7 @@ class Queue:
 
 def submit(
     manifest: Manifest, entries: Sequence[Entry], actions: Sequence[str], cluster: ClusterConfig
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Submit those of the entries that are to be run; ids of the jobs. A cell whose need is neither finished
     nor on its way is left out: it stays blocked.
 
@@ -71,9 +71,12 @@ def submit(
 
 
 def _submit_all(
-    manifest: Manifest, arrays: Sequence[Array], job_of: dict[str, str], actions: Sequence[str],
+    manifest: Manifest,
+    arrays: Sequence[Array],
+    job_of: dict[str, str],
+    actions: Sequence[str],
     cluster: ClusterConfig,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Submit arrays in order. `job_of`: the jobs of cells, to which those submitted are added."""
     submitted: list[str] = []
     parents: list[str] = []
@@ -107,7 +110,7 @@ def _refused(error: Exception, array: Array, done: int, wanted: int) -> UserErro
 
 def _job(
     manifest: Manifest, task: Sequence[Entry], array: Array, actions: Sequence[str], cluster: ClusterConfig
-) -> SlurmJob:  # fmt: skip
+) -> SlurmJob:
     return SlurmJob(
         root=str(manifest.root.resolve()),
         sweep=manifest.name,
@@ -153,9 +156,10 @@ def look(manifest: Manifest, entries: Iterable[Entry]) -> Queue | None:
     job_of = {one: last for one, many in jobs.items() for last in [j for j in many if j in active][-1:]}
     locks = Locks.now()
     free = [
-        entry for one, entry in wanted.items()
+        entry
+        for one, entry in wanted.items()
         if one not in finished and one not in job_of and locks.holder(manifest.cell(entry) / ".lock") is None
-    ]  # fmt: skip
+    ]
     return Queue(tuple(startable(free, {*finished, *job_of})), job_of)
 
 

@@ -52,8 +52,13 @@ def faults(entries: Sequence[Entry], cluster: ClusterConfig) -> list[Fault]:
     """Everything that is wrong with running these cells on the cluster that can be reached from here."""
     absent = [name for name in COMMANDS if shutil.which(name) is None]
     if absent:
-        return [Fault("cluster", f"{', '.join(absent)} not found on PATH",
-                      "start this where jobs are submitted to SLURM, or set cluster=local")]  # fmt: skip
+        return [
+            Fault(
+                "cluster",
+                f"{', '.join(absent)} not found on PATH",
+                "start this where jobs are submitted to SLURM, or set cluster=local",
+            )
+        ]
     text = run(["sinfo", "--noheader", "--all", "--exact", "--format=%P|%l|%D|%c|%m|%G|%f"])
     if text is None:
         return [Fault("cluster", "SLURM does not answer", "sinfo says more; is its controller up?")]
@@ -76,10 +81,17 @@ def read_nodes(text: str) -> list[Nodes]:
         name, limit, count, cpus, memory, gres, features = fields
         memory_mb = _number(memory)
         found.append(
-            Nodes(name.rstrip("*"), name.endswith("*"), minutes_of(limit), _number(count), _number(cpus),
-                  math.inf if memory_mb <= UNKNOWN_MEMORY_MB else memory_mb, gpus_of(gres),
-                  frozenset(features.split(",")) - {"(null)"})
-        )  # fmt: skip
+            Nodes(
+                name.rstrip("*"),
+                name.endswith("*"),
+                minutes_of(limit),
+                _number(count),
+                _number(cpus),
+                math.inf if memory_mb <= UNKNOWN_MEMORY_MB else memory_mb,
+                gpus_of(gres),
+                frozenset(features.split(",")) - {"(null)"},
+            )
+        )
     return found
 
 
@@ -117,12 +129,18 @@ def _partition_faults(nodes: Sequence[Nodes], cluster: ClusterConfig) -> list[Fa
     if cluster.partition is None:
         if any(one.default for one in nodes):
             return []
-        return [Fault("cluster.partition", "is not set, and this cluster has no default",
-                      f"allowed: {', '.join(sorted(known))}")]  # fmt: skip
+        return [
+            Fault(
+                "cluster.partition",
+                "is not set, and this cluster has no default",
+                f"allowed: {', '.join(sorted(known))}",
+            )
+        ]
     return [
         Fault("cluster.partition", f"got {name!r}, which this cluster does not have", nearest(name, known))
-        for name in cluster.partition.split(",") if name not in known
-    ]  # fmt: skip
+        for name in cluster.partition.split(",")
+        if name not in known
+    ]
 
 
 def _feature_faults(nodes: Sequence[Nodes], cluster: ClusterConfig) -> list[Fault]:
@@ -131,13 +149,12 @@ def _feature_faults(nodes: Sequence[Nodes], cluster: ClusterConfig) -> list[Faul
     words = re.split(r"[\[\]()&|,*\s]+", cluster.constraint or "")
     return [
         Fault("cluster.constraint", f"got {word!r}, which no node of the partition has", nearest(word, known))
-        for word in words if word and not word.isdigit() and word not in known
-    ]  # fmt: skip
+        for word in words
+        if word and not word.isdigit() and word not in known
+    ]
 
 
-def _demand_faults(
-    entries: Sequence[Entry], nodes: Sequence[Nodes], cluster: ClusterConfig
-) -> list[Fault]:  # fmt: skip
+def _demand_faults(entries: Sequence[Entry], nodes: Sequence[Nodes], cluster: ClusterConfig) -> list[Fault]:
     """Profiles that no partition of those chosen can run, each told once."""
     groups: dict[Resources, list[Entry]] = {}
     for entry in entries:
@@ -162,8 +179,9 @@ def lacking(demand: Demand, name: str, nodes: Sequence[Nodes]) -> list[tuple[str
     ]
     found = [
         (f"cluster.{key}", f"asks for {want} {word} of a node", f"partition {name} has at most {have:.4g}")
-        for key, word, want, have in sizes if want > have
-    ]  # fmt: skip
+        for key, word, want, have in sizes
+        if want > have
+    ]
     fitting = sum(one.count for one in nodes if one.holds(demand))
     if not found and fitting < demand.nodes:
         what = f"asks for {demand.nodes} nodes of {describe(demand)} each"

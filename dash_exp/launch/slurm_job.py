@@ -230,8 +230,20 @@ def note_restarts(folder: Path, place: Place) -> None:
 
 def restart_reason(job: str) -> str:
     """What ended the job's run before this one."""
-    text = queue.run(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"--jobs={job}",
-                "--format=State"]) or ""  # fmt: skip
+    text = (
+        queue.run(
+            [
+                "sacct",
+                "--noheader",
+                "--parsable2",
+                "--allocations",
+                "--duplicates",
+                f"--jobs={job}",
+                "--format=State",
+            ]
+        )
+        or ""
+    )
     runs = text.split("\n")[:-1]
     return BY_STATE.get(runs[-2].split(" ")[0], "requeued") if len(runs) > 1 else "requeued"
 
@@ -241,8 +253,13 @@ def queue_anew(job: str) -> bool:
     for attempt in range(ATTEMPTS):
         time.sleep(PAUSE_S if attempt else 0.0)
         try:
-            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True,
-                                  timeout=queue.TIMEOUT_S, check=False)  # fmt: skip
+            done = subprocess.run(
+                ["scontrol", "requeue", job],
+                capture_output=True,
+                text=True,
+                timeout=queue.TIMEOUT_S,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             say(f"scontrol requeue {job}: {error}")
             continue

@@ -53,8 +53,13 @@ class Spec:
 
     def about(self) -> dict[str, object]:
         """What a manifest says of where it comes from."""
-        return {"claim": self.claim, "question": self.question, "feeds": list(self.feeds),
-                "times": self.times, "source": str(self.source)}  # fmt: skip
+        return {
+            "claim": self.claim,
+            "question": self.question,
+            "feeds": list(self.feeds),
+            "times": self.times,
+            "source": str(self.source),
+        }
 
 
 def sweeps_dir() -> Path:
@@ -95,9 +100,18 @@ class Reader:
         overrides = self._combination("overrides", value.get("overrides") or {})
         seeds = self._seeds(value.get("seeds"))
         blocks = self._blocks(value.get("grid"), seeds)
-        spec = Spec(self.path.stem, texts["claim"], texts["question"], self._feeds(value.get("feeds")),
-                    overrides, seeds, blocks, self._flag("times", value.get("times", False)),
-                    self._traces(value.get("traces")), self.path)  # fmt: skip
+        spec = Spec(
+            self.path.stem,
+            texts["claim"],
+            texts["question"],
+            self._feeds(value.get("feeds")),
+            overrides,
+            seeds,
+            blocks,
+            self._flag("times", value.get("times", False)),
+            self._traces(value.get("traces")),
+            self.path,
+        )
         if self.faults:  # planning would find what else is wrong, but it is not come to
             raise UserError([*self.faults, *faults_of_each(spec)])
         return spec
@@ -228,7 +242,7 @@ class Reader:
 
     def _check_cells(
         self, place: str, block: Block, exclude: Sequence[Combination], seeds: Sequence[int]
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Whether what is left out was there, and anything remains."""
         before = len(self.faults)
         on_axes: dict[str, list[str]] = {"seed": [str(seed) for seed in seeds]}

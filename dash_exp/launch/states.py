@@ -117,14 +117,14 @@ def asked_about(reading: Reading) -> str | None:
 
 def states_of(
     folders: Sequence[Path], jobs: Mapping[str, JobState], now: float, code: str | None = None
-) -> list[CellState]:  # fmt: skip
+) -> list[CellState]:
     """The states of many cells, in their order. `code`: the hash that finished ones are compared with."""
     return states_from([Reading.of(folder) for folder in folders], jobs, now, code)
 
 
 def states_from(
     readings: Sequence[Reading], jobs: Mapping[str, JobState], now: float, code: str | None = None
-) -> list[CellState]:  # fmt: skip
+) -> list[CellState]:
     """As `states_of`, from what was read already (to learn the jobs' ids)."""
     locks = Locks.now()  # after the statuses: who said "running" and holds no lock now has ended since
     found = [(reading, reading.process(locks)) for reading in readings]
@@ -139,7 +139,7 @@ def states_from(
 
 def _state(
     reading: Reading, pid: int | None, jobs: Mapping[str, JobState], now: float, code: str | None
-) -> CellState:  # fmt: skip
+) -> CellState:
     status, folder = reading.status, reading.folder
     rows = recent_steps(folder) if status.get("attempt", 0) else []
     step_s = median_of(rows, "time/step_s")
@@ -149,20 +149,36 @@ def _state(
     heartbeat = float(status["heartbeat"]) if status.get("attempt", 0) else None
     word = max(heartbeat or 0.0, float(reading.start().get("time", 0.0)))
     evidence = Evidence(
-        status, reading.rows, pid, here=host in (None, HERE), host=host, step_s=step_s,
+        status,
+        reading.rows,
+        pid,
+        here=host in (None, HERE),
+        host=host,
+        step_s=step_s,
         silent_s=max(0.0, now - word) if word else None,
-        job=jobs.get(job_id or ""), job_id=job_id,
-    )  # fmt: skip
+        job=jobs.get(job_id or ""),
+        job_id=job_id,
+    )
     verdict = judge(evidence)
     steps = steps_of(status, folder)
     return CellState(
-        folder, verdict.state, verdict.note, int(status.get("attempt", 0)), step, steps,
-        reward=mean_of(rows[-RECENT_REWARDS:], "reward/mean"), step_s=step_s,
+        folder,
+        verdict.state,
+        verdict.note,
+        int(status.get("attempt", 0)),
+        step,
+        steps,
+        reward=mean_of(rows[-RECENT_REWARDS:], "reward/mean"),
+        step_s=step_s,
         eta_s=left_s(folder, step, steps, step_s) if verdict.state == "running" else None,
-        heartbeat_s=None if heartbeat is None else max(0.0, now - heartbeat), host=host, pid=pid, job=job_id,
-        failure=verdict.failure, failure_class=verdict.failure_class,
+        heartbeat_s=None if heartbeat is None else max(0.0, now - heartbeat),
+        host=host,
+        pid=pid,
+        job=job_id,
+        failure=verdict.failure,
+        failure_class=verdict.failure_class,
         stale=code is not None and verdict.state == "finished" and is_stale(folder, code),
-    )  # fmt: skip
+    )
 
 
 def recent_steps(folder: Path) -> list[Row]:

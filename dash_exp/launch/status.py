@@ -59,11 +59,14 @@ class SweepState:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "name": self.manifest.name, "folder": str(self.manifest.folder), "counts": self.counts,
-            "eta_s": self.eta_s, "controller": self.controller,
+            "name": self.manifest.name,
+            "folder": str(self.manifest.folder),
+            "counts": self.counts,
+            "eta_s": self.eta_s,
+            "controller": self.controller,
             "cells": [one.as_json() for one in self.cells],
             "waiting": [{"overrides": list(w.overrides), "traces": str(w.traces.path)} for w in self.waiting],
-        }  # fmt: skip
+        }
 
 
 def watch(manifest: Manifest, now: float | None = None) -> SweepState:
@@ -97,7 +100,7 @@ def _joined(manifest: Manifest, found: Mapping[Path, CellState]) -> SweepState:
 
 def with_needs(
     state: CellState, entry: Entry, known: Mapping[str, CellState], manifest: Manifest
-) -> CellState:  # fmt: skip
+) -> CellState:
     """Whether a cell that has not begun waits for others is read from these, not from what was said when
     it was written."""
     if state.state not in ("pending", "blocked", "queued") or not entry.needs:

@@ -52,9 +52,13 @@ def plan_waiting(manifest: Manifest) -> Manifest:
     from dash_exp.launch.plan import make_plan
 
     fresh = make_plan(
-        manifest.name, [one.overrides for one in ready], root=manifest.root, actions=manifest.actions,
-        about=manifest.about, times=_are_times(manifest),
-    )  # fmt: skip
+        manifest.name,
+        [one.overrides for one in ready],
+        root=manifest.root,
+        actions=manifest.actions,
+        about=manifest.about,
+        times=_are_times(manifest),
+    )
     known = {entry.id for entry in manifest.entries}
     cells = [*map(planned, manifest.entries), *(cell for cell in fresh.cells if cell.id not in known)]
     still = [one for one in manifest.waiting if one not in ready]

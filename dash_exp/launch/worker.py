@@ -19,9 +19,24 @@ from dash_exp.record import Row, read_json
 OUTPUT = "output.txt"
 TAIL_BYTES = 16_000
 FOR_LAUNCHERS = (
-    "name", "gpus", "gpus_per_node", "cpus", "cpus_per_gpu", "memory_gb", "hours", "cells_per_gpu",
-    "max_parallel", "account", "partition", "qos", "constraint", "setup", "warning_s", "requeues", "retries",
-)  # fmt: skip
+    "name",
+    "gpus",
+    "gpus_per_node",
+    "cpus",
+    "cpus_per_gpu",
+    "memory_gb",
+    "hours",
+    "cells_per_gpu",
+    "max_parallel",
+    "account",
+    "partition",
+    "qos",
+    "constraint",
+    "setup",
+    "warning_s",
+    "requeues",
+    "retries",
+)
 """Keys of `cluster` that are for those who start cells; the others are told to the cells."""
 
 
@@ -66,7 +81,7 @@ class Worker:
 
     def __init__(
         self, job: Job, lease: Lease, actions: Sequence[str], variables: Mapping[str, str], live: bool
-    ):  # fmt: skip
+    ):
         self.job, self.lease = job, lease
         self.asked_to_end = False
         self._handed = 0
@@ -80,9 +95,13 @@ class Worker:
             return
         with self._output.open("ab") as output:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
                 env={**os.environ, **variables, "PYTHONUNBUFFERED": "1"},
-            )  # fmt: skip
+            )
 
     @property
     def age_s(self) -> float:

@@ -49,9 +49,12 @@ def add_adapters(model: Any, setting: Adapters) -> None:
             inject_adapter_in_model(config, model)
         except ValueError as error:
             raise UserError(
-                Fault("learner.lora.targets", str(error).splitlines()[0],
-                      "name linear layers such as q_proj, v_proj, or leave it empty for all")
-            ) from error  # fmt: skip
+                Fault(
+                    "learner.lora.targets",
+                    str(error).splitlines()[0],
+                    "name linear layers such as q_proj, v_proj, or leave it empty for all",
+                )
+            ) from error
 
 
 def refuse_layers(model: Any, targets: Sequence[str]) -> None:
@@ -62,9 +65,12 @@ def refuse_layers(model: Any, targets: Sequence[str]) -> None:
         named = any(name == target or name.endswith(f".{target}") for target in targets)
         if named and (module is head or not isinstance(module, torch.nn.Linear)):
             raise UserError(
-                Fault("learner.lora.targets", f"{name} can have no adapter",
-                      "name linear layers inside the model, such as q_proj, or leave it empty for all")
-            )  # fmt: skip
+                Fault(
+                    "learner.lora.targets",
+                    f"{name} can have no adapter",
+                    "name linear layers inside the model, such as q_proj, or leave it empty for all",
+                )
+            )
 
 
 def layers(model: Any) -> Iterator[tuple[str, Any]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-BASELINES = ("group_mean", "leave_one_out")
-SCALES = ("std", "none")
-STD_EPSILON = 1e-4
+from dash_exp.limits import BASELINES, SCALES, STD_EPSILON
 
 
 def group_advantages(

@@ -26,10 +26,16 @@ class Learner:
     """Owns the policy: what `weights` holds of it moves by the sums of its gradients."""
 
     def __init__(
-        self, model: Any, objective: Objective, setting: Optimization, *,
-        vocabulary: int, logit_chunk: int, gradient_checkpointing: bool = False,
+        self,
+        model: Any,
+        objective: Objective,
+        setting: Optimization,
+        *,
+        vocabulary: int,
+        logit_chunk: int,
+        gradient_checkpointing: bool = False,
         hold: Callable[[Scorer, str], Weights] = Weights,
-    ):  # fmt: skip
+    ):
         """`hold`: what is to keep the policy's tensors."""
         self.objective, self.setting = objective, setting
         self.model = model.eval()  # dropout is never on: two scorings of a sample are identical
@@ -55,9 +61,13 @@ class Learner:
         for master in self.masters.values():
             master.grad = None
         self.optimizer = torch.optim.AdamW(
-            list(self.masters.values()), lr=setting.lr, betas=setting.betas, eps=setting.eps,
-            weight_decay=setting.weight_decay, fused=True,
-        )  # fmt: skip
+            list(self.masters.values()),
+            lr=setting.lr,
+            betas=setting.betas,
+            eps=setting.eps,
+            weight_decay=setting.weight_decay,
+            fused=True,
+        )
         self.updates = 0
         self.sums = BatchSums()
         self._laid_out: tuple[MicroBatch, Packed] | None = None
@@ -84,9 +94,12 @@ class Learner:
         """The learning rate of the update that is being accumulated."""
         plan = self.setting
         return learning_rate(
-            self.updates, lr=plan.lr, schedule=plan.schedule, warmup_share=plan.warmup_share,
+            self.updates,
+            lr=plan.lr,
+            schedule=plan.schedule,
+            warmup_share=plan.warmup_share,
             total=plan.total_updates,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -204,9 +217,7 @@ class Learner:
         self.sums = BatchSums()
         self._laid_out = None
 
-    def snapshot(
-        self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None
-    ) -> Snapshot:  # fmt: skip
+    def snapshot(self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None) -> Snapshot:
         """Whole weights (fp32, adapters merged), optimizer moments and counters, not copied: save before the
         next update. `row` is what the record will say of this step. Sharded: by all ranks at once, for
         rank 0."""

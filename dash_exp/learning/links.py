@@ -160,10 +160,13 @@ class Leader(Group):
 
     def _lost(self, rank: int, why: str) -> UserError:
         return UserError(
-            Fault("learner.ranks", f"rank {rank} {why}{self.members[rank].told()}",
-                  "the same command goes on from the last checkpoint"),
+            Fault(
+                "learner.ranks",
+                f"rank {rank} {why}{self.members[rank].told()}",
+                "the same command goes on from the last checkpoint",
+            ),
             "what was recorded is kept",
-        )  # fmt: skip
+        )
 
     def close(self) -> None:
         """Let the others end; those that were started here, and do not, are killed."""

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SURROGATES = ("policy_gradient", "clipped")
-KL_ESTIMATORS = ("k2", "k3")
-AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
+from dash_exp.limits import AGGREGATIONS, KL_ESTIMATORS
 
 
 def policy_gradient(logprobs_T: Tensor, advantages_T: Tensor) -> Tensor:

@@ -64,15 +64,24 @@ class Done:
 
 def make_learner(
     spec: Spec, device: torch.device, links: Sums, local_rank: int
-) -> tuple[Learner, dict[str, str]]:  # fmt: skip
+) -> tuple[Learner, dict[str, str]]:
     """A rank's learner, and checksums of the weights that it began with (none where it is alone)."""
     if not spec.folder.is_dir():
-        raise UserError(Fault("model", f"{spec.folder} is not seen by every rank",
-                              "put model and outputs where all machines of the job see them"))  # fmt: skip
+        raise UserError(
+            Fault(
+                "model",
+                f"{spec.folder} is not seen by every rank",
+                "put model and outputs where all machines of the job see them",
+            )
+        )
     made = partial(
-        Learner, objective=spec.objective, setting=spec.optimization, vocabulary=spec.vocabulary,
-        logit_chunk=spec.logit_chunk, gradient_checkpointing=spec.gradient_checkpointing,
-    )  # fmt: skip
+        Learner,
+        objective=spec.objective,
+        setting=spec.optimization,
+        vocabulary=spec.vocabulary,
+        logit_chunk=spec.logit_chunk,
+        gradient_checkpointing=spec.gradient_checkpointing,
+    )
     if spec.sharding == "none":
         learner = made(load_model(spec.folder, torch.float32, ATTENTION).to(device))
         return learner, fingerprint(learner) if links.width > 1 else {}
@@ -110,9 +119,12 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device:
         device = torch.device("cuda", local_rank if count > 1 else 0)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise UserError(
-            Fault("learner.device", f"got {name!r}, but there are {count} GPUs here",
-                  "set learner.device=cpu or auto, or fewer learner.ranks")
-        )  # fmt: skip
+            Fault(
+                "learner.device",
+                f"got {name!r}, but there are {count} GPUs here",
+                "set learner.device=cpu or auto, or fewer learner.ranks",
+            )
+        )
     return device
 
 

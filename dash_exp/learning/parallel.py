@@ -102,9 +102,7 @@ class ParallelLearner:
         for names in in_parts(self.local.weights):
             yield from self._all("computed", names)[0]
 
-    def snapshot(
-        self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None
-    ) -> Snapshot:  # fmt: skip
+    def snapshot(self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None) -> Snapshot:
         """See `Learner.snapshot`; taken only where all ranks hold the same weights."""
         self.check_equal()
         if not self.sharded:

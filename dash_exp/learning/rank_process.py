@@ -26,9 +26,13 @@ class RankProcess:
         self.log = folder / f"rank-{rank}.log"
         with self.log.open("ab") as log, sheltered(*SCHEDULERS):
             self.process = subprocess.Popen(
-                LAUNCH, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+                LAUNCH,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
                 env=dict(os.environ),
-            )  # fmt: skip
+            )
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it died at once: seen by whoever waits for it
             self.process.stdin.write(f"{json.dumps(settings)}\n".encode())

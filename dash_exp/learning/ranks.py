@@ -32,9 +32,13 @@ def start(ranks: int, timeout_s: float, folder: Path) -> Leader:
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
     store = dist.TCPStore(
-        LOOPBACK, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
+        LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
         master_listen_fd=listener.detach(),
-    )  # fmt: skip
+    )
     common = {"size": ranks, "port": port, "timeout_s": timeout_s}
     members = {rank: RankProcess(rank, {"rank": rank, **common}, folder) for rank in range(1, ranks)}
     return Leader(store, ranks, timeout_s, members)
@@ -73,9 +77,12 @@ def _meet(place: Place, timeout_s: float) -> Any:
         socket.getaddrinfo(place.address, place.port)
     except OSError as error:
         raise UserError(
-            Fault("MASTER_ADDR", f"{place.address!r}, where rank 0 should be, has no address here: {error}",
-                  "set it to the name or address of rank 0's machine")
-        ) from error  # fmt: skip
+            Fault(
+                "MASTER_ADDR",
+                f"{place.address!r}, where rank 0 should be, has no address here: {error}",
+                "set it to the name or address of rank 0's machine",
+            )
+        ) from error
     wait_s = max(START_S, timeout_s)
     url = f"tcp://{place.address}:{place.port}?rank={place.rank}&world_size={place.size}"
     try:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import math
 
-LR_SCHEDULES = ("linear", "constant")
-BETA_SCHEDULES = ("constant", "linear")
-
 
 def learning_rate(update: int, *, lr: float, schedule: str, warmup_share: float, total: int) -> float:
     """The rate of update number `update` (from 0): linear warm-up over a share of the planned updates

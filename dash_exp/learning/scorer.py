@@ -23,13 +23,19 @@ class Scorer(torch.nn.Module):
 
     def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
         hidden = self.model.get_decoder()(
-            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None],
-            context=batch.context, use_cache=False,
-        ).last_hidden_state[0]  # fmt: skip
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            context=batch.context,
+            use_cache=False,
+        ).last_hidden_state[0]
         return token_logprobs(
-            hidden.index_select(0, batch.logit_index), self.model.get_output_embeddings().weight,
-            batch.targets, temperature=self.temperature, vocabulary=self.vocabulary, chunk=self.chunk,
-        )  # fmt: skip
+            hidden.index_select(0, batch.logit_index),
+            self.model.get_output_embeddings().weight,
+            batch.targets,
+            temperature=self.temperature,
+            vocabulary=self.vocabulary,
+            chunk=self.chunk,
+        )
 
 
 def frozen_copy(model: Any, dtype: torch.dtype) -> Any:

@@ -43,9 +43,7 @@ class Across:
 
 def shard(scorer: Scorer, across: Across, dtype: torch.dtype | None) -> None:
     """Keep this rank's rows of every tensor of a model; gather each layer, in `dtype`, when it computes."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )  # fmt: skip
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*scorer.model.get_decoder().layers, scorer):
         fully_shard(module, mesh=across.mesh, reshard_after_forward=True, mp_policy=policy)
     for module in scorer.modules():

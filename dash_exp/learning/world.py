@@ -31,15 +31,23 @@ def placed(environ: Mapping[str, str]) -> Place | None:
     try:
         if int(environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in environ:
             return Place(
-                int(environ["RANK"]), int(environ["WORLD_SIZE"]),
-                int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"]),
-                environ["MASTER_ADDR"], int(environ["MASTER_PORT"]),
-            )  # fmt: skip
+                int(environ["RANK"]),
+                int(environ["WORLD_SIZE"]),
+                int(environ["LOCAL_RANK"]),
+                int(environ["LOCAL_WORLD_SIZE"]),
+                environ["MASTER_ADDR"],
+                int(environ["MASTER_PORT"]),
+            )
         if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
             return _in_slurm(environ)
     except KeyError as error:
-        raise UserError(Fault(error.args[0], "is not set, but RANK and WORLD_SIZE are",
-                              "start all ranks with torchrun or srun")) from error  # fmt: skip
+        raise UserError(
+            Fault(
+                error.args[0],
+                "is not set, but RANK and WORLD_SIZE are",
+                "start all ranks with torchrun or srun",
+            )
+        ) from error
     except ValueError as error:
         raise UserError(Fault("environment", f"of torchrun or srun is broken: {error}")) from error
     return None

@@ -28,9 +28,16 @@ class ModelSource:
 
 
 def locate(
-    *, name: str, path: str | None, package: str | None, package_file: str | None,
-    hub: str | None, revision: str | None, random: Mapping[str, int] | None, cache: Path,
-) -> ModelSource:  # fmt: skip
+    *,
+    name: str,
+    path: str | None,
+    package: str | None,
+    package_file: str | None,
+    hub: str | None,
+    revision: str | None,
+    random: Mapping[str, int] | None,
+    cache: Path,
+) -> ModelSource:
     """Find or make the folder: `path`, else `package` (a GGUF file, converted once), else `hub`
     (downloaded once), else `random` (made once). Raises UserError when it cannot be had."""
     if path:

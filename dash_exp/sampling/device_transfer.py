@@ -146,9 +146,14 @@ class BroadcastTransfer(DeviceTransfer):
         listener = socket.create_server((address_towards(client.url), 0))
         host, port = listener.getsockname()[:2]
         info = {
-            "master_address": host, "master_port": port, "rank_offset": 1, "world_size": 2,
-            "packed": True, "packed_buffer_size_bytes": size, "packed_num_buffers": 2,
-        }  # fmt: skip
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": 2,
+            "packed": True,
+            "packed_buffer_size_bytes": size,
+            "packed_num_buffers": 2,
+        }
         with suppress(GarbageError, RefusedError):  # a group with a run before this one, or none
             await client.call(SHUTDOWN)
         joining = asyncio.ensure_future(

@@ -33,10 +33,20 @@ class Fleet:
     """All methods are coroutines or are called within the loop; `servers.py` is the door for others."""
 
     def __init__(
-        self, members: Sequence[Member], transfer: Transfer, *, key: str, folder: Path, vocabulary: int,
-        max_sequences: int, decode: Callable[[Sequence[int]], str], event: Event, restarts: int,
-        patience: Patience, command: Sequence[str] = LAUNCH,
-    ):  # fmt: skip
+        self,
+        members: Sequence[Member],
+        transfer: Transfer,
+        *,
+        key: str,
+        folder: Path,
+        vocabulary: int,
+        max_sequences: int,
+        decode: Callable[[Sequence[int]], str],
+        event: Event,
+        restarts: int,
+        patience: Patience,
+        command: Sequence[str] = LAUNCH,
+    ):
         self.members, self.transfer = list(members), transfer
         self.key, self.folder, self.vocabulary = key, folder, vocabulary
         self.max_sequences, self.decode, self.event = max_sequences, decode, event
@@ -107,8 +117,17 @@ class Fleet:
         member.state, member.reason = "lost", reason
         back = sorted(member.owed)
         now = time.time()
-        self.event("fault", now, now, what="server lost", worker=member.name, reason=reason,
-                   groups=back, log=member.log_tail(), restarts_left=self.restarts_left)  # fmt: skip
+        self.event(
+            "fault",
+            now,
+            now,
+            what="server lost",
+            worker=member.name,
+            reason=reason,
+            groups=back,
+            log=member.log_tail(),
+            restarts_left=self.restarts_left,
+        )
         if self.batch is not None:
             self.batch.queue.extendleft(member.owed[p] for p in reversed(back))
         member.owed = {}
@@ -130,8 +149,14 @@ class Fleet:
                 await self._begin(member)
             except (RuntimeError, UserError, *FAULTS) as error:
                 member.state = "lost"
-                self.event("fault", start, time.time(), what="server did not start again",
-                           worker=member.name, reason=str(error))  # fmt: skip
+                self.event(
+                    "fault",
+                    start,
+                    time.time(),
+                    what="server did not start again",
+                    worker=member.name,
+                    reason=str(error),
+                )
                 if member.settings is not None:
                     continue
                 break
@@ -208,9 +233,13 @@ class Fleet:
     # --- sampling ---
 
     async def sample(
-        self, requests: Sequence[Request], work: Sequence[float], decoding: Decoding, delivery: Delivery,
+        self,
+        requests: Sequence[Request],
+        work: Sequence[float],
+        decoding: Decoding,
+        delivery: Delivery,
         limit: int | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Begin with a batch; its groups come through `delivery`. `work`: what each is expected to cost."""
         await self.wake()
         owed = [Owed(r, [None] * len(r.seeds), w) for r, w in zip(requests, work, strict=True)]

@@ -92,10 +92,14 @@ class HFSampler:
     model is a copy, `weights` gives what to fill it with."""
 
     def __init__(
-        self, model: Any, decode: Callable[[Sequence[int]], str], *,
-        vocabulary: int, max_sequences: int,
+        self,
+        model: Any,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        vocabulary: int,
+        max_sequences: int,
         weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
-    ):  # fmt: skip
+    ):
         """`decode` turns token ids into text; ids from `vocabulary` on are never drawn."""
         self.model, self.decode, self.weights = model, decode, weights
         self.vocabulary, self.max_sequences = vocabulary, max_sequences
@@ -215,9 +219,11 @@ class HFSampler:
             start += len(prompt)
             ends.append(start - 1)
         cache = DecodeCache(
-            index.to(device), present.to(device),
-            self.model.config.num_hidden_layers, decoding.max_new_tokens,
-        )  # fmt: skip
+            index.to(device),
+            present.to(device),
+            self.model.config.num_hidden_layers,
+            decoding.max_new_tokens,
+        )
         flat = torch.tensor([t for p in prompts for t in p], device=device)
         places = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
         hidden = self._forward(cache, flat, places)[torch.tensor(ends, device=device)]

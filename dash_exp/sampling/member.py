@@ -54,16 +54,31 @@ class Needs:
         found = []
         for name, wanted in (("dtype", self.dtype), ("vocabulary", self.vocabulary)):
             if facts.get(name) != wanted:
-                found.append(Fault(WHERE, f"{url} has {name} {facts.get(name)}, this run {wanted}",
-                                   "start it with the model and sampler of the run"))  # fmt: skip
+                found.append(
+                    Fault(
+                        WHERE,
+                        f"{url} has {name} {facts.get(name)}, this run {wanted}",
+                        "start it with the model and sampler of the run",
+                    )
+                )
         length = int(facts.get("max_model_len", 0))
         if length < self.longest:
-            found.append(Fault(WHERE, f"{url} takes {length} tokens, this run needs {self.longest}",
-                               f"start it with serve.max_model_len={self.longest}"))  # fmt: skip
+            found.append(
+                Fault(
+                    WHERE,
+                    f"{url} takes {length} tokens, this run needs {self.longest}",
+                    f"start it with serve.max_model_len={self.longest}",
+                )
+            )
         if facts.get("transfer") != self.transfer:
             own = next(name for name, engine in ENGINES.items() if engine == self.transfer)
-            found.append(Fault(WHERE, f"{url} takes weights by {facts.get('transfer')}, not {self.transfer}",
-                               f"start it with serve.transfer={own}, or set cluster.transfer"))  # fmt: skip
+            found.append(
+                Fault(
+                    WHERE,
+                    f"{url} takes weights by {facts.get('transfer')}, not {self.transfer}",
+                    f"start it with serve.transfer={own}, or set cluster.transfer",
+                )
+            )
         return found
 
 

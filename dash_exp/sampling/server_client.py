@@ -43,9 +43,12 @@ class ServerClient:
         return await self._post(GENERATE, question, None)
 
     async def load(
-        self, update: Mapping[str, Any], label: str, beside: Callable[[], Awaitable[None]] | None = None,
+        self,
+        update: Mapping[str, Any],
+        label: str,
+        beside: Callable[[], Awaitable[None]] | None = None,
         timeout_s: float = CONTROL_TIMEOUT_S,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Put weights in, give them their name, and forget all that was computed with earlier ones.
         `beside`: what is to be done while the server takes them."""
         try:

@@ -20,8 +20,15 @@ from dash_exp.signals import SCHEDULERS, sheltered
 LAUNCH = (sys.executable, "-c", "from dash_exp.sampling.vllm_server import main; main()")
 END_WAIT_S, TIDY_S, POLL_S = 10.0, 3.0, 0.05
 LOG_TAIL_CHARS = 2000
-NOT_ITS_OWN = ("VLLM_API_KEY", "DASH_SERVER_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR",
-               "MASTER_PORT")  # fmt: skip
+NOT_ITS_OWN = (
+    "VLLM_API_KEY",
+    "DASH_SERVER_KEY",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 """Variables of ours that would mislead it, or that it need not know."""
 
 
@@ -62,9 +69,13 @@ class ServerProcess:
         given = {**asdict(settings), "key": key, "ready": str(self._ready.resolve())}
         with self.log.open("ab") as log, sheltered(*SCHEDULERS):
             self.process = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=log, stderr=log,
-                env=environment(settings), start_new_session=True,
-            )  # fmt: skip
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment(settings),
+                start_new_session=True,
+            )
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it died at once: seen by whoever waits for it
             self.process.stdin.write(f"{json.dumps(given)}\n".encode())

@@ -33,12 +33,25 @@ class ServerSampler:
     """Samples with servers that hold copies of the learner's weights."""
 
     def __init__(
-        self, members: Sequence[Member], weights: Callable[[], Iterable[tuple[str, Tensor]]],
-        transfer: Transfer, *, key: str, folder: Path, vocabulary: int, max_sequences: int,
-        decode: Callable[[Sequence[int]], str], restarts: int, patience: Patience,
-        in_order: bool, colocated: bool, event: Callable[..., None], command: Sequence[str] = LAUNCH,
-        tag: str = "", release: Callable[[], None] = lambda: None,
-    ):  # fmt: skip
+        self,
+        members: Sequence[Member],
+        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        transfer: Transfer,
+        *,
+        key: str,
+        folder: Path,
+        vocabulary: int,
+        max_sequences: int,
+        decode: Callable[[Sequence[int]], str],
+        restarts: int,
+        patience: Patience,
+        in_order: bool,
+        colocated: bool,
+        event: Callable[..., None],
+        command: Sequence[str] = LAUNCH,
+        tag: str = "",
+        release: Callable[[], None] = lambda: None,
+    ):
         """`folder`: for logs. `tag`: put to the names of weights, where others may bring theirs to the same
         servers. `in_order`: ask in the batch's order, not the longest first. `colocated`: the
         servers sleep while they have nothing to sample; `release`: the learner gives memory back that it has
@@ -53,11 +66,21 @@ class ServerSampler:
         self._thread.start()
         self.sync_seconds: dict[str, float] = {}
         try:
-            self.fleet = self._run(self._make(
-                members, transfer=transfer, key=key, folder=folder, vocabulary=vocabulary,
-                max_sequences=max_sequences, decode=decode, event=self._note, restarts=restarts,
-                patience=patience, command=command,
-            ))  # fmt: skip
+            self.fleet = self._run(
+                self._make(
+                    members,
+                    transfer=transfer,
+                    key=key,
+                    folder=folder,
+                    vocabulary=vocabulary,
+                    max_sequences=max_sequences,
+                    decode=decode,
+                    event=self._note,
+                    restarts=restarts,
+                    patience=patience,
+                    command=command,
+                )
+            )
             self._run(self.fleet.start())
             if colocated:
                 self._run(self.fleet.sleep())

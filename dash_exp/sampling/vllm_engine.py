@@ -28,10 +28,18 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, folder: Path, weights: WeightSource, *, vocabulary: int, max_model_len: int,
-        max_sequences: int, dtype: str, kv_cache_gb: float, gpu_memory_utilization: float,
+        self,
+        folder: Path,
+        weights: WeightSource,
+        *,
+        vocabulary: int,
+        max_model_len: int,
+        max_sequences: int,
+        dtype: str,
+        kv_cache_gb: float,
+        gpu_memory_utilization: float,
         enforce_eager: bool,
-    ):  # fmt: skip
+    ):
         threads = torch.get_num_threads()
         _prepare_environment(kv_cache_gb)
         import vllm
@@ -44,13 +52,21 @@ class VLLMSampler:
         self._vllm, self._final, self._repack = vllm, RequestOutputKind.FINAL_ONLY, repack_output
         memory = {"gpu_memory_utilization": gpu_memory_utilization} if torch.cuda.is_available() else {}
         self.llm = vllm.LLM(
-            model=str(folder), dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_sequences,
-            enforce_eager=enforce_eager, enable_prefix_caching=True, disable_log_stats=True,
-            logprobs_mode="processed_logprobs", generation_config="vllm",
+            model=str(folder),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_sequences,
+            enforce_eager=enforce_eager,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",
             logits_processors=[MaskPadding],
             additional_config={"dash_vocabulary": vocabulary},
-            **scheduling(max_model_len), **shared_prompts(), **memory,
-        )  # fmt: skip
+            **scheduling(max_model_len),
+            **shared_prompts(),
+            **memory,
+        )
         self.engine = self.llm.llm_engine
         self.tokenizer = self.llm.get_tokenizer()
         self.weights = weights

@@ -25,8 +25,10 @@ def shared_prompts() -> dict[str, Any]:
     if torch.cuda.is_available():
         return {}
     connector = {
-        "kv_connector": SharedPrompts.__name__, "kv_connector_module_path": __name__, "kv_role": "kv_both",
-    }  # fmt: skip
+        "kv_connector": SharedPrompts.__name__,
+        "kv_connector_module_path": __name__,
+        "kv_role": "kv_both",
+    }
     return {"block_size": BLOCK_TOKENS, "kv_transfer_config": connector}
 
 

@@ -31,9 +31,13 @@ class NCCLLink:
 
         torch.cuda.set_device(self.device)  # of this thread
         packed_nccl_broadcast_producer(
-            iterator=self._until_aborted(tensors), group=self.communicator, src=0,
-            post_iter_func=lambda item: item[1], buffer_size_bytes=self.size, num_buffers=BUFFERS,
-        )  # fmt: skip
+            iterator=self._until_aborted(tensors),
+            group=self.communicator,
+            src=0,
+            post_iter_func=lambda item: item[1],
+            buffer_size_bytes=self.size,
+            num_buffers=BUFFERS,
+        )
 
     def _until_aborted(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Raises RuntimeError once it is: aborting lets a sender that waits go on, and the communicator is

@@ -37,9 +37,13 @@ class Demonstrations:
 
 
 def demonstrate(
-    prompts: PromptSet, texts: Mapping[Key, Sequence[str]],
-    tokenize: Callable[[list[str]], list[list[int]]], *, stop_ids: Sequence[int], max_tokens: int,
-) -> Demonstrations:  # fmt: skip
+    prompts: PromptSet,
+    texts: Mapping[Key, Sequence[str]],
+    tokenize: Callable[[list[str]], list[list[int]]],
+    *,
+    stop_ids: Sequence[int],
+    max_tokens: int,
+) -> Demonstrations:
     """Put texts behind their prompts. A completion ends like a sampled one: with a stop token of its own,
     or with the end token, `stop_ids[0]`. Several texts of a prompt become prompts of their own.
 

@@ -7,52 +7,24 @@ the training set.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from dash_exp.errors import Fault, UserError, nearest
+from dash_exp.errors import Fault, UserError
 from dash_exp.hashing import package_version
 from dash_exp.tasks.examples import Example, ExampleSet
 from dash_exp.verifiers.gold import GymGold
 
-PACKAGE = "reasoning_gym"
 TEST_SHARE = 0.25
 """Of all questions; fixed for good, as the seeds are."""
 SEEDS = {"train": 1_000_000_000, "test": 2_000_000_000}
 """A question's own seed is this plus its number, so the splits' streams never meet."""
 MAX_TRIES = 20
 """Questions generated per example wanted, before a task counts as too small."""
-OURS = ("seed", "size")
 FORMS = {"answer_tag": "<answer>{}</answer>", "boxed_or_last": "\\boxed{{{}}}", "whole": "{}"}
 """How a reference answer is written so that each extraction finds it."""
-
-
-def setting_faults(place: str, task: str, options: Mapping[str, Any]) -> Iterator[Fault]:
-    """What is wrong with the name of a task and its settings. Imports the package, generates nothing."""
-    from reasoning_gym.factory import DATASETS
-
-    if task not in DATASETS:
-        close = difflib.get_close_matches(task, DATASETS, n=4, cutoff=0.4)
-        meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        hint = f"{meant}(all {len(DATASETS)}: python -c 'import {PACKAGE}.factory as f; print(*f.DATASETS)')"
-        yield Fault(f"{place}.task", f"got {task!r}", hint)
-        return
-    make = DATASETS[task][1]
-    known = [f.name for f in dataclasses.fields(make) if f.name not in OURS]
-    for name in options:
-        if name not in known:
-            hint = f"{place}.size is the number of questions" if name in OURS else nearest(name, known)
-            yield Fault(f"{place}.task_options", f"{task} has no setting {name!r}", hint)
-    if all(name in known for name in options):
-        try:
-            make(**options).validate()
-        except (AssertionError, TypeError, ValueError, AttributeError) as error:
-            why = str(error) or type(error).__name__
-            yield Fault(f"{place}.task_options", f"{task} refuses {dict(options)}: {why}")
 
 
 def gym_examples(
@@ -81,9 +53,12 @@ def gym_examples(
         rows[question] = Example(f"{task}-{split}-{number}", question, gold.to_text(), solution)
     if len(rows) < size:
         raise UserError(
-            Fault("size", f"{task} has only {len(rows)} different {split} questions, not {size}",
-                  f"set it to {max(len(rows), 1)}, or make it richer by dataset.task_options")
-        )  # fmt: skip
+            Fault(
+                "size",
+                f"{task} has only {len(rows)} different {split} questions, not {size}",
+                f"set it to {max(len(rows), 1)}, or make it richer by dataset.task_options",
+            )
+        )
     library = f"reasoning-gym-{package_version('reasoning-gym')}"
     return ExampleSet(name, tuple(rows.values()), f"generated:{library}/{task}/{split}")
 

@@ -30,9 +30,14 @@ class PromptSet:
 
 
 def make_prompts(
-    examples: ExampleSet, render: Callable[[Example], str], tokenize: Tokenize, *,
-    max_prompt_tokens: int, model_limit: int, limit: int | None = None,
-) -> PromptSet:  # fmt: skip
+    examples: ExampleSet,
+    render: Callable[[Example], str],
+    tokenize: Tokenize,
+    *,
+    max_prompt_tokens: int,
+    model_limit: int,
+    limit: int | None = None,
+) -> PromptSet:
     """Put into the template, tokenize, and drop what is longer than `max_prompt_tokens` (counted).
 
     `model_limit`: tokens of prompt the model has room for. Raises UserError when the setting admits

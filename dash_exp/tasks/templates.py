@@ -38,9 +38,12 @@ def docstring(example: Example, style: Style) -> str:
     where there is no assertion."""
     if not example.first_test:
         raise UserError(
-            Fault("template", f"'docstring' shows the first assertion of a test_list; {example.id} has none",
-                  "choose bare or problem_solution")
-        )  # fmt: skip
+            Fault(
+                "template",
+                f"'docstring' shows the first assertion of a test_list; {example.id} has none",
+                "choose bare or problem_solution",
+            )
+        )
     return f'"""\n{example.problem.strip()}\n{example.first_test}\n"""\n'
 
 
@@ -67,7 +70,7 @@ def chat_boxed(example: Example, style: Style) -> str:
     return style.chat(f"{example.problem}\n\nThink it through, then give the final answer in \\boxed{{}}.")
 
 
-TEMPLATES: dict[str, Callable[[Example, Style], str]] = {
+RENDERERS: dict[str, Callable[[Example, Style], str]] = {
     "bare": bare,
     "problem_solution": problem_solution,
     "docstring": docstring,
@@ -84,10 +87,13 @@ def renderer(name: str, style: Style) -> Callable[[Example], str]:
     """The template as a function of the example. Raises UserError for a chat that the tokenizer has no
     form for."""
     if name in CHATS and style.chat is None:
-        others = ", ".join(other for other in TEMPLATES if other not in CHATS)
+        others = ", ".join(other for other in RENDERERS if other not in CHATS)
         raise UserError(
-            Fault("template", f"{name!r} needs the tokenizer's chat template, and this one has none",
-                  f"choose another: {others}; or an instruct model")
-        )  # fmt: skip
-    template = TEMPLATES[name]
+            Fault(
+                "template",
+                f"{name!r} needs the tokenizer's chat template, and this one has none",
+                f"choose another: {others}; or an instruct model",
+            )
+        )
+    template = RENDERERS[name]
     return lambda example: template(example, style)

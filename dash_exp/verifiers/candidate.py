@@ -118,10 +118,29 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "at_most": lambda value, other: bool(value <= other),
     "greater": lambda value, other: bool(value > other),
     "at_least": lambda value, other: bool(value >= other),
-    **{name: getattr(operator, name) for name in (
-        "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and_", "or_",
-        "xor", "neg", "pos", "abs", "invert", "index",
-    )},
+    **{
+        name: getattr(operator, name)
+        for name in (
+            "add",
+            "sub",
+            "mul",
+            "truediv",
+            "floordiv",
+            "mod",
+            "pow",
+            "matmul",
+            "lshift",
+            "rshift",
+            "and_",
+            "or_",
+            "xor",
+            "neg",
+            "pos",
+            "abs",
+            "invert",
+            "index",
+        )
+    },
     "divmod": divmod,
     "float": float,
     "int": int,
@@ -137,7 +156,7 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "is_subclass": lambda kind, value: issubclass(value, kind),
     "text": str,
     "representation": repr,
-}  # fmt: skip
+}
 """What tests may do with an object that stays here."""
 
 

@@ -47,10 +47,34 @@ from dash_exp.verifiers.values import Channel
 from dash_exp.verifiers.worker import die_with, private_channel
 
 _USUAL = (
-    "abc", "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum",
-    "fractions", "functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "random", "re",
-    "statistics", "string", "sys", "textwrap", "time", "typing", "unicodedata", "numpy",
-)  # fmt: skip
+    "abc",
+    "bisect",
+    "cmath",
+    "collections",
+    "copy",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "functools",
+    "hashlib",
+    "heapq",
+    "itertools",
+    "json",
+    "math",
+    "operator",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "sys",
+    "textwrap",
+    "time",
+    "typing",
+    "unicodedata",
+    "numpy",
+)
 """Imported once, before anything is forked."""
 
 _USES = 200

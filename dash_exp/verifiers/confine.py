@@ -147,15 +147,60 @@ _EXECUTES = (59, 322)  # execve execveat
 _SIGNALS = (200, 129, 297, 424, 434, 438)  # tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_*
 _GROUPS = (109, 112)  # setpgid setsid
 _OTHERS = (  # ptrace process_vm_* kcmp sched_* process_madvise process_mrelease fanotify_*
-    101, 310, 311, 312, 141, 142, 144, 203, 251, 256, 279, 314, 440, 448, 300, 301,
-)  # fmt: skip
+    101,
+    310,
+    311,
+    312,
+    141,
+    142,
+    144,
+    203,
+    251,
+    256,
+    279,
+    314,
+    440,
+    448,
+    300,
+    301,
+)
 _NETWORK = (41, 42, 49, 50, 43, 288)  # socket connect bind listen accept accept4
 _MEMORY = (29, 64, 68, 240, 319, 447)  # shmget semget msgget mq_open memfd_create memfd_secret
 _NAMESPACES = (155, 161, 165, 166, 272, 308, *range(428, 434), 442)  # mounts, chroot, unshare, setns
 _KERNEL = (
-    103, 153, 159, 163, 164, 167, 168, 169, 170, 171, 172, 173, 175, 176, 179, 212, 227, 246, 248, 249,
-    250, 298, 303, 304, 305, 313, 320, 321, 323, 425, 426, 427,
-)  # fmt: skip
+    103,
+    153,
+    159,
+    163,
+    164,
+    167,
+    168,
+    169,
+    170,
+    171,
+    172,
+    173,
+    175,
+    176,
+    179,
+    212,
+    227,
+    246,
+    248,
+    249,
+    250,
+    298,
+    303,
+    304,
+    305,
+    313,
+    320,
+    321,
+    323,
+    425,
+    426,
+    427,
+)
 _DENIED = (*_EXECUTES, *_SIGNALS, *_GROUPS, *_OTHERS, *_NETWORK, *_MEMORY, *_NAMESPACES, *_KERNEL)
 _UNKNOWN = (435, 437, 463, 466, 467, 469)
 """clone3 openat2 setxattrat removexattrat open_tree_attr file_setattr: their flags cannot be seen, or
@@ -163,9 +208,42 @@ older calls do the same; libc falls back to those."""
 _NEWEST = 469
 """Calls with a higher number were not there when this list was made: they do not exist for programs."""
 _WRITES = (
-    73, 76, 82, 83, 84, 85, 86, 87, 88, 90, 91, 92, 93, 94, 132, 133, 188, 189, 190, 197, 198, 199, 235, 258,
-    259, 260, 261, 263, 264, 265, 266, 268, 280, 316, 452,
-)  # fmt: skip
+    73,
+    76,
+    82,
+    83,
+    84,
+    85,
+    86,
+    87,
+    88,
+    90,
+    91,
+    92,
+    93,
+    94,
+    132,
+    133,
+    188,
+    189,
+    190,
+    197,
+    198,
+    199,
+    235,
+    258,
+    259,
+    260,
+    261,
+    263,
+    264,
+    265,
+    266,
+    268,
+    280,
+    316,
+    452,
+)
 _CLONE, _CLONE_THREAD = 56, 0x10000
 _KILL, _TGKILL, _PRCTL, _PRLIMIT, _OPEN, _OPENAT = 62, 234, 157, 302, 2, 257
 _FCNTL, _IOCTL, _SOCKETPAIR, _SENDTO, _SENDS_MESSAGES = 72, 16, 53, 44, (46, 307)

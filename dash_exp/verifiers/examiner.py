@@ -29,11 +29,39 @@ _MAX_DETAIL_CHARS = 300
 _PROMPT = "<prompt>"
 _TOLD = ("__name__", "__qualname__", "__annotations__", "__dict__")
 _USUAL_NAMES = {"np": "numpy"}
-_ERROR_MODULES = ("json.decoder", "decimal", "statistics", "struct", "re", "queue", "_queue", "binascii",
-                  "dataclasses", "calendar", "csv", "_csv", "ipaddress", "numpy.linalg")  # fmt: skip
+_ERROR_MODULES = (
+    "json.decoder",
+    "decimal",
+    "statistics",
+    "struct",
+    "re",
+    "queue",
+    "_queue",
+    "binascii",
+    "dataclasses",
+    "calendar",
+    "csv",
+    "_csv",
+    "ipaddress",
+    "numpy.linalg",
+)
 """Whose exceptions the program may raise here as what they are. Not unittest's, say: one skips a test."""
-_RESULTS = ("builtins", "collections", "_collections", "numpy", "decimal", "fractions", "datetime",
-            "zoneinfo", "array", "uuid", "pathlib", "re", "program", "dash_exp")  # fmt: skip
+_RESULTS = (
+    "builtins",
+    "collections",
+    "_collections",
+    "numpy",
+    "decimal",
+    "fractions",
+    "datetime",
+    "zoneinfo",
+    "array",
+    "uuid",
+    "pathlib",
+    "re",
+    "program",
+    "dash_exp",
+)
 """Modules of the kinds that a program's results have, and of what a test gets from those."""
 
 

@@ -244,7 +244,7 @@ def whole(text: str) -> str | None:
     return text.strip()[:MAX_CANDIDATE_CHARS] or None
 
 
-EXTRACTIONS: Mapping[str, Callable[[str], str | None]] = MappingProxyType(
+EXTRACTORS: Mapping[str, Callable[[str], str | None]] = MappingProxyType(
     {
         "boxed": last_boxed,
         "boxed_or_last": boxed_or_last,
@@ -256,7 +256,7 @@ EXTRACTIONS: Mapping[str, Callable[[str], str | None]] = MappingProxyType(
 
 
 def extract(text: str, mode: str) -> str | None:
-    """The candidate answer in `text`, or None. `mode` is a key of `EXTRACTIONS`."""
-    if mode not in EXTRACTIONS:
-        raise ValueError(f"extraction {mode!r} is not one of {', '.join(EXTRACTIONS)}")
-    return EXTRACTIONS[mode](text)
+    """The candidate answer in `text`, or None. `mode` is a key of `EXTRACTORS`."""
+    if mode not in EXTRACTORS:
+        raise ValueError(f"extraction {mode!r} is not one of {', '.join(EXTRACTORS)}")
+    return EXTRACTORS[mode](text)

@@ -20,9 +20,12 @@ from dash_exp.verifiers.gold import GymGold
 from dash_exp.verifiers.protocol import score
 
 EVALUATE_ANSWERS = (
-    "algorithmic.string_insertion", "algorithmic.spiral_matrix", "algorithmic.number_sorting",
-    "algorithmic.binary_matrix", "games.n_queens",
-)  # fmt: skip
+    "algorithmic.string_insertion",
+    "algorithmic.spiral_matrix",
+    "algorithmic.number_sorting",
+    "algorithmic.binary_matrix",
+    "games.n_queens",
+)
 """Modules of reasoning_gym 0.1.25 whose scorers call `eval` on the answer, which is a list at best."""
 PARSE_ANSWERS = ("games.puzzle24", "games.countdown")
 """Modules that hold sympy's `parse_expr`, which evaluates, under this name."""
@@ -30,8 +33,29 @@ PARSE_ANSWERS = ("games.puzzle24", "games.countdown")
 _MAX_FORMULA = 2_000
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _ATTRIBUTE = re.compile(r"[\w)\]]\s*\.\s*[A-Za-z_]")
-_NAMES = frozenset(("sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh",
-                    "exp", "log", "ln", "sqrt", "Abs", "pi", "Rational"))  # fmt: skip
+_NAMES = frozenset(
+    (
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "exp",
+        "log",
+        "ln",
+        "sqrt",
+        "Abs",
+        "pi",
+        "Rational",
+    )
+)
 
 
 def prepare() -> None:

@@ -103,9 +103,14 @@ def _probe() -> tuple[tuple[str, ...], str]:
         try:
             done = subprocess.run(
                 [*prefix, sys.executable, "-I", "-c", code],
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PROBE_S, check=False,
-                env={}, cwd="/",
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=_PROBE_S,
+                check=False,
+                env={},
+                cwd="/",
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             reason = f"it does not run: {error}"
             continue

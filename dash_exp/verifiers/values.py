@@ -39,11 +39,29 @@ TESTS = "<tests>"
 _PLAIN_TYPES: Mapping[str, type] = {
     kind.__name__: kind
     for kind in (
-        bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple, collections.Counter,
-        collections.OrderedDict, collections.defaultdict, collections.deque, decimal.Decimal,
-        fractions.Fraction, datetime.date, datetime.datetime, datetime.time, datetime.timedelta,
+        bool,
+        bytes,
+        complex,
+        dict,
+        float,
+        frozenset,
+        int,
+        list,
+        set,
+        str,
+        tuple,
+        collections.Counter,
+        collections.OrderedDict,
+        collections.defaultdict,
+        collections.deque,
+        decimal.Decimal,
+        fractions.Fraction,
+        datetime.date,
+        datetime.datetime,
+        datetime.time,
+        datetime.timedelta,
     )
-}  # fmt: skip
+}
 _NAMED_TYPES: Mapping[str, type] = {
     **_PLAIN_TYPES,
     **{n: k for n, k in vars(builtins).items() if isinstance(k, type) and issubclass(k, BaseException)},
@@ -57,12 +75,48 @@ _DEPTH = 4_000
 """Of nested lists and their like that are written; each takes a frame of C."""
 _NUMPY_KINDS = "biufcSUmM"
 _OPCODES = {
-    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "STACK_GLOBAL",
-    "REDUCE", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT",
-    "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8",
-    "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT",
-    "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET",
-}  # fmt: skip
+    "PROTO",
+    "FRAME",
+    "STOP",
+    "MARK",
+    "POP",
+    "POP_MARK",
+    "MEMOIZE",
+    "BINGET",
+    "LONG_BINGET",
+    "STACK_GLOBAL",
+    "REDUCE",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "LONG4",
+    "BINFLOAT",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "SHORT_BINBYTES",
+    "BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+    "EMPTY_LIST",
+    "APPEND",
+    "APPENDS",
+    "EMPTY_TUPLE",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "EMPTY_DICT",
+    "SETITEM",
+    "SETITEMS",
+    "EMPTY_SET",
+    "ADDITEMS",
+    "FROZENSET",
+}
 """What `encode` writes. Not BUILD, say: it could give a class that was read an `__eq__` of the program's."""
 _HEAD = struct.Struct("<Q")
 
@@ -256,9 +310,17 @@ def plain_error(names: tuple[str, ...], arguments: tuple[Any, ...], message: str
 
 
 _BASES: Mapping[type, Callable[[Any], Any]] = {
-    int: int.__int__, float: float.__float__, str: str.__str__, bytes: bytes, bytearray: bytearray,
-    list: list, tuple: tuple, dict: dict, set: set, frozenset: frozenset,
-}  # fmt: skip
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: bytes,
+    bytearray: bytearray,
+    list: list,
+    tuple: tuple,
+    dict: dict,
+    set: set,
+    frozenset: frozenset,
+}
 
 
 _WRITERS: Mapping[type, Callable[[Any], tuple[Any, ...]]] = {

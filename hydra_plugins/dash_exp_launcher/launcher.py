@@ -21,9 +21,7 @@ class DashLauncher(Launcher):
         self.n_jobs, self.wait = n_jobs, wait
         self.config: DictConfig | None = None
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:  # fmt: skip
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:

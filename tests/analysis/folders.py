@@ -33,10 +33,18 @@ def config(arm: str = "dash", seed: int = 0, **changed: Any) -> dict[str, Any]:
 
 
 def make_cell(
-    root: Path, name: str, plain: Mapping[str, Any], *, rewards: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
-    step_s: float = 10.0, before: Sequence[float] = (), after: Sequence[float] = (), state: str = "finished",
-    hardware: Mapping[str, Any] = CPU, code: str = "c0de",
-) -> Path:  # fmt: skip
+    root: Path,
+    name: str,
+    plain: Mapping[str, Any],
+    *,
+    rewards: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
+    step_s: float = 10.0,
+    before: Sequence[float] = (),
+    after: Sequence[float] = (),
+    state: str = "finished",
+    hardware: Mapping[str, Any] = CPU,
+    code: str = "c0de",
+) -> Path:
     """A cell in the pool. `before`, `after`: verdicts of the prompts p0, p1, ... on `arithmetic`."""
     folder = root / "cells" / name
     folder.mkdir(parents=True)
@@ -46,20 +54,42 @@ def make_cell(
             recorder.append("steps", [step_row(step, reward, step_s)])
         for step, scores in ((0, before), (len(rewards), after)):
             rows = [
-                {"step": step, "dataset": "arithmetic", "prompt": f"p{i}", "scores": [s],
-                 "outcomes": ["correct" if s else "wrong"], "tokens": [5], "truncated": [False]}
+                {
+                    "step": step,
+                    "dataset": "arithmetic",
+                    "prompt": f"p{i}",
+                    "scores": [s],
+                    "outcomes": ["correct" if s else "wrong"],
+                    "tokens": [5],
+                    "truncated": [False],
+                }
                 for i, s in enumerate(scores)
-            ]  # fmt: skip
+            ]
             recorder.append("eval_samples", rows)
             if scores:
                 value = sum(scores) / len(scores)
-                recorder.append("evals", [{"step": step, "dataset": "arithmetic", "metric": "accuracy",
-                                           "value": value, "n": len(scores)}])  # fmt: skip
+                recorder.append(
+                    "evals",
+                    [
+                        {
+                            "step": step,
+                            "dataset": "arithmetic",
+                            "metric": "accuracy",
+                            "value": value,
+                            "n": len(scores),
+                        }
+                    ],
+                )
         recorder.status(state, len(rewards))
-        write_json(folder / "provenance.json", {
-            "code_hash": code, "commit": "a" * 40, "requeues": 0,
-            "attempts": [{"attempt": 1, "started": 1.0, "hardware": dict(hardware)}],
-        })  # fmt: skip
+        write_json(
+            folder / "provenance.json",
+            {
+                "code_hash": code,
+                "commit": "a" * 40,
+                "requeues": 0,
+                "attempts": [{"attempt": 1, "started": 1.0, "hardware": dict(hardware)}],
+            },
+        )
     return folder
 
 
@@ -67,10 +97,20 @@ def step_row(step: int, reward: float, step_s: float) -> dict[str, Any]:
     """A step of `step_s` seconds of training: half sampling, half backpropagation."""
     seconds = dict.fromkeys(PHASES, 0.0) | {"sample": step_s / 2, "backprop": step_s / 2, "checkpoint": 1.0}
     return {
-        "step": step, "reward/mean": reward, "updates": 1, "length/mean_tokens": 5.0,
-        "advantage/mean_abs": 0.4, "advantage/kept_mean_abs": 0.7, "filter/kept_share": 0.5,
-        "completions/sampled": 128, "tokens/sampled": 600, "tokens/forwarded": 300,
-        "tokens/backpropagated": 300, "tokens/dropped_by_filter": 300,
-        "outcome/correct": 30, "outcome/wrong": 98,
-        "time/step_s": step_s + 1.0, **{f"time/{p}_s": s for p, s in seconds.items()},
-    }  # fmt: skip
+        "step": step,
+        "reward/mean": reward,
+        "updates": 1,
+        "length/mean_tokens": 5.0,
+        "advantage/mean_abs": 0.4,
+        "advantage/kept_mean_abs": 0.7,
+        "filter/kept_share": 0.5,
+        "completions/sampled": 128,
+        "tokens/sampled": 600,
+        "tokens/forwarded": 300,
+        "tokens/backpropagated": 300,
+        "tokens/dropped_by_filter": 300,
+        "outcome/correct": 30,
+        "outcome/wrong": 98,
+        "time/step_s": step_s + 1.0,
+        **{f"time/{p}_s": s for p, s in seconds.items()},
+    }

@@ -37,8 +37,16 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int) -> None:
     text = make(load([pair_of_arms(tmp_path / "pair")])).files["report.html"].decode()
     page = tmp_path / "report.html"
     page.write_text(text.replace("</body>", f"{PROBE}</body>"))
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
-               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]  # fmt: skip
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--window-size={width},900",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        page.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r"<title>PROBE(\{.*?\})</title>", done.stdout)
     assert found, done.stderr[-2000:]

@@ -49,8 +49,14 @@ def test_iqm_drops_a_quarter_at_each_end() -> None:
 def test_interval_of_another_centre_is_wider_than_the_plain_percentiles() -> None:
     values = np.array([0.2, 0.4, 0.5, 0.55, 0.7, 0.9])
     found = est.centre_over_seeds(values, est.iqm, seed=3)
-    plain = stats.bootstrap((values,), lambda x: est.iqm(x), method="percentile", vectorized=False,
-                            n_resamples=4000, rng=np.random.default_rng(0)).confidence_interval  # fmt: skip
+    plain = stats.bootstrap(
+        (values,),
+        lambda x: est.iqm(x),
+        method="percentile",
+        vectorized=False,
+        n_resamples=4000,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
     assert found.low < plain.low and found.high > plain.high
     assert values.min() <= found.low and found.high <= values.max()
 

@@ -52,10 +52,22 @@ def report(pair: Path) -> Report:
 def pair_of_arms(tmp_path: Path) -> Path:
     """DASH and GRPO at three seeds: DASH a little better, and four times as fast."""
     for seed in range(3):
-        make_cell(tmp_path, f"dash-smollm2_135m-arithmetic-s{seed}-d000000{seed}", config("dash", seed),
-                  step_s=10.0, before=verdicts(10), after=verdicts(30 + seed))  # fmt: skip
-        make_cell(tmp_path, f"grpo-smollm2_135m-arithmetic-s{seed}-e000000{seed}", config("grpo", seed),
-                  step_s=40.0, before=verdicts(10), after=verdicts(26 + seed))  # fmt: skip
+        make_cell(
+            tmp_path,
+            f"dash-smollm2_135m-arithmetic-s{seed}-d000000{seed}",
+            config("dash", seed),
+            step_s=10.0,
+            before=verdicts(10),
+            after=verdicts(30 + seed),
+        )
+        make_cell(
+            tmp_path,
+            f"grpo-smollm2_135m-arithmetic-s{seed}-e000000{seed}",
+            config("grpo", seed),
+            step_s=40.0,
+            before=verdicts(10),
+            after=verdicts(26 + seed),
+        )
     return tmp_path
 
 
@@ -82,8 +94,12 @@ def test_a_table_by_hand(report: Report) -> None:
 def test_every_recipe_is_in_a_table(outputs: Path) -> None:
     """RLOO, and DASH at another threshold, are in no table of the paper."""
     make_cell(outputs, "rloo-smollm2_135m-arithmetic-s0-f0000001", config("rloo", 0), after=verdicts(20))
-    make_cell(outputs, "dash-smollm2_135m-arithmetic-s0-f0000000", config("dash", 0, filter__threshold=0.6),
-              after=verdicts(24))  # fmt: skip
+    make_cell(
+        outputs,
+        "dash-smollm2_135m-arithmetic-s0-f0000000",
+        config("dash", 0, filter__threshold=0.6),
+        after=verdicts(24),
+    )
     report = make(load([outputs]), pictures=False)
     text = report.files["tables/recipes-arithmetic.csv"].decode()
     assert float(row_of(text, "RLOO", "arithmetic")["value"]) == pytest.approx(50.0)
@@ -95,8 +111,11 @@ def test_every_recipe_is_in_a_table(outputs: Path) -> None:
 
 def test_what_sweeps_feed_is_made(report: Report) -> None:
     """A sweep names tables and figures that there are; these two arms make some of them."""
-    named = {feed for path in (REPOSITORY / "sweeps").glob("*.yaml")
-             for feed in yaml.safe_load(path.read_text())["feeds"]}  # fmt: skip
+    named = {
+        feed
+        for path in (REPOSITORY / "sweeps").glob("*.yaml")
+        for feed in yaml.safe_load(path.read_text())["feeds"]
+    }
     known = {f"table_{n}" for n in range(1, 7)} | {f"figure_{n}" for n in range(1, 7)}
     assert named <= known | {"table_recipes", "table_state"}
     made = {t.id.partition("-")[0] for t in report.tables}
@@ -122,8 +141,14 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
 
 
 def test_times_of_different_hardware_are_not_mixed(outputs: Path) -> None:
-    make_cell(outputs, "dash-smollm2_135m-arithmetic-s3-d0000003", config("dash", 3), step_s=1.0,
-              after=verdicts(30), hardware={**CPU, "cpu": "Faster CPU"})  # fmt: skip
+    make_cell(
+        outputs,
+        "dash-smollm2_135m-arithmetic-s3-d0000003",
+        config("dash", 3),
+        step_s=1.0,
+        after=verdicts(30),
+        hardware={**CPU, "cpu": "Faster CPU"},
+    )
     records = load([outputs])
     dash = next(v for v in variants(records) if v.arm == "dash")
     found = quantities.time_of(records, dash)
@@ -133,8 +158,12 @@ def test_times_of_different_hardware_are_not_mixed(outputs: Path) -> None:
 
 
 def test_settings_that_differ_are_not_averaged(outputs: Path) -> None:
-    make_cell(outputs, "dash-smollm2_135m-arithmetic-s0-f0000000", config("dash", 0, filter__threshold=0.6),
-              after=verdicts(20))  # fmt: skip
+    make_cell(
+        outputs,
+        "dash-smollm2_135m-arithmetic-s0-f0000000",
+        config("dash", 0, filter__threshold=0.6),
+        after=verdicts(20),
+    )
     labels = {v.label: len(v.cells) for v in variants(load([outputs])) if v.arm == "dash"}
     assert labels == {"DASH (threshold 0.1)": 3, "DASH (threshold 0.6)": 1}
 
@@ -148,8 +177,9 @@ def test_an_older_record_lacks_keys_and_is_the_same_recipe(outputs: Path) -> Non
 
 
 def test_the_same_seed_twice_counts_once(outputs: Path) -> None:
-    make_cell(outputs, "dash-smollm2_135m-arithmetic-s0-f0000000", config("dash", 0), rewards=(0.1,),
-              state="failed")  # fmt: skip
+    make_cell(
+        outputs, "dash-smollm2_135m-arithmetic-s0-f0000000", config("dash", 0), rewards=(0.1,), state="failed"
+    )
     records = load([outputs])
     found = variants(records)
     dash = next(v for v in found if v.arm == "dash")
@@ -174,8 +204,10 @@ def test_what_is_missing_is_listed(outputs: Path) -> None:
     sweep = outputs / "sweeps" / "pair"
     sweep.mkdir(parents=True)
     names = [f"dash-smollm2_135m-arithmetic-s{s}-d000000{s}" for s in range(4)]
-    write_json(sweep / "manifest.json", {"format": 1, "name": "pair", "cells": [{"folder": n} for n in names],
-                                         "waiting": []})  # fmt: skip
+    write_json(
+        sweep / "manifest.json",
+        {"format": 1, "name": "pair", "cells": [{"folder": n} for n in names], "waiting": []},
+    )
     records = load([sweep])
     assert len(records.cells) == 3
     assert [(p.where, "not there" in p.what) for p in records.problems] == [(names[3], True)]
@@ -284,8 +316,14 @@ def test_any_metric_is_drawn_when_asked_for(outputs: Path) -> None:
 
 
 def test_different_hardware_is_a_thing_left_out(outputs: Path, tmp_path: Path) -> None:
-    make_cell(outputs, "dash-smollm2_135m-arithmetic-s3-d0000003", config("dash", 3), step_s=1.0,
-              after=verdicts(30), hardware={**CPU, "cpu": "Faster CPU"})  # fmt: skip
+    make_cell(
+        outputs,
+        "dash-smollm2_135m-arithmetic-s3-d0000003",
+        config("dash", 3),
+        step_s=1.0,
+        after=verdicts(30),
+        hardware={**CPU, "cpu": "Faster CPU"},
+    )
     told = make(load([outputs]), pictures=False).problems
     assert any(p.where == "table3-arithmetic, training time" and "DASH" in p.what for p in told)
     assert main([str(outputs), "--out", str(tmp_path / "report")]) == 1
@@ -295,8 +333,12 @@ def test_more_k_than_samples_is_a_missing_value_with_its_reason(tmp_path: Path) 
     """Code is shown as pass@1 and pass@8; here each prompt was answered once."""
     for seed in range(3):
         for arm, correct in (("dash", 30), ("grpo", 20)):
-            make_cell(tmp_path, f"{arm}-m-arithmetic-s{seed}-{arm[0]}000000{seed}",
-                      config(arm, seed, dataset__verifier="code"), after=verdicts(correct))  # fmt: skip
+            make_cell(
+                tmp_path,
+                f"{arm}-m-arithmetic-s{seed}-{arm[0]}000000{seed}",
+                config(arm, seed, dataset__verifier="code"),
+                after=verdicts(correct),
+            )
     report = make(load([tmp_path]), pictures=False)
     text = report.files["tables/table4-arithmetic.csv"].decode()
     assert float(row_of(text, "DASH", "arithmetic pass@1")["value"]) == 75.0
@@ -316,12 +358,19 @@ def test_the_target_is_what_every_run_of_the_baseline_reached(tmp_path: Path) ->
     """Means of five steps: GRPO's best are 0.46 and 0.36, so the target is 0.36. DASH takes 10 s a step and
     is there after its fifth; GRPO's second run needs its sixth, at 40 s a step."""
     rewards = {
-        ("grpo", 0): (0.1, 0.2, 0.6, 0.7, 0.7, 0.0), ("grpo", 1): (0.3, 0.3, 0.3, 0.4, 0.4, 0.4),
-        ("dash", 0): (0.5,) * 6, ("dash", 1): (0.1,) * 6,
-    }  # fmt: skip
+        ("grpo", 0): (0.1, 0.2, 0.6, 0.7, 0.7, 0.0),
+        ("grpo", 1): (0.3, 0.3, 0.3, 0.4, 0.4, 0.4),
+        ("dash", 0): (0.5,) * 6,
+        ("dash", 1): (0.1,) * 6,
+    }
     for (arm, seed), curve in rewards.items():
-        make_cell(tmp_path, f"{arm}-m-arithmetic-s{seed}-{arm[0]}000000{seed}", config(arm, seed),
-                  rewards=curve, step_s=10.0 if arm == "dash" else 40.0)  # fmt: skip
+        make_cell(
+            tmp_path,
+            f"{arm}-m-arithmetic-s{seed}-{arm[0]}000000{seed}",
+            config(arm, seed),
+            rewards=curve,
+            step_s=10.0 if arm == "dash" else 40.0,
+        )
     records = load([tmp_path])
     found = {v.arm: v for v in variants(records)}
     assert reached_by_all(records, found["grpo"]) == 0.36

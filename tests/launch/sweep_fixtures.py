@@ -65,9 +65,12 @@ def cell_of(arm: str, seed: int, number: int, needs: Sequence[str] = (), **algor
 
 
 def sweep_of(
-    root: Path, cells: Sequence[PlannedCell], name: str = "demo", waiting: Sequence[Path] = (),
+    root: Path,
+    cells: Sequence[PlannedCell],
+    name: str = "demo",
+    waiting: Sequence[Path] = (),
     about: dict[str, object] | None = None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     later = tuple(Waiting(("algorithm=sft_m",), Traces(path, ("model=tiny",))) for path in waiting)
     return manifests.write(Plan(name, tuple(cells), later, 0, (), about), root)
 
@@ -84,10 +87,14 @@ def ran(folder: Path, state: str, step: int, code: str = "now", **more: Any) -> 
     with Recorder(folder) as recorder:
         recorder.append("steps", steps_rows(step))
         recorder.log("said last")
-        write_json(folder / "provenance.json", {
-            "code_hash": code, "hardware": {"gpus": []},
-            "attempts": [{"attempt": 1, "started": time.time() - 360.0}],
-        })  # fmt: skip
+        write_json(
+            folder / "provenance.json",
+            {
+                "code_hash": code,
+                "hardware": {"gpus": []},
+                "attempts": [{"attempt": 1, "started": time.time() - 360.0}],
+            },
+        )
         recorder.status(state, step, **more)
 
 
@@ -133,9 +140,16 @@ def states(manifest: Manifest) -> list[str]:
 
 def write_yaml(tmp_path: Path, **axes: list[Any]) -> Path:
     path = tmp_path / "tried.yaml"
-    path.write_text(json.dumps({
-        "claim": "It works.", "question": "Does it?", "feeds": ["table_tried"], "seeds": [0, 1],
-        "overrides": {"model": "tiny", "debug": "fast", "evaluation": "none", "cluster.threads": 1},
-        "grid": axes,
-    }))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "claim": "It works.",
+                "question": "Does it?",
+                "feeds": ["table_tried"],
+                "seeds": [0, 1],
+                "overrides": {"model": "tiny", "debug": "fast", "evaluation": "none", "cluster.threads": 1},
+                "grid": axes,
+            }
+        )
+    )
     return path

@@ -27,22 +27,42 @@ def composer() -> Iterator[Composer]:
 
 
 CHOICES = {
-    "algorithm": ["dash", "grpo", "ppo_mini", "sft_h"], "recipe": ["small", "paper_code"],
-    "model": ["tiny", "qwen0.5b"], "experiment": ["demo/minute", "demo/math_ppo_multi"],
-}  # fmt: skip
+    "algorithm": ["dash", "grpo", "ppo_mini", "sft_h"],
+    "recipe": ["small", "paper_code"],
+    "model": ["tiny", "qwen0.5b"],
+    "experiment": ["demo/minute", "demo/math_ppo_multi"],
+}
 NUMBERS = ["0", "1", "3", "1e-5", "0.5", "-2", "inf"]
 VALUES = {
-    "seed": ["0", "7"], "learner.lr": NUMBERS, "algorithm.beta": NUMBERS, "filter.threshold": NUMBERS,
-    "algorithm.steps": ["3", "null", "${seed}"], "algorithm.filters": ["[none]", "[advantage,none]", "[]"],
-    "algorithm.schedule": ["preemptive", "per_microbatch"], "sampler.schedule": ["per_microbatch"],
-    "sampler.max_new_tokens": ["5", "${dataset.completion_tokens}"], "dataset.completion_tokens": ["9"],
-    "dataset.template": ["bare", "problem_solution"], "recipe.sft_lr": ["1e-3"], "recipe.sft_batch": ["2"],
-    "evaluation.k": ["[1,2]"], "evaluation.limit": ["4", "null"], "hardware": ["80", "'a b'", "null"],
-    "budget.seconds": ["3", "null"], "budget.match": ["dash", "'x=1 y=2'"], "run.dir": ["/tmp/elsewhere"],
-    "cluster.threads": ["1"], "cluster.setup": ["['module load x']"], "cluster.retries.nan": ["3"],
-    "learner.lora.targets": ["[q_proj]"], "learner": ["{lr: 0.25}"], "model.add_bos": ["true"],
-    "checkpoint.keep": ["1"], "algorithm.mini_batch": ["16", "null"], "tracking.every_s": ["5"],
-}  # fmt: skip
+    "seed": ["0", "7"],
+    "learner.lr": NUMBERS,
+    "algorithm.beta": NUMBERS,
+    "filter.threshold": NUMBERS,
+    "algorithm.steps": ["3", "null", "${seed}"],
+    "algorithm.filters": ["[none]", "[advantage,none]", "[]"],
+    "algorithm.schedule": ["preemptive", "per_microbatch"],
+    "sampler.schedule": ["per_microbatch"],
+    "sampler.max_new_tokens": ["5", "${dataset.completion_tokens}"],
+    "dataset.completion_tokens": ["9"],
+    "dataset.template": ["bare", "problem_solution"],
+    "recipe.sft_lr": ["1e-3"],
+    "recipe.sft_batch": ["2"],
+    "evaluation.k": ["[1,2]"],
+    "evaluation.limit": ["4", "null"],
+    "hardware": ["80", "'a b'", "null"],
+    "budget.seconds": ["3", "null"],
+    "budget.match": ["dash", "'x=1 y=2'"],
+    "run.dir": ["/tmp/elsewhere"],
+    "cluster.threads": ["1"],
+    "cluster.setup": ["['module load x']"],
+    "cluster.retries.nan": ["3"],
+    "learner.lora.targets": ["[q_proj]"],
+    "learner": ["{lr: 0.25}"],
+    "model.add_bos": ["true"],
+    "checkpoint.keep": ["1"],
+    "algorithm.mini_batch": ["16", "null"],
+    "tracking.every_s": ["5"],
+}
 
 
 @st.composite
@@ -119,9 +139,11 @@ def test_a_copy_shares_what_does_not_differ(composer: Composer) -> None:
 
 def test_what_cannot_be_composed_is_told_and_remembered(composer: Composer) -> None:
     for overrides, why in (
-        (["algorithm=das"], "did you mean 'dash'"), (["algorithm.steps=${nowhere}"], "'nowhere' not found"),
-        (["algorithm.beta=x"], "expected a number"), (["seed=[1"], "cannot read"),
-    ):  # fmt: skip
+        (["algorithm=das"], "did you mean 'dash'"),
+        (["algorithm.steps=${nowhere}"], "'nowhere' not found"),
+        (["algorithm.beta=x"], "expected a number"),
+        (["seed=[1"], "cannot read"),
+    ):
         for _ in range(2):
             with pytest.raises(UserError, match=why):
                 composer.compose(overrides)

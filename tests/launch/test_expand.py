@@ -101,12 +101,25 @@ def test_multirun_overrides_expand_in_the_order_of_hydras_own_sweeper() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (None, "null"), (True, "true"), (3, "3"), (1e-6, "1e-06"), (0.5, "0.5"), (float("inf"), "inf"),
-        ("1e-4", "0.0001"), ("dash", "dash"), ("paper/math_dash_0.5b", "paper/math_dash_0.5b"), ("", "''"),
-        ("null", "'null'"), ("1_0", "'1_0'"), ("a b", "'a b'"), ([1, "x y"], "[1,'x y']"), ([], "[]"),
-        ({"a": 1, "b": None}, "{a:1,b:null}"), ("experiment=demo/x", "'experiment=demo/x'"),
+        (None, "null"),
+        (True, "true"),
+        (3, "3"),
+        (1e-6, "1e-06"),
+        (0.5, "0.5"),
+        (float("inf"), "inf"),
+        ("1e-4", "0.0001"),
+        ("dash", "dash"),
+        ("paper/math_dash_0.5b", "paper/math_dash_0.5b"),
+        ("", "''"),
+        ("null", "'null'"),
+        ("1_0", "'1_0'"),
+        ("a b", "'a b'"),
+        ([1, "x y"], "[1,'x y']"),
+        ([], "[]"),
+        ({"a": 1, "b": None}, "{a:1,b:null}"),
+        ("experiment=demo/x", "'experiment=demo/x'"),
     ],
-)  # fmt: skip
+)
 def test_values_of_yaml_in_hydras_grammar(value: object, text: str) -> None:
     assert text_of(value) == text
 
@@ -125,5 +138,9 @@ def test_text_survives_the_grammar(text: str) -> None:
 
 def test_the_key_of_an_override() -> None:
     assert [key_of(t) for t in ("a.b=1", "+a.b=x=y", "++a=1", "~a", "g@p.q=x")] == [
-        "a.b", "a.b", "a", "a", "g@p.q",
-    ]  # fmt: skip
+        "a.b",
+        "a.b",
+        "a",
+        "a",
+        "g@p.q",
+    ]

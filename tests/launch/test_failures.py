@@ -48,16 +48,16 @@ TIGHT = "learner.micro_batch_tokens: a micro-batch of the longest samples (9 tok
         (-11, None, "", "CANCELLED by 1000", "unknown"),
     ],
 )
-def test_classes(
-    code: int, failure: str | None, output: str, scheduler: str | None, expected: str
-) -> None:  # fmt: skip
+def test_classes(code: int, failure: str | None, output: str, scheduler: str | None, expected: str) -> None:
     assert classify(code, {"failure": failure} if failure else {}, output, scheduler) == expected
     assert expected in CLASSES
 
 
 def ends(*pairs: tuple[str, int]) -> list[Row]:
-    return [{"time": n, "kind": "end", "exit": 1, "failure_class": kind, "step": step}
-            for n, (kind, step) in enumerate(pairs)]  # fmt: skip
+    return [
+        {"time": n, "kind": "end", "exit": 1, "failure_class": kind, "step": step}
+        for n, (kind, step) in enumerate(pairs)
+    ]
 
 
 def test_a_class_may_come_as_often_as_its_budget_says() -> None:

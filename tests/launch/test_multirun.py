@@ -38,9 +38,12 @@ class Sweeps:
         path = str(REPOSITORY) if real else STAND_IN
         return subprocess.Popen(
             [sys.executable, "-m", "dash_exp", "-m", *TINY, f"run.dir={self.root}", *overrides],
-            cwd=self.root.parent, env={**os.environ, "PYTHONPATH": path, **variables},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=self.root.parent,
+            env={**os.environ, "PYTHONPATH": path, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def run(self, *overrides: str, real: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*overrides, real=real, **variables)
@@ -168,8 +171,13 @@ def test_a_sweep_grows_but_never_loses_a_cell(sweeps: Sweeps, monkeypatch: pytes
 @pytest.mark.long
 def test_the_same_words_for_other_cells_are_another_sweep(sweeps: Sweeps, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
-    words = ["seed=0,1", "dataset=gsm8k", f"dataset.path={data}", "dataset.verifier=integer",
-             "dataset.extraction=first_integer"]  # fmt: skip
+    words = [
+        "seed=0,1",
+        "dataset=gsm8k",
+        f"dataset.path={data}",
+        "dataset.verifier=integer",
+        "dataset.extraction=first_integer",
+    ]
     for answer in "23":
         data.write_text(json.dumps({"id": "1", "problem": "1+1", "answer": answer}) + "\n")
         assert sweeps.run(*words).returncode == 0
@@ -181,8 +189,9 @@ def test_the_same_words_for_other_cells_are_another_sweep(sweeps: Sweeps, tmp_pa
 def test_a_place_that_cannot_be_written_is_said_plainly(tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], check=False,
-                             capture_output=True)  # fmt: skip
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], check=False, capture_output=True
+    )
     if mounted.returncode != 0:
         pytest.skip("a small disk cannot be mounted here (needs root)")
     try:
@@ -204,13 +213,26 @@ def test_batches_of_hydras_sweeper_are_sweeps_of_their_own(sweeps: Sweeps) -> No
 
 
 def detached(
-    root: Path, *, seeds: Sequence[int] = (0, 1), name: str = "mine", n_jobs: int = 1,
-    cells: list[str] | None = None, wait: bool = False,
-) -> int:  # fmt: skip
+    root: Path,
+    *,
+    seeds: Sequence[int] = (0, 1),
+    name: str = "mine",
+    n_jobs: int = 1,
+    cells: list[str] | None = None,
+    wait: bool = False,
+) -> int:
     (root / "cache").mkdir(parents=True, exist_ok=True)
     plan = make_plan(name, [(*TINY, f"seed={seed}") for seed in seeds], root=root)
-    return launch(plan, root, cluster=cluster_of(plan.actions), n_jobs=n_jobs, wait=wait, detached=True,
-                  cells=cells, say=lambda text: None)  # fmt: skip
+    return launch(
+        plan,
+        root,
+        cluster=cluster_of(plan.actions),
+        n_jobs=n_jobs,
+        wait=wait,
+        detached=True,
+        cells=cells,
+        say=lambda text: None,
+    )
 
 
 def controller(sweeps: Sweeps) -> int | None:
@@ -218,9 +240,7 @@ def controller(sweeps: Sweeps) -> int | None:
 
 
 @pytest.mark.long
-def test_a_detached_controller_takes_orders_and_ends(
-    sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+def test_a_detached_controller_takes_orders_and_ends(sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", STAND_IN)
     monkeypatch.setenv("PLAY_0", acts({"wait": 3, "failure": "KeyError: 'x'"}, {"wait": 30}))
     assert detached(sweeps.root) == 0
@@ -254,7 +274,7 @@ def test_only_the_cells_that_were_named_are_run(sweeps: Sweeps, monkeypatch: pyt
 @pytest.mark.long
 def test_a_killed_controller_is_made_good_by_the_next(
     sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("PYTHONPATH", STAND_IN)
     monkeypatch.setenv("PLAY_0", acts({"wait": 3}))
     detached(sweeps.root)
@@ -276,9 +296,13 @@ def test_a_controller_that_cannot_start_is_said(sweeps: Sweeps, monkeypatch: pyt
 
 def test_the_plugin_is_found_from_anywhere_and_hydras_own_launchers_stay(sweeps: Sweeps) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dash_exp", "--info", "plugins"], cwd=sweeps.root.parent,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "dash_exp", "--info", "plugins"],
+        cwd=sweeps.root.parent,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.count("\t\tDashLauncher\n") == done.stdout.count("\t\tBasicLauncher\n") == 1
     done = sweeps.run("seed=0,1", "hydra/launcher=basic")
     assert done.returncode == 0 and not (sweeps.root / "sweeps").exists()
@@ -298,7 +322,12 @@ def test_real_cells_two_at_once_give_the_records_of_one_after_the_other(sweeps: 
 @pytest.mark.long
 def test_the_stock_submitit_launcher_keeps_working(sweeps: Sweeps) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    done = sweeps.run("seed=0,1", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5",
-                      f"hydra.launcher.submitit_folder={sweeps.root.parent}/jobs", real=True)  # fmt: skip
+    done = sweeps.run(
+        "seed=0,1",
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=5",
+        f"hydra.launcher.submitit_folder={sweeps.root.parent}/jobs",
+        real=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert sweeps.states() == {"dash-s0": "finished", "dash-s1": "finished"}

@@ -54,13 +54,16 @@ def test_cells_are_those_of_single_runs_and_nothing_is_written(tmp_path: Path) -
     root = tmp_path / "new"
     plan = planned(root, "algorithm=dash,grpo", "seed=0,1", "hydra.launcher.n_jobs=2", "run.force=true")
     assert [c.folder_name.rpartition("-")[0] for c in plan.cells] == [
-        "dash-tiny-arithmetic-s0", "dash-tiny-arithmetic-s1", "grpo-tiny-arithmetic-s0",
+        "dash-tiny-arithmetic-s0",
+        "dash-tiny-arithmetic-s1",
+        "grpo-tiny-arithmetic-s0",
         "grpo-tiny-arithmetic-s1",
-    ]  # fmt: skip
+    ]
     assert not root.exists()
     assert [c.id for c in plan.cells[1:3]] == [
-        single_id(root, "algorithm=dash", "seed=1"), single_id(root, "algorithm=grpo", "seed=0"),
-    ]  # fmt: skip
+        single_id(root, "algorithm=dash", "seed=1"),
+        single_id(root, "algorithm=grpo", "seed=0"),
+    ]
     assert plan.cells[1].overrides == ("debug=fast", "algorithm=dash", "seed=1")
     assert (plan.duplicates, plan.waiting, plan.actions) == (0, (), ("cluster.threads=1",))
 
@@ -72,8 +75,14 @@ def test_the_same_cell_named_twice_is_planned_once(tmp_path: Path) -> None:
 
 
 def test_a_plan_can_be_made_again_from_what_it_keeps(tmp_path: Path) -> None:
-    settings = ["cluster=slurm", "cluster.partition=gpu", "cluster.setup=['module load a',b]",
-                "cluster.retries.nan=2", "tracking=mlflow", "run.progress=plain"]  # fmt: skip
+    settings = [
+        "cluster=slurm",
+        "cluster.partition=gpu",
+        "cluster.setup=['module load a',b]",
+        "cluster.retries.nan=2",
+        "tracking=mlflow",
+        "run.progress=plain",
+    ]
     plan = planned(tmp_path, "seed=0", "cluster.memory_gb=8,16", "budget.seconds=5", *settings)
     assert {c.resources.memory_gb for c in planned(tmp_path, "cluster.memory_gb=16").cells} == {16}
     assert (len(plan.cells), plan.duplicates) == (1, 1)  # memory makes no other cell
@@ -127,9 +136,15 @@ def test_what_is_wrong_with_a_partner_is_told(tmp_path: Path) -> None:
 
 def test_every_fault_of_every_cell_is_told_at_once(tmp_path: Path) -> None:
     told = refused(
-        tmp_path, "algorithm=dash,das", "algorithm.beta=x,0.1", "learner.lr=-1", "seed=-1,0,1",
-        "filter.treshold=1", "run.progress=plain,none", "cluster.gpus=3",
-    )  # fmt: skip
+        tmp_path,
+        "algorithm=dash,das",
+        "algorithm.beta=x,0.1",
+        "learner.lr=-1",
+        "seed=-1,0,1",
+        "filter.treshold=1",
+        "run.progress=plain,none",
+        "cluster.gpus=3",
+    )
     assert told.startswith("dash_exp: 7 problems, nothing was started")
     for expected in (
         "algorithm: unknown option 'das' (in 12 of 24 cells, all with algorithm=das)\n    did you mean",
@@ -137,8 +152,9 @@ def test_every_fault_of_every_cell_is_told_at_once(tmp_path: Path) -> None:
         "filter.treshold: unknown key\n    did you mean 'filter.threshold'?",
         "learner.lr: got -1, must be more than 0 (in 12 of 24 cells, all with algorithm=dash)",
         "seed: got -1, must be at least 0 (in 4 of 24 cells, all with algorithm=dash seed=-1)",
-        "run.progress: has several values: none, plain", "the cell needs 3 GPUs, this machine has 0",
-    ):  # fmt: skip
+        "run.progress: has several values: none, plain",
+        "the cell needs 3 GPUs, this machine has 0",
+    ):
         assert expected in told, expected
 
 
@@ -224,7 +240,7 @@ def test_the_names_of_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["learner.ranks=16", "cluster.memory_gb=12.5"], "2 nodes, 16 GPU, 128 CPU, 13 GB, 1h00m"),
         (["learner.ranks=4", "learner.device='cuda:0'"], "1 GPU, 8 CPU, 8 GB, 1h00m"),
     ],
-)  # fmt: skip
+)
 def test_what_a_cell_asks_a_cluster_for(overrides: list[str], expected: str) -> None:
     config = compose([*TINY, "cluster=slurm", *overrides])
     assert str(resources_of(config)) == expected
@@ -240,7 +256,7 @@ def test_what_a_cell_asks_a_cluster_for(overrides: list[str], expected: str) -> 
         (["learner.ranks=2", "cluster.gpus=1"], "got 1, but the cell needs 2 GPUs: 2 for its learners"),
         (["learner.ranks=2", "cluster.gpus=2", "cluster=local"], "the cell needs 2 GPUs, this machine has 0"),
     ],
-)  # fmt: skip
+)
 def test_what_no_cluster_could_give(overrides: list[str], why: str) -> None:
     cluster = [] if "cluster=local" in overrides else ["cluster=slurm"]
     told = [fault.what for fault in resource_faults(compose([*TINY, *cluster, *overrides]))]

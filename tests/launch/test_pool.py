@@ -97,8 +97,15 @@ def test_as_many_at_once_as_there_are_slots_with_equal_parts_of_the_machine(benc
 
 
 def test_a_cell_is_told_what_is_its_own() -> None:
-    actions = ("run.progress=none", "cluster.name=local", "cluster.retries.node=3", "cluster.setup=[x]",
-               "cluster.threads=null", "cluster.server_urls=[http://x]", "tracking.name=mlflow")  # fmt: skip
+    actions = (
+        "run.progress=none",
+        "cluster.name=local",
+        "cluster.retries.node=3",
+        "cluster.setup=[x]",
+        "cluster.threads=null",
+        "cluster.server_urls=[http://x]",
+        "tracking.name=mlflow",
+    )
     kept = ["run.progress=none", "cluster.server_urls=[http://x]", "tracking.name=mlflow"]
     assert cell_actions(actions, None) == kept
     assert cell_actions(actions, 3) == [*kept, "cluster.threads=3"]
@@ -117,8 +124,13 @@ def test_needs_come_first_and_what_they_held_up_is_said(bench: Bench) -> None:
     ready = bench.job("h", needs=("g",))
     states = bench.run(after, before, orphan, lost, broken, ready, slots=2)
     assert states == {
-        "a": "finished", "b": "finished", "c": "blocked", "e": "blocked", "f": "failed", "h": "finished",
-    }  # fmt: skip
+        "a": "finished",
+        "b": "finished",
+        "c": "blocked",
+        "e": "blocked",
+        "f": "failed",
+        "h": "finished",
+    }
     assert bench.seen(after)[0]["begun"] >= bench.seen(before)[0]["ended"]
     assert read_json(orphan.folder / "status.json")["reason"] == "waits for dddddddd (missing)"
     assert read_json(lost.folder / "status.json")["reason"] == "waits for cell-ffffffff (failed)"
@@ -132,12 +144,18 @@ def test_failures_are_tried_again_as_their_class_deserves(bench: Bench) -> None:
     wrong = bench.job("d", {"exit": 2})
     killed = bench.job("e", {"die": 9})
     assert bench.run(once, twice, further, wrong, killed, slots=2) == {
-        "a": "finished", "b": "failed", "c": "finished", "d": "failed", "e": "interrupted",
-    }  # fmt: skip
+        "a": "finished",
+        "b": "failed",
+        "c": "finished",
+        "d": "failed",
+        "e": "interrupted",
+    }
     starts = [kinds(job).count("start") for job in (once, twice, further, wrong, killed)]
     assert starts == [2, 2, 4, 1, 4]
-    classes = [[r["failure_class"] for r in journal.read(job.folder) if r["kind"] == "end"]
-               for job in (wrong, killed)]  # fmt: skip
+    classes = [
+        [r["failure_class"] for r in journal.read(job.folder) if r["kind"] == "end"]
+        for job in (wrong, killed)
+    ]
     assert classes == [["config"], ["node"] * 4]
     status = read_json(killed.folder / "status.json")  # which it could not write itself
     assert (status["state"], status["failure"]) == ("interrupted", "killed by SIGKILL")
@@ -173,7 +191,7 @@ def test_a_cell_that_somebody_else_runs_is_waited_for(bench: Bench) -> None:
 
 def test_a_cell_that_is_found_busy_is_tried_again_later(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """As on a file system that shows no locks of other machines: only the start finds out."""
     from dash_exp.launch import pool
 

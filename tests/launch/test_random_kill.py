@@ -47,8 +47,13 @@ class Killer:
         self.controller = self.launch()
 
     def launch(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self.command, cwd=REPOSITORY, env=self.environment,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        return subprocess.Popen(
+            self.command,
+            cwd=REPOSITORY,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     def cells(self) -> list[psutil.Process]:
         """Processes that run cells of this sweep, whoever started them."""

@@ -72,7 +72,7 @@ def test_helpers_do_not_hear_them() -> None:
 
 def test_what_breaks_after_a_signal_is_the_signals_doing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """A server that the same signal ended, say, while the step that needed it was let to end."""
     from dash_exp import checkpoint
 
@@ -93,10 +93,22 @@ def test_what_breaks_after_a_signal_is_the_signals_doing(
 @pytest.mark.long
 @pytest.mark.parametrize("number", SCHEDULERS)
 def test_a_signal_to_every_process_of_a_cell_ends_its_step_and_saves(tmp_path: Path, number: int) -> None:
-    config = [*SMALL, "run.progress=plain", f"run.dir={tmp_path}", "algorithm.steps=400",
-              "dataset.verifier=math", "dataset.extraction=last_number", "checkpoint.every=0"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "dash_exp", *config], cwd=REPOSITORY,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    config = [
+        *SMALL,
+        "run.progress=plain",
+        f"run.dir={tmp_path}",
+        "algorithm.steps=400",
+        "dataset.verifier=math",
+        "dataset.extraction=last_number",
+        "checkpoint.every=0",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dash_exp", *config],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.monotonic() + 120
     while not any(len(read_rows(f).rows) > 1 for f in tmp_path.glob("cells/*/steps.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline

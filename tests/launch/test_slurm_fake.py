@@ -96,8 +96,11 @@ def test_cancel_takes_queued_jobs_back_and_asks_running_ones(fake_slurm: FakeSlu
         fake_slurm.change(job, state=state)
     assert queue.cancel(["7_0", "7_0", "8", "99"])
     assert [f"{j['state']} {j.get('signal')}" for j in fake_slurm.jobs().values()] == [
-        "RUNNING TERM", "RUNNING None", "CANCELLED None", "RUNNING None",
-    ]  # fmt: skip
+        "RUNNING TERM",
+        "RUNNING None",
+        "CANCELLED None",
+        "RUNNING None",
+    ]
     assert queue.cancel(["7_0", "9"], now=True)
     assert fake_slurm.calls("scancel")[-1] == "scancel --quiet 7_0 9"
     states = [job["state"] for job in fake_slurm.jobs().values()]
@@ -119,13 +122,25 @@ def test_a_sweep_is_queued_once(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
 
 
 def test_the_script_is_what_a_dry_run_shows(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
-    cluster = cluster_of(account="lab", partition="main", qos="high", constraint="a100", max_parallel=2,
-                         setup=["module load cuda", "ulimit -n 4096"], warning_s=300)  # fmt: skip
+    cluster = cluster_of(
+        account="lab",
+        partition="main",
+        qos="high",
+        constraint="a100",
+        max_parallel=2,
+        setup=["module load cuda", "ulimit -n 4096"],
+        warning_s=300,
+    )
     entries = made_up(3, Resources(gpus=2, cpus=6, memory_gb=10, minutes=90))
-    plan = Plan("trial", tuple(
-        PlannedCell(Cell(e.id, e.folder.removesuffix(f"-{e.id}"), {}, ""), e.overrides, e.resources, e.needs)
-        for e in entries
-    ))  # fmt: skip
+    plan = Plan(
+        "trial",
+        tuple(
+            PlannedCell(
+                Cell(e.id, e.folder.removesuffix(f"-{e.id}"), {}, ""), e.overrides, e.resources, e.needs
+            )
+            for e in entries
+        ),
+    )
     (shown,) = slurm.sbatch_text(plan, tmp_path, cluster)
     assert not (tmp_path / "sweeps").exists()
     slurm.submit(write_made_up(tmp_path, entries), entries, [], cluster)
@@ -133,11 +148,23 @@ def test_the_script_is_what_a_dry_run_shows(fake_slurm: FakeSlurm, tmp_path: Pat
     assert text == shown
     flags = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")}
     assert flags >= {
-        "--array=0-2%2", "--account=lab", "--partition=main", "--qos=high", "--constraint=a100", "--requeue",
-        "--time=90", "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=6", "--gpus-per-node=2",
-        "--mem=10GB", "--signal=USR2@300", "--open-mode=append", "--job-name=trial-dash-tiny",
+        "--array=0-2%2",
+        "--account=lab",
+        "--partition=main",
+        "--qos=high",
+        "--constraint=a100",
+        "--requeue",
+        "--time=90",
+        "--nodes=1",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=6",
+        "--gpus-per-node=2",
+        "--mem=10GB",
+        "--signal=USR2@300",
+        "--open-mode=append",
+        "--job-name=trial-dash-tiny",
         f"--output={tmp_path}/sweeps/trial/jobs/%A_%a_0_log.out",
-    }  # fmt: skip
+    }
     assert not any(flag.startswith(("--wckey", "--error", "--dependency")) for flag in flags)
     assert text.index("module load cuda\nulimit -n 4096\n") < text.index("srun --unbuffered")
     assert "--cpus-per-task=6 --kill-on-bad-exit=0" in text
@@ -147,8 +174,10 @@ def test_arrays_are_cut_at_the_largest_size(fake_slurm: FakeSlurm, tmp_path: Pat
     fake_slurm.set(config={"MaxArraySize": "4"})
     entries = made_up(9)
     assert slurm.submit(write_made_up(tmp_path, entries), entries, [], cluster_of()) == [
-        *(f"101_{n}" for n in range(4)), *(f"102_{n}" for n in range(4)), "103"
-    ]  # fmt: skip
+        *(f"101_{n}" for n in range(4)),
+        *(f"102_{n}" for n in range(4)),
+        "103",
+    ]
 
 
 def test_a_cell_waits_for_the_jobs_of_its_needs(fake_slurm: FakeSlurm, tmp_path: Path) -> None:

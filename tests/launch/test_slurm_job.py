@@ -28,13 +28,21 @@ def start_task(sweep: Manifest, job: str, restarts: int = 0) -> subprocess.Popen
     """Start a job as srun would."""
     array, _, task = job.partition("_")
     own = {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": task} if task else {}
-    variables = {"SLURM_JOB_ID": array, "SLURM_RESTART_COUNT": str(restarts), "SLURM_CPUS_PER_TASK": "1",
-                 "SUBMITIT_EXECUTOR": "slurm", **own}  # fmt: skip
+    variables = {
+        "SLURM_JOB_ID": array,
+        "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_CPUS_PER_TASK": "1",
+        "SUBMITIT_EXECUTOR": "slurm",
+        **own,
+    }
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "submitit.core._submit", str(sweep.folder / "jobs")],
-        cwd=REPOSITORY, env={**os.environ, **variables}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        env={**os.environ, **variables},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def job_of(sweep: Manifest, **settings: Any) -> SlurmJob:
@@ -135,7 +143,7 @@ def test_a_cell_whose_need_failed_stays_blocked_with_the_reason(in_job: FakeSlur
 
 def test_restarts_that_slurm_made_count(
     in_job: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     sweep = write_made_up(tmp_path, made_up(1))
     folder = sweep.cell(sweep.entries[0])
     (folder / "status.json").write_text('{"state": "running", "step": 4}')
@@ -149,8 +157,14 @@ def test_restarts_that_slurm_made_count(
 
 
 def test_requeues_are_counted_since_a_person_asked_last() -> None:
-    rows: list[Row] = [{"kind": "queued"}, {"kind": "requeue", "job": "7_3"}, {"kind": "requeue", "job": "5"},
-                       {"kind": "retry"}, {"kind": "requeue", "job": "7_3"}, {"kind": "start"}]  # fmt: skip
+    rows: list[Row] = [
+        {"kind": "queued"},
+        {"kind": "requeue", "job": "7_3"},
+        {"kind": "requeue", "job": "5"},
+        {"kind": "retry"},
+        {"kind": "requeue", "job": "7_3"},
+        {"kind": "start"},
+    ]
     assert used_requeues(rows, Place("7_3", restarts=2)) == 1
     assert used_requeues(rows, Place("7_3", restarts=4)) == 3  # two that nobody has written down yet
     assert used_requeues(rows, Place("8")) == 1
@@ -188,7 +202,7 @@ def test_the_end_at_a_time_limit_is_told_from_others(in_job: FakeSlurm) -> None:
 
 def test_a_controller_that_refuses_to_requeue(
     in_job: FakeSlurm, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr("dash_exp.launch.slurm_job.PAUSE_S", 0.0)
     in_job.set(silent=["scontrol"])
     sweep = write_made_up(tmp_path, made_up(1))
@@ -217,7 +231,7 @@ def test_ranks_on_several_nodes_start_again_together(in_job: FakeSlurm, tmp_path
 
 def test_other_ranks_do_nothing_where_rank_0_does_nothing(
     in_job: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     sweep = write_made_up(tmp_path, made_up(1))
     (sweep.cell(sweep.entries[0]) / "status.json").write_text('{"state": "finished"}')
     monkeypatch.setenv("SLURM_PROCID", "1")

@@ -87,11 +87,17 @@ def test_three_arms_two_seeds_two_profiles_two_nodes_and_one_that_fails(tmp_path
     (sweep.cell(broken) / "config.yaml").write_text("algorithm: [")
     jobs = submit(sweep)
     assert len(jobs) == 7
-    arrays = [sum(job.startswith(f"{parent}_") for job in jobs) for parent in
-              dict.fromkeys(job.partition("_")[0] for job in jobs)]  # fmt: skip
+    arrays = [
+        sum(job.startswith(f"{parent}_") for job in jobs)
+        for parent in dict.fromkeys(job.partition("_")[0] for job in jobs)
+    ]
     assert arrays == [LARGEST_ARRAY, 0, 2]  # the fifth is a job of its own
-    named = subprocess.run(["squeue", "-h", "-j", jobs[0].partition("_")[0], "-t", "all", "-o", "%j"],
-                           capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    named = subprocess.run(
+        ["squeue", "-h", "-j", jobs[0].partition("_")[0], "-t", "all", "-o", "%j"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     assert set(named) == {"trial-dash+grpo-tiny"}
     assert submit(sweep) == []  # all of them are on their way
     wait_for_end(sweep, *jobs)
@@ -171,11 +177,14 @@ def test_a_job_queued_anew_by_a_person_goes_on(tmp_path: Path, undisturbed: Path
 @pytest.mark.parametrize("verifier", ["integer", "math"])
 def test_a_warning_to_the_whole_step_saves_and_queues_anew(
     tmp_path: Path, verifier: str, undisturbed: Path
-) -> None:  # fmt: skip
+) -> None:
     """SLURM signals every process of a job, verifier workers too, and the job hands it on besides."""
-    sweep, folder = one_cell(tmp_path, *SLOW, f"dataset.verifier={verifier}", *(
-        ["dataset.extraction=boxed_or_last"] if verifier == "math" else []
-    ))  # fmt: skip
+    sweep, folder = one_cell(
+        tmp_path,
+        *SLOW,
+        f"dataset.verifier={verifier}",
+        *(["dataset.extraction=boxed_or_last"] if verifier == "math" else []),
+    )
     (job,) = submit(sweep)
     wait_until(sweep, lambda: steps(folder) >= 3, "three steps")
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
@@ -244,8 +253,12 @@ def test_the_launching_process_killed_in_the_middle(tmp_path: Path) -> None:
         f"slurm.submit(sweep, sweep.entries, {ACTIONS!r}, cluster_of())\n"
     )
     path = f"{deadly.parent}{os.pathsep}{os.environ['PATH']}"
-    launch = subprocess.run([sys.executable, "-c", code, str(sweep.folder)], env={**os.environ, "PATH": path},
-                            check=False, timeout=60)  # fmt: skip
+    launch = subprocess.run(
+        [sys.executable, "-c", code, str(sweep.folder)],
+        env={**os.environ, "PATH": path},
+        check=False,
+        timeout=60,
+    )
     assert launch.returncode == -signal.SIGKILL
     queued = [kinds(sweep.cell(entry)).count("queued") for entry in sweep.entries]
     assert queued == [*[1] * LARGEST_ARRAY, 0, 0]
@@ -259,7 +272,7 @@ def test_the_launching_process_killed_in_the_middle(tmp_path: Path) -> None:
 
 def test_slurms_controller_killed_while_a_cell_runs(
     tmp_path: Path, real_cluster: Cluster, undisturbed: Path
-) -> None:  # fmt: skip
+) -> None:
     sweep, folder = one_cell(tmp_path, *SLOW)
     (job,) = submit(sweep)
     wait_until(sweep, lambda: steps(folder) >= 3, "three steps")
@@ -315,8 +328,12 @@ def test_what_the_cluster_does_not_have(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, [QUICK], resources=[Resources(3, 3, 4, 60)])
     found = slurm.faults(sweep.entries, cluster_of(account="rot", qos="nromal"))
     assert [fault.where.removeprefix("cluster.") for fault in found] == [
-        "gpus", "cpus", "memory_gb", "account", "qos"
-    ]  # fmt: skip
+        "gpus",
+        "cpus",
+        "memory_gb",
+        "account",
+        "qos",
+    ]
     assert "did you mean 'root'" in found[3].hint and "did you mean 'normal'" in found[4].hint
     assert [f.where for f in slurm.faults([], cluster_of(partition="mian"))] == ["cluster.partition"]
     fits = write_sweep(tmp_path / "b", [QUICK], resources=[Resources(4, 4, 3, 60, nodes=2, tasks=4)])
@@ -336,8 +353,10 @@ def test_without_accounting(tmp_path: Path, real_cluster: Cluster) -> None:
         assert [state(sweep.cell(e)) for e in sweep.entries] == ["finished", "failed"]
         found = queue.jobs([*jobs, "9999"])
         assert [(s.state, s.word) for s in found.values()] == [
-            ("ended", "COMPLETED"), ("ended", "FAILED"), ("ended", None)
-        ]  # fmt: skip
+            ("ended", "COMPLETED"),
+            ("ended", "FAILED"),
+            ("ended", None),
+        ]
         assert len(submit(sweep)) == 1
     finally:
         assert os.environ["SLURM_CONF"] == before

@@ -19,8 +19,14 @@ from tests.launch.slurm_helpers import FakeSlurm
 from tests.launch.test_teachers import CELL, DIGITS
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]
-SLURM = ("cluster=slurm", "cluster.threads=null", "cluster.memory_gb=1", "cluster.hours=1", "cluster.cpus=1",
-         "cluster.gpus=0")  # fmt: skip
+SLURM = (
+    "cluster=slurm",
+    "cluster.threads=null",
+    "cluster.memory_gb=1",
+    "cluster.hours=1",
+    "cluster.cpus=1",
+    "cluster.gpus=0",
+)
 
 
 def plan_of(root: Path, traces: Path, *teacher: str) -> Plan:
@@ -33,7 +39,7 @@ def plan_of(root: Path, traces: Path, *teacher: str) -> Plan:
 @pytest.mark.long
 def test_a_job_makes_them_and_queues_the_cells(
     fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     root, traces = tmp_path / "out", tmp_path / "traces.jsonl"
     plan = plan_of(root, traces)
     cluster = cluster_of(plan.actions)

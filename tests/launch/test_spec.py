@@ -49,14 +49,20 @@ def test_a_whole_file(tmp_path: Path) -> None:
     cells = combinations(spec)
     assert len(cells) == 3 * (3 + 1 + 1)  # seeds x (2 x 2 less one, one added, the second block's)
     assert cells[0][2:] == (
-        "experiment=demo/math_dash", "sampler.streaming=true", "algorithm.group_size=4",
-        "algorithm.prompts_per_step=8", "seed=0",
-    )  # fmt: skip
+        "experiment=demo/math_dash",
+        "sampler.streaming=true",
+        "algorithm.group_size=4",
+        "algorithm.prompts_per_step=8",
+        "seed=0",
+    )
     assert cells[4][2:] == ("experiment=demo/math_pg", "seed=0", "sampler.streaming=false")
     assert spec.about() == {
-        "claim": "DASH is faster.", "question": "By how much?", "feeds": ["table_3", "figure_1"],
-        "times": True, "source": str(path),
-    }  # fmt: skip
+        "claim": "DASH is faster.",
+        "question": "By how much?",
+        "feeds": ["table_3", "figure_1"],
+        "times": True,
+        "source": str(path),
+    }
 
 
 def test_every_fault_of_a_file_is_told_at_once(tmp_path: Path) -> None:
@@ -82,17 +88,24 @@ grid:
     )
     assert told.startswith("dash_exp: 17 problems")  # with those of keys and options, which nothing hides
     for expected in (
-        "/mine.yaml: claims: unknown key\n    did you mean 'claim'?", "claim: is missing", "got 'tabel_3'",
-        "times: got 'maybe', expected true or false", "seeds: got [0, 0], which names one twice",
-        "overrides: got ['learner.lr=1'], expected a mapping", "traces: got 'smollm2_135m'",
-        "grid[0].experiment: has no values, so the grid has no cells", "grid[1].a: names 1 twice",
+        "/mine.yaml: claims: unknown key\n    did you mean 'claim'?",
+        "claim: is missing",
+        "got 'tabel_3'",
+        "times: got 'maybe', expected true or false",
+        "seeds: got [0, 0], which names one twice",
+        "overrides: got ['learner.lr=1'], expected a mapping",
+        "traces: got 'smollm2_135m'",
+        "grid[0].experiment: has no values, so the grid has no cells",
+        "grid[1].a: names 1 twice",
         "grid[1].zip[0]: runs lists of unequal lengths together: {'b': 2, 'c': 1}",
         "grid[1].zip[1]: got 5, expected a mapping",
         "grid[2].exclude[0].aa: is no axis of this block\n    did you mean 'a'?",
-        "grid[2].exclude[2]: is empty", "grid[2].exclude[1].a: got 3\n    allowed: 1, 2",
-        "grid[3]: got ['x'], expected a mapping", "\n  a: unknown key",
+        "grid[2].exclude[2]: is empty",
+        "grid[2].exclude[1].a: got 3\n    allowed: 1, 2",
+        "grid[3]: got ['x'], expected a mapping",
+        "\n  a: unknown key",
         "model: unknown option 'tinny'\n    did you mean 'tiny'?",
-    ):  # fmt: skip
+    ):
         assert expected in told, expected
 
 
@@ -100,12 +113,16 @@ grid:
     ("grid", "why"),
     [
         ("{a: [1, 2], exclude: [{a: 1}, {a: 2}]}", "grid: has no cells: all of its comb"),
-        ("{}", "names no axis, so it has no cells"), ("[]", "grid: is missing"), ("5", "expected a list"),
+        ("{}", "names no axis, so it has no cells"),
+        ("[]", "grid: is missing"),
+        ("5", "expected a list"),
         ("{a: [1], zip: [{a: [2]}]}", "grid.a: is on two axes"),
-        ("{a: [1], a: [2]}", "'a' is there twice"), ("{zip: [{a: [], b: []}]}", "has no values"),
-        ("{a: {b: 1}}", "got a mapping"), ("{a: [1], exclude: [{}]}", "would leave out everything"),
+        ("{a: [1], a: [2]}", "'a' is there twice"),
+        ("{zip: [{a: [], b: []}]}", "has no values"),
+        ("{a: {b: 1}}", "got a mapping"),
+        ("{a: [1], exclude: [{}]}", "would leave out everything"),
     ],
-)  # fmt: skip
+)
 def test_a_grid_that_makes_no_sense(tmp_path: Path, grid: str, why: str) -> None:
     head = "claim: c\nquestion: q\nfeeds: [table_1]\nseeds: [0]\n"
     assert why in faults(tmp_path, f"{head}grid: {grid}\n")

@@ -42,11 +42,20 @@ def test_cells_are_counted_by_what_they_do(tmp_path: Path) -> None:
     with held_by_a_process(folders[3]):
         state = watch(manifest)
     assert state.counts == {
-        "running": 1, "pending": 1, "blocked": 1, "interrupted": 1, "failed": 1, "finished": 1,
-    }  # fmt: skip
+        "running": 1,
+        "pending": 1,
+        "blocked": 1,
+        "interrupted": 1,
+        "failed": 1,
+        "finished": 1,
+    }
     assert [one.cell.state for one in state.cells] == [
-        "finished", "failed", "interrupted", "running", "pending",
-    ]  # fmt: skip
+        "finished",
+        "failed",
+        "interrupted",
+        "running",
+        "pending",
+    ]
     assert state.cells[1].cell.failure_class == "nan"  # from what it said: no launcher watched it
     assert not state.cells[0].cell.stale
     json.dumps(state.as_json())
@@ -112,13 +121,15 @@ def test_labels_tell_cells_apart_and_leave_out_what_they_share() -> None:
 
 
 def test_patterns_select_by_name_and_override(tmp_path: Path) -> None:
-    cells = [cell_of(arm, seed, 4 * place + seed)
-             for place, arm in enumerate(("dash", "grpo")) for seed in (1, 10)]  # fmt: skip
+    cells = [
+        cell_of(arm, seed, 4 * place + seed) for place, arm in enumerate(("dash", "grpo")) for seed in (1, 10)
+    ]
     entries = sweep_of(tmp_path, cells).entries
     assert len(select(entries, [])) == 4
     assert [e.overrides[:2] for e in select(entries, ["seed=1"])] == [
-        ("algorithm=dash", "seed=1"), ("algorithm=grpo", "seed=1"),
-    ]  # fmt: skip
+        ("algorithm=dash", "seed=1"),
+        ("algorithm=grpo", "seed=1"),
+    ]
     assert len(select(entries, ["seed=1*"])) == 4
     assert len(select(entries, ["dash-*", "seed=10"])) == 1
     assert len(select(entries, [entries[2].id])) == 1
@@ -199,8 +210,13 @@ def test_a_preview_tells_the_whole_truth_and_writes_nothing(tmp_path: Path) -> N
     assert [line.hours_left for line in made.lines] == [0.0, pytest.approx(0.1, abs=0.01), None]
     assert made.lines[2].note == "after dash seed=1"  # the other one it needs is finished
     assert max(map(len, text.splitlines())) <= 80
-    for wanted in ("new: It works.", "2 duplicates left out", "1 shared with other sweeps", "also in old",
-                   "python -m dash_exp.traces model=tiny"):  # fmt: skip
+    for wanted in (
+        "new: It works.",
+        "2 duplicates left out",
+        "1 shared with other sweeps",
+        "also in old",
+        "python -m dash_exp.traces model=tiny",
+    ):
         assert wanted in text, text
     assert json.loads(json.dumps(made.as_json()))["sbatch"] == ["#!/bin/bash\n#SBATCH --array=0-2"]
 

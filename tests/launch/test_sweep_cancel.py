@@ -74,8 +74,11 @@ def test_cancel_ends_what_runs_and_marks_what_does_not(root: Path, capsys: Captu
     assert "2 of 4 cells cancelled" in capsys.readouterr().out
     assert states(manifest) == ["finished", "failed", "cancelled", "cancelled"]
     assert [read_json(folder / "status.json")["state"] for folder in folders] == [
-        "finished", "failed", "cancelled", "cancelled",
-    ]  # fmt: skip
+        "finished",
+        "failed",
+        "cancelled",
+        "cancelled",
+    ]
     assert read_json(folders[2] / "status.json")["step"] == 3
     assert command("cancel", "mine", f"run.dir={root}") == 0
     assert "nothing to cancel: 2 cancelled, 1 failed, 1 finished" in capsys.readouterr().out

@@ -234,7 +234,12 @@ def test_the_command_needs_no_torch(root: Path) -> None:
 def test_a_reader_that_has_seen_enough_is_no_error(root: Path) -> None:
     sweep_of(root, [cell_of("dash", seed, seed) for seed in range(150)], name="mine")
     done = subprocess.run(
-        f"{sys.executable} -m dash_exp.sweep status mine run.dir={root} --json | head -1", shell=True,
-        cwd=REPOSITORY, capture_output=True, text=True, check=False, env={**os.environ},
-    )  # fmt: skip
+        f"{sys.executable} -m dash_exp.sweep status mine run.dir={root} --json | head -1",
+        shell=True,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ},
+    )
     assert (done.stdout, done.stderr) == ("{\n", "")

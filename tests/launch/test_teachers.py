@@ -14,16 +14,20 @@ from dash_exp.record import read_json
 from tests.conftest import REPOSITORY
 
 DIGITS = [
-    "model=tiny", "dataset=gsm8k", f"dataset.path={REPOSITORY / 'tests' / 'digits.jsonl'}",
-    "dataset.verifier=integer", "dataset.extraction=first_integer", "sampler.max_new_tokens=6",
-]  # fmt: skip
+    "model=tiny",
+    "dataset=gsm8k",
+    f"dataset.path={REPOSITORY / 'tests' / 'digits.jsonl'}",
+    "dataset.verifier=integer",
+    "dataset.extraction=first_integer",
+    "sampler.max_new_tokens=6",
+]
 CELL = [*DIGITS, "debug=fast", "evaluation=none", "cluster.threads=1"]
 
 
 @pytest.mark.long
 def test_traces_are_made_first_and_their_cells_join_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     root, traces = tmp_path / "out", tmp_path / "traces.jsonl"
@@ -46,15 +50,16 @@ def test_traces_are_made_first_and_their_cells_join_the_sweep(
     assert not manifest.waiting and len(manifest.entries) == 2
     states = {e.folder.split("-")[0]: read_json(manifest.cell(e) / "status.json") for e in manifest.entries}
     assert {name: status["state"] for name, status in states.items()} == {
-        "dash": "finished", "sft_m": "finished",
-    }  # fmt: skip
+        "dash": "finished",
+        "sft_m": "finished",
+    }
     assert start(expected=0)[0] == "sweep mine: 2 cells, 2 finished already"
 
 
 @pytest.mark.long
 def test_a_teacher_that_fails_leaves_its_cells_waiting_and_the_others_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     root, traces = tmp_path / "out", tmp_path / "absent" / "traces.jsonl"
     (root / "cache").mkdir(parents=True)

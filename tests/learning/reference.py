@@ -38,9 +38,13 @@ def old_logprobs(model: Any, groups: list[AdvantagedGroup], temperature: float =
 
 
 def reference_gradient(
-    model: Any, frozen: Any, groups: list[AdvantagedGroup], goal: Objective, aggregation: str,
+    model: Any,
+    frozen: Any,
+    groups: list[AdvantagedGroup],
+    goal: Objective,
+    aggregation: str,
     old: Old | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Gradient of the whole objective, all completions counted in the denominator."""
     total, lengths = torch.zeros(()), []
     for group in groups:
@@ -63,8 +67,10 @@ def reference_gradient(
                 loss = loss + goal.beta * (d.exp() - d - 1)
             total = total + (loss.mean() if aggregation == "sequence_mean" else loss.sum())
     divisor = {
-        "sequence_mean": len(lengths), "token_mean": sum(lengths), "constant": len(lengths) * MAX_NEW,
-    }[aggregation]  # fmt: skip
+        "sequence_mean": len(lengths),
+        "token_mean": sum(lengths),
+        "constant": len(lengths) * MAX_NEW,
+    }[aggregation]
     model.zero_grad()
     if total.requires_grad:
         (total / divisor).backward()

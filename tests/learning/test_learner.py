@@ -29,10 +29,17 @@ def objective(surrogate: str = "policy_gradient", beta: float = 0.0, temperature
 
 def setting(**changes: Any) -> Optimization:
     values: dict[str, Any] = {
-        "lr": 1e-3, "schedule": "constant", "warmup_share": 0.0, "total_updates": 10,
-        "weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 1e9,
-        "precision": "fp32", "freeze_embeddings": False,
-    }  # fmt: skip
+        "lr": 1e-3,
+        "schedule": "constant",
+        "warmup_share": 0.0,
+        "total_updates": 10,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.99),
+        "eps": 1e-8,
+        "max_grad_norm": 1e9,
+        "precision": "fp32",
+        "freeze_embeddings": False,
+    }
     return Optimization(**{**values, **changes})
 
 
@@ -112,11 +119,15 @@ def test_changing_one_completion_leaves_the_others_alone(tiny: Any, rows: str) -
     mixed_group = AdvantagedGroup(
         first[0].scored.__class__(
             first[0].group.__class__(
-                0, first[0].group.prompt,
+                0,
+                first[0].group.prompt,
                 (other[0].group.completions[0], *first[0].group.completions[1:]),
-            ), first[0].scored.scores,
-        ), first[0].advantages, first[0].kept,
-    )  # fmt: skip
+            ),
+            first[0].scored.scores,
+        ),
+        first[0].advantages,
+        first[0].kept,
+    )
     before = learner.logprobs(whole_groups(first, rows))
     after = learner.logprobs(whole_groups([mixed_group, *first[1:]], rows))
     assert not torch.allclose(before[:3], after[:3])

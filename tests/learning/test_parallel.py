@@ -74,9 +74,13 @@ class Learned:
 
 
 def learn(
-    spec: Spec, links: Links, groups: list[AdvantagedGroup], aggregation: str, updates: int = 2,
+    spec: Spec,
+    links: Links,
+    groups: list[AdvantagedGroup],
+    aggregation: str,
+    updates: int = 2,
     max_tokens: int = 25,
-) -> Learned:  # fmt: skip
+) -> Learned:
     """Updates on the same batch, as the loop makes them."""
     learner = ParallelLearner.of(spec, links)
     counted = [len(c.token_ids) for g in groups for c in g.group.completions]

@@ -32,9 +32,12 @@ LENGTHS = st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=6), min_siz
 
 
 @given(
-    lengths=LENGTHS, prompt=st.integers(1, 40), width=st.integers(1, 5), most=st.integers(1, 90),
+    lengths=LENGTHS,
+    prompt=st.integers(1, 40),
+    width=st.integers(1, 5),
+    most=st.integers(1, 90),
     kept=st.sampled_from([0.0, 0.3, 1.0]),
-)  # fmt: skip
+)
 def test_every_kept_completion_once_in_micro_batches_that_fit(
     lengths: list[list[int]], prompt: int, width: int, most: int, kept: float
 ) -> None:

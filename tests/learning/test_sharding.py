@@ -121,9 +121,7 @@ def test_gradient_checkpointing(links: Leader, tiny_folder: Path) -> None:
 def test_bf16_computes_with_rounded_masters(links: Leader, tiny_folder: Path, freeze: bool) -> None:
     """The same cut, all of it on one rank or a micro-batch on each: every forward and backward is rounded
     alike, and what is added is not, so equal but for the order of fp32 sums."""
-    spec = spec_of(
-        tiny_folder, objective(beta=0.04), precision="bf16_mixed", freeze_embeddings=freeze
-    )  # fmt: skip
+    spec = spec_of(tiny_folder, objective(beta=0.04), precision="bf16_mixed", freeze_embeddings=freeze)
     found = []
     for chosen, how in ((Alone(), spec), (links, shards(spec))):
         learner = ParallelLearner.of(how, chosen)
@@ -264,9 +262,7 @@ def test_the_sampler_in_this_process_has_a_copy(links: Leader, tiny_folder: Path
     spec = shards(spec_of(tiny_folder, objective(), precision="bf16_mixed"))
     learner = ParallelLearner.of(spec, links)
     model = model_to_sample(config, learner, tiny_folder, torch.device("cpu"))
-    sampler = HFSampler(
-        model, str, vocabulary=100, max_sequences=64, weights=learner.compute_weights
-    )  # fmt: skip
+    sampler = HFSampler(model, str, vocabulary=100, max_sequences=64, weights=learner.compute_weights)
 
     def follows() -> bool:
         own = dict(model.named_parameters())

@@ -17,9 +17,12 @@ def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     made: list[Rig] = []
 
     def make(
-        servers: int = 2, delay: float = 0.01, restarts: int = 0, transfer: Transfer | None = None,
+        servers: int = 2,
+        delay: float = 0.01,
+        restarts: int = 0,
+        transfer: Transfer | None = None,
         **more: Any,
-    ) -> Rig:  # fmt: skip
+    ) -> Rig:
         made.append(Rig(tmp_path / f"logs{len(made)}", servers, delay, restarts, transfer, **more))
         return made[-1]
 

@@ -60,9 +60,10 @@ def compare(loader: Any, model: Any, named: Named) -> dict[str, Any]:
         "compared": len(reloaded_first),
         "changed": len(different(reloaded_first, reloaded_second)),
         "different": [
-            *different(reloaded_first, in_place_first), *different(reloaded_second, in_place_second),
+            *different(reloaded_first, in_place_first),
+            *different(reloaded_second, in_place_second),
         ],
-    }  # fmt: skip
+    }
 
 
 def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> list[str]:
@@ -79,8 +80,12 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
         sent = perturbed(named, seed)
         own.__base__.receive_weights = lambda self, info, sent=sent: self.model.load_weights(sent.items())
         made = own(WeightTransferConfig(backend=name.lower()), vllm_config, torch.device("cpu"), model)
-        told = {"names": list(sent), "dtype_names": ["float32"] * len(sent), "shapes": [[1]] * len(sent),
-                "checksums": {n: checksum(t) for n, t in sent.items()}}  # fmt: skip
+        told = {
+            "names": list(sent),
+            "dtype_names": ["float32"] * len(sent),
+            "shapes": [[1]] * len(sent),
+            "checksums": {n: checksum(t) for n, t in sent.items()},
+        }
         if name == IPC:
             told["ipc_handles"] = [{"gpu": (1,)}] * len(sent)
         for _ in range(2):
@@ -98,8 +103,11 @@ NCCL, IPC = "NCCL", "IPC"
 
 
 def main(folder: str, dtype: str) -> None:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                   "VLLM_CPU_KVCACHE_SPACE": "1"}  # fmt: skip
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
     import vllm
     from safetensors.torch import load_file
 

@@ -42,16 +42,29 @@ class Rig:
         self.events: list[dict[str, Any]] = []
         transfer = transfer or shared()
         settings = ServerSettings(
-            f"fake delay={delay}", vocabulary=100, max_model_len=64, max_sequences=16, dtype="float32",
-            enforce_eager=True, transfer=transfer.engine,
-        )  # fmt: skip
+            f"fake delay={delay}",
+            vocabulary=100,
+            max_model_len=64,
+            max_sequences=16,
+            dtype="float32",
+            enforce_eager=True,
+            transfer=transfer.engine,
+        )
         self.members = [Member(f"server-{n}", settings) for n in range(servers)]
         options = {"patience": PATIENCE, "in_order": False, "colocated": False, "max_sequences": 16} | more
         self.sampler = ServerSampler(
-            self.members, lambda: NAMED, transfer, key="secret", folder=folder,
-            vocabulary=100, decode=lambda ids: str(ids), restarts=restarts,
-            event=self.event, command=FAKE, **options,
-        )  # fmt: skip
+            self.members,
+            lambda: NAMED,
+            transfer,
+            key="secret",
+            folder=folder,
+            vocabulary=100,
+            decode=lambda ids: str(ids),
+            restarts=restarts,
+            event=self.event,
+            command=FAKE,
+            **options,
+        )
 
     def event(self, kind: str, start: float, end: float, **more: Any) -> None:
         self.events.append({"kind": kind, **more})

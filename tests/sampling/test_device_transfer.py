@@ -211,16 +211,29 @@ def test_weights_reach_a_real_server_on_a_gpu(kind: str, tiny_folder: Path, tmp_
 
     if kind == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
-    config = compose([
-        f"model.path={tiny_folder}", "sampler=vllm_servers", "learner.device=cuda", "sampler.dtype=float32",
-        f"cluster.transfer={kind}", f"sampler.colocated={str(kind != 'nccl').lower()}",
-        f"sampler.gpu_memory_utilization={0.8 if kind == 'nccl' else 0.3}",
-    ])  # fmt: skip
+    config = compose(
+        [
+            f"model.path={tiny_folder}",
+            "sampler=vllm_servers",
+            "learner.device=cuda",
+            "sampler.dtype=float32",
+            f"cluster.transfer={kind}",
+            f"sampler.colocated={str(kind != 'nccl').lower()}",
+            f"sampler.gpu_memory_utilization={0.8 if kind == 'nccl' else 0.3}",
+        ]
+    )
     model = load_model(tiny_folder, torch.float32, ATTENTION).to("cuda")
     sampler = make_servers(
-        config, tiny_folder, vocabulary=SEEN, longest=64, decode=str, weights=model.named_parameters,
-        folder=tmp_path, event=lambda *what, **more: None, release=torch.cuda.empty_cache,
-    )  # fmt: skip
+        config,
+        tiny_folder,
+        vocabulary=SEEN,
+        longest=64,
+        decode=str,
+        weights=model.named_parameters,
+        folder=tmp_path,
+        event=lambda *what, **more: None,
+        release=torch.cuda.empty_cache,
+    )
     (member,) = sampler.fleet.members
     try:
         for version in (1, 2):

@@ -163,9 +163,13 @@ def test_greedy_equals_generate(tiny: Any, plain: Any) -> None:
     for request in requests:
         ids = torch.tensor([request.prompt.token_ids])
         out = plain.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-            eos_token_id=EOS, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
         expected = tuple(out[0, ids.shape[1] :].tolist())
         assert groups[request.position].completions[0].token_ids == expected
 

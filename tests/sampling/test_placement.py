@@ -24,9 +24,13 @@ from dash_exp.sampling.server_process import visible_gpu
     ],
 )
 def test_processors(
-    available: list[int], servers: int, each: int | None, overlapped: bool, cores: list[tuple[int, ...]],
+    available: list[int],
+    servers: int,
+    each: int | None,
+    overlapped: bool,
+    cores: list[tuple[int, ...]],
     learner: int,
-) -> None:  # fmt: skip
+) -> None:
     split = processors(available, servers, each, overlapped)
     assert (list(split.servers), split.learner) == (cores, learner)
 

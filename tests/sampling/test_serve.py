@@ -34,11 +34,26 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 def test_all_faults_at_once() -> None:
     with pytest.raises(UserError) as raised:
-        parse(["serve.prt=1", "serve.port=99999", "serve.transfer=shm", "serve.cores=[4096]",
-               "serve.max_model_len=1", "sampler=hf", "model=tiny"])  # fmt: skip
+        parse(
+            [
+                "serve.prt=1",
+                "serve.port=99999",
+                "serve.transfer=shm",
+                "serve.cores=[4096]",
+                "serve.max_model_len=1",
+                "sampler=hf",
+                "model=tiny",
+            ]
+        )
     wrong = {fault.where for fault in raised.value.faults}
-    assert wrong == {"serve.prt", "serve.port", "serve.transfer", "serve.cores", "serve.max_model_len",
-                     "sampler"}  # fmt: skip
+    assert wrong == {
+        "serve.prt",
+        "serve.port",
+        "serve.transfer",
+        "serve.cores",
+        "serve.max_model_len",
+        "sampler",
+    }
     assert "did you mean 'port'" in str(raised.value)
 
 
@@ -84,8 +99,12 @@ class Served:
         environment = {k: v for k, v in os.environ.items() if k != "DASH_SERVER_KEY"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, "model=tiny", f"run.dir={root}", *overrides],
-            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )  # fmt: skip
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
         self.said: list[str] = []
         self.url = ""
 
@@ -254,9 +273,15 @@ def test_where_nothing_learns_they_get_the_models_own_weights(two: list[Served],
     config = compose(["model=tiny", *FP32, urls(*two)])
     folder = find_model(config, tmp_path).folder
     sampler = make_servers(
-        config, folder, vocabulary=99, longest=40, decode=str, weights=lambda: iter(()), folder=tmp_path,
+        config,
+        folder,
+        vocabulary=99,
+        longest=40,
+        decode=str,
+        weights=lambda: iter(()),
+        folder=tmp_path,
         event=lambda *what, **more: None,
-    )  # fmt: skip
+    )
     try:
         requests = ask([5, 11, 3, 8], repeats=1)
         theirs = by_position(arrived(sampler.stream(requests, GREEDY)))

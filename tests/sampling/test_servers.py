@@ -160,9 +160,11 @@ def test_ends_are_not_told_of_a_group_that_another_server_was_asked_for(rig: Cal
 
 def test_colocated_servers_sleep_but_to_sample_and_to_take_weights(rig: Callable[..., Rig]) -> None:
     released: list[list[bool]] = []
-    one = rig(colocated=True, restarts=1, release=lambda: released.append(
-        [bool(one.tell(n, "")["asleep"]) for n in range(2)]
-    ))  # fmt: skip
+    one = rig(
+        colocated=True,
+        restarts=1,
+        release=lambda: released.append([bool(one.tell(n, "")["asleep"]) for n in range(2)]),
+    )
     asked = ask(8)
     assert [one.tell(n, "")["asleep"] for n in range(2)] == [True, True]
     check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "default")
@@ -222,9 +224,17 @@ def test_what_changes_while_a_server_starts_reaches_it(
     made = {label: Weights(1, label, {}) for label in ("one", "two")}
     talk = Talk({what: partial(becomes, *to) for what, to in meanwhile.items()})
     fleet = Fleet(
-        [], cast(Any, talk), key="", folder=Path(), vocabulary=1, max_sequences=1, decode=str,
-        event=lambda *what, **more: None, restarts=0, patience=PATIENCE,
-    )  # fmt: skip
+        [],
+        cast(Any, talk),
+        key="",
+        folder=Path(),
+        vocabulary=1,
+        max_sequences=1,
+        decode=str,
+        event=lambda *what, **more: None,
+        restarts=0,
+        patience=PATIENCE,
+    )
     becomes(asleep, "one")
     asyncio.run(ready())
     assert talk.told == told
@@ -264,11 +274,21 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     command = (sys.executable, "-c", "import sys; sys.exit('no such model')")
     with pytest.raises(RuntimeError, match=r"server-0 ended with code 1.*no such model"):
         ServerSampler(
-            [Member("server-0", settings)], list, shared(), key="k", folder=tmp_path, vocabulary=100,
-            max_sequences=16, decode=str, restarts=0, patience=PATIENCE, in_order=False,
+            [Member("server-0", settings)],
+            list,
+            shared(),
+            key="k",
+            folder=tmp_path,
+            vocabulary=100,
+            max_sequences=16,
+            decode=str,
+            restarts=0,
+            patience=PATIENCE,
+            in_order=False,
             colocated=False,
-            event=lambda *what, **more: None, command=command,
-        )  # fmt: skip
+            event=lambda *what, **more: None,
+            command=command,
+        )
 
 
 def test_an_update_that_somebody_left_unfinished_is_made_good(rig: Callable[..., Rig]) -> None:

@@ -44,15 +44,31 @@ class Town:
         return one
 
     def guest(
-        self, key: str = "secret", restarts: int = 0, tag: str = "-ours", transfer: Transfer | None = None,
-        needs: Needs = NEEDS, urls: list[str] | None = None,
-    ) -> ServerSampler:  # fmt: skip
+        self,
+        key: str = "secret",
+        restarts: int = 0,
+        tag: str = "-ours",
+        transfer: Transfer | None = None,
+        needs: Needs = NEEDS,
+        urls: list[str] | None = None,
+    ) -> ServerSampler:
         urls = urls or [str(s.url) for s in self.servers]
         made = ServerSampler(
-            [Member(f"server-{n}", None, url, needs) for n, url in enumerate(urls)], lambda: NAMED,
-            transfer or shared(), key=key, folder=self.folder, vocabulary=100, max_sequences=16, decode=str,
-            restarts=restarts, patience=PATIENCE, in_order=False, colocated=False, event=self.event, tag=tag,
-        )  # fmt: skip
+            [Member(f"server-{n}", None, url, needs) for n, url in enumerate(urls)],
+            lambda: NAMED,
+            transfer or shared(),
+            key=key,
+            folder=self.folder,
+            vocabulary=100,
+            max_sequences=16,
+            decode=str,
+            restarts=restarts,
+            patience=PATIENCE,
+            in_order=False,
+            colocated=False,
+            event=self.event,
+            tag=tag,
+        )
         self.guests.append(made)
         return made
 

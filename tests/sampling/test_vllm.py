@@ -41,9 +41,16 @@ def engine(tiny_folder: Path) -> Iterator[Any]:
     set_threads = torch.set_num_threads
     model = load_model(tiny_folder, torch.float32, ATTENTION)
     sampler = VLLMSampler(
-        tiny_folder, model.named_parameters, vocabulary=SEEN, max_model_len=64, max_sequences=64,
-        dtype="float32", kv_cache_gb=1, gpu_memory_utilization=0.5, enforce_eager=True,
-    )  # fmt: skip
+        tiny_folder,
+        model.named_parameters,
+        vocabulary=SEEN,
+        max_model_len=64,
+        max_sequences=64,
+        dtype="float32",
+        kv_cache_gb=1,
+        gpu_memory_utilization=0.5,
+        enforce_eager=True,
+    )
     vllm_parts.CPU_BATCHED_TOKENS = batched
     yield sampler, model
     sampler.close()

@@ -33,9 +33,16 @@ def engine(tiny_folder: Path) -> Iterator[Any]:
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     model = load_model(tiny_folder, torch.float32, ATTENTION)
     sampler = VLLMSampler(
-        tiny_folder, model.named_parameters, vocabulary=SEEN, max_model_len=128, max_sequences=64,
-        dtype="float32", kv_cache_gb=1, gpu_memory_utilization=0.5, enforce_eager=True,
-    )  # fmt: skip
+        tiny_folder,
+        model.named_parameters,
+        vocabulary=SEEN,
+        max_model_len=128,
+        max_sequences=64,
+        dtype="float32",
+        kv_cache_gb=1,
+        gpu_memory_utilization=0.5,
+        enforce_eager=True,
+    )
     yield sampler, model
     sampler.close()
     torch.set_num_threads = set_threads  # vLLM on CPU replaces it

@@ -18,8 +18,15 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "vocab_size": 128, "max_position_embeddings": 64}  # fmt: skip
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize(
@@ -33,8 +40,12 @@ def test_both_ways_leave_the_same(tmp_path: Path, kind: str, tied: bool, dtype: 
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "tests.sampling.load_probe", str(tmp_path), dtype],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["different"] == []

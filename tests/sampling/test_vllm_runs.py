@@ -19,8 +19,13 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
-EXACT = [*SMALL, "learner.precision=fp32", "sampler.dtype=float32", "learner.micro_batch_tokens=70",
-         "sampler=vllm"]  # fmt: skip
+EXACT = [
+    *SMALL,
+    "learner.precision=fp32",
+    "sampler.dtype=float32",
+    "learner.micro_batch_tokens=70",
+    "sampler=vllm",
+]
 DEFAULT = ["algorithm.steps=6", "sampler=vllm_servers", "sampler.servers=2"]
 """The default cell, but for its length and who samples: SmolLM2 in bf16."""
 
@@ -29,15 +34,18 @@ def start(root: Path, options: list[str]) -> subprocess.Popen[str]:
     more = ["learner.ranks=2", "evaluation=none", "checkpoint.every=2", "run.progress=plain"]
     return subprocess.Popen(
         [sys.executable, "-m", "dash_exp", *options, *more, f"run.dir={root}"],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "servers", "gap"),
     [(EXACT, set(), 1e-3), (DEFAULT, {"server-0", "server-1"}, 0.1)],
     ids=["vllm", "default_cell_vllm_servers"],
-)  # fmt: skip
+)
 def test_two_ranks_with_vllm_killed_and_resumed(
     tmp_path: Path, options: list[str], servers: set[str], gap: float
 ) -> None:

@@ -52,17 +52,31 @@ def rig(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
     model = load_model(tiny_folder, torch.float32, ATTENTION)
     settings = ServerSettings(
-        str(tiny_folder), vocabulary=SEEN, max_model_len=64, max_sequences=64, dtype="float32",
-        enforce_eager=True, transfer=PATH,
-    )  # fmt: skip
+        str(tiny_folder),
+        vocabulary=SEEN,
+        max_model_len=64,
+        max_sequences=64,
+        dtype="float32",
+        enforce_eager=True,
+        transfer=PATH,
+    )
     events: list[dict[str, Any]] = []
     members = [Member(f"server-{n}", dataclasses.replace(settings, cores=(n,))) for n in range(2)]
     sampler = ServerSampler(
-        members, model.named_parameters, PathTransfer(SharedWeights(torch.float32)), key="secret",
-        folder=tmp_path_factory.mktemp("logs"), vocabulary=SEEN, max_sequences=64, decode=str, restarts=2,
-        patience=Patience(), in_order=False, colocated=False,
+        members,
+        model.named_parameters,
+        PathTransfer(SharedWeights(torch.float32)),
+        key="secret",
+        folder=tmp_path_factory.mktemp("logs"),
+        vocabulary=SEEN,
+        max_sequences=64,
+        decode=str,
+        restarts=2,
+        patience=Patience(),
+        in_order=False,
+        colocated=False,
         event=lambda kind, start, end, **more: events.append({"kind": kind, **more}),
-    )  # fmt: skip
+    )
     yield Rig(sampler, members, model, events)
     sampler.close()
 

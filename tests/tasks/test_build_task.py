@@ -16,9 +16,9 @@ from dash_exp.compose import compose
 from dash_exp.config import Config
 from dash_exp.errors import UserError
 from dash_exp.modeling.source import load_tokenizer
-from dash_exp.preconditions import is_installed
+from dash_exp.preconditions import GYM_PACKAGE, is_installed
 from dash_exp.tasks.generated import HEADER, functions
-from dash_exp.tasks.gym import PACKAGE, gym_examples
+from dash_exp.tasks.gym import gym_examples
 from dash_exp.tasks.prompts import batch
 from dash_exp.verifiers.frontends import PooledMathVerifier
 
@@ -72,8 +72,10 @@ def test_every_fault_of_the_data_at_once_with_its_place(
     with pytest.raises(UserError) as caught:
         build_task(mixed, tokenizer, 2048, judges)
     assert [f.where for f in caught.value.faults] == [
-        "dataset.max_prompt_tokens", "dataset.mix.gsm8k.template", "evaluation.sets.arithmetic.stop",
-    ]  # fmt: skip
+        "dataset.max_prompt_tokens",
+        "dataset.mix.gsm8k.template",
+        "evaluation.sets.arithmetic.stop",
+    ]
 
 
 def test_one_template_for_all_evaluation_sets(mixed: Config, tokenizer: Any, judges: Judges) -> None:
@@ -134,7 +136,7 @@ def test_functions_are_judged_by_running_them(judges: Judges) -> None:
     assert isinstance(judges.warnings, tuple)
 
 
-@pytest.mark.skipif(not is_installed(PACKAGE), reason="pip install 'dash-exp[gym]'")
+@pytest.mark.skipif(not is_installed(GYM_PACKAGE), reason="pip install 'dash-exp[gym]'")
 @pytest.mark.parametrize("extraction", ["answer_tag", "boxed_or_last", "whole"])
 def test_gym_solutions_score_full(judges: Judges, extraction: str) -> None:
     judge = judges.get("reasoning_gym", extraction)

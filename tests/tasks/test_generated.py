@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.preconditions import is_installed
+from dash_exp.preconditions import GYM_PACKAGE, gym_setting_faults, is_installed
 from dash_exp.tasks.generated import HEADER, arithmetic, functions
-from dash_exp.tasks.gym import PACKAGE, gym_examples, setting_faults, split_of, to_gold, try_scoring
+from dash_exp.tasks.gym import gym_examples, split_of, to_gold, try_scoring
 from dash_exp.verifiers.gold import CodeGold, GymGold
 from dash_exp.verifiers.integer import judge_integer
 
@@ -70,7 +70,7 @@ def test_functions_are_pinned() -> None:
 
 # --- reasoning-gym -----------------------------------------------------------------------------
 
-needs_gym = pytest.mark.skipif(not is_installed(PACKAGE), reason="pip install 'dash-exp[gym]'")
+needs_gym = pytest.mark.skipif(not is_installed(GYM_PACKAGE), reason="pip install 'dash-exp[gym]'")
 
 
 @needs_gym
@@ -159,13 +159,13 @@ def test_a_task_that_cannot_be_judged() -> None:
         ("chain_sum", {"max_terms": 1}, "x.task_options", "chain_sum refuses", ""),
         ("chain_sum", {"max_terms": "a"}, "x.task_options", "chain_sum refuses", ""),
     ],
-)  # fmt: skip
+)
 def test_faults_of_a_tasks_settings(
     task: str, options: dict[str, Any], where: str, what: str, hint: str
 ) -> None:
-    [fault] = setting_faults("x", task, options)
+    [fault] = gym_setting_faults("x", task, options)
     assert fault.where == where and fault.what.startswith(what) and hint in fault.hint
-    assert list(setting_faults("x", "chain_sum", {"max_terms": 3})) == []
+    assert list(gym_setting_faults("x", "chain_sum", {"max_terms": 3})) == []
 
 
 @needs_gym

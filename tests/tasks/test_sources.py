@@ -49,15 +49,23 @@ def test_fields_are_mapped_and_a_missing_id_is_the_line(tmp_path: Path) -> None:
     path.write_text('{"question": "a", "answer": "x #### 1"}\n\n{"question": "b", "answer": 2}\n')
     found = read_jsonl(path, "mine", replace(MATHS, answer_after="####"))
     assert [(e.id, e.problem, e.answer) for e in found.examples] == [
-        ("mine-1", "a", "1"), ("mine-3", "b", "2"),
-    ]  # fmt: skip
+        ("mine-1", "a", "1"),
+        ("mine-3", "b", "2"),
+    ]
 
 
 def test_every_faulty_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
-    rows = ['{"id": 1, "problem": "a", "answer": "1"}', "{nonsense", '["list"]', '{"problem": "b"}',
-            '{"problem": "c", "answer": ["1"]}', '{"id": 1, "problem": "d", "answer": "1"}',
-            '{"problem": "e", "answer": " "}', '{"problem": "f", "answer": 1, "solution": []}']  # fmt: skip
+    rows = [
+        '{"id": 1, "problem": "a", "answer": "1"}',
+        "{nonsense",
+        '["list"]',
+        '{"problem": "b"}',
+        '{"problem": "c", "answer": ["1"]}',
+        '{"id": 1, "problem": "d", "answer": "1"}',
+        '{"problem": "e", "answer": " "}',
+        '{"problem": "f", "answer": 1, "solution": []}',
+    ]
     path.write_text("\n".join(rows))
     with pytest.raises(UserError) as caught:
         read_jsonl(path, "bad", MATHS)
@@ -115,16 +123,24 @@ def test_calculator_annotations_are_dropped() -> None:
 
 
 def test_a_program_with_a_test_list_alone() -> None:
-    row = {"prompt": "Add.", "code": "def add(a, b): return a + b", "test_imports": ["import math"],
-           "test_list": ["assert add(1, 2) == 3", "assert math.isclose(add(1., 1.), 2.)"]}  # fmt: skip
+    row = {
+        "prompt": "Add.",
+        "code": "def add(a, b): return a + b",
+        "test_imports": ["import math"],
+        "test_list": ["assert add(1, 2) == 3", "assert math.isclose(add(1., 1.), 2.)"],
+    }
     made = one({"id": 3, **row}, replace(CODE, timeouts={"3": 7.0}))
     assert gold(made) == CodeGold("\n".join([*row["test_imports"], *row["test_list"]]), "add", "", 7.0)
     assert (made.problem, made.solution, made.first_test) == ("Add.", row["code"], "assert add(1, 2) == 3")
 
 
 def test_a_header_is_the_golds_prefix_and_belongs_to_the_solution() -> None:
-    row = {"prompt": "import os\n\ndef one() -> int:\n", "code": "    return 1\n", "entry_point": "one",
-           "tests": "def check(f):\n    assert f() == 1\n"}  # fmt: skip
+    row = {
+        "prompt": "import os\n\ndef one() -> int:\n",
+        "code": "    return 1\n",
+        "entry_point": "one",
+        "tests": "def check(f):\n    assert f() == 1\n",
+    }
     made = one(row, replace(CODE, tests_call="check({entry_point})"))
     assert gold(made).prefix == row["prompt"]
     assert gold(made).tests == "def check(f):\n    assert f() == 1\n\ncheck(one)\n"
@@ -167,10 +183,19 @@ def test_the_function_that_an_assertion_calls(assertion: str, solution: str, nam
 # --- the options, on the real files ----------------------------------------------------------------
 
 COUNTS = {
-    "math": 12000, "math500": 500, "gsm8k": 7473, "gsm8k_test": 1319, "gsm8k_few_shot": 7473,
-    "gsm8k_few_shot_test": 1319, "aime24": 30, "mbppplus": 264, "mbppplus_test": 114,
-    "mbpp_sanitized": 300, "mbpp_sanitized_test": 127, "humaneval": 164,
-}  # fmt: skip
+    "math": 12000,
+    "math500": 500,
+    "gsm8k": 7473,
+    "gsm8k_test": 1319,
+    "gsm8k_few_shot": 7473,
+    "gsm8k_few_shot_test": 1319,
+    "aime24": 30,
+    "mbppplus": 264,
+    "mbppplus_test": 114,
+    "mbpp_sanitized": 300,
+    "mbpp_sanitized_test": 127,
+    "humaneval": 164,
+}
 
 
 @pytest.mark.parametrize(("option", "count"), COUNTS.items())
@@ -215,9 +240,12 @@ def humaneval_row(row: Row) -> Row:
     """openai/openai_humaneval: the call is in the file here and may be absent there."""
     tests = row["tests"].replace(f"\ncheck({row['entry_point']})\n", "\n")
     return {
-        "task_id": f"HumanEval/{row['id'].rpartition('-')[2]}", "prompt": row["prompt"],
-        "canonical_solution": row["canonical_solution"], "test": tests, "entry_point": row["entry_point"],
-    }  # fmt: skip
+        "task_id": f"HumanEval/{row['id'].rpartition('-')[2]}",
+        "prompt": row["prompt"],
+        "canonical_solution": row["canonical_solution"],
+        "test": tests,
+        "entry_point": row["entry_point"],
+    }
 
 
 def mbppplus_row(row: Row) -> Row:
@@ -225,11 +253,14 @@ def mbppplus_row(row: Row) -> Row:
     shown = "\n".join([*row["test_imports"], *row["test_list"]]) + "\n"
     assert row["tests"].startswith(shown)
     return {
-        "task_id": int(row["id"].rpartition("-")[2]), "code": row["canonical_solution"],
-        "prompt": row["prompt"], "source_file": "Benchmark Questions Verification V2.ipynb",
-        "test_imports": row["test_imports"], "test_list": row["test_list"],
+        "task_id": int(row["id"].rpartition("-")[2]),
+        "code": row["canonical_solution"],
+        "prompt": row["prompt"],
+        "source_file": "Benchmark Questions Verification V2.ipynb",
+        "test_imports": row["test_imports"],
+        "test_list": row["test_list"],
         "test": row["tests"].removeprefix(shown),
-    }  # fmt: skip
+    }
 
 
 def mbpp_row(row: Row) -> Row:
@@ -258,10 +289,17 @@ def aime24_row(row: Row) -> Row:
 
 
 HUB: dict[str, Callable[[Row], Row]] = {
-    "humaneval": humaneval_row, "mbppplus": mbppplus_row, "mbppplus_test": mbppplus_row,
-    "mbpp_sanitized": mbpp_row, "mbpp_sanitized_test": mbpp_row, "gsm8k": gsm8k_row,
-    "gsm8k_test": gsm8k_row, "math": math12k_row, "math500": math500_row, "aime24": aime24_row,
-}  # fmt: skip
+    "humaneval": humaneval_row,
+    "mbppplus": mbppplus_row,
+    "mbppplus_test": mbppplus_row,
+    "mbpp_sanitized": mbpp_row,
+    "mbpp_sanitized_test": mbpp_row,
+    "gsm8k": gsm8k_row,
+    "gsm8k_test": gsm8k_row,
+    "math": math12k_row,
+    "math500": math500_row,
+    "aime24": aime24_row,
+}
 LOCAL_IDS = {"gsm8k", "gsm8k_test", "math", "math500"}
 """The hub has other ids, or none."""
 NO_SOLUTION = {"math"}

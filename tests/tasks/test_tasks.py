@@ -124,7 +124,7 @@ def test_long_prompts_are_dropped_and_counted_or_refused() -> None:
     def made(**limits: int) -> PromptSet:
         return make_prompts(
             examples, lambda e: e.problem, lambda texts: [[7] * len(t) for t in texts], **limits
-        )  # fmt: skip
+        )
 
     kept = made(max_prompt_tokens=5, model_limit=100)
     assert [len(p.token_ids) for p in kept.prompts] == [2, 5] and kept.dropped == 1
@@ -135,15 +135,22 @@ def test_long_prompts_are_dropped_and_counted_or_refused() -> None:
         made(max_prompt_tokens=1, model_limit=100)
     with pytest.raises(UserError, match="1 prompts have no tokens"):
         make_prompts(
-            ExampleSet("f", (Example("empty", "", "1"),), ""), lambda e: e.problem,
-            lambda texts: [[] for _ in texts], max_prompt_tokens=5, model_limit=5,
-        )  # fmt: skip
+            ExampleSet("f", (Example("empty", "", "1"),), ""),
+            lambda e: e.problem,
+            lambda texts: [[] for _ in texts],
+            max_prompt_tokens=5,
+            model_limit=5,
+        )
 
 
 def test_the_hash_covers_all_that_is_shown_or_judged() -> None:
     base = Example("1", "p", "a", "s", "t")
-    changed = [Example("2", "p", "a", "s", "t"), Example("1", "q", "a", "s", "t"),
-               Example("1", "p", "b", "s", "t"), Example("1", "p", "a", "z", "t"),
-               Example("1", "p", "a", "s", "u")]  # fmt: skip
+    changed = [
+        Example("2", "p", "a", "s", "t"),
+        Example("1", "q", "a", "s", "t"),
+        Example("1", "p", "b", "s", "t"),
+        Example("1", "p", "a", "z", "t"),
+        Example("1", "p", "a", "s", "u"),
+    ]
     hashes = {ExampleSet("x", (one,), "").content_hash for one in (base, *changed)}
     assert len(hashes) == 6

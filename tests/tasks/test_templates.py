@@ -11,10 +11,11 @@ from dash_exp.build_task import chat_form
 from dash_exp.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.hashing import package_path
+from dash_exp.limits import TEMPLATES
 from dash_exp.modeling.source import load_tokenizer
 from dash_exp.preconditions import is_installed
 from dash_exp.tasks.examples import Example
-from dash_exp.tasks.templates import CHATS, TEMPLATES, Style, renderer
+from dash_exp.tasks.templates import CHATS, RENDERERS, Style, renderer
 
 SUM = Example("1", "1+1?", "2")
 TASK = Example("mbpp-1", "Write a function to add.", "", first_test="assert add(1, 1) == 2")
@@ -56,7 +57,7 @@ def smollm2() -> Any:
 
 
 def test_every_template_is_pinned() -> None:
-    assert set(TEMPLATES) == set(GOLDEN) | set(SMOLLM2)
+    assert set(RENDERERS) == set(TEMPLATES) == set(GOLDEN) | set(SMOLLM2)
     assert set(CHATS) == set(SMOLLM2)
 
 

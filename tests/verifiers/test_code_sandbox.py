@@ -95,8 +95,14 @@ def test_a_scratch_folder_hides_nothing_that_lies_below_it() -> None:
         "bwrap", ("bwrap", "--die-with-parent", "--ro-bind", "/tmp/x", "/tmp/x"), (), (), False
     )
     assert plain.with_scratch().prefix == (
-        "bwrap", "--die-with-parent", "--tmpfs", "/tmp", "--ro-bind", "/tmp/x", "/tmp/x"
-    )  # fmt: skip
+        "bwrap",
+        "--die-with-parent",
+        "--tmpfs",
+        "/tmp",
+        "--ro-bind",
+        "/tmp/x",
+        "/tmp/x",
+    )
     fallback = Confinement("limits", (), ("--read-only",), (), False)
     assert fallback.with_scratch() == fallback
 
@@ -107,9 +113,12 @@ def test_a_linked_environment_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "venv").symlink_to(sys.prefix)
     code = "from dash_exp.verifiers.sandbox import confinement; print(confinement('bwrap').kind)"
     done = subprocess.run(
-        [tmp_path / "venv" / "bin" / "python", "-c", code], cwd=Path(dash_exp.__file__).parents[1],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [tmp_path / "venv" / "bin" / "python", "-c", code],
+        cwd=Path(dash_exp.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout == "bwrap\n", done.stderr
 
 

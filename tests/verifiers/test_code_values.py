@@ -224,10 +224,38 @@ def test_every_opcode_of_a_message_is_known_to_the_reader() -> None:
     itself: tuple[Any, ...] = ([],)
     itself[0].append(itself)
     value = [
-        None, True, False, 1, 300, -1, 2**31, 2**3000, 1.5, "a", "a" * 300, b"a", b"a" * 300, bytearray(b"a"),
-        [], [1], [1, 2], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, {1: 2}, {1: 2, 3: 4}, set(), {1, 2},
-        frozenset({1}), *([i] for i in range(300)), Point(1, 2), fractions.Fraction(1, 3),
-    ]  # fmt: skip
+        None,
+        True,
+        False,
+        1,
+        300,
+        -1,
+        2**31,
+        2**3000,
+        1.5,
+        "a",
+        "a" * 300,
+        b"a",
+        b"a" * 300,
+        bytearray(b"a"),
+        [],
+        [1],
+        [1, 2],
+        (),
+        (1,),
+        (1, 2),
+        (1, 2, 3),
+        (1, 2, 3, 4),
+        {},
+        {1: 2},
+        {1: 2, 3: 4},
+        set(),
+        {1, 2},
+        frozenset({1}),
+        *([i] for i in range(300)),
+        Point(1, 2),
+        fractions.Fraction(1, 3),
+    ]
     value.append(value[-3])
     assert crossed(value) == value
     again = crossed([itself, range(3)])[0]

@@ -169,11 +169,20 @@ ZONE = "datetime.timezone(datetime.timedelta(hours=2), 'X')"
             "import contextlib\n@contextlib.contextmanager\ndef f():\n    yield 3",
             "with f() as x:\n    assert x == 3",
         ),
-        (S + "class T(S): pass", "assert isinstance(T(1), S) and not isinstance(S(1), T) and issubclass(T, S)"),
+        (
+            S + "class T(S): pass",
+            "assert isinstance(T(1), S) and not isinstance(S(1), T) and issubclass(T, S)",
+        ),
         (S, "import copy\ns = S([1])\nt = copy.deepcopy(s)\nt.v.append(2)\nassert s.v == [1]"),
         ("def f():\n    'doc'", "assert f.__name__ == 'f' and f.__doc__ == 'doc'"),
-        ("def f(): return {}['k']", "try: f()\nexcept KeyError as e: assert e.args == ('k',) and str(e) == \"'k'\""),
-        ("def f(): open('/no')", "try: f()\nexcept FileNotFoundError as e: assert e.errno == 2 and '/no' in str(e)"),
+        (
+            "def f(): return {}['k']",
+            "try: f()\nexcept KeyError as e: assert e.args == ('k',) and str(e) == \"'k'\"",
+        ),
+        (
+            "def f(): open('/no')",
+            "try: f()\nexcept FileNotFoundError as e: assert e.errno == 2 and '/no' in str(e)",
+        ),
         (
             "class E(Exception):\n    def __init__(s, c):\n        super().__init__('no')\n        s.c = c\n"
             "class F(E): pass\ndef f(): raise F(5)",
@@ -185,9 +194,18 @@ ZONE = "datetime.timezone(datetime.timedelta(hours=2), 'X')"
             "e = E(5)\nassert e.c == f(e) == 5 and str(e) == 'code 5'\nassert E.LIMIT == 3 and E.of(4).c == 4\n"
             "assert isinstance(F(1), E) and type(F(1)) is F and issubclass(F, ValueError)",
         ),
-        (OWN_ERRORS + "def f(): raise F", "try: raise E\nexcept ValueError as e: assert e.c == 7\ntry: f()\nexcept E as e: assert e.c == 7"),
-        ("class E(ValueError): pass\ndef f(): return E()", "kind = type(f())\nassert isinstance(kind(2), ValueError) and not hasattr(kind, 'LIMIT')"),
-        ("def f(m, y): y.append(2)", "import numpy as np\ny = [1]\nf(np.matrix([[1]]), y)\nassert y == [1, 2]"),
+        (
+            OWN_ERRORS + "def f(): raise F",
+            "try: raise E\nexcept ValueError as e: assert e.c == 7\ntry: f()\nexcept E as e: assert e.c == 7",
+        ),
+        (
+            "class E(ValueError): pass\ndef f(): return E()",
+            "kind = type(f())\nassert isinstance(kind(2), ValueError) and not hasattr(kind, 'LIMIT')",
+        ),
+        (
+            "def f(m, y): y.append(2)",
+            "import numpy as np\ny = [1]\nf(np.matrix([[1]]), y)\nassert y == [1, 2]",
+        ),
         ("def f(*a, **k): k['y'].append(2)", "y = [1]\nf(0, {}, x=[], y=y)\nassert y == [1, 2]"),
         ("import json\ndef f(): json.loads('{')", "import json\ntry: f()\nexcept json.JSONDecodeError: pass"),
         ("def f(): return ValueError('x')", "assert isinstance(f(), ValueError) and str(f()) == 'x'"),
@@ -195,23 +213,41 @@ ZONE = "datetime.timezone(datetime.timedelta(hours=2), 'X')"
         ("def f(e): return str(e)", "assert f(ValueError('x')) == 'x'"),
         ("def f(k, x): return sorted(x, key=k)", "assert f(len, ['bb', 'a']) == ['a', 'bb']"),
         ("def f(k): return k('A'), k('b')", "assert f(str.lower) == ('a', 'b')"),
-        ("def f(g, x): return g(x)", "import math, numpy as np\nassert f(math.sqrt, 4) == 2 == f(np.max, [1, 2])"),
+        (
+            "def f(g, x): return g(x)",
+            "import math, numpy as np\nassert f(math.sqrt, 4) == 2 == f(np.max, [1, 2])",
+        ),
         ("def f(k): return k('aab')['a']", "from collections import Counter\nassert f(Counter) == 2"),
         ("def f(p, s): return bool(p.match(s))", "import re\nassert f(re.compile('A', re.I), 'ab')"),
-        ("def f(p): return p / 'b', p.name", "from pathlib import Path\nassert f(Path('/a')) == (Path('/a/b'), 'a')"),
+        (
+            "def f(p): return p / 'b', p.name",
+            "from pathlib import Path\nassert f(Path('/a')) == (Path('/a/b'), 'a')",
+        ),
         ("def f(d): return d['x']", "from collections import defaultdict\nassert f(defaultdict(int)) == 0"),
         (
             "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(p): return P(p.x, 2)",
             "from collections import namedtuple\nQ = namedtuple('Q', 'x')\nassert f(Q(3)) == (3, 2) and f(Q(3)).y == 2",
         ),
         ("import uuid\ndef f(): return uuid.UUID(int=1)", "import uuid\nassert f() == uuid.UUID(int=1)"),
-        ("import array\ndef f(a): return a * 2", "import array\nassert f(array.array('i', [1])) == array.array('i', [1, 1])"),
-        ("import datetime\ndef f(t): return t.replace(year=2021)", f"import datetime\nt = datetime.datetime(2020, 1, 1, tzinfo={ZONE})\nassert f(t) == t.replace(year=2021) and f(t).tzname() == 'X'"),
-        ("def f(n):\n    r = []\n    for i in range(n): r = [r]\n    return r", "r, d = f(600), 0\nwhile r: r, d = r[0], d + 1\nassert d == 600"),
-        ("def f(a): a.append(2)", "import array\na = array.array('i', [1])\nf(a)\nassert a.tolist() == [1, 2]"),
+        (
+            "import array\ndef f(a): return a * 2",
+            "import array\nassert f(array.array('i', [1])) == array.array('i', [1, 1])",
+        ),
+        (
+            "import datetime\ndef f(t): return t.replace(year=2021)",
+            f"import datetime\nt = datetime.datetime(2020, 1, 1, tzinfo={ZONE})\nassert f(t) == t.replace(year=2021) and f(t).tzname() == 'X'",
+        ),
+        (
+            "def f(n):\n    r = []\n    for i in range(n): r = [r]\n    return r",
+            "r, d = f(600), 0\nwhile r: r, d = r[0], d + 1\nassert d == 600",
+        ),
+        (
+            "def f(a): a.append(2)",
+            "import array\na = array.array('i', [1])\nf(a)\nassert a.tolist() == [1, 2]",
+        ),
         ("\ufeffdef f(): return 1", "assert f() == 1"),
     ],
-)  # fmt: skip
+)
 def test_what_tests_may_do_with_objects(verifier: PooledCodeVerifier, program: str, tests: str) -> None:
     assert verdict(verifier, program, tests) == Score(1.0, "correct")
 

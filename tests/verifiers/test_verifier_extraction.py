@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp.verifiers.extraction import EXTRACTIONS, MAX_CANDIDATE_CHARS, extract
+from dash_exp.limits import EXTRACTIONS
+from dash_exp.verifiers.extraction import EXTRACTORS, MAX_CANDIDATE_CHARS, extract
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_balanced_content_comes_back(before: str, content: str, after: str) -> N
 
 @given(st.text())
 def test_any_text_gives_a_bounded_candidate(text: str) -> None:
-    for mode in EXTRACTIONS:
+    for mode in EXTRACTORS:
         candidate = extract(text, mode)
         assert candidate is None or 0 < len(candidate) <= MAX_CANDIDATE_CHARS
 
@@ -184,7 +185,11 @@ def test_time_is_linear_in_hostile_text(piece: str, head: str) -> None:
     """Quadratic work on a megabyte would take hours, not seconds."""
     text = head + piece * (MEGABYTE // len(piece))
     start = time.perf_counter()
-    for mode in EXTRACTIONS:
+    for mode in EXTRACTORS:
         candidate = extract(text, mode)
         assert candidate is None or len(candidate) <= MAX_CANDIDATE_CHARS
     assert time.perf_counter() - start < 60
+
+
+def test_the_schema_allows_just_the_extractions_there_are() -> None:
+    assert set(EXTRACTIONS) == set(EXTRACTORS)

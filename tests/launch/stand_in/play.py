@@ -63,8 +63,14 @@ def perform(folder: Path, recorder: Recorder, actions: list[str]) -> int:
     while time.time() < begun + act.get("wait", 0) and not came:
         time.sleep(0.01)
     time.sleep(0.2 if came else 0)  # for a second one
-    seen = {"pid": os.getpid(), "begun": begun, "ended": time.time(), "actions": actions, "signals": came,
-            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}  # fmt: skip
+    seen = {
+        "pid": os.getpid(),
+        "begun": begun,
+        "ended": time.time(),
+        "actions": actions,
+        "signals": came,
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
     with (folder / "seen.jsonl").open("a") as stream:
         stream.write(json.dumps(seen) + "\n")
     if came:
