@@ -19,7 +19,7 @@ from benchmarks.report import Options, Skipped, need_vllm, print_table
 from benchmarks.streaming import WORK, places
 from benchmarks.turns import WARM_UP, median, seconds
 from dash_exp.build import make_spec, thread_count
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
 from dash_exp.learning.packing import nothing
 from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.ranks import start

@@ -126,7 +126,7 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
     import torch
 
     from dash_exp.build import make_plan, make_spec
-    from dash_exp.compose import compose
+    from dash_exp.config.compose import compose
     from dash_exp.learning.links import Alone
     from dash_exp.learning.member import make_learner
 

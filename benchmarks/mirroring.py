@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.report import describe, machine, print_table, write
 from dash_exp.cells import freeze
-from dash_exp.config import Config, TrackingConfig
+from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.mirror_follow import Follower
 from dash_exp.mirror_points import final_points
 from dash_exp.record import Recorder, write_json

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about the vLLM that it would not be used with anyway
     from trl import GRPOConfig, GRPOTrainer
 
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
 from dash_exp.modeling.source import load_tokenizer
 from dash_exp.types import Prompt
 

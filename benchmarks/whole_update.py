@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.report import Line, Options, at_least, print_table
 from benchmarks.turns import WARM_UP, spread
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
 
 PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
 

@@ -18,10 +18,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.compose import VERSION_BASE, conf_dir, find_faults, register
-from dash_exp.config import to_config
+from dash_exp.config.checks import check
+from dash_exp.config.compose import VERSION_BASE, conf_dir, find_faults, register
+from dash_exp.config.schema import to_config
 from dash_exp.errors import Fault, UserError
-from dash_exp.validation import check
 
 INTERRUPTED = 128
 """Exit codes from here on say that a signal ended the cell."""

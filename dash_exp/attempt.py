@@ -11,7 +11,7 @@ import torch
 from dash_exp import checkpoint, provenance
 from dash_exp.budget import Partner, check_equal, spent_seconds
 from dash_exp.build import build, engine_facts, thread_count
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
 from dash_exp.evaluation import EvalResult, EvalSet, base_key, evaluate, shared
 from dash_exp.hashing import model_hash, weights_hash
 from dash_exp.learning.links import Links

@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from dash_exp.cells import make_cell
-from dash_exp.compose import compose
-from dash_exp.config import Config
+from dash_exp.config.compose import compose
+from dash_exp.config.partner import CELL_ID, KEY, partner_of, partner_overrides, without_budget
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.ledger import training_seconds
-from dash_exp.partners import CELL_ID, KEY, partner_of, partner_overrides, without_budget
 from dash_exp.record import Row, read_final, read_json
 
 COMPARED = ("cpu", "threads", "gpus")

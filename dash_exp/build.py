@@ -16,7 +16,7 @@ import torch
 from dash_exp.build_servers import make_servers, overlapped, split
 from dash_exp.build_task import Judges, Task, build_task, load_examples, note_prompts, tokenize
 from dash_exp.capacity_model import Setting
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import EvalSet
 from dash_exp.learning.adapters import Adapters

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
+from dash_exp.config.server_checks import transfer_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.member import device_of
 from dash_exp.learning.world import local_ranks
@@ -22,7 +23,6 @@ from dash_exp.sampling.server_process import ServerSettings
 from dash_exp.sampling.servers import ServerSampler
 from dash_exp.sampling.shared_weights import SharedWeights
 from dash_exp.sampling.transfer import Transfer
-from dash_exp.server_faults import transfer_of
 
 Named = Iterable[tuple[str, Tensor]]
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dash_exp.config import Config, DatasetConfig
-from dash_exp.config import parts_of as parts_of
+from dash_exp.config.schema import Config, DatasetConfig
+from dash_exp.config.schema import parts_of as parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import EvalSet, Judge
 from dash_exp.tasks.examples import ExampleSet

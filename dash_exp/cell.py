@@ -23,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dash_exp import provenance
 from dash_exp.budget import Blocked, find_partner
 from dash_exp.cells import freeze, make_cell, read_frozen
-from dash_exp.config import Config
+from dash_exp.config.checks import check
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.learning.world import placed
 from dash_exp.mirror_follow import Follower
@@ -31,7 +32,6 @@ from dash_exp.record import DISK_TROUBLE, CellBusy, Recorder, archive, disk_faul
 from dash_exp.signals import Interrupted, Stop, handling, run_forwarding, share_cores
 from dash_exp.terminal import Display
 from dash_exp.text import format_path
-from dash_exp.validation import check
 
 if TYPE_CHECKING:
     from dash_exp.learning.links import Links

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from dash_exp.config import ACTIONS, Config, DatasetConfig, ModelConfig, dataset_places, to_config
+from dash_exp.config.schema import ACTIONS, Config, DatasetConfig, ModelConfig, dataset_places, to_config
 from dash_exp.hashing import file_hash, model_hash, package_path, package_version
 
 FORMAT = 1

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dash_exp import provenance
 from dash_exp.cells import freeze, resolve_paths
-from dash_exp.config import ACTIONS
+from dash_exp.config.schema import ACTIONS
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.evaluation import EvalSet, base_key, evaluate, shared
 from dash_exp.hashing import model_hash, weights_hash

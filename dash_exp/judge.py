@@ -20,15 +20,15 @@ from pathlib import Path
 
 from dash_exp.build_task import Judges, load_examples, parts_of
 from dash_exp.cells import resolve_paths
-from dash_exp.compose import compose, find_faults
-from dash_exp.config import Config, DatasetConfig
+from dash_exp.config.checks import check
+from dash_exp.config.compose import compose, find_faults
+from dash_exp.config.schema import Config, DatasetConfig
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.evaluation import Judge
 from dash_exp.record import Row, last_attempts
 from dash_exp.tasks.examples import Example
 from dash_exp.text import format_seconds
 from dash_exp.types import Score
-from dash_exp.validation import check
 from dash_exp.verifiers.extraction import extract
 
 USAGE = "python -m dash_exp.judge dataset=<option> [completions=<jsonl>] [key=value ...]"

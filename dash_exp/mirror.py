@@ -17,15 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dash_exp.config import TrackingConfig
+from dash_exp.config.environment import is_installed
+from dash_exp.config.schema import TrackingConfig
+from dash_exp.config.tracking import URI, VARIABLE, Place, place_of, tracking_faults
 from dash_exp.errors import Fault, UserError, nearest, print_error
 from dash_exp.launch.manifest import NAME as MANIFEST
 from dash_exp.mirror_cell import BusyError, CellMirror, alone, sweep_run, tell_sweep
-from dash_exp.mirror_place import URI, VARIABLE, Place, place_of, tracking_faults
 from dash_exp.mirror_points import milliseconds
 from dash_exp.mirror_store import Store, StoreError
 from dash_exp.mirror_sweeps import Sweep, sweep_in, sweeps_below
-from dash_exp.preconditions import is_installed
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 NAME_WIDTH = 52

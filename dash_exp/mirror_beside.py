@@ -16,11 +16,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TextIO
 
-from dash_exp.config import TrackingConfig
+from dash_exp.config.schema import TrackingConfig
+from dash_exp.config.tracking import Place, place_of
 from dash_exp.errors import UserError
 from dash_exp.mirror_cell import BusyError, CellMirror, alone
 from dash_exp.mirror_follow import SHIELDED, log
-from dash_exp.mirror_place import Place, place_of
 from dash_exp.mirror_store import Store, StoreError
 from dash_exp.record import read_json
 

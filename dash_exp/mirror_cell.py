@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from dash_exp.config.tracking import Place
 from dash_exp.mirror_facts import (
     CELL,
     LONGEST_TAG,
@@ -24,7 +25,6 @@ from dash_exp.mirror_facts import (
     read_facts,
     shortened,
 )
-from dash_exp.mirror_place import Place
 from dash_exp.mirror_points import Point, Reader, final_points
 from dash_exp.mirror_store import Held, Run, Store
 from dash_exp.mirror_sweeps import Sweep, standing, sweeps_below, sweeps_of

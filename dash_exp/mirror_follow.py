@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from dash_exp.config import Config
-from dash_exp.mirror_place import VARIABLE, place_of
+from dash_exp.config.schema import Config
+from dash_exp.config.tracking import VARIABLE, place_of
 from dash_exp.signals import Interrupted, sheltered
 
 LOG = "mirror.log"

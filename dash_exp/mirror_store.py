@@ -22,8 +22,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from dash_exp.config.tracking import Place
 from dash_exp.mirror_facts import ENDED
-from dash_exp.mirror_place import Place
 from dash_exp.mirror_points import Point
 
 METRICS_AT_ONCE, OTHERS_AT_ONCE = 1000, 100

@@ -24,18 +24,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from dash_exp.compose import compose, find_faults
-from dash_exp.config import Config, dataset_places
+from dash_exp.config.checks import check
+from dash_exp.config.compose import compose, find_faults
+from dash_exp.config.own_settings import own_settings, split_off
+from dash_exp.config.schema import Config, dataset_places
+from dash_exp.config.server_checks import is_loopback
 from dash_exp.errors import Fault, UserError, print_error
-from dash_exp.own_settings import own_settings, split_off
 from dash_exp.record import disk_fault
 from dash_exp.sampling.member import KEY_VARIABLE
 from dash_exp.sampling.server_process import LAUNCH, ServerProcess, ServerSettings
 from dash_exp.sampling.transfer import ENGINES
-from dash_exp.server_faults import is_loopback
 from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.text import format_path
-from dash_exp.validation import check
 
 USAGE = "python -m dash_exp.serve [model=<option>] [serve.port=8000] [key=value ...]"
 OK, FAILED, USER_ERROR = 0, 1, 2

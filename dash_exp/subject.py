@@ -21,11 +21,11 @@ import yaml
 from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp.cells import read_frozen
-from dash_exp.compose import compose, find_faults
-from dash_exp.config import ACTIONS, Config
+from dash_exp.config.checks import check
+from dash_exp.config.compose import compose, find_faults
+from dash_exp.config.schema import ACTIONS, Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.text import format_path
-from dash_exp.validation import check
 
 USAGE = (
     "python -m dash_exp.evaluate cell=<folder> [checkpoint=<step or folder>] [key=value ...]\n"

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.compose import compose, find_faults
-from dash_exp.config import Config
+from dash_exp.config.checks import check
+from dash_exp.config.compose import compose, find_faults
+from dash_exp.config.limits import COUNT, NATURAL, Range
+from dash_exp.config.own_settings import own_settings, split_off
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
-from dash_exp.limits import COUNT, NATURAL, Range
-from dash_exp.own_settings import own_settings, split_off
-from dash_exp.validation import check
 
 TEACHER = "qwen7b_instruct"
 USED = (

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.compose import compose
-from dash_exp.config import Config
+from dash_exp.config.compose import compose
+from dash_exp.config.schema import Config
 
 
 @cache

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from dash_exp.config import Config, TrackingConfig
+from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.mirror_follow import Follower
 from dash_exp.record import Recorder
 from tests.mirror_fixtures import attempt, begin, step

@@ -10,7 +10,7 @@ import pytest
 
 from dash_exp.budget import resolve_match
 from dash_exp.cell import run_config
-from dash_exp.compose import compose, conf_dir
+from dash_exp.config.compose import compose, conf_dir
 from dash_exp.errors import UserError
 from dash_exp.record import Row, differences, read_final, read_json
 from dash_exp.sampling.hf import HFSampler
@@ -271,7 +271,7 @@ def test_sft_m_reads_traces_and_its_identity_is_their_content(tmp_path: Path) ->
     ],
 )
 def test_contradictions_are_told(overrides: list[str], told: str) -> None:
-    from dash_exp.compose import find_faults
+    from dash_exp.config.compose import find_faults
 
     assert told in "\n".join(map(str, find_faults([*SMALL, *overrides])))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dash_exp.compose import compose
+from dash_exp.config.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 

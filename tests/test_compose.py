@@ -11,11 +11,11 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 
-from dash_exp.compose import compose, conf_dir, find_faults
-from dash_exp.config import Config
+from dash_exp.config.checks import check
+from dash_exp.config.compose import compose, conf_dir, find_faults
+from dash_exp.config.overrides import type_of
+from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
-from dash_exp.override_faults import type_of
-from dash_exp.validation import check
 
 OPTIONS = sorted(
     file.relative_to(conf_dir()).with_suffix("").as_posix()
@@ -191,8 +191,8 @@ def test_the_schema_knows_every_kind_of_key() -> None:
 
 def test_nothing_here_imports_torch() -> None:
     code = (
-        "import sys, dash_exp.compose, dash_exp.validation, dash_exp.__main__\n"
-        "dash_exp.compose.find_faults(['model=tiny'])\n"
+        "import sys, dash_exp.config.compose, dash_exp.config.checks, dash_exp.__main__\n"
+        "dash_exp.config.compose.find_faults(['model=tiny'])\n"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
     )
     root = Path(__file__).resolve().parent.parent

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from dash_exp.cells import make_cell, resolve_paths
-from dash_exp.compose import compose, find_faults
-from dash_exp.config import Config, DatasetConfig, parts_of
-from dash_exp.limits import DATASET_ALLOWED, EXTRACTIONS_OF, VERIFIERS_OF
-from dash_exp.validation import check
+from dash_exp.config.checks import check
+from dash_exp.config.compose import compose, find_faults
+from dash_exp.config.limits import DATASET_ALLOWED, EXTRACTIONS_OF, VERIFIERS_OF
+from dash_exp.config.schema import Config, DatasetConfig, parts_of
 
 pytest_plugins = ["tests.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")

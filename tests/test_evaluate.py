@@ -15,7 +15,7 @@ import pytest
 
 from dash_exp import evaluate
 from dash_exp.cell import run_config
-from dash_exp.compose import compose
+from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.evaluate import main
 from dash_exp.evaluation import EvalResult, EvalSet

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dash_exp.config import DatasetConfig
+from dash_exp.config.schema import DatasetConfig
 from dash_exp.judge import reference
 from dash_exp.tasks.examples import Example
 from tests.conftest import REPOSITORY

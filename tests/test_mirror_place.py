@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.config import TrackingConfig
-from dash_exp.mirror_place import Place, hide, place_of, tracking_faults
+from dash_exp.config.schema import TrackingConfig
+from dash_exp.config.tracking import Place, hide, place_of, tracking_faults
 
 SERVER = "MLFLOW_TRACKING_URI"
 

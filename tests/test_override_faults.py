@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.compose import compose, conf_dir, find_faults
+from dash_exp.config.compose import compose, conf_dir, find_faults
 from dash_exp.errors import Fault, UserError
 
 pytest_plugins = ["tests.config_fixtures"]

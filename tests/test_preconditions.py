@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.config import Config, DatasetConfig
+from dash_exp.config.checks import check
+from dash_exp.config.environment import is_installed
+from dash_exp.config.schema import Config, DatasetConfig
 from dash_exp.errors import Fault
-from dash_exp.preconditions import is_installed
-from dash_exp.validation import check
 
 pytest_plugins = ["tests.config_fixtures"]
 

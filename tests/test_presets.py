@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dash_exp.compose import compose
-from dash_exp.config import Config
+from dash_exp.config.compose import compose
+from dash_exp.config.schema import Config
 
 pytest_plugins = ["tests.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")

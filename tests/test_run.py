@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dash_exp.cell import run_config
-from dash_exp.compose import compose
+from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.record import Recorder, Row, differences, read_final, read_json, read_rows
 from tests.conftest import REPOSITORY

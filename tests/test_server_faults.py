@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dash_exp.compose import compose
-from dash_exp.config import Config
-from dash_exp.server_faults import is_loopback, server_faults, transfer_of
+from dash_exp.config.compose import compose
+from dash_exp.config.schema import Config
+from dash_exp.config.server_checks import is_loopback, server_faults, transfer_of
 
 HERE, THERE = "http://127.0.0.1:8000", "http://10.0.0.7:8000"
 

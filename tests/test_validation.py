@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dash_exp.learning
-from dash_exp import limits
-from dash_exp.config import Config
+from dash_exp.config import limits
+from dash_exp.config.checks import check, largest_deviation
+from dash_exp.config.limits import TEMPLATES
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
-from dash_exp.limits import TEMPLATES
-from dash_exp.validation import check, largest_deviation
 
 pytest_plugins = ["tests.config_fixtures"]
 
@@ -193,7 +193,7 @@ def test_the_ends_of_a_range_that_belong_to_it(config: Config, key: str, value: 
 
 
 def test_names_repeated_here_are_those_of_the_losses() -> None:
-    # losses.py imports torch, so limits.py repeats its tuples; read here without importing it
+    # losses.py imports torch, so config/limits.py repeats its tuples; read here without importing it
     source = Path(dash_exp.learning.__path__[0], "losses.py").read_text()
     tuples = {
         node.targets[0].id: ast.literal_eval(node.value)

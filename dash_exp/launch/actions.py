@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import yaml
 
-from dash_exp.compose import conf_dir
-from dash_exp.config import ClusterConfig, TrackingConfig
+from dash_exp.config.compose import conf_dir
+from dash_exp.config.schema import ClusterConfig, TrackingConfig
 from dash_exp.launch.shares import threads_each
 
 T = TypeVar("T")

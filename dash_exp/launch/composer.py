@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp.cells import Cell, cell_of, described, resolve_paths
-from dash_exp.compose import (
+from dash_exp.config.compose import (
     COMPOSITION_ERRORS,
     absent_keys,
     composed_config,
@@ -33,9 +33,9 @@ from dash_exp.compose import (
     raw,
     search_dirs,
 )
-from dash_exp.config import ACTIONS, Config, to_config
+from dash_exp.config.overrides import override_faults, type_of
+from dash_exp.config.schema import ACTIONS, Config, to_config
 from dash_exp.errors import Fault, UserError
-from dash_exp.override_faults import override_faults, type_of
 
 T = TypeVar("T")
 COMPOSED = ("model", "dataset", "evaluation", "paths")

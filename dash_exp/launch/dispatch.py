@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dash_exp import provenance
 from dash_exp.cell import SIGNALLED
-from dash_exp.config import ClusterConfig
+from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch import journal, local
 from dash_exp.launch import manifest as manifests
@@ -151,8 +151,8 @@ def prepare_tracking(manifest: Manifest) -> None:
     """Let a mirror have its schema, experiment and parent run before many processes want them at once."""
     tracking = tracking_of(manifest.actions)
     if tracking.name == "mlflow":
+        from dash_exp.config.tracking import place_of
         from dash_exp.mirror import prepare
-        from dash_exp.mirror_place import place_of
 
         place = place_of(tracking, manifest.root, os.environ)
         prepare(place.uri, place.experiment, manifest.name)

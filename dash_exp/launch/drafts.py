@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dash_exp.config import Config
+from dash_exp.config.checks import check
+from dash_exp.config.environment import Installed
+from dash_exp.config.limits import NATURAL, outside
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.launch.composer import Composer, Composition
 from dash_exp.launch.expand import Combination, key_of
@@ -15,10 +18,7 @@ from dash_exp.launch.hardware import hardware_label
 from dash_exp.launch.jobs import Resources, Traces
 from dash_exp.launch.resources import resource_faults, resources_of
 from dash_exp.launch.settings import Settings, is_setting, settings_of
-from dash_exp.limits import NATURAL, outside
-from dash_exp.preconditions import Installed
 from dash_exp.trace_settings import out_of
-from dash_exp.validation import check
 
 TRACES = "dataset.traces"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from dash_exp.compose import opened, parse, variants_of
+from dash_exp.config.compose import opened, parse, variants_of
 from dash_exp.errors import UserError
 
 if TYPE_CHECKING:

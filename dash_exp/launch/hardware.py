@@ -9,7 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
 
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 

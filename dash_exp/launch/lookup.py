@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from dash_exp.compose import conf_dir
+from dash_exp.config.compose import conf_dir
 from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.launch import manifest as manifests
 from dash_exp.launch import spec as specs

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dash_exp.compose import compose
+from dash_exp.config.compose import compose
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch.actions import part_of_machine
 from dash_exp.launch.dispatch import launch

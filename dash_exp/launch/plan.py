@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dash_exp.cells import Cell
+from dash_exp.config.environment import TRACES_HINT, Installed, is_installed
 from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.launch.composer import Composer
 from dash_exp.launch.drafts import (
@@ -37,7 +38,6 @@ from dash_exp.launch.settings import (
     split,
 )
 from dash_exp.launch.spec import Spec
-from dash_exp.preconditions import TRACES_HINT, Installed, is_installed
 
 SHOWN_VALUES, NAME_LENGTH = 4, 80
 SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe", "sampler")

@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from dash_exp.cells import read_frozen
-from dash_exp.compose import compose
-from dash_exp.config import ClusterConfig
+from dash_exp.config.compose import compose
+from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch.actions import cluster_of, part_of_machine
 from dash_exp.launch.dispatch import launch, refusals

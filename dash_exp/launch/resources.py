@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault
 from dash_exp.launch.hardware import cores_here, gpus_here
 from dash_exp.launch.jobs import Resources

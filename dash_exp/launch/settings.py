@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dash_exp.config import ACTIONS, Config
+from dash_exp.config.schema import ACTIONS, Config
 from dash_exp.errors import Fault
 from dash_exp.launch.expand import Combination, key_of, quoted
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dash_exp.config import ClusterConfig
+from dash_exp.config.schema import ClusterConfig
 from dash_exp.launch.jobs import Resources
 from dash_exp.launch.manifest import Entry
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dash_exp.config import ClusterConfig
+from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, nearest
 from dash_exp.launch.jobs import Resources
 from dash_exp.launch.manifest import Entry

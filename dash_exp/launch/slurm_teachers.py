@@ -9,7 +9,7 @@ from pathlib import Path
 
 from submitit.core.utils import UncompletedJobError
 
-from dash_exp.config import ClusterConfig
+from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch import journal, queue, slurm
 from dash_exp.launch import manifest as manifests

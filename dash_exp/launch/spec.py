@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from dash_exp.compose import find_faults
+from dash_exp.config.compose import find_faults
 from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.launch.expand import Axis, Block, Combination, chosen_of, key_of, override_of
 

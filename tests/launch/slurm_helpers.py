@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dash_exp.cells import make_cell
-from dash_exp.compose import compose
-from dash_exp.config import ClusterConfig
+from dash_exp.config.compose import compose
+from dash_exp.config.schema import ClusterConfig
 from dash_exp.launch import manifest
 from dash_exp.launch.jobs import Plan, PlannedCell, Resources
 from dash_exp.launch.manifest import Entry, Manifest

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dash_exp.cells import cell_of, make_cell
-from dash_exp.compose import compose, conf_dir
-from dash_exp.config import Config
+from dash_exp.config.compose import compose, conf_dir
+from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
 from dash_exp.launch.composer import Base, Composer, interpolated, is_leaf, overlap, refers
 

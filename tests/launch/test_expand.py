@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dash_exp.compose import opened, parse
+from dash_exp.config.compose import opened, parse
 from dash_exp.errors import UserError
 from dash_exp.launch.expand import Block, combinations, key_of, products, quoted, text_of
 from dash_exp.launch.spec import Spec

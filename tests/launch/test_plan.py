@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.cells import freeze, make_cell, read_frozen
-from dash_exp.compose import compose
+from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.launch import hardware
 from dash_exp.launch.expand import products

@@ -15,7 +15,7 @@ import pytest
 
 from dash_exp import signals
 from dash_exp.cell import run_config
-from dash_exp.compose import compose
+from dash_exp.config.compose import compose
 from dash_exp.record import read_final, read_json, read_rows
 from dash_exp.signals import SCHEDULERS, Interrupted, Stop, sheltered
 from tests.conftest import REPOSITORY

@@ -19,7 +19,7 @@ from dash_exp import checkpoint
 from dash_exp.build import model_to_sample
 from dash_exp.cells import cell_of, described
 from dash_exp.checkpoint import Snapshot
-from dash_exp.compose import compose
+from dash_exp.config.compose import compose
 from dash_exp.learning.links import Alone, Leader
 from dash_exp.learning.member import Spec
 from dash_exp.learning.packing import Packer

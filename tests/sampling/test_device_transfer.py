@@ -204,7 +204,7 @@ def test_weights_reach_a_real_server_on_a_gpu(kind: str, tiny_folder: Path, tmp_
     """Never run yet. After updates, also one by a server that was started again, log-probabilities are those
     of the learner."""
     from dash_exp.build_servers import make_servers
-    from dash_exp.compose import compose
+    from dash_exp.config.compose import compose
     from dash_exp.modeling.attention import ATTENTION
     from dash_exp.modeling.source import load_model
     from tests.sampling.test_vllm import FREE, SEEN, learner_gap

@@ -264,7 +264,7 @@ def test_where_nothing_learns_they_get_the_models_own_weights(two: list[Served],
 
     from dash_exp.build import find_model
     from dash_exp.build_servers import make_servers
-    from dash_exp.compose import compose
+    from dash_exp.config.compose import compose
     from dash_exp.modeling.attention import ATTENTION
     from dash_exp.modeling.source import load_model
     from tests.sampling.test_hf import ask, by_position, sampler_of

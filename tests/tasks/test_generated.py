@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from dash_exp.config.environment import GYM_PACKAGE, gym_setting_faults, is_installed
 from dash_exp.errors import UserError
-from dash_exp.preconditions import GYM_PACKAGE, gym_setting_faults, is_installed
 from dash_exp.tasks.generated import HEADER, arithmetic, functions
 from dash_exp.tasks.gym import gym_examples, split_of, to_gold, try_scoring
 from dash_exp.verifiers.gold import CodeGold, GymGold

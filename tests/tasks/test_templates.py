@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from dash_exp.build_task import chat_form
-from dash_exp.compose import compose
+from dash_exp.config.compose import compose
+from dash_exp.config.environment import is_installed
+from dash_exp.config.limits import TEMPLATES
 from dash_exp.errors import UserError
 from dash_exp.hashing import package_path
-from dash_exp.limits import TEMPLATES
 from dash_exp.modeling.source import load_tokenizer
-from dash_exp.preconditions import is_installed
 from dash_exp.tasks.examples import Example
 from dash_exp.tasks.templates import CHATS, RENDERERS, Style, renderer
 

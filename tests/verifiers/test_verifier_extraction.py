@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp.limits import EXTRACTIONS
+from dash_exp.config.limits import EXTRACTIONS
 from dash_exp.verifiers.extraction import EXTRACTORS, MAX_CANDIDATE_CHARS, extract
 
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dash_exp.config.overrides import describe
 from dash_exp.errors import Fault, nearest
-from dash_exp.override_faults import describe
 
 Settings = TypeVar("Settings")
 

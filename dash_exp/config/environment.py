@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dash_exp.config import Config, DatasetConfig, evaluation_places, parts_of
+from dash_exp.config.schema import Config, DatasetConfig, evaluation_places, parts_of
+from dash_exp.config.tracking import tracking_faults
 from dash_exp.errors import Fault, nearest
-from dash_exp.mirror_place import tracking_faults
 
 Installed = Callable[[str], bool]
 

@@ -2,7 +2,7 @@
 
 Hydra fills `Config` (see `conf/config.yaml`), `OmegaConf.to_object` turns it into these classes, and
 `build.py` passes plain arguments on: no other module reads the config. Checks across fields are in
-`validation.py`.
+`config/checks.py`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.config import Config
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, nearest
 
 Options = Mapping[str, Sequence[str]]

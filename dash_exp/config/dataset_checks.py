@@ -1,6 +1,6 @@
 """Checks of the datasets of a config: names, ranges, and settings that do not fit together. Torch-free.
 
-Whether files and packages are there is asked in `preconditions.py`.
+Whether files and packages are there is asked in `config/environment.py`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from dash_exp.config import Config, DatasetConfig, dataset_places, evaluation_places
-from dash_exp.errors import Fault
-from dash_exp.limits import (
+from dash_exp.config.limits import (
     COUNT,
     DATASET_ALLOWED,
     DATASET_RANGES,
@@ -21,6 +19,8 @@ from dash_exp.limits import (
     outside,
     unknown,
 )
+from dash_exp.config.schema import Config, DatasetConfig, dataset_places, evaluation_places
+from dash_exp.errors import Fault
 
 SHOT_KEYS = ("problem", "solution")
 

@@ -6,9 +6,9 @@ import ipaddress
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from dash_exp.config import Config
+from dash_exp.config.limits import unknown
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault
-from dash_exp.limits import unknown
 
 TRANSFERS = ("auto", "shared", "file", "nccl", "ipc")
 URLS, TRANSFER = "cluster.server_urls", "cluster.transfer"

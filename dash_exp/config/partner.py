@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
-from dash_exp.config import Config
+from dash_exp.config.checks import check
+from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
-from dash_exp.validation import check
 
 CELL_ID = re.compile(r"[0-9a-f]{8}")
 KEY = "budget.match"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
-from dash_exp.config import TrackingConfig
+from dash_exp.config.schema import TrackingConfig
 from dash_exp.errors import Fault
 
 URI, EXPERIMENT, VARIABLE = "tracking.uri", "tracking.experiment", "MLFLOW_TRACKING_URI"

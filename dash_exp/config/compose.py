@@ -19,11 +19,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.config import Config, to_config
+from dash_exp.config.checks import check
+from dash_exp.config.overrides import Options, composition_fault, override_faults
+from dash_exp.config.partner import CELL_ID, KEY, partner_of
+from dash_exp.config.schema import Config, to_config
 from dash_exp.errors import Fault, UserError
-from dash_exp.override_faults import Options, composition_fault, override_faults
-from dash_exp.partners import CELL_ID, KEY, partner_of
-from dash_exp.validation import check
 
 VERSION_BASE = "1.3"
 MAX_CELLS = 64

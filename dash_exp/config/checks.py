@@ -1,7 +1,7 @@
 """Checks of a composed config, across fields, all at once. Torch-free.
 
-`check` is the whole of it: names out of a fixed list and numbers out of their range (`limits.py`),
-settings that contradict each other, and files and packages that are not there (`preconditions.py`).
+`check` is the whole of it: names out of a fixed list and numbers out of their range (`config/limits.py`),
+settings that contradict each other, and files and packages that are not there (`config/environment.py`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dash_exp.config import Config
-from dash_exp.dataset_faults import dataset_faults
-from dash_exp.errors import Fault
-from dash_exp.limits import (
+from dash_exp.config.dataset_checks import dataset_faults
+from dash_exp.config.environment import TRACES_HINT, Installed, is_installed, missing
+from dash_exp.config.limits import (
     ALLOWED,
     COUNT,
     KL_ESTIMATORS,
@@ -25,8 +24,9 @@ from dash_exp.limits import (
     range_fault,
     unknown,
 )
-from dash_exp.preconditions import TRACES_HINT, Installed, is_installed, missing
-from dash_exp.server_faults import server_faults
+from dash_exp.config.schema import Config
+from dash_exp.config.server_checks import server_faults
+from dash_exp.errors import Fault
 
 
 def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
