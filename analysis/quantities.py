@@ -15,7 +15,7 @@ from analysis.load import Records, scores_of
 from analysis.variants import Variant
 
 PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
-"""Of training time; evaluation and checkpoints are told apart (dash_exp/ledger.py)."""
+"""Of training time; evaluation and checkpoints are told apart (dash_exp/record/ledger.py)."""
 
 NONE_FINISHED = "no finished cell"
 

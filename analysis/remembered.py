@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from dash_exp.record import read_json, write_json
+from dash_exp.record.folder import read_json, write_json
 
 TABLES = ("steps", "evals")
 VERSION = 1

@@ -13,7 +13,7 @@ from analysis import style
 from analysis.figures import Picture
 from analysis.load import Records
 from analysis.variants import Variant
-from dash_exp.record import Row, read_rows
+from dash_exp.record.folder import Row, read_rows
 
 COLOURS = {"sample": "#56B4E9", "judge": "#F0E442", "backprop": "#D55E00", "sync": "#009E73"}
 WORDS = {

@@ -17,7 +17,7 @@ from benchmarks.report import Line, Options, print_lines
 from benchmarks.turns import WARM_UP, median
 from dash_exp.capacity_curves import curves_of
 from dash_exp.capacity_model import Curves, Setting, predict, predict_batch
-from dash_exp.record import Row
+from dash_exp.record.folder import Row
 
 GOAL = 0.15
 

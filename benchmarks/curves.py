@@ -23,7 +23,7 @@ from dash_exp.config.schema import Config
 from dash_exp.learning.packing import nothing
 from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.ranks import start
-from dash_exp.record import Row
+from dash_exp.record.folder import Row
 from dash_exp.sampling.protocol import arrived
 from dash_exp.tasks.prompts import batch, requests
 from dash_exp.types import Request

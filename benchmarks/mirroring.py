@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import describe, machine, print_table, write
-from dash_exp.cells import freeze
 from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.mirror_follow import Follower
 from dash_exp.mirror_points import final_points
-from dash_exp.record import Recorder, write_json
+from dash_exp.record.folder import Recorder, write_json
+from dash_exp.record.identity import freeze
 
 VALUES = 50
 """Numbers in a row of steps.jsonl."""

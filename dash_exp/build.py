@@ -31,7 +31,7 @@ from dash_exp.learning.world import local_ranks
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, locate, position_limit
 from dash_exp.plan import Parts, Plan
-from dash_exp.provenance import packages
+from dash_exp.record.provenance import packages
 from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.seeding import seed_for

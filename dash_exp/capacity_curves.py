@@ -16,7 +16,7 @@ import yaml
 from dash_exp.capacity_model import Curves, Setting, of_two
 from dash_exp.capacity_sampling import Decode, Lengths, sample
 from dash_exp.errors import Fault, UserError
-from dash_exp.record import Row, read_final, read_rows
+from dash_exp.record.folder import Row, read_final, read_rows
 from dash_exp.sampling.waves import groups_at_once
 
 UNIT = Decode(((1.0, 1.0),))

@@ -20,15 +20,23 @@ from typing import TYPE_CHECKING
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp import provenance
 from dash_exp.budget import Blocked, find_partner
-from dash_exp.cells import freeze, make_cell, read_frozen
 from dash_exp.config.checks import check
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.learning.world import placed
 from dash_exp.mirror_follow import Follower
-from dash_exp.record import DISK_TROUBLE, CellBusy, Recorder, archive, disk_fault, read_final, read_json
+from dash_exp.record import provenance
+from dash_exp.record.folder import (
+    DISK_TROUBLE,
+    CellBusy,
+    Recorder,
+    archive,
+    disk_fault,
+    read_final,
+    read_json,
+)
+from dash_exp.record.identity import freeze, make_cell, read_frozen
 from dash_exp.signals import Interrupted, Stop, handling, run_forwarding, share_cores
 from dash_exp.terminal import Display
 from dash_exp.text import format_path
@@ -129,7 +137,7 @@ def run(folder: Path, config: Config, links: Links | None = None) -> int:
 
 def tell_finished(folder: Path, display: Display) -> int:
     if any(folder.glob("checkpoints/*/resume")):  # a kill came between the end and the tidying
-        from dash_exp.checkpoint import finalise
+        from dash_exp.record.checkpoint import finalise
 
         finalise(folder)
     display.note(f"{format_path(folder)} is finished; run.force=true archives it and starts anew.")

@@ -22,13 +22,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_exp import provenance
-from dash_exp.cells import freeze, resolve_paths
 from dash_exp.config.schema import ACTIONS
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.evaluation import EvalSet, base_key, evaluate, shared
-from dash_exp.hashing import model_hash, weights_hash
-from dash_exp.record import CellBusy, Recorder, Row, archive, disk_fault, read_final, read_json, write_json
+from dash_exp.record import provenance
+from dash_exp.record.folder import (
+    CellBusy,
+    Recorder,
+    Row,
+    archive,
+    disk_fault,
+    read_final,
+    read_json,
+    write_json,
+)
+from dash_exp.record.hashing import model_hash, weights_hash
+from dash_exp.record.identity import freeze, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.subject import USAGE, Subject, parse, subject_of
 from dash_exp.terminal import Display
@@ -83,7 +92,7 @@ def _key(answerer: Answerer, one: EvalSet, cache: Path) -> dict[str, Any]:
 
 def _refuse_damage(folder: Path) -> None:
     """A checkpoint that has changed since it was written is not evaluated."""
-    from dash_exp.checkpoint import CHECKSUMS, damage
+    from dash_exp.record.checkpoint import CHECKSUMS, damage
 
     if (folder / CHECKSUMS).exists() and (reason := damage(folder)):
         raise UserError(

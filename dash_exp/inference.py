@@ -16,7 +16,7 @@ from dash_exp.config.schema import Config
 from dash_exp.learning.member import device_of
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, position_limit
-from dash_exp.provenance import hardware
+from dash_exp.record.provenance import hardware
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Decoding

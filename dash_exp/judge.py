@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dash_exp.build_task import Judges, load_examples, parts_of
-from dash_exp.cells import resolve_paths
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import Config, DatasetConfig
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.evaluation import Judge
-from dash_exp.record import Row, last_attempts
+from dash_exp.record.folder import Row, last_attempts
+from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example
 from dash_exp.text import format_seconds
 from dash_exp.types import Score

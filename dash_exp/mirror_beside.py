@@ -22,7 +22,7 @@ from dash_exp.errors import UserError
 from dash_exp.mirror_cell import BusyError, CellMirror, alone
 from dash_exp.mirror_follow import SHIELDED, log
 from dash_exp.mirror_store import Store, StoreError
-from dash_exp.record import read_json
+from dash_exp.record.folder import read_json
 
 FIRST_S = 1.0
 """How often to look whether the run has begun to record."""

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.launch.processes import HERE, Locks
 from dash_exp.mirror_points import Point, milliseconds, named, starts
-from dash_exp.record import Row, read_json
+from dash_exp.record.folder import Row, read_json
+from dash_exp.record.locks import HERE, Locks
 
 FORMAT = 1
 """Raised when the meaning of what is sent changes, so that mirrors are brought up to date."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dash_exp.record import Row, last_attempts, read_json
+from dash_exp.record.folder import Row, last_attempts, read_json
 
 LONGEST_NAME = 250
 ILLEGAL = re.compile(r"[^\w.\- :/]")

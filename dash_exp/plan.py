@@ -9,7 +9,7 @@ from dash_exp.evaluation import Judge
 from dash_exp.learning.filters import Filter
 from dash_exp.learning.packing import Packer
 from dash_exp.learning.parallel import ParallelLearner
-from dash_exp.record import Row
+from dash_exp.record.folder import Row
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.sampling.waves import groups_at_once
 from dash_exp.tasks.prompts import PromptSet

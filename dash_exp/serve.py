@@ -30,7 +30,7 @@ from dash_exp.config.own_settings import own_settings, split_off
 from dash_exp.config.schema import Config, dataset_places
 from dash_exp.config.server_checks import is_loopback
 from dash_exp.errors import Fault, UserError, print_error
-from dash_exp.record import disk_fault
+from dash_exp.record.folder import disk_fault
 from dash_exp.sampling.member import KEY_VARIABLE
 from dash_exp.sampling.server_process import LAUNCH, ServerProcess, ServerSettings
 from dash_exp.sampling.transfer import ENGINES

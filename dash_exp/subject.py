@@ -20,11 +20,11 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.cells import read_frozen
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import ACTIONS, Config
 from dash_exp.errors import Fault, UserError
+from dash_exp.record.identity import read_frozen
 from dash_exp.text import format_path
 
 USAGE = (

@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from dash_exp.ledger import PHASES
-from dash_exp.record import Row
+from dash_exp.record.folder import Row
+from dash_exp.record.ledger import PHASES
 from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
 
 REWARD, LIKELIHOOD = "reward/mean", "policy/logprob_mean"

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import UNRELIABLE
-from dash_exp.record import Row, read_json, read_rows, write_json
+from dash_exp.record.folder import Row, read_json, read_rows, write_json
 from dash_exp.text import format_path
 from dash_exp.types import Completion, Score
 

@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dash_exp import provenance
 from dash_exp.build_task import load_examples
-from dash_exp.cells import resolve_paths
 from dash_exp.errors import UserError, print_error
 from dash_exp.evaluation import Judge
-from dash_exp.hashing import model_hash, weights_hash
-from dash_exp.record import Row, disk_fault
+from dash_exp.record import provenance
+from dash_exp.record.folder import Row, disk_fault
+from dash_exp.record.hashing import model_hash, weights_hash
+from dash_exp.record.identity import resolve_paths
 from dash_exp.sampling.protocol import arrived
 from dash_exp.seeding import seed_for
 from dash_exp.signals import Interrupted, Stop, handling, share_cores

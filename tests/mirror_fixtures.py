@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dash_exp.cells import freeze
-from dash_exp.record import Recorder, write_json
+from dash_exp.record.folder import Recorder, write_json
+from dash_exp.record.identity import freeze
 
 NAME = "dash-tiny-digits-s0-0a1b2c3d"
 CONFIG = {

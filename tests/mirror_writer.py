@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.mirror_follow import Follower
-from dash_exp.record import Recorder
+from dash_exp.record.folder import Recorder
 from tests.mirror_fixtures import attempt, begin, step
 
 

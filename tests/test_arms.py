@@ -12,7 +12,7 @@ from dash_exp.budget import resolve_match
 from dash_exp.cell import run_config
 from dash_exp.config.compose import compose, conf_dir
 from dash_exp.errors import UserError
-from dash_exp.record import Row, differences, read_final, read_json
+from dash_exp.record.folder import Row, differences, read_final, read_json
 from dash_exp.sampling.hf import HFSampler
 from tests.test_run import SMALL, finish, run_here, start, steps_of, wait_for_steps
 

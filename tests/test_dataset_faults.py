@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from dash_exp.cells import make_cell, resolve_paths
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.limits import DATASET_ALLOWED, EXTRACTIONS_OF, VERIFIERS_OF
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
+from dash_exp.record.identity import make_cell, resolve_paths
 
 pytest_plugins = ["tests.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")

@@ -31,7 +31,7 @@ from dash_exp.evaluation import (
     shared,
     summarise,
 )
-from dash_exp.record import Row
+from dash_exp.record.folder import Row
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Completion, Decoding, Group, Prompt, Score

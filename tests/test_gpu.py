@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dash_exp.record import read_final
+from dash_exp.record.folder import read_final
 from tests.conftest import make_groups
 from tests.learning.test_learner import (
     LENGTHS,

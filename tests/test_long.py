@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.record import Row, differences, read_final, read_json, read_rows
+from dash_exp.record.folder import Row, differences, read_final, read_json, read_rows
 from tests.conftest import REPOSITORY
 
 pytestmark = [

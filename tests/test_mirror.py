@@ -15,7 +15,7 @@ from dash_exp.config.environment import is_installed
 from dash_exp.config.tracking import Place
 from dash_exp.mirror_cell import BusyError, CellMirror, alone
 from dash_exp.mirror_store import Store, StoreError
-from dash_exp.record import Recorder
+from dash_exp.record.folder import Recorder
 from tests.mirror_fixtures import (
     BORN,
     NAME,

@@ -21,7 +21,7 @@ from dash_exp.config.tracking import Place
 from dash_exp.mirror_beside import Following
 from dash_exp.mirror_follow import Follower
 from dash_exp.mirror_points import final_points
-from dash_exp.record import Recorder, read_final, read_json
+from dash_exp.record.folder import Recorder, read_final, read_json
 from tests.conftest import REPOSITORY
 from tests.mirror_fixtures import BORN, NAME, Database, attempt, begin, counting, step
 from tests.mirror_writer import config_of

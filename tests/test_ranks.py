@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dash_exp.record import differences, read_json, read_rows
+from dash_exp.record.folder import differences, read_json, read_rows
 from tests.conftest import REPOSITORY
 from tests.test_run import SMALL, finish, run_here, start, steps_of, wait_for_steps
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.ledger import PHASES, Ledger
-from dash_exp.record import (
+from dash_exp.record.folder import (
     CellBusy,
     Recorder,
     differences,
@@ -20,6 +19,7 @@ from dash_exp.record import (
     read_rows,
     write_json,
 )
+from dash_exp.record.ledger import PHASES, Ledger
 from dash_exp.seeding import permutation, seed_for, uniforms
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
 

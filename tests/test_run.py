@@ -16,7 +16,7 @@ import pytest
 from dash_exp.cell import run_config
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
-from dash_exp.record import Recorder, Row, differences, read_final, read_json, read_rows
+from dash_exp.record.folder import Recorder, Row, differences, read_final, read_json, read_rows
 from tests.conftest import REPOSITORY
 
 SMALL = [
@@ -274,7 +274,7 @@ def test_base_results_are_shared(tmp_path: Path) -> None:
 
 def test_equal_cells_share_a_folder_wherever_the_data_lie(tmp_path: Path) -> None:
     """Identity is content: the same file elsewhere is the same cell, a changed one is not."""
-    from dash_exp.cells import make_cell
+    from dash_exp.record.identity import make_cell
 
     ids = []
     for name, answer in [("a.jsonl", "2"), ("b.jsonl", "2"), ("c.jsonl", "3")]:
@@ -357,7 +357,7 @@ def test_killed_between_two_file_operations(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Right before and after a checkpoint appears, and on either side of the last status."""
-    from dash_exp import checkpoint
+    from dash_exp.record import checkpoint
 
     def kill(*_: Any, **__: Any) -> None:
         raise Killed

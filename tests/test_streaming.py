@@ -17,9 +17,9 @@ from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.settings import Objective
-from dash_exp.ledger import Ledger
 from dash_exp.loop import train_step
-from dash_exp.record import Recorder
+from dash_exp.record.folder import Recorder
+from dash_exp.record.ledger import Ledger
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Decoding, Group, Origin, Prompt, Request, Score
 from tests.conftest import make_groups

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_exp.errors import UserError
-from dash_exp.record import Row, read_json, read_rows
+from dash_exp.record.folder import Row, read_json, read_rows
 from dash_exp.tasks.demonstrations import read_traces
 from dash_exp.trace_file import TraceFile, prompt_line, totals
 from dash_exp.trace_settings import TracesConfig, parse, settings_of

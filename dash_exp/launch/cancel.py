@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.launch import journal, queue
-from dash_exp.launch.endings import is_cancelled, say_state
-from dash_exp.launch.manifest import Manifest, held
-from dash_exp.launch.processes import ask_to_end
+from dash_exp.launch import queue
 from dash_exp.launch.states import ACTIVE
 from dash_exp.launch.status import OPEN, SweepState, Watched, watch
+from dash_exp.record import journal
+from dash_exp.record.endings import is_cancelled, say_state
+from dash_exp.record.locks import ask_to_end
+from dash_exp.record.manifest import Manifest, held
 
 NOTHING = "nothing was cancelled"
 PATIENCE_S = 10.0

@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from dash_exp.errors import Fault, UserError, nearest
-from dash_exp.launch import journal
 from dash_exp.launch.cancel import cancel
 from dash_exp.launch.lookup import select
 from dash_exp.launch.status import Watched, watch
@@ -23,6 +22,7 @@ from dash_exp.launch.watching import (
     say_json,
     status_command,
 )
+from dash_exp.record import journal
 from dash_exp.text import format_seconds
 
 __all__ = [

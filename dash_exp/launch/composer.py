@@ -21,7 +21,6 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.cells import Cell, cell_of, described, resolve_paths
 from dash_exp.config.compose import (
     COMPOSITION_ERRORS,
     absent_keys,
@@ -36,6 +35,7 @@ from dash_exp.config.compose import (
 from dash_exp.config.overrides import override_faults, type_of
 from dash_exp.config.schema import ACTIONS, Config, to_config
 from dash_exp.errors import Fault, UserError
+from dash_exp.record.identity import Cell, cell_of, described, resolve_paths
 
 T = TypeVar("T")
 COMPOSED = ("model", "dataset", "evaluation", "paths")

@@ -14,22 +14,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dash_exp import provenance
 from dash_exp.cell import SIGNALLED
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
-from dash_exp.launch import journal, local
-from dash_exp.launch import manifest as manifests
+from dash_exp.launch import local
 from dash_exp.launch.actions import tracking_of
-from dash_exp.launch.endings import is_cancelled
-from dash_exp.launch.jobs import Plan
-from dash_exp.launch.manifest import SWEEP_NAME, Entry, Manifest
 from dash_exp.launch.pool import Relay, Say
-from dash_exp.launch.processes import Locks
 from dash_exp.launch.states import ACTIVE, is_stale
 from dash_exp.launch.status import is_moving, watch
 from dash_exp.launch.summary import closing_lines, counted, ended, status_command, table_of
-from dash_exp.record import CellBusy, archive, disk_fault, read_json
+from dash_exp.record import journal, provenance
+from dash_exp.record import manifest as manifests
+from dash_exp.record.endings import is_cancelled
+from dash_exp.record.folder import CellBusy, archive, disk_fault, read_json
+from dash_exp.record.jobs import Plan
+from dash_exp.record.locks import Locks
+from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest
 from dash_exp.text import format_path
 
 OK, FAILED = 0, 1

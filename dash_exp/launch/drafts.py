@@ -15,9 +15,9 @@ from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.launch.composer import Composer, Composition
 from dash_exp.launch.expand import Combination, key_of
 from dash_exp.launch.hardware import hardware_label
-from dash_exp.launch.jobs import Resources, Traces
 from dash_exp.launch.resources import resource_faults, resources_of
 from dash_exp.launch.settings import Settings, is_setting, settings_of
+from dash_exp.record.jobs import Resources, Traces
 from dash_exp.trace_settings import out_of
 
 TRACES = "dataset.traces"

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from dash_exp.launch import journal
 from dash_exp.launch.states import median_of, recent_steps
-from dash_exp.record import read_json
+from dash_exp.record import journal
+from dash_exp.record.folder import read_json
 
 Profile = tuple[object, ...]
 NAME = re.compile(r"(.+)-s-?\d+-[0-9a-f]{8}")

@@ -21,16 +21,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.launch import manifest as manifests
 from dash_exp.launch.actions import cluster_of
-from dash_exp.launch.endings import is_done
-from dash_exp.launch.manifest import Entry, Manifest, held
 from dash_exp.launch.pool import Relay, Say, Terms, run_pool
-from dash_exp.launch.processes import HERE, Locks
 from dash_exp.launch.tails import last_lines
 from dash_exp.launch.teachers import make_traces
 from dash_exp.launch.worker import Job
-from dash_exp.record import read_json, write_json
+from dash_exp.record import manifest as manifests
+from dash_exp.record.endings import is_done
+from dash_exp.record.folder import read_json, write_json
+from dash_exp.record.locks import HERE, Locks
+from dash_exp.record.manifest import Entry, Manifest, held
 from dash_exp.signals import handling
 
 CONTROLLER, ORDER, LOCK, LOG = "controller.json", "launch.json", ".controller", "controller.log"

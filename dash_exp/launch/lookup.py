@@ -11,10 +11,10 @@ import yaml
 
 from dash_exp.config.compose import conf_dir
 from dash_exp.errors import Fault, UserError, nearest
-from dash_exp.launch import manifest as manifests
 from dash_exp.launch import spec as specs
-from dash_exp.launch.manifest import Entry, Manifest
 from dash_exp.launch.spec import Spec
+from dash_exp.record import manifest as manifests
+from dash_exp.record.manifest import Entry, Manifest
 
 LIST_HINT = "python -m dash_exp.sweep list names them"
 WILD = set("*?[")

@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
-from dash_exp.cells import Cell
 from dash_exp.config.partner import CELL_ID, HINT, KEY, partner_overrides, told
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch.drafts import Draft, Workshop, reading_faults
 from dash_exp.launch.expand import Combination, key_of
 from dash_exp.launch.settings import split
+from dash_exp.record.identity import Cell
 
 NO_BUDGET = {"budget.seconds": None, "budget.match": None}
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dash_exp.cells import Cell
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed
 from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.launch.composer import Composer
@@ -26,7 +25,6 @@ from dash_exp.launch.drafts import (
 )
 from dash_exp.launch.expand import Combination, combinations, key_of, quoted
 from dash_exp.launch.hardware import slug
-from dash_exp.launch.jobs import Plan, PlannedCell, Traces, Waiting
 from dash_exp.launch.pairing import pair
 from dash_exp.launch.settings import (
     NOT_REPEATED,
@@ -38,6 +36,8 @@ from dash_exp.launch.settings import (
     split,
 )
 from dash_exp.launch.spec import Spec
+from dash_exp.record.identity import Cell
+from dash_exp.record.jobs import Plan, PlannedCell, Traces, Waiting
 
 SHOWN_VALUES, NAME_LENGTH = 4, 80
 SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe", "sampler")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import yaml
 
-from dash_exp.cells import read_frozen
 from dash_exp.config.compose import compose
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
@@ -17,15 +16,16 @@ from dash_exp.launch.actions import cluster_of, part_of_machine
 from dash_exp.launch.dispatch import launch, refusals
 from dash_exp.launch.estimate import LOADER
 from dash_exp.launch.expand import key_of
-from dash_exp.launch.jobs import Plan, PlannedCell
 from dash_exp.launch.local import read_order
 from dash_exp.launch.lookup import find
-from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.plan import plan_spec
 from dash_exp.launch.resources import resources_of
 from dash_exp.launch.settings import NOT_REPEATED, OF_A_CELL, common_actions, settings_of, split
 from dash_exp.launch.spec import Spec
 from dash_exp.launch.teachers import planned
+from dash_exp.record.identity import read_frozen
+from dash_exp.record.jobs import Plan, PlannedCell
+from dash_exp.record.manifest import Manifest
 from dash_exp.text import format_path
 
 NAME, FORCE, N_JOBS = "run.sweep", "run.force", "hydra.launcher.n_jobs"

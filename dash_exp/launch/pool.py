@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dash_exp.cell import BLOCKED, BUSY, OK
-from dash_exp.launch import journal
-from dash_exp.launch.endings import is_cancelled, is_done, note_end, say_state
-from dash_exp.launch.failures import classify, may_retry, signal_of
-from dash_exp.launch.processes import HERE, Locks
 from dash_exp.launch.shares import Gpus, Lease, threads_each, visible_gpus
 from dash_exp.launch.states import ACTIVE, state_of
 from dash_exp.launch.verdict import LOST
 from dash_exp.launch.worker import Job, Worker, cell_actions
-from dash_exp.record import read_json
+from dash_exp.record import journal
+from dash_exp.record.endings import is_cancelled, is_done, note_end, say_state
+from dash_exp.record.failures import classify, may_retry, signal_of
+from dash_exp.record.folder import read_json
+from dash_exp.record.locks import HERE, Locks
 from dash_exp.signals import handling
 from dash_exp.text import format_seconds
 

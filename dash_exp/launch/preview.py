@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from dash_exp import provenance
 from dash_exp.launch import queue
 from dash_exp.launch.estimate import LOADER, hours_by_profile, profile
-from dash_exp.launch.jobs import Plan, PlannedCell, Resources
 from dash_exp.launch.lookup import labels, launched_folders
 from dash_exp.launch.states import CellState, Reading, asked_about, states_from
-from dash_exp.record import read_json
+from dash_exp.record import provenance
+from dash_exp.record.folder import read_json
+from dash_exp.record.jobs import Plan, PlannedCell, Resources
 
 NEW = "new"
 """The state of a cell that has no folder yet."""

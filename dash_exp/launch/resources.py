@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault
 from dash_exp.launch.hardware import cores_here, gpus_here
-from dash_exp.launch.jobs import Resources
+from dash_exp.record.jobs import Resources
 
 
 def devices(config: Config) -> tuple[int, int]:

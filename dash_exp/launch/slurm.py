@@ -19,14 +19,15 @@ from submitit.core.utils import UncompletedJobError
 
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
-from dash_exp.launch import journal, queue
-from dash_exp.launch.jobs import Plan
-from dash_exp.launch.manifest import Entry, Manifest, held, sweep_folder
-from dash_exp.launch.processes import Locks
+from dash_exp.launch import queue
 from dash_exp.launch.slurm_arrays import Array, parameters, plan_arrays
 from dash_exp.launch.slurm_faults import faults, largest_array
 from dash_exp.launch.slurm_job import SlurmJob
-from dash_exp.record import read_json
+from dash_exp.record import journal
+from dash_exp.record.folder import read_json
+from dash_exp.record.jobs import Plan
+from dash_exp.record.locks import Locks
+from dash_exp.record.manifest import Entry, Manifest, held, sweep_folder
 
 __all__ = ["entries_of", "faults", "open_entries", "sbatch_text", "submit"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dash_exp.config.schema import ClusterConfig
-from dash_exp.launch.jobs import Resources
-from dash_exp.launch.manifest import Entry
+from dash_exp.record.jobs import Resources
+from dash_exp.record.manifest import Entry
 
 NAME_LENGTH = 60
 SHOWN = 3

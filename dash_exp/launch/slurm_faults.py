@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, nearest
-from dash_exp.launch.jobs import Resources
-from dash_exp.launch.manifest import Entry
 from dash_exp.launch.queue import run
 from dash_exp.launch.slurm_arrays import Demand, demand_of
+from dash_exp.record.jobs import Resources
+from dash_exp.record.manifest import Entry
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 MAX_ARRAY_SIZE = 1001

@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dash_exp.launch import journal, queue
-from dash_exp.launch.endings import is_cancelled, say_state
-from dash_exp.launch.failures import may_retry
+from dash_exp.launch import queue
 from dash_exp.launch.pool import Relay, Terms, run_pool
 from dash_exp.launch.tails import last_lines
 from dash_exp.launch.worker import OUTPUT, Job, cell_actions
-from dash_exp.record import Row, read_json
+from dash_exp.record import journal
+from dash_exp.record.endings import is_cancelled, say_state
+from dash_exp.record.failures import may_retry
+from dash_exp.record.folder import Row, read_json
 from dash_exp.signals import handling, run_forwarding
 
 FAILED, BLOCKED, SIGNALLED = 1, 3, 128

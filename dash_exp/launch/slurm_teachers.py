@@ -11,16 +11,17 @@ from submitit.core.utils import UncompletedJobError
 
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
-from dash_exp.launch import journal, queue, slurm
-from dash_exp.launch import manifest as manifests
+from dash_exp.launch import queue, slurm
 from dash_exp.launch.actions import cluster_of
-from dash_exp.launch.jobs import Resources, Waiting
-from dash_exp.launch.manifest import Entry, Manifest, held
 from dash_exp.launch.pool import Relay
 from dash_exp.launch.resources import resources_of
 from dash_exp.launch.slurm_arrays import plan_arrays
 from dash_exp.launch.slurm_job import SIGNALLED, Place, out_of_time, queue_anew, say
 from dash_exp.launch.teachers import make_traces
+from dash_exp.record import journal
+from dash_exp.record import manifest as manifests
+from dash_exp.record.jobs import Resources, Waiting
+from dash_exp.record.manifest import Entry, Manifest, held
 from dash_exp.signals import handling
 from dash_exp.trace_settings import parse
 

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dash_exp.launch import journal
-from dash_exp.launch.processes import HERE, Locks, is_alive, runs
 from dash_exp.launch.queue import JobState
 from dash_exp.launch.tails import last_rows
 from dash_exp.launch.verdict import Evidence, judge
-from dash_exp.record import Row, last_attempts, read_json
+from dash_exp.record import journal
+from dash_exp.record.folder import Row, last_attempts, read_json
+from dash_exp.record.locks import HERE, Locks, is_alive, runs
 
 SHOWN = ("running", "queued", "pending", "blocked", "interrupted", "failed", "cancelled", "finished")
 ACTIVE = ("running", "queued")

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dash_exp import provenance
 from dash_exp.launch import queue
-from dash_exp.launch.failures import classify
-from dash_exp.launch.jobs import Waiting
 from dash_exp.launch.lookup import labels
-from dash_exp.launch.manifest import Entry, Manifest
-from dash_exp.launch.processes import HERE, runs
 from dash_exp.launch.states import ACTIVE, SHOWN, CellState, Reading, asked_about, states_from
 from dash_exp.launch.tails import last_lines
-from dash_exp.record import Row, read_json
+from dash_exp.record import provenance
+from dash_exp.record.failures import classify
+from dash_exp.record.folder import Row, read_json
+from dash_exp.record.jobs import Waiting
+from dash_exp.record.locks import HERE, runs
+from dash_exp.record.manifest import Entry, Manifest
 
 CONTROLLER = "controller.json"
 OPEN = ("running", "queued", "pending", "blocked", "interrupted")

@@ -11,13 +11,13 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from dash_exp.launch import journal
 from dash_exp.launch.lookup import default_root, labels
-from dash_exp.launch.manifest import Entry, Manifest
 from dash_exp.launch.queue import jobs
 from dash_exp.launch.states import CellState, states_of
 from dash_exp.launch.worker import gist
-from dash_exp.record import Row, read_final
+from dash_exp.record import journal
+from dash_exp.record.folder import Row, read_final
+from dash_exp.record.manifest import Entry, Manifest
 from dash_exp.terminal import REWARD
 from dash_exp.text import format_path, format_seconds
 

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from dash_exp.record import Row
+from dash_exp.record.folder import Row
 
 STEP_BYTES = 24_000
 """More than ten rows of steps.jsonl."""

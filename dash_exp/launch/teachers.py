@@ -9,12 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from dash_exp.cells import Cell
 from dash_exp.errors import UserError
-from dash_exp.launch import manifest as manifests
-from dash_exp.launch.jobs import PlannedCell, Traces
-from dash_exp.launch.manifest import Entry, Manifest
 from dash_exp.launch.pool import Relay, Say
+from dash_exp.record import manifest as manifests
+from dash_exp.record.identity import Cell
+from dash_exp.record.jobs import PlannedCell, Traces
+from dash_exp.record.manifest import Entry, Manifest
 from dash_exp.signals import run_forwarding
 from dash_exp.text import format_path
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dash_exp.launch.failures import BY_SCHEDULER
 from dash_exp.launch.queue import JobState
-from dash_exp.record import Row
+from dash_exp.record.failures import BY_SCHEDULER
+from dash_exp.record.folder import Row
 from dash_exp.text import format_seconds
 
 QUIET_S = 900.0

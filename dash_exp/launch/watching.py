@@ -18,10 +18,10 @@ from rich.text import Text
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.launch import lookup
 from dash_exp.launch.lookup import LIST_HINT, Target, find, launched, select
-from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.report import status_view, sweep_lines
 from dash_exp.launch.status import OPEN, SweepState, Watched, is_moving, watch, watch_all
 from dash_exp.launch.tails import Follower, last_lines
+from dash_exp.record.manifest import Manifest
 from dash_exp.text import format_path
 
 OK = 0

@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.launch.failures import KERNEL_KILLED, signal_of
 from dash_exp.launch.shares import Lease
-from dash_exp.record import Row, read_json
+from dash_exp.record.failures import KERNEL_KILLED, signal_of
+from dash_exp.record.folder import Row, read_json
 
 OUTPUT = "output.txt"
 TAIL_BYTES = 16_000

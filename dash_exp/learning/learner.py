@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_exp.checkpoint import Snapshot
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning import losses
 from dash_exp.learning.adapters import add_adapters, disabled, plain_weights
@@ -20,6 +19,7 @@ from dash_exp.learning.schedules import kl_coefficient, learning_rate
 from dash_exp.learning.scorer import Scorer, frozen_copy
 from dash_exp.learning.settings import BatchSums, Objective, Optimization, UpdateStats
 from dash_exp.learning.weights import Weights
+from dash_exp.record.checkpoint import Snapshot
 
 
 class Learner:

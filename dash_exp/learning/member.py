@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dash_exp.checkpoint import Snapshot
-from dash_exp.checksums import checksum
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.agreement import StateFacts, fingerprint, take_state
 from dash_exp.learning.learner import Learner
@@ -24,6 +22,8 @@ from dash_exp.learning.settings import Objective, Optimization, UpdateStats
 from dash_exp.learning.sums import Sums
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import load_model
+from dash_exp.record.checkpoint import Snapshot
+from dash_exp.record.checksums import checksum
 
 Made = TypeVar("Made")
 

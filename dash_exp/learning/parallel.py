@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dash_exp.checkpoint import Snapshot
 from dash_exp.learning.agreement import BUCKET, facts_of
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.links import Alone, Links
@@ -23,6 +22,7 @@ from dash_exp.learning.packing import MicroBatch
 from dash_exp.learning.rounds import Round
 from dash_exp.learning.settings import UpdateStats
 from dash_exp.learning.weights import Weights
+from dash_exp.record.checkpoint import Snapshot
 
 LARGEST = ("gpu_peak_mb", "update/reduce_s")
 """Of these sums the largest rank's counts."""

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from dash_exp.checksums import checksum
+from dash_exp.record.checksums import checksum
 from dash_exp.sampling.answers import GarbageError
 from dash_exp.sampling.server_client import RefusedError, ServerClient
 from dash_exp.sampling.transfer import IPC, NCCL, OutdatedError, Weights

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dash_exp.checksums import checksum
+from dash_exp.record.checksums import checksum
 from dash_exp.sampling.server_client import ServerClient
 from dash_exp.sampling.shared_weights import PREFIX, locked, remove_left_behind
 from dash_exp.sampling.transfer import PATH, Weights

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dash_exp.record import read_json
+from dash_exp.record.folder import read_json
 from dash_exp.sampling.transfer import IPC
 from dash_exp.signals import SCHEDULERS, sheltered
 

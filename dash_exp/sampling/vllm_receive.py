@@ -20,7 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from dash_exp.checksums import checksum
+from dash_exp.record.checksums import checksum
 from dash_exp.sampling.shared_weights import SharedReader
 from dash_exp.sampling.transfer import IPC, NCCL, PATH
 from dash_exp.sampling.vllm_load import Loader

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import dash_exp.sampling.vllm_receive  # noqa: F401  (registers our transfers with vLLM)
-from dash_exp.record import write_json
+from dash_exp.record.folder import write_json
 from dash_exp.sampling.answers import FACTS
 from dash_exp.sampling.vllm_executor import patient
 from dash_exp.sampling.vllm_group import shared_prompts

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.hashing import package_version
+from dash_exp.record.hashing import package_version
 from dash_exp.tasks.examples import Example, ExampleSet
 from dash_exp.verifiers.gold import GymGold
 

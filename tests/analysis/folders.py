@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dash_exp.record import Recorder, write_json
+from dash_exp.record.folder import Recorder, write_json
 
 CPU = {"cpu": "Test CPU", "cores": 2, "threads": 2, "memory_gb": 8.0, "gpus": []}
 PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "evaluate", "checkpoint", "other")

@@ -23,7 +23,7 @@ from analysis.make import Report, differences, make, write
 from analysis.more_tables import reached_by_all, seconds_to
 from analysis.variants import repeated, variants
 from dash_exp.errors import UserError
-from dash_exp.record import write_json
+from dash_exp.record.folder import write_json
 from tests.analysis.folders import CPU, config, make_cell, step_row
 from tests.conftest import REPOSITORY
 

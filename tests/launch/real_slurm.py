@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dash_exp.launch import journal
-from dash_exp.record import Row, read_json, read_rows
+from dash_exp.record import journal
+from dash_exp.record.folder import Row, read_json, read_rows
 from tests.conftest import REPOSITORY
 
 SCRIPTS = REPOSITORY.parent / "shared" / "slurm"

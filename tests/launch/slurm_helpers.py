@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dash_exp.cells import make_cell
 from dash_exp.config.compose import compose
 from dash_exp.config.schema import ClusterConfig
-from dash_exp.launch import manifest
-from dash_exp.launch.jobs import Plan, PlannedCell, Resources
-from dash_exp.launch.manifest import Entry, Manifest
+from dash_exp.record import manifest
+from dash_exp.record.identity import make_cell
+from dash_exp.record.jobs import Plan, PlannedCell, Resources
+from dash_exp.record.manifest import Entry, Manifest
 from tests.test_run import SMALL
 
 SMALL_JOB = Resources(gpus=0, cpus=1, memory_gb=1, minutes=60)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from dash_exp.cells import Cell
-from dash_exp.launch import manifest as manifests
-from dash_exp.launch.jobs import Plan, PlannedCell, Resources, Traces, Waiting
-from dash_exp.launch.manifest import Manifest
 from dash_exp.launch.status import watch
-from dash_exp.record import Recorder, write_json
+from dash_exp.record import manifest as manifests
+from dash_exp.record.folder import Recorder, write_json
+from dash_exp.record.identity import Cell
+from dash_exp.record.jobs import Plan, PlannedCell, Resources, Traces, Waiting
+from dash_exp.record.manifest import Manifest
 from dash_exp.sweep import main
 from tests.conftest import REPOSITORY
 
@@ -39,7 +39,7 @@ FROZEN: dict[str, Any] = {
 HOLDER = """
 import signal, sys, time
 from pathlib import Path
-from dash_exp.record import Recorder
+from dash_exp.record.folder import Recorder
 from dash_exp.signals import Interrupted, Stop, handling
 step = int(sys.argv[2])
 try:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch import journal
-from dash_exp.launch.endings import is_cancelled, note_end, say_state
-from dash_exp.launch.failures import CLASSES, KERNEL_KILLED, classify, may_retry
-from dash_exp.record import Row, lock, read_json, write_json
+from dash_exp.record import journal
+from dash_exp.record.endings import is_cancelled, note_end, say_state
+from dash_exp.record.failures import CLASSES, KERNEL_KILLED, classify, may_retry
+from dash_exp.record.folder import Row, lock, read_json, write_json
 
 LOST_RANK = "dash_exp: 1 problem, what was recorded is kept\n  learner.ranks: rank 1 was killed by SIGKILL"
 NO_VERDICT = "dash_exp: 1 problem\n  verifier: every verdict of step 3 failed: no worker"

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.launch import journal, local
+from dash_exp.launch import local
 from dash_exp.launch.actions import cluster_of
 from dash_exp.launch.dispatch import launch
-from dash_exp.launch.manifest import read
 from dash_exp.launch.plan import make_plan
-from dash_exp.launch.processes import Locks
-from dash_exp.record import Row, differences, read_json, read_rows
+from dash_exp.record import journal
+from dash_exp.record.folder import Row, differences, read_json, read_rows
+from dash_exp.record.locks import Locks
+from dash_exp.record.manifest import read
 from tests.conftest import REPOSITORY
 
 TINY = ["model=tiny", "debug=fast", "cluster.threads=1", "evaluation=none"]

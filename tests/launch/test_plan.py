@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.cells import freeze, make_cell, read_frozen
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.launch import hardware
 from dash_exp.launch.expand import products
-from dash_exp.launch.jobs import Plan
 from dash_exp.launch.plan import ad_hoc_name, make_plan, plan_spec
 from dash_exp.launch.resources import resource_faults, resources_of
 from dash_exp.launch.settings import split
 from dash_exp.launch.spec import load
-from dash_exp.record import write_json
+from dash_exp.record.folder import write_json
+from dash_exp.record.identity import freeze, make_cell, read_frozen
+from dash_exp.record.jobs import Plan
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("plain_machine")

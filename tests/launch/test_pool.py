@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from dash_exp.launch import journal
 from dash_exp.launch.pool import Relay, Terms, run_pool
 from dash_exp.launch.shares import Gpus, Lease, threads_each, visible_gpus
 from dash_exp.launch.worker import OUTPUT, Job, cell_actions, gist
-from dash_exp.record import Row, read_json, read_rows, write_json
+from dash_exp.record import journal
+from dash_exp.record.folder import Row, read_json, read_rows, write_json
 from tests.conftest import REPOSITORY
 
 RETRIES = {"node": 3, "preemption": 2, "unknown": 1, "config": 0}

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dash_exp.launch import journal
-from dash_exp.record import differences, read_final, read_json, read_rows
+from dash_exp.record import journal
+from dash_exp.record.folder import differences, read_final, read_json, read_rows
 from tests.conftest import REPOSITORY
 from tests.launch.test_multirun import STAND_IN, TINY
 from tests.test_run import SMALL

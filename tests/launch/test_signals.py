@@ -16,7 +16,7 @@ import pytest
 from dash_exp import signals
 from dash_exp.cell import run_config
 from dash_exp.config.compose import compose
-from dash_exp.record import read_final, read_json, read_rows
+from dash_exp.record.folder import read_final, read_json, read_rows
 from dash_exp.signals import SCHEDULERS, Interrupted, Stop, sheltered
 from tests.conftest import REPOSITORY
 from tests.test_run import SMALL
@@ -74,7 +74,7 @@ def test_what_breaks_after_a_signal_is_the_signals_doing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that the same signal ended, say, while the step that needed it was let to end."""
-    from dash_exp import checkpoint
+    from dash_exp.record import checkpoint
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

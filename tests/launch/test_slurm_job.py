@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from dash_exp.launch import journal, slurm
-from dash_exp.launch.manifest import Manifest
+from dash_exp.launch import slurm
 from dash_exp.launch.pool import Relay
 from dash_exp.launch.slurm_job import Place, SlurmJob, out_of_time, threads, used_requeues
-from dash_exp.record import Row, read_json, read_rows
+from dash_exp.record import journal
+from dash_exp.record.folder import Row, read_json, read_rows
+from dash_exp.record.manifest import Manifest
 from tests.conftest import REPOSITORY
 from tests.launch.slurm_helpers import FakeSlurm, cluster_of, made_up, write_made_up, write_sweep
 

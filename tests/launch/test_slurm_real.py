@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch import journal, queue, slurm
-from dash_exp.launch.jobs import Resources
-from dash_exp.launch.manifest import Entry, Manifest
-from dash_exp.record import differences, read_json, read_rows
+from dash_exp.launch import queue, slurm
+from dash_exp.record import journal
+from dash_exp.record.folder import differences, read_json, read_rows
+from dash_exp.record.jobs import Resources
+from dash_exp.record.manifest import Entry, Manifest
 from tests.conftest import REPOSITORY
 from tests.launch.real_slurm import (
     LARGEST_ARRAY,

@@ -11,10 +11,10 @@ from dash_exp.errors import UserError
 from dash_exp.launch import slurm_teachers
 from dash_exp.launch.actions import cluster_of
 from dash_exp.launch.dispatch import launch
-from dash_exp.launch.jobs import Plan
-from dash_exp.launch.manifest import read
 from dash_exp.launch.plan import make_plan
 from dash_exp.launch.slurm_teachers import TeacherJob, demands
+from dash_exp.record.jobs import Plan
+from dash_exp.record.manifest import read
 from tests.launch.slurm_helpers import FakeSlurm
 from tests.launch.test_teachers import CELL, DIGITS
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from dash_exp.launch import journal
-from dash_exp.launch.processes import HERE, Locks, ask_to_end, is_alive, runs
 from dash_exp.launch.queue import JobState
 from dash_exp.launch.states import Reading, recent_steps, state_of, states_of, steps_of
 from dash_exp.launch.tails import Follower, last_lines, last_rows
 from dash_exp.launch.verdict import Evidence, judge
-from dash_exp.record import Recorder, lock
+from dash_exp.record import journal
+from dash_exp.record.folder import Recorder, lock
+from dash_exp.record.locks import HERE, Locks, ask_to_end, is_alive, runs
 from tests.conftest import REPOSITORY
 from tests.launch.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 
@@ -243,7 +243,7 @@ def test_looking_never_takes_the_lock(folder: Path) -> None:
 def test_a_cell_that_ends_while_it_is_looked_at_never_seems_dead(folder: Path) -> None:
     """Between reading "running" and asking for the lock the run may have ended properly."""
     code = (
-        "import sys; from pathlib import Path; from dash_exp.record import Recorder\n"
+        "import sys; from pathlib import Path; from dash_exp.record.folder import Recorder\n"
         "print('go', flush=True)\n"
         "for step in range(100):\n"
         "    with Recorder(Path(sys.argv[1])) as recorder:\n"

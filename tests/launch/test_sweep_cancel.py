@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch import journal
-from dash_exp.launch import manifest as manifests
 from dash_exp.launch.cancel import cancel
-from dash_exp.launch.manifest import Manifest
-from dash_exp.launch.processes import is_alive
 from dash_exp.launch.states import CellState
 from dash_exp.launch.status import watch
-from dash_exp.record import read_final, read_json
+from dash_exp.record import journal
+from dash_exp.record import manifest as manifests
+from dash_exp.record.folder import read_final, read_json
+from dash_exp.record.locks import is_alive
+from dash_exp.record.manifest import Manifest
 from tests.launch.slurm_helpers import FakeSlurm
 from tests.launch.sweep_fixtures import (
     Capture,
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("eighty_columns")
 STUBBORN = """
 import signal, sys, time
 from pathlib import Path
-from dash_exp.record import Recorder
+from dash_exp.record.folder import Recorder
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(time.time()))
 with Recorder(Path(sys.argv[1])) as recorder:

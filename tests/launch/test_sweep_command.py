@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch import journal
-from dash_exp.launch import manifest as manifests
 from dash_exp.launch.planning import plan_of, with_configs
 from dash_exp.launch.watching import logs_command
+from dash_exp.record import journal
+from dash_exp.record import manifest as manifests
 from dash_exp.sweep import COMMANDS, parser_of
 from tests.conftest import REPOSITORY
 from tests.launch.slurm_helpers import FakeSlurm

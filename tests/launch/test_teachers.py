@@ -8,9 +8,9 @@ import pytest
 
 from dash_exp.launch.actions import cluster_of
 from dash_exp.launch.dispatch import launch
-from dash_exp.launch.manifest import read
 from dash_exp.launch.plan import make_plan
-from dash_exp.record import read_json
+from dash_exp.record.folder import read_json
+from dash_exp.record.manifest import read
 from tests.conftest import REPOSITORY
 
 DIGITS = [

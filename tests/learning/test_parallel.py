@@ -24,8 +24,8 @@ from dash_exp.learning.parallel import ParallelLearner, compare
 from dash_exp.learning.ranks import start
 from dash_exp.learning.rounds import Rounds
 from dash_exp.learning.settings import Objective, UpdateStats
-from dash_exp.ledger import Ledger
-from dash_exp.record import Recorder
+from dash_exp.record.folder import Recorder
+from dash_exp.record.ledger import Ledger
 from dash_exp.types import AdvantagedGroup
 from dash_exp.updates import mini_batches, repeated_updates
 from tests.conftest import make_groups

@@ -15,10 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dash_exp import checkpoint
 from dash_exp.build import model_to_sample
-from dash_exp.cells import cell_of, described
-from dash_exp.checkpoint import Snapshot
 from dash_exp.config.compose import compose
 from dash_exp.learning.links import Alone, Leader
 from dash_exp.learning.member import Spec
@@ -27,10 +24,13 @@ from dash_exp.learning.parallel import ParallelLearner, in_parts
 from dash_exp.learning.ranks import start
 from dash_exp.learning.rounds import Rounds
 from dash_exp.learning.settings import Objective, UpdateStats
-from dash_exp.ledger import Ledger
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import load_computing, load_model
-from dash_exp.record import Recorder
+from dash_exp.record import checkpoint
+from dash_exp.record.checkpoint import Snapshot
+from dash_exp.record.folder import Recorder
+from dash_exp.record.identity import cell_of, described
+from dash_exp.record.ledger import Ledger
 from dash_exp.sampling.hf import HFSampler
 from dash_exp.types import AdvantagedGroup
 from dash_exp.updates import mini_batches, repeated_updates

@@ -71,7 +71,7 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
     hand here; everything else is as on a GPU."""
     from vllm.config import WeightTransferConfig
 
-    from dash_exp.checksums import checksum
+    from dash_exp.record.checksums import checksum
     from dash_exp.sampling import vllm_device
 
     found: list[str] = []

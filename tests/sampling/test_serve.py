@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.record import read_json, read_rows
+from dash_exp.record.folder import read_json, read_rows
 from dash_exp.sampling.protocol import arrived
 from dash_exp.serve import key_of, longest, main, parse, reachable, refuse_taken
 from tests.conftest import REPOSITORY

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dash_exp.record import read_json, read_rows
+from dash_exp.record.folder import read_json, read_rows
 from tests.conftest import REPOSITORY
 from tests.test_run import SMALL, finish, steps_of, wait_for_steps
 

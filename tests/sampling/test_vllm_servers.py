@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dash_exp.checksums import checksum
+from dash_exp.record.checksums import checksum
 from dash_exp.sampling.member import Member, Patience
 from dash_exp.sampling.path_transfer import PathTransfer
 from dash_exp.sampling.protocol import arrived

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from dash_exp.build_task import layout, load_examples
-from dash_exp.cells import resolve_paths
 from dash_exp.config.compose import compose
 from dash_exp.config.schema import DatasetConfig
 from dash_exp.errors import UserError
+from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example
 from dash_exp.tasks.rows import Layout, called_function, row_id
 from dash_exp.tasks.sources import from_rows, read_jsonl

@@ -12,8 +12,8 @@ from dash_exp.config.compose import compose
 from dash_exp.config.environment import is_installed
 from dash_exp.config.limits import TEMPLATES
 from dash_exp.errors import UserError
-from dash_exp.hashing import package_path
 from dash_exp.modeling.source import load_tokenizer
+from dash_exp.record.hashing import package_path
 from dash_exp.tasks.examples import Example
 from dash_exp.tasks.templates import CHATS, RENDERERS, Style, renderer
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dash_exp.record import CellBusy, Recorder, read_json
+from dash_exp.record.folder import CellBusy, Recorder, read_json
 from dash_exp.signals import STOPPING
 
 

@@ -5,7 +5,7 @@
     provenance.json  code, packages, hardware      evals.jsonl    one row per metric and evaluation
     log.txt          what was said                 events.jsonl   who did what when; faults
     eval_samples.jsonl one row per evaluated prompt
-    checkpoints/     see checkpoint.py
+    checkpoints/     see record/checkpoint.py
 
 Files only grow. Every row carries `attempt`; where a resumed run wrote a step again, readers take the
 rows of the last attempt. A line torn by a crash is left in place and counted.

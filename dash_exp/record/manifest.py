@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dash_exp.cells import freeze
 from dash_exp.errors import Fault, UserError
-from dash_exp.launch.jobs import Plan, PlannedCell, Resources, Traces, Waiting
-from dash_exp.record import read_json, write_json
+from dash_exp.record.folder import read_json, write_json
+from dash_exp.record.identity import freeze
+from dash_exp.record.jobs import Plan, PlannedCell, Resources, Traces, Waiting
 
 FORMAT = 1
 NAME = "manifest.json"

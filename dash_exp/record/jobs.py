@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.cells import Cell
+from dash_exp.record.identity import Cell
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from dash_exp.config.schema import ACTIONS, Config, DatasetConfig, ModelConfig, dataset_places, to_config
-from dash_exp.hashing import file_hash, model_hash, package_path, package_version
+from dash_exp.record.hashing import file_hash, model_hash, package_path, package_version
 
 FORMAT = 1
 """Raised when the meaning of a config changes, so that old records are not taken for new ones."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dash_exp.record import Row, finite
+from dash_exp.record.folder import Row, finite
 from dash_exp.types import AdvantagedGroup, Completion, Score
 
 

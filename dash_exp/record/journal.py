@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from dash_exp.record import Row, read_rows
+from dash_exp.record.folder import Row, read_rows
 
 NAME = "launch.jsonl"
 

@@ -20,8 +20,8 @@ import re
 import signal
 from collections.abc import Iterable, Mapping
 
-from dash_exp.launch import journal
-from dash_exp.record import Row
+from dash_exp.record import journal
+from dash_exp.record.folder import Row
 
 CLASSES = ("out_of_memory", "timeout", "preemption", "node", "nccl", "nan", "config", "verifier", "unknown")
 SIGNALLED, USER_ERROR = 128, 2

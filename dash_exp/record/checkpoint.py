@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dash_exp.record import read_json, write_json
+from dash_exp.record.folder import read_json, write_json
 
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 CHECKSUMS = "checksums.json"

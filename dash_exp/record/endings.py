@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dash_exp.launch import journal
-from dash_exp.record import CellBusy, Row, lock, read_json, write_json
+from dash_exp.record import journal
+from dash_exp.record.folder import CellBusy, Row, lock, read_json, write_json
 
 
 def say_state(folder: Path, state: str, **more: object) -> bool:
