@@ -21,11 +21,11 @@ from typing import Any
 
 from benchmarks.report import describe, machine, print_table, write
 from dash_exp.types import Score
-from dash_exp.verifiers.extraction import extract
-from dash_exp.verifiers.frontends import PooledCodeVerifier
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.judges import PooledCodeVerifier
+from dash_exp.verifiers.math.extraction import extract
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.protocol import VerifyTask
+from dash_exp.verifiers.types import VerifyTask
 
 GENEROUS_S = 120.0
 PAUSE_S = 0.02
@@ -55,7 +55,7 @@ def maths_pairs(folder: Path, count: int) -> list[Pair]:
 
 def measure_maths(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Seconds a verdict: in this process, and through a pool of one worker, one after the other."""
-    from dash_exp.verifiers.maths import judge_candidate
+    from dash_exp.verifiers.math.verdict import judge_candidate
 
     for text, gold in pairs[:20]:
         judge_candidate(text, gold)

@@ -31,8 +31,8 @@ def take_turns(
     from benchmarks.peer import Rewards, Seen, Turns, integer_rewards, make_trainer
     from benchmarks.rewards import SetJudge, SetRewards, marked
     from dash_exp.tasks.prompts import batch
-    from dash_exp.verifiers.frontends import InlineVerifier
-    from dash_exp.verifiers.integer import judge_integer
+    from dash_exp.verifiers.judges import InlineVerifier
+    from dash_exp.verifiers.math.integer import judge_integer
 
     ours = Ours(config, cache, scratch / "ours")
     plan, count = ours.machine.plan, updates + WARM_UP

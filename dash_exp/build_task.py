@@ -21,15 +21,15 @@ from dash_exp.tasks.rows import Layout
 from dash_exp.tasks.sources import read_hub, read_jsonl
 from dash_exp.tasks.templates import CHATS, Chat, Style, renderer
 from dash_exp.types import Decoding
-from dash_exp.verifiers.frontends import (
+from dash_exp.verifiers.judges import (
     InlineVerifier,
     PooledCodeVerifier,
     PooledGymVerifier,
     PooledMathVerifier,
 )
-from dash_exp.verifiers.integer import judge_integer
+from dash_exp.verifiers.math.integer import judge_integer
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.protocol import Verifier
+from dash_exp.verifiers.types import Verifier
 
 
 @dataclass(frozen=True, slots=True)

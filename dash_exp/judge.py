@@ -29,7 +29,7 @@ from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example
 from dash_exp.text import format_seconds
 from dash_exp.types import Score
-from dash_exp.verifiers.extraction import extract
+from dash_exp.verifiers.math.extraction import extract
 
 USAGE = "python -m dash_exp.judge dataset=<option> [completions=<jsonl>] [key=value ...]"
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130

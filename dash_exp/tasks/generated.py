@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dash_exp.seeding import permutation, seed_for
 from dash_exp.tasks.examples import Example, ExampleSet
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code.gold import CodeGold
 
 HELD_OUT_SUMS = 500
 SPLIT_SEED = 20250518  # fixed for good: the split must be the same in every run

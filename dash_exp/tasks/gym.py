@@ -15,7 +15,7 @@ from typing import Any
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.hashing import package_version
 from dash_exp.tasks.examples import Example, ExampleSet
-from dash_exp.verifiers.gold import GymGold
+from dash_exp.verifiers.code.gold import GymGold
 
 TEST_SHARE = 0.25
 """Of all questions; fixed for good, as the seeds are."""

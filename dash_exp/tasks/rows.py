@@ -11,7 +11,7 @@ from typing import Any
 
 from dash_exp.errors import Fault
 from dash_exp.tasks.examples import Example
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code.gold import CodeGold
 
 
 @dataclass(frozen=True, slots=True)

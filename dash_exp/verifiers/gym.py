@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dash_exp.types import Score
-from dash_exp.verifiers.gold import GymGold
-from dash_exp.verifiers.protocol import score
+from dash_exp.verifiers.code.gold import GymGold
+from dash_exp.verifiers.types import score
 
 EVALUATE_ANSWERS = (
     "algorithmic.string_insertion",

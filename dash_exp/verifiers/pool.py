@@ -11,14 +11,14 @@ from types import TracebackType
 from typing import Self
 
 from dash_exp.types import Score
+from dash_exp.verifiers.code.sandbox import Confinement
 from dash_exp.verifiers.process import (
     WorkerDiedError,
     WorkerLimits,
     WorkerProcess,
     WorkerTimeoutError,
 )
-from dash_exp.verifiers.protocol import VerifyTask, score
-from dash_exp.verifiers.sandbox import Confinement
+from dash_exp.verifiers.types import VerifyTask, score
 
 _JOIN_S = 10.0
 

@@ -19,8 +19,8 @@ from typing import Any
 import dash_exp
 from dash_exp.signals import SCHEDULERS, sheltered
 from dash_exp.types import Score
-from dash_exp.verifiers.protocol import VerifyTask
-from dash_exp.verifiers.sandbox import Confinement
+from dash_exp.verifiers.code.sandbox import Confinement
+from dash_exp.verifiers.types import VerifyTask
 
 _MAX_VERDICT_BYTES = 65_536
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR")

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from dash_exp.types import Score
-from dash_exp.verifiers.protocol import VerifyTask, score
+from dash_exp.verifiers.types import VerifyTask, score
 
 _PR_SET_PDEATHSIG = 1
 _MAX_DETAIL_CHARS = 400
@@ -85,8 +85,8 @@ def _limit_memory(megabytes: int) -> None:
 
 def _judges() -> Mapping[str, Judge]:
     """Judges by name, warmed up: the first verdict should not pay for imports."""
-    from dash_exp.verifiers.integer import judge_integer
-    from dash_exp.verifiers.maths import judge_candidate, judge_math
+    from dash_exp.verifiers.math.integer import judge_integer
+    from dash_exp.verifiers.math.verdict import judge_candidate, judge_math
 
     judge_candidate("x + \\frac{1}{2}", "\\frac{1 + 2x}{2}")
     return {

@@ -20,7 +20,7 @@ from dash_exp.modeling.source import load_tokenizer
 from dash_exp.tasks.generated import HEADER, functions
 from dash_exp.tasks.gym import gym_examples
 from dash_exp.tasks.prompts import batch
-from dash_exp.verifiers.frontends import PooledMathVerifier
+from dash_exp.verifiers.judges import PooledMathVerifier
 
 
 @pytest.fixture

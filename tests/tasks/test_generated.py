@@ -11,8 +11,8 @@ from dash_exp.config.environment import GYM_PACKAGE, gym_setting_faults, is_inst
 from dash_exp.errors import UserError
 from dash_exp.tasks.generated import HEADER, arithmetic, functions
 from dash_exp.tasks.gym import gym_examples, split_of, to_gold, try_scoring
-from dash_exp.verifiers.gold import CodeGold, GymGold
-from dash_exp.verifiers.integer import judge_integer
+from dash_exp.verifiers.code.gold import CodeGold, GymGold
+from dash_exp.verifiers.math.integer import judge_integer
 
 INPUTS = range(-20, 60)
 

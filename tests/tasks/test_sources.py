@@ -18,7 +18,7 @@ from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example
 from dash_exp.tasks.rows import Layout, called_function, row_id
 from dash_exp.tasks.sources import from_rows, read_jsonl
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code.gold import CodeGold
 
 MATHS = Layout({"id": ["id"], "problem": ["problem", "question"], "answer": ["answer"]})
 CODE = Layout({"problem": ["prompt"], "solution": ["code"]}, code=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from dash_exp.verifiers.frontends import PooledCodeVerifier, Wanted
-from dash_exp.verifiers.sandbox import confinement
+from dash_exp.verifiers.code.sandbox import confinement
+from dash_exp.verifiers.judges import PooledCodeVerifier, Wanted
 
 CONFINEMENTS: tuple[Wanted, ...] = ("bwrap", "limits")
 WORKERS = 2

@@ -275,7 +275,7 @@ FILES = {
         "crashed",
     ),
     "write into the package": wins(
-        "import dash_exp.verifiers.protocol as p\nopen(p.__file__, 'a').write('#')", needs="filter"
+        "import dash_exp.verifiers.types as p\nopen(p.__file__, 'a').write('#')", needs="filter"
     ),
     "read a file of the test": wins("assert open('@CANARY@/canary').read()", needs="bwrap"),
     "read the users": wins("assert open('/etc/passwd').read()", needs="bwrap"),
@@ -341,7 +341,7 @@ FORGERIES = {
     "a comparison for a class of the reader's": plain(
         """
         import os, pickle, sys
-        from dash_exp.verifiers.values import build
+        from dash_exp.verifiers.code.values import build
         class Handle:
             def __reduce__(s): return build, ('handle', Handle.number)
         class Kind:
@@ -384,7 +384,7 @@ FORGERIES = {
     "empty sys.modules": plain("import sys\nsys.modules.clear()\ndef f(x): return 0"),
     "patched judge": plain(
         """
-        import dash_exp.verifiers.examiner as e, dash_exp.verifiers.protocol as p, dash_exp.verifiers.values as v
+        import dash_exp.verifiers.code.examiner as e, dash_exp.verifiers.types as p, dash_exp.verifiers.code.values as v
         from dash_exp.types import Score
         e.score = p.score = lambda *a: Score(1.0, 'correct')
         e.Examiner.examine = lambda *a: Score(1.0, 'correct')

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dash_exp.types import Score
 from dash_exp.verifiers import worker
-from dash_exp.verifiers.protocol import VerifyTask, score
+from dash_exp.verifiers.types import VerifyTask, score
 
 FORGED = json.dumps({"serial": 1, "score": {"value": 1.0, "outcome": "correct", "detail": ""}})
 

@@ -9,8 +9,8 @@ import sys
 import time
 from dataclasses import asdict
 
-from dash_exp.verifiers.frontends import PooledCodeVerifier
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.judges import PooledCodeVerifier
 
 OWNERS = (
     "fcntl.fcntl(r, fcntl.F_SETOWN, {pid})",

@@ -11,9 +11,9 @@ import pytest
 from code_fixtures import CONFINEMENTS, verifier_in
 
 from dash_exp.verifiers import gym
-from dash_exp.verifiers.frontends import PooledGymVerifier, answer_tag
-from dash_exp.verifiers.gold import GymGold
+from dash_exp.verifiers.code.gold import GymGold
 from dash_exp.verifiers.gym import is_formula, read_literal
+from dash_exp.verifiers.judges import PooledGymVerifier, answer_tag
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
 GENEROUS_S = 60.0

@@ -12,9 +12,9 @@ import pytest
 from code_fixtures import CONFINEMENTS, WORKERS, descendants, verifier_in
 from hostile_programs import HOSTILE, RIGHT, TESTS
 
-from dash_exp.verifiers.confine import filter_supported
-from dash_exp.verifiers.frontends import PooledCodeVerifier, Wanted
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code.confine import filter_supported
+from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.judges import PooledCodeVerifier, Wanted
 
 TIMEOUT_S = 0.6
 GENEROUS_S = 60.0

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dash_exp.verifiers.frontends import PooledCodeVerifier
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.judges import PooledCodeVerifier
 
 FILES = ("mbppplus_train.jsonl", "mbppplus_test.jsonl", "mbpp_sanitized.jsonl", "humaneval_test.jsonl")
 SAMPLE = 25

@@ -15,13 +15,13 @@ import pytest
 from code_fixtures import skip_without
 
 import dash_exp
-from dash_exp.verifiers import sandbox
-from dash_exp.verifiers.confine import filter_supported
-from dash_exp.verifiers.frontends import PooledCodeVerifier
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code import sandbox
+from dash_exp.verifiers.code.confine import filter_supported
+from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.code.sandbox import Confinement, confinement, spare_uid
+from dash_exp.verifiers.judges import PooledCodeVerifier
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.protocol import VerifyTask
-from dash_exp.verifiers.sandbox import Confinement, confinement, spare_uid
+from dash_exp.verifiers.types import VerifyTask
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_linked_environment_is_no_obstacle(tmp_path: Path) -> None:
     """An environment that is a link to another folder, as some tools make them."""
     skip_without("bwrap")
     (tmp_path / "venv").symlink_to(sys.prefix)
-    code = "from dash_exp.verifiers.sandbox import confinement; print(confinement('bwrap').kind)"
+    code = "from dash_exp.verifiers.code.sandbox import confinement; print(confinement('bwrap').kind)"
     done = subprocess.run(
         [tmp_path / "venv" / "bin" / "python", "-c", code],
         cwd=Path(dash_exp.__file__).parents[1],
@@ -132,7 +132,7 @@ def test_the_sandbox_shows_little() -> None:
 def test_a_sandbox_that_cannot_start_is_our_fault() -> None:
     broken = Confinement("bwrap", ("sh", "-c", "echo out of namespaces >&2; exit 1"), (), (), False)
     with VerifierPool(
-        1, 5.0, 512, max_starts=1, module="dash_exp.verifiers.code_host", sandbox=broken
+        1, 5.0, 512, max_starts=1, module="dash_exp.verifiers.code.host", sandbox=broken
     ) as pool:
         verdict = pool.submit(VerifyTask("", "code", "", "def f(): 0", CodeGold("f()").to_text())).result(60)
     assert verdict.outcome == "verifier_error"
@@ -173,7 +173,7 @@ def python_of_another_user() -> list[str]:
         pytest.skip("only root, with setpriv, can become another user")
     root = str(Path(dash_exp.__file__).resolve().parents[1])
     become = [setpriv, "--reuid=65534", "--regid=65534", "--clear-groups", "env", "-i", f"PYTHONPATH={root}"]
-    check = "import sys; assert sys.version_info >= (3, 11); import dash_exp.verifiers.frontends"
+    check = "import sys; assert sys.version_info >= (3, 11); import dash_exp.verifiers.judges"
     for python in (sys.executable, "/usr/bin/python3"):
         words = [*become, "PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1", python]
         if subprocess.run([*words, "-c", check], cwd="/", capture_output=True, check=False).returncode == 0:

@@ -25,8 +25,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp.verifiers import values
-from dash_exp.verifiers.values import Channel, ChannelClosedError, decode, encode
+from dash_exp.verifiers.code import values
+from dash_exp.verifiers.code.values import Channel, ChannelClosedError, decode, encode
 
 EAST = datetime.timezone(datetime.timedelta(hours=5, minutes=30), "east")
 ROME = zoneinfo.ZoneInfo("Europe/Rome")

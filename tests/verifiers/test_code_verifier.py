@@ -12,9 +12,9 @@ import pytest
 from code_fixtures import CONFINEMENTS, descendants, verifier_in
 
 from dash_exp.types import Score
-from dash_exp.verifiers.frontends import PooledCodeVerifier, Wanted
-from dash_exp.verifiers.gold import CodeGold
-from dash_exp.verifiers.protocol import Verifier
+from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.judges import PooledCodeVerifier, Wanted
+from dash_exp.verifiers.types import Verifier
 
 GENEROUS_S = 60.0
 UNITTEST = (
@@ -358,7 +358,7 @@ SAYS_NOTHING = (
         (SAYS_NOTHING, "{2: 1}[f(1)]"),
         (SAYS_NOTHING.replace("1 / 0", "os._exit(0)"), "assert f(1) == 2, f(1)"),
         (
-            "import dash_exp.verifiers.candidate as c\nclass G:\n    def get(s, *a): return 1\n"
+            "import dash_exp.verifiers.code.candidate as c\nclass G:\n    def get(s, *a): return 1\n"
             "c.Candidate._do_globals = lambda *a: ('ok', G(), None)",
             "f(1)",
         ),

@@ -8,10 +8,10 @@ from concurrent.futures import Future
 import pytest
 
 from dash_exp.types import Score
-from dash_exp.verifiers.frontends import InlineVerifier, PooledMathVerifier
-from dash_exp.verifiers.integer import judge_integer
+from dash_exp.verifiers.judges import InlineVerifier, PooledMathVerifier
+from dash_exp.verifiers.math.integer import judge_integer
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.protocol import Verifier, VerifyTask, score
+from dash_exp.verifiers.types import Verifier, VerifyTask, score
 
 GENEROUS_S = 120.0
 

@@ -20,7 +20,7 @@ HANGS = ("9^{9^{9^9}}", "7^{7^{7^{7^7}}}")
 SCRIPT = """
 import sys, time
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.protocol import VerifyTask
+from dash_exp.verifiers.types import VerifyTask
 pool = VerifierPool(2, timeout_s=600)
 pool.submit(VerifyTask(0, "math", "whole", "1", "1")).result()
 futures = [pool.submit(VerifyTask(0, "math", "whole", text, "3")) for text in sys.argv[1:]]
@@ -68,7 +68,7 @@ def test_a_parent_that_forgets_to_close_still_ends(wait_gone: WaitGone, end: str
 def test_the_parent_imports_no_algebra() -> None:
     code = """
         import sys
-        import dash_exp.verifiers.frontends, dash_exp.verifiers.integer
+        import dash_exp.verifiers.judges, dash_exp.verifiers.math.integer
         heavy = {"sympy", "math_verify", "latex2sympy2_extended", "torch", "transformers", "numpy"}
         print(sorted(heavy & set(sys.modules)))
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.protocol import VerifyTask
+from dash_exp.verifiers.types import VerifyTask
 
 WaitGone = Callable[[list[int]], list[int]]
 GENEROUS_S = 120.0

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dash_exp.verifiers.compare import Match, compare
-from dash_exp.verifiers.forms import parse_form
-from dash_exp.verifiers.maths import judge_candidate, judge_math
-from dash_exp.verifiers.normalise import normalise
+from dash_exp.verifiers.math.compare import Match, compare
+from dash_exp.verifiers.math.forms import parse_form
+from dash_exp.verifiers.math.normalise import normalise
+from dash_exp.verifiers.math.verdict import judge_candidate, judge_math
 
 Rows = Callable[[str], list[dict[str, str]]]
 

@@ -10,11 +10,11 @@ from fractions import Fraction
 
 import sympy
 
-from dash_exp.verifiers import symbolic
-from dash_exp.verifiers.forms import Form, Group, Relation, SetExpr, has_symbols
-from dash_exp.verifiers.leaves import Leaf, colon_parts, parse_leaf
-from dash_exp.verifiers.normalise import plain_words, squash
-from dash_exp.verifiers.units import is_time_of_day, units_clash
+from dash_exp.verifiers.math import symbolic
+from dash_exp.verifiers.math.forms import Form, Group, Relation, SetExpr, has_symbols
+from dash_exp.verifiers.math.leaves import Leaf, colon_parts, parse_leaf
+from dash_exp.verifiers.math.normalise import plain_words, squash
+from dash_exp.verifiers.math.units import is_time_of_day, units_clash
 
 _ROUNDED_DIGITS = 3
 """A gold decimal with at least this many significant digits may be a rounded exact number."""

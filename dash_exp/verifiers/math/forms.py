@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from dash_exp.verifiers.leaves import NAME, Leaf, parse_leaf
-from dash_exp.verifiers.normalise import closing, trim
+from dash_exp.verifiers.math.leaves import NAME, Leaf, parse_leaf
+from dash_exp.verifiers.math.normalise import closing, trim
 
 MAX_ITEMS = 64
 _MAX_DEPTH = 12

@@ -1,6 +1,6 @@
 """The process inside the sandbox that judges programs, one verdict at a time, in forked processes.
 
-Started by the pool as `python -m dash_exp.verifiers.code_host`, in a sandbox where there is one. It
+Started by the pool as `python -m dash_exp.verifiers.code.host`, in a sandbox where there is one. It
 imports once what programs usually import, and never reads a request itself. The examiner, forked from it,
 does: it holds the tests, runs them, and tells this process the verdict over a socket that only those two
 hold. A fresh candidate, forked from this process for each program, runs the program and answers the
@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dash_exp.types import Score
-from dash_exp.verifiers import candidate as candidates
-from dash_exp.verifiers.candidate import Candidate
-from dash_exp.verifiers.confine import (
+from dash_exp.verifiers.code import candidate as candidates
+from dash_exp.verifiers.code.candidate import Candidate
+from dash_exp.verifiers.code.confine import (
     Limits,
     adopt_orphans,
     can_read_library,
@@ -40,10 +40,10 @@ from dash_exp.verifiers.confine import (
     filter_supported,
     hide,
 )
-from dash_exp.verifiers.examiner import Examiner
-from dash_exp.verifiers.gold import CodeGold
-from dash_exp.verifiers.protocol import VerifyTask, score
-from dash_exp.verifiers.values import Channel
+from dash_exp.verifiers.code.examiner import Examiner
+from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.code.values import Channel
+from dash_exp.verifiers.types import VerifyTask, score
 from dash_exp.verifiers.worker import die_with, private_channel
 
 _USUAL = (

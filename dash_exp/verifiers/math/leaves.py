@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from dash_exp.verifiers.units import NO_UNIT, Unit, split_unit
+from dash_exp.verifiers.math.units import NO_UNIT, Unit, split_unit
 
 _MAX_DIGITS = 400
 

@@ -13,12 +13,12 @@ from typing import Literal
 
 from dash_exp.types import Score
 from dash_exp.verifiers import CODE_VERSION, VERIFIER_VERSION
-from dash_exp.verifiers.extraction import boxed_or_last, extract
-from dash_exp.verifiers.gold import CodeGold
+from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.code.program import complete, find_program
+from dash_exp.verifiers.code.sandbox import Confinement, confinement
+from dash_exp.verifiers.math.extraction import boxed_or_last, extract
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.program import complete, find_program
-from dash_exp.verifiers.protocol import VerifyTask, score
-from dash_exp.verifiers.sandbox import Confinement, confinement
+from dash_exp.verifiers.types import VerifyTask, score
 
 Wanted = Literal["auto", "bwrap", "limits"]
 
@@ -219,7 +219,7 @@ def _host_pool(
         workers,
         timeout_s,
         memory_mb,
-        module="dash_exp.verifiers.code_host",
+        module="dash_exp.verifiers.code.host",
         sandbox=sandbox,
         arguments=(f"--judge={judge}",),
     )

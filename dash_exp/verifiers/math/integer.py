@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from dash_exp.types import Score
-from dash_exp.verifiers.protocol import score
+from dash_exp.verifiers.types import score
 
 _INTEGER = re.compile(r"-?[0-9]+")
 _MAX_DIGITS = 1_000

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 from dash_exp.types import Score
-from dash_exp.verifiers.compare import Match, compare
-from dash_exp.verifiers.extraction import extract
-from dash_exp.verifiers.forms import parse_form
-from dash_exp.verifiers.normalise import normalise, plain_words, squash, trim
-from dash_exp.verifiers.protocol import score
-from dash_exp.verifiers.units import plain_units
+from dash_exp.verifiers.math.compare import Match, compare
+from dash_exp.verifiers.math.extraction import extract
+from dash_exp.verifiers.math.forms import parse_form
+from dash_exp.verifiers.math.normalise import normalise, plain_words, squash, trim
+from dash_exp.verifiers.math.units import plain_units
+from dash_exp.verifiers.types import score
 
 MAX_JUDGED_CHARS = 1_000
 """Longer candidates are only compared as strings: MATH's longest answer has 159 characters."""

@@ -20,8 +20,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dash_exp.verifiers.confine import limit_cpu
-from dash_exp.verifiers.values import Channel, ChannelClosedError, describe_error, encode, plain_error
+from dash_exp.verifiers.code.confine import limit_cpu
+from dash_exp.verifiers.code.values import Channel, ChannelClosedError, describe_error, encode, plain_error
 
 MODULE_NAME = "program"
 """`__name__` inside the program: what stands under `if __name__ == "__main__"` does not run."""
