@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks.report import describe, machine, print_table, write
 from dash_exp.config.schema import Config, TrackingConfig
-from dash_exp.mirror_follow import Follower
-from dash_exp.mirror_points import final_points
+from dash_exp.mirror.follow import Follower
+from dash_exp.mirror.points import final_points
 from dash_exp.record.folder import Recorder, write_json
 from dash_exp.record.identity import freeze
 

@@ -25,7 +25,7 @@ from dash_exp.config.checks import check
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.learning.world import placed
-from dash_exp.mirror_follow import Follower
+from dash_exp.mirror.follow import Follower
 from dash_exp.record import provenance
 from dash_exp.record.folder import (
     DISK_TROUBLE,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from dash_exp.config.schema import Config, TrackingConfig
-from dash_exp.mirror_follow import Follower
+from dash_exp.mirror.follow import Follower
 from dash_exp.record.folder import Recorder
 from tests.mirror_fixtures import attempt, begin, step
 

@@ -154,7 +154,7 @@ ONE_PLACE = {
     "peft": "learning/adapters.py",
     "reasoning_gym": "tasks/gym.py",
     "submitit": "launch/slurm",
-    "mlflow": "mirror_store.py",
+    "mlflow": "mirror/mlflow.py",
 }
 
 

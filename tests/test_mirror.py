@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp import mirror
 from dash_exp.config.environment import is_installed
 from dash_exp.config.tracking import Place
-from dash_exp.mirror_cell import BusyError, CellMirror, alone
-from dash_exp.mirror_store import Store, StoreError
+from dash_exp.mirror import __main__ as mirror
+from dash_exp.mirror.cell import BusyError, CellMirror, alone
+from dash_exp.mirror.mlflow import Store, StoreError
 from dash_exp.record.folder import Recorder
 from tests.mirror_fixtures import (
     BORN,

@@ -15,12 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dash_exp import mirror_follow
 from dash_exp.config.environment import is_installed
 from dash_exp.config.tracking import Place
-from dash_exp.mirror_beside import Following
-from dash_exp.mirror_follow import Follower
-from dash_exp.mirror_points import final_points
+from dash_exp.mirror import follow as mirror_follow
+from dash_exp.mirror.beside import Following
+from dash_exp.mirror.follow import Follower
+from dash_exp.mirror.points import final_points
 from dash_exp.record.folder import Recorder, read_final, read_json
 from tests.conftest import REPOSITORY
 from tests.mirror_fixtures import BORN, NAME, Database, attempt, begin, counting, step

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.mirror_facts import digest_of, parameters, read_facts, shortened, state_of
-from dash_exp.mirror_points import Point, Tail, final_points, named, numbers
-from dash_exp.mirror_sweeps import status_of, sweeps_below, sweeps_of
+from dash_exp.mirror.facts import digest_of, parameters, read_facts, shortened, state_of
+from dash_exp.mirror.points import Point, Tail, final_points, named, numbers
+from dash_exp.mirror.sweeps import status_of, sweeps_below, sweeps_of
 from dash_exp.record import journal
 from dash_exp.record.folder import Recorder
 from tests.mirror_fixtures import BORN, NAME, attempt, begin, evaluation, finished, set_status, step, sweep

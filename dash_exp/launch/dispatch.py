@@ -152,7 +152,7 @@ def prepare_tracking(manifest: Manifest) -> None:
     tracking = tracking_of(manifest.actions)
     if tracking.name == "mlflow":
         from dash_exp.config.tracking import place_of
-        from dash_exp.mirror import prepare
+        from dash_exp.mirror.__main__ import prepare
 
         place = place_of(tracking, manifest.root, os.environ)
         prepare(place.uri, place.experiment, manifest.name)

@@ -23,8 +23,8 @@ from typing import Any
 from filelock import FileLock
 
 from dash_exp.config.tracking import Place
-from dash_exp.mirror_facts import ENDED
-from dash_exp.mirror_points import Point
+from dash_exp.mirror.facts import ENDED
+from dash_exp.mirror.points import Point
 
 METRICS_AT_ONCE, OTHERS_AT_ONCE = 1000, 100
 """MLflow's limits of a batch."""

@@ -21,10 +21,10 @@ from dash_exp.config.environment import is_installed
 from dash_exp.config.schema import TrackingConfig
 from dash_exp.config.tracking import URI, VARIABLE, Place, place_of, tracking_faults
 from dash_exp.errors import Fault, UserError, nearest, print_error
-from dash_exp.mirror_cell import BusyError, CellMirror, alone, sweep_run, tell_sweep
-from dash_exp.mirror_points import milliseconds
-from dash_exp.mirror_store import Store, StoreError
-from dash_exp.mirror_sweeps import Sweep, sweep_in, sweeps_below
+from dash_exp.mirror.cell import BusyError, CellMirror, alone, sweep_run, tell_sweep
+from dash_exp.mirror.mlflow import Store, StoreError
+from dash_exp.mirror.points import milliseconds
+from dash_exp.mirror.sweeps import Sweep, sweep_in, sweeps_below
 from dash_exp.record.manifest import NAME as MANIFEST
 
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130
@@ -189,7 +189,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def run_beside(arguments: Sequence[str]) -> int:
     """`--follow <cell folder> --attempt=<n> [tracking...]`, as a run starts it."""
-    from dash_exp.mirror_beside import follow
+    from dash_exp.mirror.beside import follow
 
     folder, attempt, *settings = arguments
     (folder,), tracking = parse([folder, *settings])

@@ -19,9 +19,9 @@ from typing import TextIO
 from dash_exp.config.schema import TrackingConfig
 from dash_exp.config.tracking import Place, place_of
 from dash_exp.errors import UserError
-from dash_exp.mirror_cell import BusyError, CellMirror, alone
-from dash_exp.mirror_follow import SHIELDED, log
-from dash_exp.mirror_store import Store, StoreError
+from dash_exp.mirror.cell import BusyError, CellMirror, alone
+from dash_exp.mirror.follow import SHIELDED, log
+from dash_exp.mirror.mlflow import Store, StoreError
 from dash_exp.record.folder import read_json
 
 FIRST_S = 1.0

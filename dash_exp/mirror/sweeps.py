@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.mirror_facts import STATUS, state_of
-from dash_exp.mirror_points import milliseconds
+from dash_exp.mirror.facts import STATUS, state_of
+from dash_exp.mirror.points import milliseconds
 from dash_exp.record import journal, manifest
 from dash_exp.record.folder import read_json
 

@@ -15,19 +15,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dash_exp.config.tracking import Place
-from dash_exp.mirror_facts import (
-    CELL,
-    LONGEST_TAG,
-    PREFIX,
-    RECORD,
-    Facts,
-    digest_of,
-    read_facts,
-    shortened,
-)
-from dash_exp.mirror_points import Point, Reader, final_points
-from dash_exp.mirror_store import Held, Run, Store
-from dash_exp.mirror_sweeps import Sweep, standing, sweeps_below, sweeps_of
+from dash_exp.mirror.facts import CELL, LONGEST_TAG, PREFIX, RECORD, Facts, digest_of, read_facts, shortened
+from dash_exp.mirror.mlflow import Held, Run, Store
+from dash_exp.mirror.points import Point, Reader, final_points
+from dash_exp.mirror.sweeps import Sweep, standing, sweeps_below, sweeps_of
 
 SWEEP, CLAIM = f"{PREFIX}.sweep", f"{PREFIX}.claim"
 DIGEST, DIFFERENT = f"{PREFIX}.mirrored", f"{PREFIX}.params_differ"

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.mirror_points import Point, milliseconds, named, starts
+from dash_exp.mirror.points import Point, milliseconds, named, starts
 from dash_exp.record.folder import Row, read_json
 from dash_exp.record.locks import HERE, Locks
 

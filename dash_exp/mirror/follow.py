@@ -1,4 +1,4 @@
-"""How a run starts and ends the process that mirrors it (mirror_beside.py). Torch-free, imports no MLflow.
+"""How a run starts and ends the process that mirrors it (mirror/beside.py). Torch-free, imports no MLflow.
 
 Training never waits for a server: what is slow or goes wrong happens in that process, and is said in the
 cell's log.txt, in full in its mirror.log.
