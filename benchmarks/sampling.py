@@ -83,7 +83,7 @@ def settings_of(ours: Any, calls: Any, threads: int) -> dict[str, Any]:
     """What the bare engine is given: the settings that shape its work, and no processor of ours."""
     import torch
 
-    from dash_exp.sampling.vllm_parts import scheduling
+    from dash_exp.sampling.vllm.parts import scheduling
 
     s, decoding = ours.config.sampler, ours.machine.parts.decoding
     longest = ours.machine.parts.sampler.llm.llm_engine.model_config.max_model_len

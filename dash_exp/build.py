@@ -222,7 +222,7 @@ def make_sampler(
     of their faults; `release`: of a learner's memory on its GPUs, None where nothing learns."""
     s, vocabulary = config.sampler, len(tokenizer)
     if s.name == "vllm":
-        from dash_exp.sampling.vllm_engine import VLLMSampler
+        from dash_exp.sampling.vllm.engine import VLLMSampler
 
         return VLLMSampler(
             folder,

@@ -16,13 +16,13 @@ from dash_exp.config.server_checks import transfer_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.member import device_of
 from dash_exp.learning.world import local_ranks
-from dash_exp.sampling.member import KEY_VARIABLE, Member, Needs, Patience
-from dash_exp.sampling.path_transfer import FileWeights, PathTransfer
+from dash_exp.sampling.fleet.member import KEY_VARIABLE, Member, Needs, Patience
+from dash_exp.sampling.fleet.sampler import ServerSampler
+from dash_exp.sampling.fleet.server_process import ServerSettings
 from dash_exp.sampling.placement import Processors, gpus, processors
-from dash_exp.sampling.server_process import ServerSettings
-from dash_exp.sampling.servers import ServerSampler
-from dash_exp.sampling.shared_weights import SharedWeights
-from dash_exp.sampling.transfer import Transfer
+from dash_exp.sampling.transfer.base import Transfer
+from dash_exp.sampling.transfer.path import FileWeights, PathTransfer
+from dash_exp.sampling.transfer.shared_weights import SharedWeights
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -109,8 +109,8 @@ def make_transfer(config: Config) -> Transfer:
             return PathTransfer(FileWeights(place, dtype))
         except OSError as error:
             raise UserError(Fault("cluster.weights_dir", f"cannot be used: {error}")) from error
-    from dash_exp.sampling.device_transfer import BroadcastTransfer, HandleTransfer, Staged
-    from dash_exp.sampling.vllm_link import connector, exporter
+    from dash_exp.sampling.transfer.device import BroadcastTransfer, HandleTransfer, Staged
+    from dash_exp.sampling.vllm.link import connector, exporter
 
     if device.type != "cuda":
         raise UserError(Fault("cluster.transfer", f"{kind} is between GPUs, but the learner has none"))

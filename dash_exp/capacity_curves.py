@@ -17,7 +17,7 @@ from dash_exp.capacity_model import Curves, Setting, of_two
 from dash_exp.capacity_sampling import Decode, Lengths, sample
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_rows
-from dash_exp.sampling.waves import groups_at_once
+from dash_exp.sampling.fleet.waves import groups_at_once
 
 UNIT = Decode(((1.0, 1.0),))
 """A decode step takes 1: times count decode steps."""

@@ -1,7 +1,7 @@
 """How long a step takes, from measured curves: pure functions, torch-free. Assumptions: docs/capacity.md.
 
 A server decodes all of its sequences together, one token each per decode step; `Decode` says how long such a
-step takes with n sequences. Groups are handed out as `sampling/fleet.py` does, wait as `learning/packing.py`
+step takes with n sequences. Groups are handed out as `sampling/fleet/fleet.py` does, wait as `learning/packing.py`
 packs them, and learners take micro-batches as they fill (`learning/rounds.py`).
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dash_exp.capacity_sampling import Decode, Lengths, Sampled, sample
-from dash_exp.sampling.waves import groups_at_once
+from dash_exp.sampling.fleet.waves import groups_at_once
 
 DRAWS = 8
 """Batches of lengths that a prediction is the mean of."""

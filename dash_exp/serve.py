@@ -31,9 +31,9 @@ from dash_exp.config.schema import Config, dataset_places
 from dash_exp.config.server_checks import is_loopback
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.record.folder import disk_fault
-from dash_exp.sampling.member import KEY_VARIABLE
-from dash_exp.sampling.server_process import LAUNCH, ServerProcess, ServerSettings
-from dash_exp.sampling.transfer import ENGINES
+from dash_exp.sampling.fleet.member import KEY_VARIABLE
+from dash_exp.sampling.fleet.server_process import LAUNCH, ServerProcess, ServerSettings
+from dash_exp.sampling.transfer.base import ENGINES
 from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.text import format_path
 

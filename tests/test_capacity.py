@@ -24,7 +24,7 @@ from dash_exp.capacity_model import (
 )
 from dash_exp.capacity_sampling import Decode, sample
 from dash_exp.learning.packing import pieces_of
-from dash_exp.sampling.waves import groups_at_once
+from dash_exp.sampling.fleet.waves import groups_at_once
 from tests.conftest import make_groups
 
 SHARED = Decode.of_rates([(1, 100.0), (64, 100.0)])

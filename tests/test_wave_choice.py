@@ -10,7 +10,7 @@ import pytest
 from dash_exp.build import make_choice, make_plan
 from dash_exp.capacity_model import Setting
 from dash_exp.config.compose import compose
-from dash_exp.sampling.waves import groups_at_once
+from dash_exp.sampling.fleet.waves import groups_at_once
 from dash_exp.types import AdvantagedGroup, Group, Origin, Score, ScoredGroup
 from dash_exp.wave_choice import WaveChoice
 from tests.served import served

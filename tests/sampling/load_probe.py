@@ -72,7 +72,7 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
     from vllm.config import WeightTransferConfig
 
     from dash_exp.record.checksums import checksum
-    from dash_exp.sampling import vllm_device
+    from dash_exp.sampling.vllm import device as vllm_device
 
     found: list[str] = []
     for name, seed in ((NCCL, 3), (IPC, 4)):
@@ -111,7 +111,7 @@ def main(folder: str, dtype: str) -> None:
     import vllm
     from safetensors.torch import load_file
 
-    from dash_exp.sampling.vllm_load import Loader
+    from dash_exp.sampling.vllm.load import Loader
 
     named = {n: t.to(getattr(torch, dtype)) for n, t in load_file(f"{folder}/model.safetensors").items()}
     llm = vllm.LLM(model=folder, dtype=dtype, max_model_len=32, enforce_eager=True, skip_tokenizer_init=True)

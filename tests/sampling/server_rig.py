@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from dash_exp.sampling.member import Member, Patience
-from dash_exp.sampling.path_transfer import PathTransfer
-from dash_exp.sampling.server_process import ServerSettings
-from dash_exp.sampling.servers import ServerSampler
-from dash_exp.sampling.shared_weights import SharedWeights
-from dash_exp.sampling.transfer import Transfer
+from dash_exp.sampling.fleet.member import Member, Patience
+from dash_exp.sampling.fleet.sampler import ServerSampler
+from dash_exp.sampling.fleet.server_process import ServerSettings
+from dash_exp.sampling.transfer.base import Transfer
+from dash_exp.sampling.transfer.path import PathTransfer
+from dash_exp.sampling.transfer.shared_weights import SharedWeights
 from dash_exp.types import Decoding, Group, Prompt, Request
 from tests.sampling.fake_server import tokens_of
 

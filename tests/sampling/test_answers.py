@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dash_exp.sampling.answers import Answer, GarbageError, question, read_answer
+from dash_exp.sampling.fleet.answers import Answer, GarbageError, question, read_answer
 from dash_exp.types import Decoding
 
 DECODING = Decoding(max_new_tokens=4, temperature=0.7, stop_ids=(1, 9), top_p=0.9)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dash_exp.sampling.delivery import Delivery
+from dash_exp.sampling.fleet.delivery import Delivery
 from dash_exp.types import Completion, Group, Prompt
 
 

@@ -18,15 +18,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dash_exp.sampling.device_transfer import (
-    BroadcastTransfer,
-    HandleTransfer,
-    Staged,
-    address_towards,
-)
 from dash_exp.sampling.protocol import arrived
-from dash_exp.sampling.transfer import OutdatedError
-from dash_exp.sampling.vllm_link import NCCLLink
+from dash_exp.sampling.transfer.base import OutdatedError
+from dash_exp.sampling.transfer.device import BroadcastTransfer, HandleTransfer, Staged, address_towards
+from dash_exp.sampling.vllm.link import NCCLLink
 from tests.sampling.server_rig import DECODING, Rig, ask, check, until
 
 UPDATE = ["start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"]

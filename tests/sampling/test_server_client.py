@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
-from dash_exp.sampling.server_client import KEEP_S, ServerClient
-from dash_exp.sampling.server_process import ServerSettings, environment
+from dash_exp.sampling.fleet.client import KEEP_S, ServerClient
+from dash_exp.sampling.fleet.server_process import ServerSettings, environment
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 PATIENCE_S = KEEP_S + 0.2

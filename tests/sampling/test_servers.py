@@ -19,12 +19,12 @@ from typing import Any, cast
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.sampling.fleet import Fleet
-from dash_exp.sampling.member import Member
+from dash_exp.sampling.fleet.fleet import Fleet
+from dash_exp.sampling.fleet.member import Member
+from dash_exp.sampling.fleet.sampler import ServerSampler
+from dash_exp.sampling.fleet.server_process import ServerSettings
 from dash_exp.sampling.protocol import arrived
-from dash_exp.sampling.server_process import ServerSettings
-from dash_exp.sampling.servers import ServerSampler
-from dash_exp.sampling.transfer import Weights
+from dash_exp.sampling.transfer.base import Weights
 from dash_exp.types import Group, Prompt, Request
 from tests.sampling.server_rig import DECODING, PATIENCE, Rig, ask, check, shared, until
 

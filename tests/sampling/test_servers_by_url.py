@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from dash_exp.errors import UserError
-from dash_exp.sampling.member import Member, Needs
-from dash_exp.sampling.path_transfer import FileWeights, PathTransfer
+from dash_exp.sampling.fleet.member import Member, Needs
+from dash_exp.sampling.fleet.sampler import ServerSampler
+from dash_exp.sampling.fleet.server_process import ServerProcess, ServerSettings
 from dash_exp.sampling.protocol import arrived
-from dash_exp.sampling.server_process import ServerProcess, ServerSettings
-from dash_exp.sampling.servers import ServerSampler
-from dash_exp.sampling.transfer import PATH, Transfer
+from dash_exp.sampling.transfer.base import PATH, Transfer
+from dash_exp.sampling.transfer.path import FileWeights, PathTransfer
 from tests.sampling.server_rig import DECODING, FAKE, NAMED, PATIENCE, ask, check, shared, until
 
 NEEDS = Needs(vocabulary=100, longest=64, dtype="float32", transfer=PATH)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dash_exp.record.checksums import checksum
-from dash_exp.sampling.shared_weights import (
+from dash_exp.sampling.transfer.shared_weights import (
     PREFIX,
     SHARED_MEMORY,
     SharedReader,

@@ -32,8 +32,8 @@ def engine(tiny_folder: Path) -> Iterator[Any]:
     """One engine for all tests, and the model whose weights it follows."""
     from dash_exp.modeling.attention import ATTENTION
     from dash_exp.modeling.source import load_model
-    from dash_exp.sampling import vllm_parts
-    from dash_exp.sampling.vllm_engine import VLLMSampler
+    from dash_exp.sampling.vllm import parts as vllm_parts
+    from dash_exp.sampling.vllm.engine import VLLMSampler
 
     # fewer tokens at once than the prompts of a test have: some wait, and none may be read in parts
     batched, vllm_parts.CPU_BATCHED_TOKENS = vllm_parts.CPU_BATCHED_TOKENS, 64

@@ -34,7 +34,7 @@ def queues() -> Iterator[tuple[Any, Any]]:
 
 
 def made_patient(reader: Any) -> None:
-    from dash_exp.sampling.vllm_executor import PatientExecutor
+    from dash_exp.sampling.vllm.executor import PatientExecutor
 
     executor = object.__new__(PatientExecutor)  # without the processes that it would start
     executor.response_mqs = [reader]
@@ -68,7 +68,7 @@ def test_the_engine_does_not_spin_for_its_workers(
 ) -> None:
     from vllm.distributed.device_communicators import shm_broadcast
 
-    from dash_exp.sampling.vllm_executor import PatientExecutor, patient
+    from dash_exp.sampling.vllm.executor import PatientExecutor, patient
 
     writer, reader = queues
     looked: list[None] = []

@@ -28,7 +28,7 @@ FREE = Decoding(max_new_tokens=8, temperature=1.0, stop_ids=(EOS,))
 def engine(tiny_folder: Path) -> Iterator[Any]:
     from dash_exp.modeling.attention import ATTENTION
     from dash_exp.modeling.source import load_model
-    from dash_exp.sampling.vllm_engine import VLLMSampler
+    from dash_exp.sampling.vllm.engine import VLLMSampler
 
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     model = load_model(tiny_folder, torch.float32, ATTENTION)

@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 from dash_exp.record.checksums import checksum
-from dash_exp.sampling.member import Member, Patience
-from dash_exp.sampling.path_transfer import PathTransfer
+from dash_exp.sampling.fleet.member import Member, Patience
+from dash_exp.sampling.fleet.sampler import ServerSampler
+from dash_exp.sampling.fleet.server_process import ServerSettings
 from dash_exp.sampling.protocol import arrived
-from dash_exp.sampling.server_process import ServerSettings
-from dash_exp.sampling.servers import ServerSampler
-from dash_exp.sampling.shared_weights import SharedWeights
-from dash_exp.sampling.transfer import PATH
+from dash_exp.sampling.transfer.base import PATH
+from dash_exp.sampling.transfer.path import PathTransfer
+from dash_exp.sampling.transfer.shared_weights import SharedWeights
 from tests.sampling.test_hf import ask, by_position, sampler_of
 from tests.sampling.test_vllm import FREE, GREEDY, SEEN, learner_gap
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from dash_exp.sampling.answers import FACTS, GENERATE, GarbageError
+from dash_exp.sampling.fleet.answers import FACTS, GENERATE, GarbageError
 
 CONTROL_TIMEOUT_S = 300.0
 KEEP_S = 2.0

@@ -20,14 +20,14 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-import dash_exp.sampling.vllm_receive  # noqa: F401  (registers our transfers with vLLM)
+import dash_exp.sampling.vllm.receive  # noqa: F401  (registers our transfers with vLLM)
 from dash_exp.record.folder import write_json
-from dash_exp.sampling.answers import FACTS
-from dash_exp.sampling.vllm_executor import patient
-from dash_exp.sampling.vllm_group import shared_prompts
-from dash_exp.sampling.vllm_parts import scheduling
+from dash_exp.sampling.fleet.answers import FACTS
+from dash_exp.sampling.vllm.executor import patient
+from dash_exp.sampling.vllm.group import shared_prompts
+from dash_exp.sampling.vllm.parts import scheduling
 
-MODULE = "dash_exp.sampling.vllm_server"
+MODULE = "dash_exp.sampling.vllm.server"
 END_WAIT_S = 10.0
 TOLD = ("vocabulary", "max_model_len", "max_sequences", "dtype", "transfer")
 _OPEN = ("/health",)
@@ -92,7 +92,7 @@ def arguments(settings: Mapping[str, Any]) -> list[str]:
         "--generation-config",
         "vllm",
         "--logits-processors",
-        "dash_exp.sampling.vllm_parts:MaskPadding",
+        "dash_exp.sampling.vllm.parts:MaskPadding",
         "--additional-config",
         json.dumps(extra),
         "--enable-scale-out",

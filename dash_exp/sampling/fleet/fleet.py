@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.sampling.answers import BASE_LABEL, question, read_answer
-from dash_exp.sampling.delivery import Delivery
-from dash_exp.sampling.member import FAULTS, POLL_S, Member, Patience
-from dash_exp.sampling.server_client import RefusedError, ServerClient
-from dash_exp.sampling.server_process import LAUNCH
-from dash_exp.sampling.transfer import OutdatedError, Transfer, Weights
-from dash_exp.sampling.work import Batch, Owed
+from dash_exp.sampling.fleet.answers import BASE_LABEL, question, read_answer
+from dash_exp.sampling.fleet.client import RefusedError, ServerClient
+from dash_exp.sampling.fleet.delivery import Delivery
+from dash_exp.sampling.fleet.member import FAULTS, POLL_S, Member, Patience
+from dash_exp.sampling.fleet.server_process import LAUNCH
+from dash_exp.sampling.fleet.work import Batch, Owed
+from dash_exp.sampling.transfer.base import OutdatedError, Transfer, Weights
 from dash_exp.types import Completion, Decoding, Group, Origin, Request
 
 Event = Callable[..., None]

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dash_exp.record.folder import read_json
-from dash_exp.sampling.transfer import IPC
+from dash_exp.sampling.transfer.base import IPC
 from dash_exp.signals import SCHEDULERS, sheltered
 
-LAUNCH = (sys.executable, "-c", "from dash_exp.sampling.vllm_server import main; main()")
+LAUNCH = (sys.executable, "-c", "from dash_exp.sampling.vllm.server import main; main()")
 END_WAIT_S, TIDY_S, POLL_S = 10.0, 3.0, 0.05
 LOG_TAIL_CHARS = 2000
 NOT_ITS_OWN = (

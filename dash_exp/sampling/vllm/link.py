@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_exp.sampling.device_transfer import Connect
+from dash_exp.sampling.transfer.device import Connect
 
 BUFFERS = 2
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dash_exp.sampling.server_client import ServerClient
+    from dash_exp.sampling.fleet.client import ServerClient
 
 PATH, NCCL, IPC = "dash_shared", "dash_nccl", "dash_ipc"
 """What a server is started with: it reads a file, joins an NCCL group, or opens the learner's GPU memory."""

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dash_exp.record.checksums import checksum
-from dash_exp.sampling.server_client import ServerClient
-from dash_exp.sampling.shared_weights import PREFIX, locked, remove_left_behind
-from dash_exp.sampling.transfer import PATH, Weights
+from dash_exp.sampling.fleet.client import ServerClient
+from dash_exp.sampling.transfer.base import PATH, Weights
+from dash_exp.sampling.transfer.shared_weights import PREFIX, locked, remove_left_behind
 
 ARRIVAL_S = 60.0
 """How long a server waits for a file that another machine has written: its view of a folder may be older."""

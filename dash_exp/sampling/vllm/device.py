@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 
-from dash_exp.sampling.vllm_receive import checking
+from dash_exp.sampling.vllm.receive import checking
 
 
 @dataclass

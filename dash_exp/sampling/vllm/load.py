@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 from vllm.platforms import current_platform
 
-from dash_exp.sampling.vllm_parts import repack_output
+from dash_exp.sampling.vllm.parts import repack_output
 from dash_exp.signals import keep_freed_memory
 
 Named = Iterable[tuple[str, Tensor]]

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dash_exp.sampling.delivery import Delivery
-from dash_exp.sampling.fleet import Fleet
-from dash_exp.sampling.member import Member, Patience
-from dash_exp.sampling.server_process import LAUNCH
-from dash_exp.sampling.transfer import Transfer
+from dash_exp.sampling.fleet.delivery import Delivery
+from dash_exp.sampling.fleet.fleet import Fleet
+from dash_exp.sampling.fleet.member import Member, Patience
+from dash_exp.sampling.fleet.server_process import LAUNCH
+from dash_exp.sampling.transfer.base import Transfer
 from dash_exp.types import Decoding, Group, Request
 
 Result = TypeVar("Result")

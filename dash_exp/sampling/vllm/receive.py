@@ -21,9 +21,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from dash_exp.record.checksums import checksum
-from dash_exp.sampling.shared_weights import SharedReader
-from dash_exp.sampling.transfer import IPC, NCCL, PATH
-from dash_exp.sampling.vllm_load import Loader
+from dash_exp.sampling.transfer.base import IPC, NCCL, PATH
+from dash_exp.sampling.transfer.shared_weights import SharedReader
+from dash_exp.sampling.vllm.load import Loader
 
 POLL_S = 0.1
 
@@ -146,4 +146,4 @@ def checking(engine: Any, checksums: Mapping[str, str], wanted: Iterable[str]) -
 
 WeightTransferEngineFactory.register_engine(PATH, PathTransfer)
 for _name, _class in ((NCCL, "NCCLTransfer"), (IPC, "IPCTransfer")):
-    WeightTransferEngineFactory.register_engine(_name, "dash_exp.sampling.vllm_device", _class)
+    WeightTransferEngineFactory.register_engine(_name, "dash_exp.sampling.vllm.device", _class)

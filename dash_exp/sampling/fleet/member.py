@@ -12,11 +12,11 @@ from typing import Any, Literal
 import aiohttp
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.sampling.answers import GarbageError
-from dash_exp.sampling.server_client import RefusedError, ServerClient
-from dash_exp.sampling.server_process import ServerProcess, ServerSettings
-from dash_exp.sampling.transfer import ENGINES
-from dash_exp.sampling.work import Owed
+from dash_exp.sampling.fleet.answers import GarbageError
+from dash_exp.sampling.fleet.client import RefusedError, ServerClient
+from dash_exp.sampling.fleet.server_process import ServerProcess, ServerSettings
+from dash_exp.sampling.fleet.work import Owed
+from dash_exp.sampling.transfer.base import ENGINES
 
 State = Literal["starting", "serving", "lost", "gone"]
 """A lost one may be started again; one that is gone may not."""

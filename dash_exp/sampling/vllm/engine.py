@@ -45,9 +45,9 @@ class VLLMSampler:
         import vllm
         from vllm.sampling_params import RequestOutputKind
 
-        from dash_exp.sampling.vllm_group import shared_prompts
-        from dash_exp.sampling.vllm_load import Loader
-        from dash_exp.sampling.vllm_parts import MaskPadding, repack_output, scheduling
+        from dash_exp.sampling.vllm.group import shared_prompts
+        from dash_exp.sampling.vllm.load import Loader
+        from dash_exp.sampling.vllm.parts import MaskPadding, repack_output, scheduling
 
         self._vllm, self._final, self._repack = vllm, RequestOutputKind.FINAL_ONLY, repack_output
         memory = {"gpu_memory_utilization": gpu_memory_utilization} if torch.cuda.is_available() else {}

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from dash_exp.record.checksums import checksum
-from dash_exp.sampling.answers import GarbageError
-from dash_exp.sampling.server_client import RefusedError, ServerClient
-from dash_exp.sampling.transfer import IPC, NCCL, OutdatedError, Weights
+from dash_exp.sampling.fleet.answers import GarbageError
+from dash_exp.sampling.fleet.client import RefusedError, ServerClient
+from dash_exp.sampling.transfer.base import IPC, NCCL, OutdatedError, Weights
 
 Result = TypeVar("Result")
 INIT, SHUTDOWN = "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine"

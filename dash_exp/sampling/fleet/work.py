@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from dash_exp.sampling.answers import Answer
-from dash_exp.sampling.delivery import Delivery
+from dash_exp.sampling.fleet.answers import Answer
+from dash_exp.sampling.fleet.delivery import Delivery
 from dash_exp.types import Decoding, Request
 
 
