@@ -20,9 +20,9 @@ from benchmarks.streaming import WORK, places
 from benchmarks.turns import WARM_UP, median, seconds
 from dash_exp.build import make_spec, thread_count
 from dash_exp.config.schema import Config
+from dash_exp.learning.distributed.parallel import ParallelLearner
+from dash_exp.learning.distributed.ranks import start
 from dash_exp.learning.packing import nothing
-from dash_exp.learning.parallel import ParallelLearner
-from dash_exp.learning.ranks import start
 from dash_exp.record.folder import Row
 from dash_exp.sampling.protocol import arrived
 from dash_exp.tasks.prompts import batch, requests

@@ -127,8 +127,8 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
 
     from dash_exp.build import make_plan, make_spec
     from dash_exp.config.compose import compose
-    from dash_exp.learning.links import Alone
-    from dash_exp.learning.member import make_learner
+    from dash_exp.learning.distributed.links import Alone
+    from dash_exp.learning.distributed.member import make_learner
 
     config = compose(
         [

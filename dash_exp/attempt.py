@@ -12,7 +12,7 @@ from dash_exp.budget import Partner, check_equal, spent_seconds
 from dash_exp.build import build, engine_facts, thread_count
 from dash_exp.config.schema import Config
 from dash_exp.evaluation import EvalResult, EvalSet, base_key, evaluate, shared
-from dash_exp.learning.links import Links
+from dash_exp.learning.distributed.links import Links
 from dash_exp.learning.preflight import largest_micro_batch
 from dash_exp.loop import evaluation_due, train
 from dash_exp.plan import Ending, Hooks

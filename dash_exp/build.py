@@ -21,13 +21,13 @@ from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation import EvalSet
 from dash_exp.learning.adapters import Adapters
 from dash_exp.learning.advantages import group_advantages
+from dash_exp.learning.distributed.links import Alone, Links
+from dash_exp.learning.distributed.member import Spec, device_of
+from dash_exp.learning.distributed.parallel import ParallelLearner
+from dash_exp.learning.distributed.world import local_ranks
 from dash_exp.learning.filters import make_filter
-from dash_exp.learning.links import Alone, Links
-from dash_exp.learning.member import Spec, device_of
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.settings import Objective, Optimization
-from dash_exp.learning.world import local_ranks
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, locate, position_limit
 from dash_exp.plan import Parts, Plan
@@ -184,7 +184,7 @@ def make_links(config: Config, device: torch.device, logs: Path) -> Links:
                 "each rank has one of its own; or set learner.device=cpu",
             )
         )
-    from dash_exp.learning.ranks import start
+    from dash_exp.learning.distributed.ranks import start
 
     return start(ranks, config.learner.timeout_s, logs)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from dash_exp.config.schema import Config
 from dash_exp.config.server_checks import transfer_of
 from dash_exp.errors import Fault, UserError
-from dash_exp.learning.member import device_of
-from dash_exp.learning.world import local_ranks
+from dash_exp.learning.distributed.member import device_of
+from dash_exp.learning.distributed.world import local_ranks
 from dash_exp.sampling.fleet.member import KEY_VARIABLE, Member, Needs, Patience
 from dash_exp.sampling.fleet.sampler import ServerSampler
 from dash_exp.sampling.fleet.server_process import ServerSettings

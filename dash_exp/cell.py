@@ -24,7 +24,7 @@ from dash_exp.budget import Blocked, find_partner
 from dash_exp.config.checks import check
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError, print_error
-from dash_exp.learning.world import placed
+from dash_exp.learning.distributed.world import placed
 from dash_exp.mirror.follow import Follower
 from dash_exp.record import provenance
 from dash_exp.record.folder import (
@@ -42,7 +42,7 @@ from dash_exp.terminal import Display
 from dash_exp.text import format_path
 
 if TYPE_CHECKING:
-    from dash_exp.learning.links import Links
+    from dash_exp.learning.distributed.links import Links
 
 OK, FAILED, USER_ERROR, BLOCKED, BUSY, SIGNALLED = 0, 1, 2, 3, 4, 128
 
@@ -99,7 +99,7 @@ def together(config: Config, cell: Callable[[Links | None], int]) -> int:
             )
         )
     share_cores()
-    from dash_exp.learning.ranks import follow, lead
+    from dash_exp.learning.distributed.ranks import follow, lead
 
     if place.rank > 0:
         return follow(place, config.learner.timeout_s)

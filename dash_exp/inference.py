@@ -13,7 +13,7 @@ import torch
 from dash_exp.build import engine_facts, find_model, make_sampler, thread_count
 from dash_exp.build_task import Judges, Questions
 from dash_exp.config.schema import Config
-from dash_exp.learning.member import device_of
+from dash_exp.learning.distributed.member import device_of
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, position_limit
 from dash_exp.record.provenance import hardware

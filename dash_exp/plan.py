@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dash_exp.evaluation import Judge
+from dash_exp.learning.distributed.parallel import ParallelLearner
 from dash_exp.learning.filters import Filter
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.record.folder import Row
 from dash_exp.sampling.fleet.waves import groups_at_once
 from dash_exp.sampling.protocol import Sampler

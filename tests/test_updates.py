@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from dash_exp.learning.distributed.parallel import ParallelLearner
 from dash_exp.learning.filters import keep_all
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.parallel import ParallelLearner
 from dash_exp.learning.settings import Objective, Optimization, UpdateStats
 from dash_exp.loop import demonstrated, weigh
 from dash_exp.plan import Parts, Plan

@@ -16,7 +16,7 @@ from dash_exp.errors import Fault, UserError
 from dash_exp.launch.actions import part_of_machine
 from dash_exp.launch.dispatch import launch
 from dash_exp.launch.plan import ad_hoc_name, make_plan
-from dash_exp.learning.world import placed
+from dash_exp.learning.distributed.world import placed
 from dash_exp.record.folder import disk_fault, read_json
 from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import NAME, sweep_folder

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dash_exp.learning import losses
 from dash_exp.learning.adapters import Adapters
-from dash_exp.learning.links import Alone, Leader, Links
-from dash_exp.learning.member import Spec
+from dash_exp.learning.distributed.links import Alone, Leader, Links
+from dash_exp.learning.distributed.member import Spec
+from dash_exp.learning.distributed.parallel import ParallelLearner, compare
+from dash_exp.learning.distributed.ranks import start
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.parallel import ParallelLearner, compare
-from dash_exp.learning.ranks import start
 from dash_exp.learning.rounds import Rounds
 from dash_exp.learning.settings import Objective, UpdateStats
 from dash_exp.record.folder import Recorder

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dash_exp.errors import UserError
-from dash_exp.learning.member import device_of
-from dash_exp.learning.parallel import ParallelLearner
-from dash_exp.learning.rank_process import RankProcess
-from dash_exp.learning.ranks import start
+from dash_exp.learning.distributed.member import device_of
+from dash_exp.learning.distributed.parallel import ParallelLearner
+from dash_exp.learning.distributed.rank_process import RankProcess
+from dash_exp.learning.distributed.ranks import start
 from tests.learning.test_learner import objective
 from tests.learning.test_parallel import spec_of
 

@@ -17,11 +17,11 @@ import torch
 
 from dash_exp.build import model_to_sample
 from dash_exp.config.compose import compose
-from dash_exp.learning.links import Alone, Leader
-from dash_exp.learning.member import Spec
+from dash_exp.learning.distributed.links import Alone, Leader
+from dash_exp.learning.distributed.member import Spec
+from dash_exp.learning.distributed.parallel import ParallelLearner, in_parts
+from dash_exp.learning.distributed.ranks import start
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.parallel import ParallelLearner, in_parts
-from dash_exp.learning.ranks import start
 from dash_exp.learning.rounds import Rounds
 from dash_exp.learning.settings import Objective, UpdateStats
 from dash_exp.modeling.attention import ATTENTION

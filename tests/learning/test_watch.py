@@ -12,12 +12,12 @@ import time
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.learning.watch import Door, knock
+from dash_exp.learning.distributed.watch import Door, knock
 from tests.conftest import REPOSITORY
 
 PROGRAM = """
 import sys, time
-from dash_exp.learning.watch import knock
+from dash_exp.learning.distributed.watch import knock
 held = knock("127.0.0.1", int(sys.argv[1]), 2, 10)
 time.sleep(60)
 """

@@ -7,7 +7,7 @@ import pytest
 from dash_exp.cell import run_config
 from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
-from dash_exp.learning.world import Place, first_host, local_ranks, placed
+from dash_exp.learning.distributed.world import Place, first_host, local_ranks, placed
 
 pytest_plugins = ["tests.config_fixtures"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dash_exp.signals import SCHEDULERS, sheltered
 
-LAUNCH = (sys.executable, "-m", "dash_exp.rank")
+LAUNCH = (sys.executable, "-m", "dash_exp.learning.distributed.__main__")
 LOG_TAIL_LINES = 20
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from dash_exp.learning.agreement import BUCKET, facts_of
+from dash_exp.learning.distributed.links import Alone, Links
+from dash_exp.learning.distributed.member import Done, Member, Spec, Work
 from dash_exp.learning.learner import Learner
-from dash_exp.learning.links import Alone, Links
-from dash_exp.learning.member import Done, Member, Spec, Work
 from dash_exp.learning.packing import MicroBatch
 from dash_exp.learning.rounds import Round
 from dash_exp.learning.settings import UpdateStats

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.learning.sums import BrokenSumError, Group, Sums
+from dash_exp.learning.distributed.sums import BrokenSumError, Group, Sums
 
 TICK_S, SHORTEST_S, LONGEST_S = 0.5, 2e-4, 5e-3
 """How often a rank that waits looks after the others, and between which pauses it looks for its answer."""

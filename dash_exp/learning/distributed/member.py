@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.agreement import StateFacts, fingerprint, take_state
+from dash_exp.learning.distributed.sums import Sums
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import MicroBatch
 from dash_exp.learning.preflight import preflight
 from dash_exp.learning.settings import Objective, Optimization, UpdateStats
-from dash_exp.learning.sums import Sums
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import load_model
 from dash_exp.record.checkpoint import Snapshot

@@ -1,4 +1,4 @@
-"""A rank of the learner that another process of this machine started: `python -m dash_exp.rank`.
+"""A rank of the learner that another process of this machine started: `python -m dash_exp.learning.distributed.__main__`.
 
 Reads one line of JSON (rank, size, port, timeout_s) and serves rank 0. Ends with its standard input.
 """
@@ -18,7 +18,7 @@ def main() -> int:
     given = json.loads(sys.stdin.readline())
     threading.Thread(target=end_with_parent, daemon=True).start()
     keep_freed_memory()
-    from dash_exp.learning.ranks import serve_child
+    from dash_exp.learning.distributed.ranks import serve_child
 
     try:
         return serve_child(**given)

@@ -12,11 +12,11 @@ from typing import Any
 import torch.distributed as dist
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.learning.links import START_S, Follower, Leader
-from dash_exp.learning.member import Member
-from dash_exp.learning.rank_process import RankProcess
-from dash_exp.learning.watch import Door, knock
-from dash_exp.learning.world import Place
+from dash_exp.learning.distributed.links import START_S, Follower, Leader
+from dash_exp.learning.distributed.member import Member
+from dash_exp.learning.distributed.rank_process import RankProcess
+from dash_exp.learning.distributed.watch import Door, knock
+from dash_exp.learning.distributed.world import Place
 from dash_exp.signals import handling, keep_freed_memory
 
 LOOPBACK = "127.0.0.1"
