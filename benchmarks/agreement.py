@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.ours import Ours
 from benchmarks.peer import Rewards, Seen, integer_rewards
-from dash_exp.evaluation import Judge
+from dash_exp.evaluation.metrics import Judge
 from dash_exp.sampling.protocol import arrived
 from dash_exp.tasks.prompts import batch, requests
 from dash_exp.types import Prompt

@@ -15,8 +15,8 @@ from benchmarks.curves import Collector, place_of
 from benchmarks.ours import Ours, config_of
 from benchmarks.report import Line, Options, print_lines
 from benchmarks.turns import WARM_UP, median
-from dash_exp.capacity_curves import curves_of
-from dash_exp.capacity_model import Curves, Setting, predict, predict_batch
+from dash_exp.capacity.curves import curves_of
+from dash_exp.capacity.model import Curves, Setting, predict, predict_batch
 from dash_exp.record.folder import Row
 
 GOAL = 0.15

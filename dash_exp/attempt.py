@@ -11,7 +11,7 @@ import torch
 from dash_exp.budget import Partner, check_equal, spent_seconds
 from dash_exp.build import build, engine_facts, thread_count
 from dash_exp.config.schema import Config
-from dash_exp.evaluation import EvalResult, EvalSet, base_key, evaluate, shared
+from dash_exp.evaluation.metrics import EvalResult, EvalSet, base_key, evaluate, shared
 from dash_exp.learning.distributed.links import Links
 from dash_exp.learning.preflight import largest_micro_batch
 from dash_exp.loop import evaluation_due, train

@@ -15,10 +15,11 @@ import torch
 
 from dash_exp.build_servers import make_servers, overlapped, split
 from dash_exp.build_task import Judges, Task, build_task, load_examples, note_prompts, tokenize
-from dash_exp.capacity_model import Setting
+from dash_exp.capacity.model import Setting
+from dash_exp.capacity.wave_choice import BEGIN, WaveChoice
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
-from dash_exp.evaluation import EvalSet
+from dash_exp.evaluation.metrics import EvalSet
 from dash_exp.learning.adapters import Adapters
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.distributed.links import Alone, Links
@@ -36,7 +37,6 @@ from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_traces
-from dash_exp.wave_choice import BEGIN, WaveChoice
 
 ENGINE_PACKAGES = {
     "hf": ("torch", "transformers"),

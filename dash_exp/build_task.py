@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from dash_exp.config.schema import Config, DatasetConfig
 from dash_exp.config.schema import parts_of as parts_of
 from dash_exp.errors import Fault, UserError
-from dash_exp.evaluation import EvalSet, Judge
+from dash_exp.evaluation.metrics import EvalSet, Judge
 from dash_exp.tasks.examples import ExampleSet
 from dash_exp.tasks.generated import arithmetic, functions
 from dash_exp.tasks.gym import gym_examples

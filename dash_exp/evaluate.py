@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dash_exp.config.schema import ACTIONS
 from dash_exp.errors import Fault, UserError, print_error
-from dash_exp.evaluation import EvalSet, base_key, evaluate, shared
+from dash_exp.evaluation.metrics import EvalSet, base_key, evaluate, shared
 from dash_exp.record import provenance
 from dash_exp.record.folder import (
     CellBusy,

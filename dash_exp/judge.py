@@ -23,7 +23,7 @@ from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import Config, DatasetConfig
 from dash_exp.errors import Fault, UserError, print_error
-from dash_exp.evaluation import Judge
+from dash_exp.evaluation.metrics import Judge
 from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example

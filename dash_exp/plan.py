@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dash_exp.evaluation import Judge
+from dash_exp.capacity.wave_choice import WaveChoice
+from dash_exp.evaluation.metrics import Judge
 from dash_exp.learning.distributed.parallel import ParallelLearner
 from dash_exp.learning.filters import Filter
 from dash_exp.learning.packing import Packer
@@ -14,7 +15,6 @@ from dash_exp.sampling.fleet.waves import groups_at_once
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Completion, Decoding
-from dash_exp.wave_choice import WaveChoice
 
 
 @dataclass(frozen=True, slots=True)

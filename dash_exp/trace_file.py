@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.evaluation import UNRELIABLE
+from dash_exp.evaluation.metrics import UNRELIABLE
 from dash_exp.record.folder import Row, read_json, read_rows, write_json
 from dash_exp.text import format_path
 from dash_exp.types import Completion, Score

@@ -31,7 +31,7 @@ from rich.text import Text
 
 from dash_exp.build_task import load_examples
 from dash_exp.errors import UserError, print_error
-from dash_exp.evaluation import Judge
+from dash_exp.evaluation.metrics import Judge
 from dash_exp.record import provenance
 from dash_exp.record.folder import Row, disk_fault
 from dash_exp.record.hashing import model_hash, weights_hash

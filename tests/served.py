@@ -1,5 +1,5 @@
 """A server as it is thought of in the capacity model, decode step by decode step: another way to write what
-`capacity_sampling.py` does event by event, with the end of each completion."""
+`capacity/sampling.py` does event by event, with the end of each completion."""
 
 from __future__ import annotations
 

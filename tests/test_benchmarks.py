@@ -20,7 +20,7 @@ from benchmarks.report import Options, Skipped, at_least, at_most, need
 from benchmarks.rewards import CONSTANT, VARIED, SetJudge, SetRewards, is_varied, marked
 from benchmarks.streaming import ideal
 from benchmarks.turns import alternate
-from dash_exp.capacity_model import Setting
+from dash_exp.capacity.model import Setting
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import keep_large
 from dash_exp.tasks.prompts import PromptSet, batch

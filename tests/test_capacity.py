@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dash_exp.capacity_model import (
+from dash_exp.capacity.model import (
     Curves,
     Setting,
     best_waves,
@@ -22,7 +22,7 @@ from dash_exp.capacity_model import (
     splits,
     wave_choices,
 )
-from dash_exp.capacity_sampling import Decode, sample
+from dash_exp.capacity.sampling import Decode, sample
 from dash_exp.learning.packing import pieces_of
 from dash_exp.sampling.fleet.waves import groups_at_once
 from tests.conftest import make_groups

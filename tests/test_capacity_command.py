@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dash_exp.capacity_curves import curves_of, read_cells, read_curves
-from dash_exp.capacity_model import Setting, predict_batch, wave_choices
+from dash_exp.capacity.curves import curves_of, read_cells, read_curves
+from dash_exp.capacity.model import Setting, predict_batch, wave_choices
 from dash_exp.errors import UserError
 from tests.conftest import REPOSITORY
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dash_exp.capacity_fit import _left, by_server, fit_speed, prefill_rate, undisturbed
-from dash_exp.capacity_sampling import sample
+from dash_exp.capacity.fit import _left, by_server, fit_speed, prefill_rate, undisturbed
+from dash_exp.capacity.sampling import sample
 from dash_exp.types import Group, Origin
 from tests.served import served
 

@@ -18,7 +18,7 @@ from dash_exp.cell import run_config
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.evaluate import main
-from dash_exp.evaluation import EvalResult, EvalSet
+from dash_exp.evaluation.metrics import EvalResult, EvalSet
 from dash_exp.record.folder import Recorder, Row, read_final, read_json, read_rows
 from dash_exp.signals import Interrupted
 from dash_exp.subject import parse, subject_of

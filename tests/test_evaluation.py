@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp import evaluation
-from dash_exp.evaluation import (
+from dash_exp.evaluation import metrics as evaluation
+from dash_exp.evaluation.metrics import (
     EvalResult,
     EvalSet,
     base_key,
@@ -371,7 +371,7 @@ def test_another_label_and_other_k_share_the_verdicts(tmp_path: Path) -> None:
 ASKER = """
 import sys, time
 from pathlib import Path
-from dash_exp.evaluation import cached
+from dash_exp.evaluation.metrics import cached
 from tests.test_evaluation import result_of
 
 folder = Path(sys.argv[1])

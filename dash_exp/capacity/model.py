@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from dash_exp.capacity_sampling import Decode, Lengths, Sampled, sample
+from dash_exp.capacity.sampling import Decode, Lengths, Sampled, sample
 from dash_exp.sampling.fleet.waves import groups_at_once
 
 DRAWS = 8

@@ -27,7 +27,7 @@ from dash_exp.types import Decoding, Group, Score
 UNRELIABLE = ("timeout", "crashed", "verifier_error")
 """Outcomes that may be the machine's fault."""
 HERE = Path(__file__).parent
-SAMPLING_CODE = ("sampling", "modeling", "evaluation.py", "seeding.py", "tasks/prompts.py")
+SAMPLING_CODE = ("sampling", "modeling", "evaluation/metrics.py", "seeding.py", "tasks/prompts.py")
 """What of the package decides which tokens an untrained model answers with, beside the prompts."""
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dash_exp.capacity_sampling import Decode
+from dash_exp.capacity.sampling import Decode
 from dash_exp.types import Group
 
 Floats = NDArray[np.floating[Any]]

@@ -28,16 +28,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dash_exp.capacity_curves import Measured, read_cells, read_curves
-from dash_exp.capacity_model import (
-    Curves,
-    Prediction,
-    Setting,
-    best_waves,
-    predict,
-    splits,
-    wave_choices,
-)
+from dash_exp.capacity.curves import Measured, read_cells, read_curves
+from dash_exp.capacity.model import Curves, Prediction, Setting, best_waves, predict, splits, wave_choices
 from dash_exp.errors import Fault, UserError, nearest, print_error
 
 OK, USER_ERROR = 0, 2

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dash_exp.capacity_fit import Served, by_server, fit_speed, prefill_rate, undisturbed
-from dash_exp.capacity_model import Curves, Setting, predict_batch, wave_choices
-from dash_exp.capacity_sampling import Lengths
+from dash_exp.capacity.fit import Served, by_server, fit_speed, prefill_rate, undisturbed
+from dash_exp.capacity.model import Curves, Setting, predict_batch, wave_choices
+from dash_exp.capacity.sampling import Lengths
 from dash_exp.types import AdvantagedGroup, Group
 
 BEGIN = 4

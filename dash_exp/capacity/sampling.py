@@ -1,4 +1,4 @@
-"""How long servers take to sample a batch of known lengths: a part of the capacity model (capacity_model.py),
+"""How long servers take to sample a batch of known lengths: a part of the capacity model (capacity/model.py),
 simulated event by event. Torch-free."""
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from dash_exp.capacity_model import Curves, Setting, of_two
-from dash_exp.capacity_sampling import Decode, Lengths, sample
+from dash_exp.capacity.model import Curves, Setting, of_two
+from dash_exp.capacity.sampling import Decode, Lengths, sample
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_rows
 from dash_exp.sampling.fleet.waves import groups_at_once
