@@ -18,7 +18,6 @@ from benchmarks.ours import STILL, Ours, asked, config_of
 from benchmarks.report import Options, Skipped, need_vllm, print_table
 from benchmarks.streaming import WORK, places
 from benchmarks.turns import WARM_UP, median, seconds
-from dash_exp.build import make_spec, thread_count
 from dash_exp.config.schema import Config
 from dash_exp.learning.distributed.parallel import ParallelLearner
 from dash_exp.learning.distributed.ranks import start
@@ -26,6 +25,7 @@ from dash_exp.learning.packing import nothing
 from dash_exp.record.folder import Row
 from dash_exp.sampling.protocol import arrived
 from dash_exp.tasks.prompts import batch, requests
+from dash_exp.train.build import make_spec, thread_count
 from dash_exp.types import Request
 
 LEAST_DECODE = 0.1

@@ -125,10 +125,10 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
     """A learner as any run makes it, from a config."""
     import torch
 
-    from dash_exp.build import make_plan, make_spec
     from dash_exp.config.compose import compose
     from dash_exp.learning.distributed.links import Alone
     from dash_exp.learning.distributed.member import make_learner
+    from dash_exp.train.build import make_plan, make_spec
 
     config = compose(
         [
@@ -173,7 +173,7 @@ def micro_batches(packer: Packer, groups: Iterable[AdvantagedGroup]) -> Iterator
 def one_update(
     learner: Learner, packer: Packer, groups: Iterable[AdvantagedGroup], denominator: float
 ) -> int:
-    """What loop.py does with a batch: micro-batches as they fill, then the update. Their number."""
+    """What train/loop.py does with a batch: micro-batches as they fill, then the update. Their number."""
     count = 0
     for ready in micro_batches(packer, groups):
         learner.accumulate(ready, learner.reference_logprobs(ready))
@@ -187,9 +187,9 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  code is not the update's memory
 
-    import dash_exp.build  # noqa: F401
-    from dash_exp.attempt import keep_freed_memory
+    import dash_exp.train.build  # noqa: F401
     from dash_exp.learning.packing import Packer
+    from dash_exp.train.attempt import keep_freed_memory
 
     if setting.keep_freed_memory:
         keep_freed_memory()

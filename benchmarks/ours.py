@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Options, Skipped
-from dash_exp.attempt import keep_freed_memory
-from dash_exp.build import build
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose
 from dash_exp.config.schema import Config
-from dash_exp.loop import in_waves, train_step
 from dash_exp.modeling.source import load_tokenizer
-from dash_exp.plan import Plan
 from dash_exp.record.folder import Recorder, Row
 from dash_exp.record.identity import resolve_paths
 from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import sample_rows, step_row
+from dash_exp.train.attempt import keep_freed_memory
+from dash_exp.train.build import build
+from dash_exp.train.loop import in_waves, train_step
+from dash_exp.train.parts import Plan
 
 ARMS = {
     ("advantage", True): "dash",

@@ -20,9 +20,9 @@ GOAL = 0.02
 
 
 def measure(options: Options) -> dict[str, Any]:
-    from dash_exp.loop import train
-    from dash_exp.plan import Hooks
     from dash_exp.record.folder import read_final
+    from dash_exp.train.loop import train
+    from dash_exp.train.parts import Hooks
 
     count = options.rounds + WARM_UP
     config = config_of("advantage", 0.04, options.threads, asked(options, f"algorithm.steps={count}"))

@@ -1,6 +1,6 @@
 """Run one cell, whatever its end: `python -m dash_exp.cell <folder> [run.progress=... cluster.threads=...]`.
 
-Freezes a composed config, takes the folder's lock, makes an attempt (attempt.py), and leaves a status
+Freezes a composed config, takes the folder's lock, makes an attempt (train/attempt.py), and leaves a status
 that tells the truth however it ends. Imports no torch until there is something to run.
 
 Exit codes: 0 finished, 1 failed, 2 the user can mend it, 3 blocked by its partner, 4 another process is
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.budget import Blocked, find_partner
 from dash_exp.config.checks import check
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError, print_error
@@ -38,8 +37,9 @@ from dash_exp.record.folder import (
 )
 from dash_exp.record.identity import freeze, make_cell, read_frozen
 from dash_exp.signals import Interrupted, Stop, handling, run_forwarding, share_cores
-from dash_exp.terminal import Display
 from dash_exp.text import format_path
+from dash_exp.train.budget import Blocked, find_partner
+from dash_exp.train.display import Display
 
 if TYPE_CHECKING:
     from dash_exp.learning.distributed.links import Links
@@ -158,7 +158,7 @@ def run_locked(
     try:
         known = "budget" in read_json(folder / "provenance.json")  # read by an earlier attempt
         partner = find_partner(config, folder.parent) if config.budget.match and not known else None
-        from dash_exp.attempt import Attempt  # heavy imports only once there is something to run
+        from dash_exp.train.attempt import Attempt  # heavy imports only once there is something to run
 
         Attempt(folder, config, recorder, display, stop, partner, links).whole()
     except Blocked as reason:

@@ -40,11 +40,11 @@ from dash_exp.record.hashing import model_hash, weights_hash
 from dash_exp.record.identity import freeze, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.subject import USAGE, Subject, parse, subject_of
-from dash_exp.terminal import Display
 from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
+from dash_exp.train.display import Display
 
 if TYPE_CHECKING:
-    from dash_exp.inference import Answerer
+    from dash_exp.train.engine import Answerer
 
 OK, USER_ERROR, SIGNALLED = 0, 2, 128
 
@@ -52,7 +52,7 @@ OK, USER_ERROR, SIGNALLED = 0, 2, 128
 def run(subject: Subject) -> int:
     """Evaluate, or show what is known. Returns an exit code."""
     share_cores()
-    from dash_exp.inference import Answerer
+    from dash_exp.train.engine import Answerer
 
     config = subject.config
     root = Path(config.run.dir)
@@ -84,7 +84,7 @@ def run(subject: Subject) -> int:
 
 
 def _key(answerer: Answerer, one: EvalSet, cache: Path) -> dict[str, Any]:
-    from dash_exp.inference import engine_facts
+    from dash_exp.train.engine import engine_facts
 
     weights = model_hash(answerer.source.folder, cache)
     return base_key(one, weights, engine_facts(answerer.config), answerer.config.seed)
@@ -168,7 +168,7 @@ class Job:
         self.display.note(text)
 
     def note_provenance(self) -> None:
-        from dash_exp.inference import hardware_facts
+        from dash_exp.train.engine import hardware_facts
 
         path, source = self.recorder.folder / "provenance.json", self.answerer.source
         facts = provenance.collect(

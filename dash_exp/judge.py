@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.build_task import Judges, load_examples, parts_of
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import Config, DatasetConfig
@@ -28,6 +27,7 @@ from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example
 from dash_exp.text import format_seconds
+from dash_exp.train.build_tasks import Judges, load_examples, parts_of
 from dash_exp.types import Score
 from dash_exp.verifiers.math.extraction import extract
 

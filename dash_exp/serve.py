@@ -122,9 +122,9 @@ def settings_of(command: Command, cache: Path) -> ServerSettings:
     """Finds the model. Raises UserError where it cannot be had or is too small."""
     import torch
 
-    from dash_exp.build import find_model
-    from dash_exp.build_servers import server_settings
     from dash_exp.modeling.source import load_tokenizer, position_limit
+    from dash_exp.train.build import find_model
+    from dash_exp.train.build_servers import server_settings
 
     config, serve = command.config, command.serve
     folder = find_model(config, cache).folder

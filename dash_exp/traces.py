@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dash_exp.build_task import load_examples
 from dash_exp.errors import UserError, print_error
 from dash_exp.evaluation.metrics import Judge
 from dash_exp.record import provenance
@@ -43,10 +42,11 @@ from dash_exp.tasks.prompts import PromptSet
 from dash_exp.text import format_path, format_seconds
 from dash_exp.trace_file import TraceFile, prompt_line, totals
 from dash_exp.trace_settings import Command, TracesConfig, parse
+from dash_exp.train.build_tasks import load_examples
 from dash_exp.types import Decoding, Group, Prompt, Request, Score
 
 if TYPE_CHECKING:
-    from dash_exp.inference import Answerer
+    from dash_exp.train.engine import Answerer
 
 USAGE = "python -m dash_exp.traces [dataset=<option>] [model=<option>] [traces.samples=10] [key=value ...]"
 OK, USER_ERROR, SIGNALLED = 0, 2, 128
@@ -57,7 +57,7 @@ EVERY_S = 10.0
 def run(command: Command) -> int:
     """Sample, or say that it is done. Returns an exit code."""
     share_cores()
-    from dash_exp.inference import Answerer
+    from dash_exp.train.engine import Answerer
 
     config = command.config
     cache = Path(config.run.dir) / "cache"
@@ -106,7 +106,7 @@ class Work:
 
     @classmethod
     def of(cls, command: Command, answerer: Answerer, cache: Path) -> Work:
-        from dash_exp.inference import engine_facts
+        from dash_exp.train.engine import engine_facts
 
         config, traces = command.config, command.traces
         data, questions = config.dataset, answerer.questions
@@ -165,7 +165,7 @@ class Work:
         return prompt_line(name, self.problems[name], solutions, group.completions, scores)
 
     def facts(self, cache: Path) -> dict[str, Any]:
-        from dash_exp.inference import hardware_facts
+        from dash_exp.train.engine import hardware_facts
 
         source, config = self.answerer.source, self.command.config
         return provenance.collect(

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from dash_exp.budget import resolve_match
 from dash_exp.cell import run_config
 from dash_exp.config.compose import compose, conf_dir
 from dash_exp.errors import UserError
 from dash_exp.record.folder import Row, differences, read_final, read_json
 from dash_exp.sampling.hf import HFSampler
+from dash_exp.train.budget import resolve_match
 from tests.test_run import SMALL, finish, run_here, start, steps_of, wait_for_steps
 
 HERE = Path(__file__).parent
@@ -162,7 +162,7 @@ def test_lora_killed_before_its_last_evaluation_evaluates_what_was_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last checkpoint is merged and has no moments, but still the adapters."""
-    from dash_exp import attempt
+    from dash_exp.train import attempt
 
     options = [
         *SUMS,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.budget import Blocked, check_equal, find_partner, resolve_match, spent_seconds
 from dash_exp.cell import BLOCKED, OK, run_config
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.partner import partner_overrides, without_budget
@@ -17,6 +16,7 @@ from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
 from dash_exp.record.folder import Row, read_final, read_json, write_json
 from dash_exp.record.identity import cell_id, make_cell
+from dash_exp.train.budget import Blocked, check_equal, find_partner, resolve_match, spent_seconds
 from tests.conftest import REPOSITORY
 from tests.test_run import SMALL
 

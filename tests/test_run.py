@@ -393,7 +393,7 @@ def test_two_processes_cannot_run_or_archive_one_cell(whole: Path) -> None:
 
 
 def test_a_verifier_that_always_fails_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dash_exp import build_task
+    from dash_exp.train import build_tasks as build_task
     from dash_exp.types import Score
 
     failed = Score(float("nan"), "verifier_error", "no worker")

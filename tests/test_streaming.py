@@ -17,10 +17,10 @@ from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.settings import Objective
-from dash_exp.loop import train_step
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
 from dash_exp.tasks.prompts import PromptSet
+from dash_exp.train.loop import train_step
 from dash_exp.types import Decoding, Group, Origin, Prompt, Request, Score
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY
@@ -179,7 +179,7 @@ def test_gaps_change_nothing_where_the_cut_must_not_depend_on_time(tiny: Any, st
 
 def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
     """A group whose verdicts are there is handed on in a gap, before the next group has come."""
-    from dash_exp.loop import judged_groups
+    from dash_exp.train.loop import judged_groups
 
     ledger, seen = Ledger(), []
     verdict: Future[Score] = Future()

@@ -15,13 +15,13 @@ from dash_exp.learning.filters import keep_all
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer
 from dash_exp.learning.settings import Objective, Optimization, UpdateStats
-from dash_exp.loop import demonstrated, weigh
-from dash_exp.plan import Parts, Plan
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import BatchFacts, learner_values
+from dash_exp.train.loop import demonstrated, weigh
+from dash_exp.train.parts import Parts, Plan
+from dash_exp.train.updates import mini_batches, repeated_updates
 from dash_exp.types import AdvantagedGroup, Completion, Decoding, Group, Prompt, Request, Score, ScoredGroup
-from dash_exp.updates import mini_batches, repeated_updates
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, reference_gradient
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from dash_exp.build import make_choice, make_plan
 from dash_exp.capacity.model import Setting
 from dash_exp.capacity.wave_choice import WaveChoice
 from dash_exp.config.compose import compose
 from dash_exp.sampling.fleet.waves import groups_at_once
+from dash_exp.train.build import make_choice, make_plan
 from dash_exp.types import AdvantagedGroup, Group, Origin, Score, ScoredGroup
 from tests.served import served
 

@@ -1,7 +1,7 @@
 """Every setting of a run, one dataclass per config group. Values live in `conf/`, types here.
 
 Hydra fills `Config` (see `conf/config.yaml`), `OmegaConf.to_object` turns it into these classes, and
-`build.py` passes plain arguments on: no other module reads the config. Checks across fields are in
+`train/build.py` passes plain arguments on: no other module reads the config. Checks across fields are in
 `config/checks.py`.
 """
 

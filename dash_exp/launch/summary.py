@@ -18,8 +18,8 @@ from dash_exp.launch.worker import gist
 from dash_exp.record import journal
 from dash_exp.record.folder import Row, read_final
 from dash_exp.record.manifest import Entry, Manifest
-from dash_exp.terminal import REWARD
 from dash_exp.text import format_path, format_seconds
+from dash_exp.train.display import REWARD
 
 SHOWN_CELLS, SHOWN_FAILURES = 100, 5
 ENDS = 5

@@ -26,8 +26,8 @@ from dash_exp.learning.rounds import Rounds
 from dash_exp.learning.settings import Objective, UpdateStats
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
+from dash_exp.train.updates import mini_batches, repeated_updates
 from dash_exp.types import AdvantagedGroup
-from dash_exp.updates import mini_batches, repeated_updates
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY
 from tests.learning.test_learner import LENGTHS, OBJECTIVES, PROMPTS, objective, setting

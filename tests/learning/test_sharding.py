@@ -15,7 +15,6 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dash_exp.build import model_to_sample
 from dash_exp.config.compose import compose
 from dash_exp.learning.distributed.links import Alone, Leader
 from dash_exp.learning.distributed.member import Spec
@@ -32,8 +31,9 @@ from dash_exp.record.folder import Recorder
 from dash_exp.record.identity import cell_of, described
 from dash_exp.record.ledger import Ledger
 from dash_exp.sampling.hf import HFSampler
+from dash_exp.train.build import model_to_sample
+from dash_exp.train.updates import mini_batches, repeated_updates
 from dash_exp.types import AdvantagedGroup
-from dash_exp.updates import mini_batches, repeated_updates
 from tests.learning.test_learner import objective
 from tests.learning.test_parallel import KEPT, TOLERANCE, Learned, filtered, learn, spec_of
 from tests.test_updates import NoRecord, parts_of, plan_of

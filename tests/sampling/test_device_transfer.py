@@ -198,10 +198,10 @@ def test_the_address_that_a_server_sees() -> None:
 def test_weights_reach_a_real_server_on_a_gpu(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
     """Never run yet. After updates, also one by a server that was started again, log-probabilities are those
     of the learner."""
-    from dash_exp.build_servers import make_servers
     from dash_exp.config.compose import compose
     from dash_exp.modeling.attention import ATTENTION
     from dash_exp.modeling.source import load_model
+    from dash_exp.train.build_servers import make_servers
     from tests.sampling.test_vllm import FREE, SEEN, learner_gap
 
     if kind == "nccl" and torch.cuda.device_count() < 2:

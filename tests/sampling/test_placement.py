@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dash_exp.build_servers import learner_gpus
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.sampling.fleet.server_process import visible_gpu
 from dash_exp.sampling.placement import gpus, processors
+from dash_exp.train.build_servers import learner_gpus
 
 
 @pytest.mark.parametrize(

@@ -262,11 +262,11 @@ def test_where_nothing_learns_they_get_the_models_own_weights(two: list[Served],
     """Whatever a training run has left in them: greedy tokens are those of the hf sampler."""
     import torch
 
-    from dash_exp.build import find_model
-    from dash_exp.build_servers import make_servers
     from dash_exp.config.compose import compose
     from dash_exp.modeling.attention import ATTENTION
     from dash_exp.modeling.source import load_model
+    from dash_exp.train.build import find_model
+    from dash_exp.train.build_servers import make_servers
     from tests.sampling.test_hf import ask, by_position, sampler_of
     from tests.sampling.test_vllm import GREEDY
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from dash_exp.build_task import Judges, build_task, note_prompts
 from dash_exp.config.compose import compose
 from dash_exp.config.environment import GYM_PACKAGE, is_installed
 from dash_exp.config.schema import Config
@@ -20,6 +19,7 @@ from dash_exp.modeling.source import load_tokenizer
 from dash_exp.tasks.generated import HEADER, functions
 from dash_exp.tasks.gym import gym_examples
 from dash_exp.tasks.prompts import batch
+from dash_exp.train.build_tasks import Judges, build_task, note_prompts
 from dash_exp.verifiers.judges import PooledMathVerifier
 
 

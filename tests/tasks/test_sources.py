@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dash_exp.build_task import layout, load_examples
 from dash_exp.config.compose import compose
 from dash_exp.config.schema import DatasetConfig
 from dash_exp.errors import UserError
@@ -18,6 +17,7 @@ from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example
 from dash_exp.tasks.rows import Layout, called_function, row_id
 from dash_exp.tasks.sources import from_rows, read_jsonl
+from dash_exp.train.build_tasks import layout, load_examples
 from dash_exp.verifiers.code.gold import CodeGold
 
 MATHS = Layout({"id": ["id"], "problem": ["problem", "question"], "answer": ["answer"]})

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from dash_exp.build_task import chat_form
 from dash_exp.config.compose import compose
 from dash_exp.config.environment import is_installed
 from dash_exp.config.limits import TEMPLATES
@@ -16,6 +15,7 @@ from dash_exp.modeling.source import load_tokenizer
 from dash_exp.record.hashing import package_path
 from dash_exp.tasks.examples import Example
 from dash_exp.tasks.templates import CHATS, RENDERERS, Style, renderer
+from dash_exp.train.build_tasks import chat_form
 
 SUM = Example("1", "1+1?", "2")
 TASK = Example("mbpp-1", "Write a function to add.", "", first_test="assert add(1, 1) == 2")

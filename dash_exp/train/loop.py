@@ -17,13 +17,13 @@ from functools import partial
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.rounds import Rounds
-from dash_exp.plan import Ending, Hooks, Parts, Plan
 from dash_exp.record.folder import Recorder, timed_event
 from dash_exp.record.ledger import Budget, Ledger
 from dash_exp.record.metrics import BatchFacts, sample_rows, step_row
 from dash_exp.tasks.prompts import batch, requests
+from dash_exp.train.parts import Ending, Hooks, Parts, Plan
+from dash_exp.train.updates import backpropagate, divisor, mini_batches, repeated_updates, update
 from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Request, Score, ScoredGroup
-from dash_exp.updates import backpropagate, divisor, mini_batches, repeated_updates, update
 
 
 def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float) -> Ending:

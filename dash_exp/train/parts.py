@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The concrete components of a run, chosen in build.py. `judges`: by the name of a prompt's task.
+    """The concrete components of a run, chosen in train/build.py. `judges`: by the name of a prompt's task.
     `filter_advantages`: what the filter looks at, in one unit for all arms. `demonstrations`: in a
     supervised arm the completion of each prompt, by its id. `choice`: of the waves of the next step; None:
     those of the plan."""

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from dash_exp.build_servers import make_servers, overlapped, split
-from dash_exp.build_task import Judges, Task, build_task, load_examples, note_prompts, tokenize
 from dash_exp.capacity.model import Setting
 from dash_exp.capacity.wave_choice import BEGIN, WaveChoice
 from dash_exp.config.schema import Config
@@ -31,12 +29,14 @@ from dash_exp.learning.packing import Packer
 from dash_exp.learning.settings import Objective, Optimization
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, locate, position_limit
-from dash_exp.plan import Parts, Plan
 from dash_exp.record.provenance import packages
 from dash_exp.sampling.hf import HFSampler
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_traces
+from dash_exp.train.build_servers import make_servers, overlapped, split
+from dash_exp.train.build_tasks import Judges, Task, build_task, load_examples, note_prompts, tokenize
+from dash_exp.train.parts import Parts, Plan
 
 ENGINE_PACKAGES = {
     "hf": ("torch", "transformers"),

@@ -10,8 +10,6 @@ from typing import Any, Self
 
 import torch
 
-from dash_exp.build import engine_facts, find_model, make_sampler, thread_count
-from dash_exp.build_task import Judges, Questions
 from dash_exp.config.schema import Config
 from dash_exp.learning.distributed.member import device_of
 from dash_exp.modeling.attention import ATTENTION
@@ -19,6 +17,8 @@ from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer
 from dash_exp.record.provenance import hardware
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.tasks.prompts import PromptSet
+from dash_exp.train.build import engine_facts, find_model, make_sampler, thread_count
+from dash_exp.train.build_tasks import Judges, Questions
 from dash_exp.types import Decoding
 
 __all__ = ["Answerer", "engine_facts", "hardware_facts"]

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import torch
 
-from dash_exp.budget import Partner, check_equal, spent_seconds
-from dash_exp.build import build, engine_facts, thread_count
 from dash_exp.config.schema import Config
 from dash_exp.evaluation.metrics import EvalResult, EvalSet, base_key, evaluate, shared
 from dash_exp.learning.distributed.links import Links
 from dash_exp.learning.preflight import largest_micro_batch
-from dash_exp.loop import evaluation_due, train
-from dash_exp.plan import Ending, Hooks
 from dash_exp.record import checkpoint, provenance
 from dash_exp.record.folder import Recorder, Row, read_final, read_json, read_rows, write_json
 from dash_exp.record.hashing import model_hash, weights_hash
 from dash_exp.signals import Interrupted, Stop, keep_freed_memory
-from dash_exp.terminal import Display
 from dash_exp.text import format_path, format_seconds
+from dash_exp.train.budget import Partner, check_equal, spent_seconds
+from dash_exp.train.build import build, engine_facts, thread_count
+from dash_exp.train.display import Display
+from dash_exp.train.loop import evaluation_due, train
+from dash_exp.train.parts import Ending, Hooks
 
 TRUNCATION_WARNING, CONSTANT_WARNING = 0.5, 0.9
 

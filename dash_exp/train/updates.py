@@ -11,9 +11,9 @@ from torch import Tensor
 from dash_exp.learning import losses
 from dash_exp.learning.rounds import Round, balanced
 from dash_exp.learning.settings import UpdateStats
-from dash_exp.plan import Parts, Plan
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
+from dash_exp.train.parts import Parts, Plan
 from dash_exp.types import AdvantagedGroup
 
 
