@@ -126,7 +126,7 @@ def run_cell(composed: Any) -> int:
     places = [text for text in given.hydra if text.startswith("hydra.searchpath")]
     if faults:
         raise UserError(faults)
-    from dash_exp.cell import run_config
+    from dash_exp.cell.run import run_config
     from dash_exp.train.budget import resolve_match
 
     partner = resolve_match(config, [*places, *overrides], Path(config.run.dir) / "cache")

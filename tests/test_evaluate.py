@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from dash_exp import evaluate
-from dash_exp.cell import run_config
+from dash_exp.cell.run import run_config
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
-from dash_exp.evaluate import main
+from dash_exp.evaluate import __main__ as evaluate
+from dash_exp.evaluate.__main__ import main
+from dash_exp.evaluate.target import parse, subject_of
 from dash_exp.evaluation.metrics import EvalResult, EvalSet
 from dash_exp.record.folder import Recorder, Row, read_final, read_json, read_rows
 from dash_exp.signals import Interrupted
-from dash_exp.subject import parse, subject_of
 from tests.conftest import REPOSITORY
 
 DIGITS = Path(__file__).parent / "digits.jsonl"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dash_exp.cell import SIGNALLED
+from dash_exp.cell.run import SIGNALLED
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.launch import local

@@ -18,7 +18,7 @@ from dash_exp.launch.hardware import hardware_label
 from dash_exp.launch.resources import resource_faults, resources_of
 from dash_exp.launch.settings import Settings, is_setting, settings_of
 from dash_exp.record.jobs import Resources, Traces
-from dash_exp.trace_settings import out_of
+from dash_exp.traces.settings import out_of
 
 TRACES = "dataset.traces"
 

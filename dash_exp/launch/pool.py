@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dash_exp.cell import BLOCKED, BUSY, OK
+from dash_exp.cell.run import BLOCKED, BUSY, OK
 from dash_exp.launch.shares import Gpus, Lease, threads_each, visible_gpus
 from dash_exp.launch.states import ACTIVE, state_of
 from dash_exp.launch.verdict import LOST

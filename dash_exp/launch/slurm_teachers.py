@@ -23,7 +23,7 @@ from dash_exp.record import manifest as manifests
 from dash_exp.record.jobs import Resources, Waiting
 from dash_exp.record.manifest import Entry, Manifest, held
 from dash_exp.signals import handling
-from dash_exp.trace_settings import parse
+from dash_exp.traces.settings import parse
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dash_exp.cell import run_config
+from dash_exp.cell.run import run_config
 from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
 from dash_exp.learning.distributed.world import Place, first_host, local_ranks, placed

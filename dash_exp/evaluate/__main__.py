@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from dash_exp.config.schema import ACTIONS
 from dash_exp.errors import Fault, UserError, print_error
+from dash_exp.evaluate.target import USAGE, Subject, parse, subject_of
 from dash_exp.evaluation.metrics import EvalSet, base_key, evaluate, shared
 from dash_exp.record import provenance
 from dash_exp.record.folder import (
@@ -39,7 +40,6 @@ from dash_exp.record.folder import (
 from dash_exp.record.hashing import model_hash, weights_hash
 from dash_exp.record.identity import freeze, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, share_cores
-from dash_exp.subject import USAGE, Subject, parse, subject_of
 from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
 from dash_exp.train.display import Display
 
