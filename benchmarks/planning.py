@@ -52,7 +52,7 @@ def rates(cells: int) -> list[tuple[str, ...]]:
 
 def measure(kind: str, cells: int) -> dict[str, Any]:
     """Plan once, here."""
-    from dash_exp.launch.plan import ad_hoc_name, make_plan
+    from dash_exp.sweep.plan import ad_hoc_name, make_plan
 
     combinations = {"seeds": seeds, "rates": rates}[kind](cells)
     with tempfile.TemporaryDirectory() as root:

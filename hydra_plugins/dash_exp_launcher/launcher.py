@@ -26,7 +26,7 @@ class DashLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the cells. Ends this program where one failed or a signal came, after all that could be run."""
-        from dash_exp.launch.multirun import launch_sweep
+        from dash_exp.sweep.multirun import launch_sweep
 
         assert self.config is not None
         code = launch_sweep(self.config, job_overrides, initial_job_idx, self.n_jobs, self.wait)

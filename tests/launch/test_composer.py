@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dash_exp.config.compose import compose, conf_dir
 from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
-from dash_exp.launch.composer import Base, Composer, interpolated, is_leaf, overlap, refers
 from dash_exp.record.identity import cell_of, make_cell
+from dash_exp.sweep.composer import Base, Composer, interpolated, is_leaf, overlap, refers
 
 pytest_plugins = ["tests.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")

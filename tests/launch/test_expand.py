@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dash_exp.config.compose import opened, parse
 from dash_exp.errors import UserError
-from dash_exp.launch.expand import Block, combinations, key_of, products, quoted, text_of
-from dash_exp.launch.spec import Spec
+from dash_exp.sweep.expand import Block, combinations, key_of, products, quoted, text_of
+from dash_exp.sweep.spec import Spec
 
 
 def spec(

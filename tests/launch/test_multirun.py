@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.launch import local
-from dash_exp.launch.actions import cluster_of
-from dash_exp.launch.dispatch import launch
-from dash_exp.launch.plan import make_plan
 from dash_exp.record import journal
 from dash_exp.record.folder import Row, differences, read_json, read_rows
 from dash_exp.record.locks import Locks
 from dash_exp.record.manifest import read
+from dash_exp.sweep import local
+from dash_exp.sweep.actions import cluster_of
+from dash_exp.sweep.dispatch import launch
+from dash_exp.sweep.plan import make_plan
 from tests.conftest import REPOSITORY
 
 TINY = ["model=tiny", "debug=fast", "cluster.threads=1", "evaluation=none"]

@@ -11,15 +11,15 @@ import pytest
 
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
-from dash_exp.launch import hardware
-from dash_exp.launch.expand import products
-from dash_exp.launch.plan import ad_hoc_name, make_plan, plan_spec
-from dash_exp.launch.resources import resource_faults, resources_of
-from dash_exp.launch.settings import split
-from dash_exp.launch.spec import load
 from dash_exp.record.folder import write_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen
 from dash_exp.record.jobs import Plan
+from dash_exp.sweep import hardware
+from dash_exp.sweep.expand import products
+from dash_exp.sweep.plan import ad_hoc_name, make_plan, plan_spec
+from dash_exp.sweep.resources import resource_faults, resources_of
+from dash_exp.sweep.settings import split
+from dash_exp.sweep.spec import load
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("plain_machine")
@@ -311,7 +311,7 @@ def test_data_that_change_make_other_cells(tmp_path: Path) -> None:
 def test_planning_imports_nothing_heavy(tmp_path: Path) -> None:
     heavy = ("torch", "numpy", "transformers", "vllm", "submitit", "mlflow")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom dash_exp.launch.plan import make_plan\n"
+        "import sys\nfrom pathlib import Path\nfrom dash_exp.sweep.plan import make_plan\n"
         f"make_plan('x', [('debug=fast',)], root=Path({str(tmp_path)!r}))\n"
         f"print([m for m in {heavy} if m in sys.modules])"
     )

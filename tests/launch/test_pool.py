@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from dash_exp.launch.pool import Relay, Terms, run_pool
-from dash_exp.launch.shares import Gpus, Lease, threads_each, visible_gpus
-from dash_exp.launch.worker import OUTPUT, Job, cell_actions, gist
 from dash_exp.record import journal
 from dash_exp.record.folder import Row, read_json, read_rows, write_json
+from dash_exp.sweep.pool import Relay, Terms, run_pool
+from dash_exp.sweep.shares import Gpus, Lease, threads_each, visible_gpus
+from dash_exp.sweep.worker import OUTPUT, Job, cell_actions, gist
 from tests.conftest import REPOSITORY
 
 RETRIES = {"node": 3, "preemption": 2, "unknown": 1, "config": 0}
@@ -193,7 +193,7 @@ def test_a_cell_that_is_found_busy_is_tried_again_later(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a file system that shows no locks of other machines: only the start finds out."""
-    from dash_exp.launch import pool
+    from dash_exp.sweep import pool
 
     monkeypatch.setattr(pool, "BUSY_S", 0.5)
     monkeypatch.setattr(pool.Locks, "now", classmethod(lambda cls: cls({})))
@@ -258,7 +258,7 @@ def test_cells_are_cancelled_by_a_row_in_their_journals(bench: Bench) -> None:
 def test_a_killed_pool_leaves_its_cells_running_and_the_next_waits_for_them(bench: Bench) -> None:
     jobs = [bench.job("a", {"wait": 2}), bench.job("b", {"wait": 0.1})]
     code = (
-        "from dash_exp.launch.pool import *; from pathlib import Path; import sys; "
+        "from dash_exp.sweep.pool import *; from pathlib import Path; import sys; "
         "run_pool([Job(Path(p)) for p in sys.argv[1:]], Terms())"
     )
     first = subprocess.Popen([sys.executable, "-c", code, *(str(job.folder) for job in jobs)])

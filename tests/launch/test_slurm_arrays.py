@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from dash_exp.launch.slurm_arrays import Array, demand_of, job_name, parameters, plan_arrays, share_out
 from dash_exp.record.jobs import Resources
+from dash_exp.sweep.slurm.arrays import Array, demand_of, job_name, parameters, plan_arrays, share_out
 from tests.launch.slurm_helpers import SMALL_JOB, cluster_of, made_up
 
 ONE_GPU = Resources(gpus=1, cpus=8, memory_gb=20, minutes=120)

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.launch import queue, slurm
-from dash_exp.launch.dispatch import ask_again, refusals
-from dash_exp.launch.queue import JobState
 from dash_exp.record import journal
 from dash_exp.record.folder import lock, write_json
 from dash_exp.record.identity import Cell
 from dash_exp.record.jobs import Plan, PlannedCell, Resources
 from dash_exp.record.manifest import Manifest
+from dash_exp.sweep.dispatch import ask_again, refusals
+from dash_exp.sweep.slurm import queue
+from dash_exp.sweep.slurm import submit as slurm
+from dash_exp.sweep.slurm.queue import JobState
 from tests.launch.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up, write_made_up
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch import slurm
-from dash_exp.launch.slurm_faults import gpus_of, minutes_of
 from dash_exp.record.jobs import Resources
+from dash_exp.sweep.slurm import submit as slurm
+from dash_exp.sweep.slurm.faults import gpus_of, minutes_of
 from tests.launch.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up
 
 pytest_plugins = ["tests.launch.slurm_fixtures"]

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from dash_exp.launch import slurm
-from dash_exp.launch.pool import Relay
-from dash_exp.launch.slurm_job import Place, SlurmJob, out_of_time, threads, used_requeues
 from dash_exp.record import journal
 from dash_exp.record.folder import Row, read_json, read_rows
 from dash_exp.record.manifest import Manifest
+from dash_exp.sweep.pool import Relay
+from dash_exp.sweep.slurm import submit as slurm
+from dash_exp.sweep.slurm.job import Place, SlurmJob, out_of_time, threads, used_requeues
 from tests.conftest import REPOSITORY
 from tests.launch.slurm_helpers import FakeSlurm, cluster_of, made_up, write_made_up, write_sweep
 
@@ -204,7 +204,7 @@ def test_the_end_at_a_time_limit_is_told_from_others(in_job: FakeSlurm) -> None:
 def test_a_controller_that_refuses_to_requeue(
     in_job: FakeSlurm, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dash_exp.launch.slurm_job.PAUSE_S", 0.0)
+    monkeypatch.setattr("dash_exp.sweep.slurm.job.PAUSE_S", 0.0)
     in_job.set(silent=["scontrol"])
     sweep = write_made_up(tmp_path, made_up(1))
     job_of(sweep, requeues=1)._requeue([sweep.entries[0].folder], "timeout", Place("7_3"))

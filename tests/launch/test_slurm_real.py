@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch import queue, slurm
 from dash_exp.record import journal
 from dash_exp.record.folder import differences, read_json, read_rows
 from dash_exp.record.jobs import Resources
 from dash_exp.record.manifest import Entry, Manifest
+from dash_exp.sweep.slurm import queue
+from dash_exp.sweep.slurm import submit as slurm
 from tests.conftest import REPOSITORY
 from tests.launch.real_slurm import (
     LARGEST_ARRAY,

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.launch import slurm_teachers
-from dash_exp.launch.actions import cluster_of
-from dash_exp.launch.dispatch import launch
-from dash_exp.launch.plan import make_plan
-from dash_exp.launch.slurm_teachers import TeacherJob, demands
 from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import read
+from dash_exp.sweep.actions import cluster_of
+from dash_exp.sweep.dispatch import launch
+from dash_exp.sweep.plan import make_plan
+from dash_exp.sweep.slurm import teachers as slurm_teachers
+from dash_exp.sweep.slurm.teachers import TeacherJob, demands
 from tests.launch.slurm_helpers import FakeSlurm
 from tests.launch.test_teachers import CELL, DIGITS
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.launch import spec as specs
-from dash_exp.launch.expand import combinations
+from dash_exp.sweep import spec as specs
+from dash_exp.sweep.expand import combinations
 
 WHOLE = """
 claim: DASH is faster.

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from dash_exp.launch.queue import JobState
-from dash_exp.launch.states import Reading, recent_steps, state_of, states_of, steps_of
-from dash_exp.launch.tails import Follower, last_lines, last_rows
-from dash_exp.launch.verdict import Evidence, judge
 from dash_exp.record import journal
 from dash_exp.record.folder import Recorder, lock
 from dash_exp.record.locks import HERE, Locks, ask_to_end, is_alive, runs
+from dash_exp.sweep.slurm.queue import JobState
+from dash_exp.sweep.states import Reading, recent_steps, state_of, states_of, steps_of
+from dash_exp.sweep.tails import Follower, last_lines, last_rows
+from dash_exp.sweep.verdict import Evidence, judge
 from tests.conftest import REPOSITORY
 from tests.launch.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 

@@ -11,16 +11,16 @@ from rich.console import Console, RenderableType
 
 from benchmarks.status import measure
 from dash_exp.errors import UserError
-from dash_exp.launch.estimate import hours_by_profile, profile
-from dash_exp.launch.lookup import find, labels, matches, select
-from dash_exp.launch.planning import plan_of
-from dash_exp.launch.preview import preview
-from dash_exp.launch.report import plan_view, status_view, sweep_lines
-from dash_exp.launch.states import CellState
-from dash_exp.launch.status import Watched, sweep_eta_s, watch, watch_all
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import Recorder
 from dash_exp.record.jobs import Plan, Resources, Traces, Waiting
+from dash_exp.sweep.estimate import hours_by_profile, profile
+from dash_exp.sweep.lookup import find, labels, matches, select
+from dash_exp.sweep.planning import plan_of
+from dash_exp.sweep.preview import preview
+from dash_exp.sweep.report import plan_view, status_view, sweep_lines
+from dash_exp.sweep.states import CellState
+from dash_exp.sweep.status import Watched, sweep_eta_s, watch, watch_all
 from tests.launch.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 
 

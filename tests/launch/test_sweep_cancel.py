@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch.cancel import cancel
-from dash_exp.launch.states import CellState
-from dash_exp.launch.status import watch
 from dash_exp.record import journal
 from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import read_final, read_json
 from dash_exp.record.locks import is_alive
 from dash_exp.record.manifest import Manifest
+from dash_exp.sweep.cancel import cancel
+from dash_exp.sweep.states import CellState
+from dash_exp.sweep.status import watch
 from tests.launch.slurm_helpers import FakeSlurm
 from tests.launch.sweep_fixtures import (
     Capture,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch.planning import plan_of, with_configs
-from dash_exp.launch.watching import logs_command
 from dash_exp.record import journal
 from dash_exp.record import manifest as manifests
-from dash_exp.sweep import COMMANDS, parser_of
+from dash_exp.sweep.__main__ import COMMANDS, parser_of
+from dash_exp.sweep.planning import plan_of, with_configs
+from dash_exp.sweep.watch import logs_command
 from tests.conftest import REPOSITORY
 from tests.launch.slurm_helpers import FakeSlurm
 from tests.launch.sweep_fixtures import (

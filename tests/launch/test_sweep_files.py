@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dash_exp.config.compose import conf_dir
-from dash_exp.launch import spec as specs
-from dash_exp.launch.expand import combinations, key_of
-from dash_exp.launch.plan import make_plan, plan_spec
+from dash_exp.sweep import spec as specs
+from dash_exp.sweep.expand import combinations, key_of
+from dash_exp.sweep.plan import make_plan, plan_spec
 from tests.conftest import REPOSITORY
 
 NAMES = specs.names()

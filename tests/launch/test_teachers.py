@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.launch.actions import cluster_of
-from dash_exp.launch.dispatch import launch
-from dash_exp.launch.plan import make_plan
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import read
+from dash_exp.sweep.actions import cluster_of
+from dash_exp.sweep.dispatch import launch
+from dash_exp.sweep.plan import make_plan
 from tests.conftest import REPOSITORY
 
 DIGITS = [
