@@ -249,8 +249,8 @@ def read_table(path: Path) -> tuple[pd.DataFrame, list[Problem]]:
 
 
 def final_rows(table: pd.DataFrame, end: float) -> pd.DataFrame:
-    """The rows that count (as `dash_exp.record.folder.read_final`): of each step's, and dataset's, last attempt,
-    and not beyond the step at which a finished cell ended; in order of steps."""
+    """The rows that count (as `dash_exp.record.folder.read_final`): of each step's and dataset's last
+    attempt, and not beyond the step at which a finished cell ended; in order of steps."""
     attempts, steps = table["attempt"].to_numpy(), table["step"].to_numpy()
     if attempts.min() == attempts.max() and steps.max() <= end and (np.diff(steps) >= 0).all():
         return table  # as nearly all are

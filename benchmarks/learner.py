@@ -36,8 +36,8 @@ def measure(options: Options) -> dict[str, Any]:
                     GOAL,
                     ours / bare,
                     options,
-                    work=f"learner, {found['completions']} x {prompt} + {min(lengths)}..{max(lengths)} tokens, "
-                    f"kept {SHARE:g}",
+                    work=f"learner, {found['completions']} x {prompt} + "
+                    f"{min(lengths)}..{max(lengths)} tokens, kept {SHARE:g}",
                     against="bare forward + backward",
                     ours=ours,
                     rival=bare,

@@ -1,163 +1,75 @@
-"""The direction of imports, and what must stay importable without torch."""
+"""Imports between packages go down only and form no cycle; heavy libraries are imported where they are used."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-import pytest
-
+from dash_exp import PACKAGE
 from tests.conftest import REPOSITORY
 
-PACKAGE = REPOSITORY / "dash_exp"
-
-LAYERS = [
-    {
-        "types",
-        "errors",
-        "seeding",
-        "statistics",
-        "config",
-        "hashing",
-        "cells",
-        "ledger",
-        "signals",
-        "process",
-    },
-    {
-        "tasks",
-        "verifiers",
-        "sampling.protocol",
-        "sampling.waves",
-        "learning.advantages",
-        "learning.filters",
-        "learning.losses",
-        "learning.schedules",
-        "record",
-        "validation",
-        "preconditions",
-        "provenance",
-        "override_faults",
-        "own_settings",
-        "dataset_faults",
-        "server_faults",
-        "capacity_model",
-        "capacity_sampling",
-        "capacity_fit",
-        "wave_choice",
-        "partners",
-        "compose",
-        "metrics",
-        "terminal",
-        "limits",
-        "learning.world",
-        "checksums",
-        "mirror_place",
-        "launch.jobs",
-        "launch.journal",
-        "launch.manifest",
-        "launch.processes",
-    },
-    {
-        "mirror",
-        "mirror_beside",
-        "mirror_cell",
-        "mirror_facts",
-        "mirror_follow",
-        "mirror_points",
-        "mirror_store",
-        "mirror_sweeps",
-    },
-    {"modeling", "learning.logprobs"},
-    {"checkpoint", "learning", "sampling", "evaluation", "trace_file", "trace_settings", "subject"},
-    {"plan"},
-    {"updates"},
-    {"loop"},
-    {"budget"},
-    {"build_task"},
-    {"build_servers"},
-    {"build", "judge"},
-    {"attempt", "inference", "rank"},
-    {"cell"},
-    {"launch"},
-    {"__main__", "evaluate", "traces", "serve", "capacity", "capacity_curves", "sweep"},
+LEVELS = [
+    {"types", "errors", "text", "seeding", "statistics", "signals"},
+    {"config", "verifiers"},
+    {"record"},
+    {"modeling", "tasks", "mirror"},
+    {"sampling", "learning"},
+    {"evaluation", "capacity"},
+    {"train"},
+    {"cell", "evaluate", "traces", "judge", "serve"},
+    {"sweep"},
+    {"__main__"},
 ]
-"""A module imports from its own layer and from earlier ones. The longest matching name counts."""
+"""A package imports from its own level and from the ones before it."""
 
-TORCH_FREE = [
-    "types",
-    "errors",
-    "seeding",
-    "statistics",
-    "config",
-    "limits",
-    "hashing",
-    "cells",
-    "ledger",
-    "record",
-    "metrics",
-    "terminal",
-    "validation",
-    "preconditions",
-    "provenance",
-    "compose",
-    "override_faults",
-    "tasks.prompts",
-    "tasks.examples",
-    "verifiers.pool",
-    "tasks.sources",
-    "tasks.rows",
-    "tasks.generated",
-    "tasks.gym",
-    "dataset_faults",
-    "verifiers.frontends",
-    "sampling.protocol",
-    "sampling.fleet",
-    "sampling.placement",
-    "learning.advantages",
-    "learning.filters",
-    "learning.schedules",
-    "learning.world",
-    "__main__",
-    "evaluation",
-    "cell",
-    "signals",
-    "process",
-    "rank",
-    "learning.rank_process",
-    "learning.watch",
-    "budget",
-    "partners",
-    "judge",
-    "evaluate",
-    "traces",
-    "serve",
-    "trace_file",
-    "trace_settings",
-    "subject",
-    "capacity",
-    "capacity_curves",
-    "capacity_fit",
-    "capacity_model",
-    "capacity_sampling",
-    "wave_choice",
-    "sweep",
-    "mirror",
-    "mirror_beside",
-    "mirror_follow",
-    *(f"launch.{file.stem}" for file in (PACKAGE / "launch").glob("[a-z]*.py")),
+NEEDS_TORCH = [
+    "learning.adapters",
+    "learning.distributed.links",
+    "learning.distributed.member",
+    "learning.distributed.parallel",
+    "learning.distributed.ranks",
+    "learning.distributed.sums",
+    "learning.learner",
+    "learning.agreement",
+    "learning.logprobs",
+    "learning.losses",
+    "learning.packing",
+    "learning.preflight",
+    "learning.rounds",
+    "learning.scorer",
+    "learning.settings",
+    "learning.sharding",
+    "learning.weights",
+    "modeling",
+    "sampling.hf",
+    "sampling.vllm",
+    "sampling.transfer",
+    "train.build",
+    "train.build_servers",
+    "train.engine",
+    "train.loop",
+    "train.updates",
+    "train.parts",
+    "train.attempt",
+    "record.checksums",
+    "record.checkpoint",
+    "tasks.demonstrations",
 ]
+"""Modules that may import torch, or import such a module. All others start without it."""
+
 ONE_PLACE = {
-    "vllm": "sampling/vllm_",
+    "vllm": "sampling/vllm/",
     "peft": "learning/adapters.py",
-    "reasoning_gym": "tasks/gym.py",
-    "submitit": "launch/slurm",
+    "reasoning_gym": ("tasks/gym.py", "config/environment.py", "verifiers/gym.py"),
+    "submitit": "sweep/slurm/",
     "mlflow": "mirror/mlflow.py",
 }
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the package, by its name below `dash_exp`."""
     found = {}
@@ -167,54 +79,70 @@ def modules() -> dict[str, Path]:
     return {name: path for name, path in found.items() if name}
 
 
-def layer_of(name: str) -> int:
-    best, layer = -1, None
-    for number, names in enumerate(LAYERS):
-        for known in names:
-            if (name == known or name.startswith(f"{known}.")) and len(known) > best:
-                best, layer = len(known), number
-    assert layer is not None, f"{name} is in no layer of tests/test_imports.py"
-    return layer
-
-
-def imported(path: Path) -> set[str]:
-    """Full names of what a file imports, inside functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def imported(name: str) -> frozenset[str]:
+    """Full names of what a module imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(modules()[name].read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_imports_go_one_way(name: str) -> None:
-    known = modules()
-    for full in imported(known[name]):
-        if not full.startswith("dash_exp."):
-            continue
-        target = full.removeprefix("dash_exp.")
-        while target and target not in known:
-            target = target.rpartition(".")[0]
-        if target and not (name == "__main__" and target == "__main__"):
-            assert layer_of(target) <= layer_of(name), f"{name} imports {target}"
+def package_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def package_imports() -> dict[str, set[str]]:
+    """The packages that each package imports from."""
+    found: dict[str, set[str]] = {package_of(name): set() for name in modules()}
+    for name in modules():
+        targets = (full.removeprefix("dash_exp.") for full in imported(name) if full.startswith("dash_exp."))
+        found[package_of(name)] |= {package_of(t) for t in targets} & set(found) - {package_of(name)}
+    return found
+
+
+def test_every_package_stands_on_a_level_and_imports_only_downwards() -> None:
+    level = {package: number for number, packages in enumerate(LEVELS) for package in packages}
+    edges = package_imports()
+    assert set(edges) == set(level)
+    upwards = {(a, b) for a, targets in edges.items() for b in targets if level[b] > level[a]}
+    assert upwards == set()
+
+
+def test_packages_form_no_cycle() -> None:
+    edges = package_imports()
+    while leaves := {package for package, targets in edges.items() if not targets & set(edges)}:
+        edges = {package: targets for package, targets in edges.items() if package not in leaves}
+    assert edges == {}
 
 
 def test_each_heavy_library_is_imported_in_one_place() -> None:
-    for library, place in ONE_PLACE.items():
-        users = {
+    for library, places in ONE_PLACE.items():
+        users = [
             str(path.relative_to(PACKAGE))
-            for path in modules().values()
-            if any(n == library or n.startswith(f"{library}.") for n in imported(path))
-        }
-        assert users and all(user.startswith(place) for user in users), users
+            for name, path in modules().items()
+            if any(full == library or full.startswith(f"{library}.") for full in imported(name))
+        ]
+        assert users and all(user.startswith(places) for user in users), users
 
 
-def test_torch_free_modules_import_no_torch() -> None:
-    names = ", ".join(f"dash_exp.{n}" for n in TORCH_FREE)
+def test_modules_import_no_torch_unless_they_need_it() -> None:
+    free = [
+        f"dash_exp.{name}"
+        for name in modules()
+        if not any(name == heavy or name.startswith(f"{heavy}.") for heavy in NEEDS_TORCH)
+    ]
     heavy = "{'torch', 'transformers', 'vllm'}"
-    code = f"import sys; import {names}; sys.exit(str({heavy} & set(sys.modules)).replace('set()', '') or 0)"
+    code = f"""
+import importlib, sys
+for name in {free!r}:
+    importlib.import_module(name)
+    found = {heavy} & set(sys.modules)
+    if found: sys.exit(f'{{name}} imports {{found}}')
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )

@@ -1,8 +1,8 @@
 """How long a step takes, from measured curves: pure functions, torch-free. Assumptions: docs/capacity.md.
 
 A server decodes all of its sequences together, one token each per decode step; `Decode` says how long such a
-step takes with n sequences. Groups are handed out as `sampling/fleet/fleet.py` does, wait as `learning/packing.py`
-packs them, and learners take micro-batches as they fill (`learning/rounds.py`).
+step takes with n sequences. Groups are handed out as `sampling/fleet/fleet.py` does, wait as
+`learning/packing.py` packs them, and learners take micro-batches as they fill (`learning/rounds.py`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""One run of one cell: its lock, its attempt, and a status that is right however it ends."""

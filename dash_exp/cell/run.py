@@ -232,7 +232,3 @@ def run_folder(arguments: list[str]) -> int:
             )
         )
     return together(config, lambda links: run(folder, config, links))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dash_exp import PACKAGE
 from dash_exp.config.checks import check
 from dash_exp.config.overrides import Options, composition_fault, override_faults
 from dash_exp.config.partner import CELL_ID, KEY, partner_of
@@ -43,9 +44,8 @@ COMPOSITION_ERRORS = (
 
 def conf_dir() -> Path:
     """The folder of yaml files: beside the package in a checkout, inside it once installed."""
-    package = Path(__file__).resolve().parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
 def register() -> None:

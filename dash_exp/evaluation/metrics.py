@@ -26,7 +26,6 @@ from dash_exp.types import Decoding, Group, Score
 
 UNRELIABLE = ("timeout", "crashed", "verifier_error")
 """Outcomes that may be the machine's fault."""
-HERE = Path(__file__).parent
 SAMPLING_CODE = ("sampling", "modeling", "evaluation/metrics.py", "seeding.py", "tasks/prompts.py")
 """What of the package decides which tokens an untrained model answers with, beside the prompts."""
 
@@ -196,7 +195,7 @@ def sampling_code_hash() -> str:
     """SHA-256 over the code that turns prompts into completions: a result of other code is not shared."""
     digest = hashlib.sha256()
     for part in SAMPLING_CODE:
-        place = HERE / part
+        place = PACKAGE / part
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            digest.update(f"{file.relative_to(HERE)}\0".encode() + file.read_bytes() + b"\0")
+            digest.update(f"{file.relative_to(PACKAGE)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()

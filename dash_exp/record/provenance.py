@@ -23,14 +23,13 @@ PACKAGES = (
     "numpy",
     "safetensors",
 )
-HERE = Path(__file__).parent
 
 
 def code_hash() -> str:
     """SHA-256 over every Python file of the package: the code that ran, committed or not."""
     digest = hashlib.sha256()
-    for file in sorted(HERE.rglob("*.py")):
-        digest.update(f"{file.relative_to(HERE)}\0".encode() + file.read_bytes() + b"\0")
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(f"{file.relative_to(PACKAGE)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -39,7 +38,9 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> bytes | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, timeout=20, check=False)
+            done = subprocess.run(
+                ["git", *arguments], cwd=PACKAGE, capture_output=True, timeout=20, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout if done.returncode == 0 else None

@@ -64,9 +64,8 @@ class Spec:
 
 def sweeps_dir() -> Path:
     """The folder of sweeps: beside the package in a checkout, inside it once installed."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "sweeps"
-    return inside if inside.is_dir() else package.parent / "sweeps"
+    inside = PACKAGE / "sweeps"
+    return inside if inside.is_dir() else PACKAGE.parent / "sweeps"
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""A rank of the learner that another process of this machine started: `python -m dash_exp.learning.distributed.__main__`.
+"""A rank of the learner, started by rank 0 as `python -m dash_exp.learning.distributed`.
 
 Reads one line of JSON (rank, size, port, timeout_s) and serves rank 0. Ends with its standard input.
 """

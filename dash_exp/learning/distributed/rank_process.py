@@ -13,7 +13,7 @@ from typing import Any
 
 from dash_exp.signals import SCHEDULERS, sheltered
 
-LAUNCH = (sys.executable, "-m", "dash_exp.learning.distributed.__main__")
+LAUNCH = (sys.executable, "-m", "dash_exp.learning.distributed")
 LOG_TAIL_LINES = 20
 
 

@@ -21,7 +21,7 @@ from dash_exp.sweep.preview import preview
 from dash_exp.sweep.report import plan_view, status_view, sweep_lines
 from dash_exp.sweep.states import CellState
 from dash_exp.sweep.status import Watched, sweep_eta_s, watch, watch_all
-from tests.launch.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
+from tests.sweep.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 
 
 def text_of(shown: RenderableType, width: int = 80) -> str:

@@ -20,8 +20,8 @@ from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.cancel import cancel
 from dash_exp.sweep.states import CellState
 from dash_exp.sweep.status import watch
-from tests.launch.slurm_helpers import FakeSlurm
-from tests.launch.sweep_fixtures import (
+from tests.sweep.slurm_helpers import FakeSlurm
+from tests.sweep.sweep_fixtures import (
     Capture,
     cell_of,
     command,
@@ -34,7 +34,7 @@ from tests.launch.sweep_fixtures import (
     write_yaml,
 )
 
-pytest_plugins = ["tests.launch.slurm_fixtures"]
+pytest_plugins = ["tests.sweep.slurm_fixtures"]
 pytestmark = pytest.mark.usefixtures("eighty_columns")
 
 STUBBORN = """

@@ -19,9 +19,9 @@ from dash_exp.sweep.pool import Relay
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.job import Place, SlurmJob, out_of_time, threads, used_requeues
 from tests.conftest import REPOSITORY
-from tests.launch.slurm_helpers import FakeSlurm, cluster_of, made_up, write_made_up, write_sweep
+from tests.sweep.slurm_helpers import FakeSlurm, cluster_of, made_up, write_made_up, write_sweep
 
-pytest_plugins = ["tests.launch.slurm_fixtures"]
+pytest_plugins = ["tests.sweep.slurm_fixtures"]
 RETRIES = {"config": 0, "unknown": 1, "nccl": 2}
 
 

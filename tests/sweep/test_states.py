@@ -20,7 +20,7 @@ from dash_exp.sweep.states import Reading, recent_steps, state_of, states_of, st
 from dash_exp.sweep.tails import Follower, last_lines, last_rows
 from dash_exp.sweep.verdict import Evidence, judge
 from tests.conftest import REPOSITORY
-from tests.launch.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
+from tests.sweep.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 
 
 @pytest.fixture

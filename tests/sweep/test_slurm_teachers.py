@@ -15,10 +15,10 @@ from dash_exp.sweep.dispatch import launch
 from dash_exp.sweep.plan import make_plan
 from dash_exp.sweep.slurm import teachers as slurm_teachers
 from dash_exp.sweep.slurm.teachers import TeacherJob, demands
-from tests.launch.slurm_helpers import FakeSlurm
-from tests.launch.test_teachers import CELL, DIGITS
+from tests.sweep.slurm_helpers import FakeSlurm
+from tests.sweep.test_teachers import CELL, DIGITS
 
-pytest_plugins = ["tests.launch.slurm_fixtures"]
+pytest_plugins = ["tests.sweep.slurm_fixtures"]
 SLURM = (
     "cluster=slurm",
     "cluster.threads=null",

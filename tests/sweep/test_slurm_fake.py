@@ -19,9 +19,9 @@ from dash_exp.sweep.dispatch import ask_again, refusals
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.queue import JobState
-from tests.launch.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up, write_made_up
+from tests.sweep.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up, write_made_up
 
-pytest_plugins = ["tests.launch.slurm_fixtures"]
+pytest_plugins = ["tests.sweep.slurm_fixtures"]
 
 
 def rows_of(manifest: Manifest, entry: slurm.Entry, kind: str = "queued") -> list[str]:

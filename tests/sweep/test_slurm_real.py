@@ -21,7 +21,7 @@ from dash_exp.record.manifest import Entry, Manifest
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
 from tests.conftest import REPOSITORY
-from tests.launch.real_slurm import (
+from tests.sweep.real_slurm import (
     LARGEST_ARRAY,
     Cluster,
     accounted,
@@ -32,11 +32,11 @@ from tests.launch.real_slurm import (
     steps,
     wait_for,
 )
-from tests.launch.slurm_helpers import SMALL_JOB, cluster_of, write_sweep
+from tests.sweep.slurm_helpers import SMALL_JOB, cluster_of, write_sweep
 from tests.test_run import run_here
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("real_cluster")]
-pytest_plugins = ["tests.launch.slurm_fixtures"]
+pytest_plugins = ["tests.sweep.slurm_fixtures"]
 
 ACTIONS = ["run.progress=plain", "cluster.threads=1"]
 SLOW = ["algorithm.steps=120", "checkpoint.every=0"]
@@ -250,7 +250,7 @@ def test_the_launching_process_killed_in_the_middle(tmp_path: Path) -> None:
     deadly.chmod(0o755)
     code = (
         "import sys; from pathlib import Path; from dash_exp.launch import manifest, slurm\n"
-        "from tests.launch.slurm_helpers import cluster_of\n"
+        "from tests.sweep.slurm_helpers import cluster_of\n"
         "sweep = manifest.read(Path(sys.argv[1]))\n"
         f"slurm.submit(sweep, sweep.entries, {ACTIONS!r}, cluster_of())\n"
     )

@@ -20,7 +20,7 @@ import pytest
 from dash_exp.record import journal
 from dash_exp.record.folder import differences, read_final, read_json, read_rows
 from tests.conftest import REPOSITORY
-from tests.launch.test_multirun import STAND_IN, TINY
+from tests.sweep.test_multirun import STAND_IN, TINY
 from tests.test_run import SMALL
 
 SWEEP = ["hydra.launcher.n_jobs=2", "cluster.retries.node=1000", "run.sweep=killed"]

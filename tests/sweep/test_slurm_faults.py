@@ -10,9 +10,9 @@ import pytest
 from dash_exp.record.jobs import Resources
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.faults import gpus_of, minutes_of
-from tests.launch.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up
+from tests.sweep.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up
 
-pytest_plugins = ["tests.launch.slurm_fixtures"]
+pytest_plugins = ["tests.sweep.slurm_fixtures"]
 
 
 def told(entries: list[slurm.Entry], **settings: object) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from dash_exp.record.jobs import Resources
 from dash_exp.sweep.slurm.arrays import Array, demand_of, job_name, parameters, plan_arrays, share_out
-from tests.launch.slurm_helpers import SMALL_JOB, cluster_of, made_up
+from tests.sweep.slurm_helpers import SMALL_JOB, cluster_of, made_up
 
 ONE_GPU = Resources(gpus=1, cpus=8, memory_gb=20, minutes=120)
 TWO_NODES = Resources(gpus=16, cpus=128, memory_gb=200, minutes=600, nodes=2, tasks=16)

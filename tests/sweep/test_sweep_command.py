@@ -18,8 +18,8 @@ from dash_exp.sweep.__main__ import COMMANDS, parser_of
 from dash_exp.sweep.planning import plan_of, with_configs
 from dash_exp.sweep.watch import logs_command
 from tests.conftest import REPOSITORY
-from tests.launch.slurm_helpers import FakeSlurm
-from tests.launch.sweep_fixtures import (
+from tests.sweep.slurm_helpers import FakeSlurm
+from tests.sweep.sweep_fixtures import (
     Capture,
     cell_of,
     command,
@@ -31,7 +31,7 @@ from tests.launch.sweep_fixtures import (
     write_yaml,
 )
 
-pytest_plugins = ["tests.launch.slurm_fixtures"]
+pytest_plugins = ["tests.sweep.slurm_fixtures"]
 pytestmark = pytest.mark.usefixtures("eighty_columns")
 
 

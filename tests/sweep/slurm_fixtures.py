@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.real_slurm import LARGEST_ARRAY, SCRIPTS, Cluster
-from tests.launch.slurm_helpers import FakeSlurm
+from tests.sweep.real_slurm import LARGEST_ARRAY, SCRIPTS, Cluster
+from tests.sweep.slurm_helpers import FakeSlurm
 
 FAKE = Path(__file__).parent / "fake_slurm" / "fake.py"
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo", "sacctmgr")
