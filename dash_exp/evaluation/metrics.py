@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
+from dash_exp import PACKAGE
 from dash_exp.record.folder import Row, read_json, write_json
 from dash_exp.sampling.protocol import Sampler, arrived
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dash_exp import PACKAGE
+
 PACKAGES = (
     "torch",
     "transformers",

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from dash_exp import PACKAGE
 from dash_exp.config.compose import find_faults
 from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.sweep.expand import Axis, Block, Combination, chosen_of, key_of, override_of
