@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from dash_exp.config.schema import Config, DatasetConfig
 from dash_exp.config.schema import parts_of as parts_of
 from dash_exp.errors import Fault, UserError
-from dash_exp.evaluation.metrics import EvalSet, Judge
+from dash_exp.evaluation.metrics import EvalSet
 from dash_exp.tasks.examples import ExampleSet
 from dash_exp.tasks.generated import arithmetic, functions
 from dash_exp.tasks.gym import gym_examples
@@ -29,7 +29,7 @@ from dash_exp.verifiers.judges import (
 )
 from dash_exp.verifiers.math.integer import judge_integer
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.types import Verifier
+from dash_exp.verifiers.types import Judge
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Judges:
 
     def __init__(self, workers: int, timeout_s: float, memory_mb: int):
         self.workers, self.timeout_s, self.memory_mb = workers, timeout_s, memory_mb
-        self._made: dict[tuple[str, str], Verifier] = {}
+        self._made: dict[tuple[str, str], Judge] = {}
         self._pool: VerifierPool | None = None
 
     def get(self, verifier: str, extraction: str) -> Judge:
@@ -126,7 +126,7 @@ class Judges:
         found = [warning for made in self._made.values() for warning in getattr(made, "warnings", ())]
         return tuple(dict.fromkeys(found))
 
-    def _make(self, verifier: str, extraction: str) -> Verifier:
+    def _make(self, verifier: str, extraction: str) -> Judge:
         if verifier == "integer":
             return InlineVerifier(judge_integer, "integer")
         if verifier == "code":

@@ -1,4 +1,4 @@
-"""What a verifier is, and the task that travels to a worker process. Standard library only."""
+"""The judge protocol, and the task that is sent to a worker process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class VerifyTask:
     timeout_s: float | None = None
 
 
-class Verifier(Protocol):
-    """Scores completions without ever blocking the caller."""
+class Judge(Protocol):
+    """Judges completions without blocking the caller."""
 
     @property
     def version(self) -> str:
@@ -33,11 +33,11 @@ class Verifier(Protocol):
         ...
 
     def submit(self, text: str, answer: str) -> Future[Score]:
-        """A verdict to come on completion `text` against the gold `answer`."""
+        """The future verdict on completion `text` against the gold `answer`."""
         ...
 
     def close(self) -> None:
-        """Stop all work; verdicts not reached yet are cancelled. Closing twice is harmless."""
+        """Stop all work and cancel pending verdicts. May be called twice."""
         ...
 
 

@@ -14,7 +14,7 @@ from code_fixtures import CONFINEMENTS, descendants, verifier_in
 from dash_exp.types import Score
 from dash_exp.verifiers.code.gold import CodeGold
 from dash_exp.verifiers.judges import PooledCodeVerifier, Wanted
-from dash_exp.verifiers.types import Verifier
+from dash_exp.verifiers.types import Judge
 
 GENEROUS_S = 60.0
 UNITTEST = (
@@ -31,7 +31,7 @@ def verifier(request: pytest.FixtureRequest) -> Iterator[PooledCodeVerifier]:
         yield shared
 
 
-def verdict(verifier: Verifier, program: str, tests: str, **more: object) -> Score:
+def verdict(verifier: Judge, program: str, tests: str, **more: object) -> Score:
     gold = CodeGold(tests, **({"entry_point": "f"} | more))  # type: ignore[arg-type]
     return verifier.submit(program, gold.to_text()).result(GENEROUS_S)
 

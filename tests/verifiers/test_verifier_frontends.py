@@ -11,7 +11,7 @@ from dash_exp.types import Score
 from dash_exp.verifiers.judges import InlineVerifier, PooledMathVerifier
 from dash_exp.verifiers.math.integer import judge_integer
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.types import Verifier, VerifyTask, score
+from dash_exp.verifiers.types import Judge, VerifyTask, score
 
 GENEROUS_S = 120.0
 
@@ -37,14 +37,14 @@ def hand() -> HandPool:
 
 
 @pytest.fixture(scope="module")
-def maths() -> Iterator[Verifier]:
+def maths() -> Iterator[Judge]:
     verifier = PooledMathVerifier(VerifierPool(1, timeout_s=10.0), "boxed_or_last")
     yield verifier
     verifier.close()
 
 
 def test_inline_verdicts_are_there_at_once() -> None:
-    verifier: Verifier = InlineVerifier(judge_integer)
+    verifier: Judge = InlineVerifier(judge_integer)
     future = verifier.submit("7 or 8", "7")
     assert future.done()
     assert future.result() == Score(1.0, "correct")
@@ -61,11 +61,11 @@ def test_inline_verdicts_are_there_at_once() -> None:
         (r"\boxed{\frac{1}{}}", "4", "unparsed"),
     ],
 )
-def test_pooled_verdicts(maths: Verifier, text: str, answer: str, outcome: str) -> None:
+def test_pooled_verdicts(maths: Judge, text: str, answer: str, outcome: str) -> None:
     assert maths.submit(text, answer).result(GENEROUS_S).outcome == outcome
 
 
-def test_the_version_names_what_can_change_a_verdict(maths: Verifier) -> None:
+def test_the_version_names_what_can_change_a_verdict(maths: Judge) -> None:
     assert "boxed_or_last" in maths.version
     assert "math-verify-0." in maths.version
 
