@@ -20,7 +20,7 @@ from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import sample_rows, step_row
 from dash_exp.train.attempt import keep_freed_memory
 from dash_exp.train.build import build
-from dash_exp.train.loop import in_waves, train_step
+from dash_exp.train.loop import train_step
 from dash_exp.train.parts import Plan
 
 ARMS = {
@@ -120,18 +120,16 @@ class Ours:
         return replace(self.machine.plan, **changes)
 
     def step(self, number: int | None = None, plan: Plan | None = None) -> Row:
-        """Train one step: the next, or that of this number (its prompts and seeds), by this plan, or as a run
-        would. Its row of the record, and the lengths that were sampled."""
+        """Train one step: the next, or that of this number (its prompts and seeds), by this plan, or by
+        the run's. Its row of the record, and the lengths that were sampled."""
         self.done = self.done + 1 if number is None else number
         parts = self.machine.parts
-        by = plan or in_waves(self.machine.plan, parts)
+        by = plan or self.machine.plan
         self.ledger.close_step()  # what lay between two steps is nobody's
         facts = train_step(by, parts, self.ledger, self.recorder, self.done)
         self.recorder.append("samples", sample_rows(self.done, facts.groups))
         overlap = self.ledger.overlap_s()
         row = step_row(self.done, facts, *self.ledger.close_step(), overlap)
-        if plan is None and parts.choice is not None:
-            parts.choice.note(facts.groups, row)
         return {**row, "lengths": [[len(c.token_ids) for c in g.group.completions] for g in facts.groups]}
 
     def close(self) -> None:

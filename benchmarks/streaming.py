@@ -2,14 +2,13 @@
 
 One vLLM server on one core (or GPU), the learner on another. Lengths are skewed: the prompts are sums, and a
 completion ends at the first 3 or 7, else after 64 tokens. The same prompts, seeds and (with a vanishing
-learning rate) weights are sampled in every turn: streaming in 1, 2 and 4 waves, and in as many as the run
-chooses; and one after the other, the whole batch at once, which gives S and B. Optimizer and sync are stated
+learning rate) weights are sampled in every turn: streaming in 1, 2 and 4 waves;
+and one after the other, the whole batch at once, which gives S and B. Optimizer and sync are stated
 apart.
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from dataclasses import asdict
 from functools import partial
@@ -17,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ours import STILL, Ours, asked, config_of
-from benchmarks.report import Line, Options, Skipped, at_most, need_vllm, print_lines, print_table
+from benchmarks.report import Options, Skipped, at_most, need_vllm, print_lines, print_table
 from benchmarks.turns import alternate, median, spread
 from dash_exp.record.folder import Row
 
 GOAL = 1.10
 WAVES = (1, 2, 4)
-CHOSEN, SETTLING = "streaming, W chosen", 6
-"""Steps before those that are timed: with the first ones the choice is being made."""
 WORK = (
     "sampler=vllm_servers",
     "sampler.servers=1",
@@ -43,17 +40,16 @@ def measure(options: Options) -> dict[str, Any]:
         plans = {name_of(w): ours.plan(streaming=True, waves=w) for w in WAVES}
         plans["in turn"] = ours.plan(streaming=False, waves=None)
         sides = {name: partial(ours.step, plan=plan) for name, plan in plans.items()}
-        for number in range(1, 2 if options.quick else 1 + SETTLING):
-            ours.step(number)
-        found = alternate({**sides, CHOSEN: ours.step}, options.rounds)
-    ratios = {name: against_the_limit(found, name) for name in (*map(name_of, WAVES), CHOSEN)}
+        ours.step(1)
+        found = alternate(sides, options.rounds)
+    ratios = {name: against_the_limit(found, name) for name in map(name_of, WAVES)}
     lines = [
         asdict(
             at_most(
                 GOAL,
                 one["ratio"]["median"],
                 options,
-                work=f"{name}{in_which(name, found[name])}, lengths {lengths_of(found['in turn'])}",
+                work=f"{name}, lengths {lengths_of(found['in turn'])}",
                 against="max(S, B) + min(S, B) / W",
                 ours=one["ours"]["median"],
                 rival=one["limit"]["median"],
@@ -62,29 +58,13 @@ def measure(options: Options) -> dict[str, Any]:
         )
         for name, one in ratios.items()
     ]
-    lines.append(asdict(against_the_best(found)))
     print_lines("Streaming", lines)
     show(found)
     return {"lines": lines, "ratios": ratios, "steps": found}
 
 
-def against_the_best(found: dict[str, list[Row]]) -> Line:
-    """What was chosen against the number that was best in these rounds, which nobody knew before."""
-    best = min(WAVES, key=lambda w: median(found[name_of(w)], "time/step_s"))
-    chosen, others = found[CHOSEN], found[name_of(best)]
-    pairs = zip(chosen, others, strict=True)
-    ratio = statistics.median(a["time/step_s"] / b["time/step_s"] for a, b in pairs)
-    ours, rival = (median(steps, "time/step_s") for steps in (chosen, others))
-    return Line("a whole step, W chosen", f"the best fixed W, {best}", ours, rival, "s", ratio)
-
-
 def name_of(waves: int) -> str:
     return f"streaming, W = {waves}"
-
-
-def in_which(name: str, steps: list[Row]) -> str:
-    """In how many waves the steps were, where they were chosen."""
-    return f": {', '.join(str(s['sampler/waves']) for s in steps)}" if name == CHOSEN else ""
 
 
 def against_the_limit(found: dict[str, list[Row]], name: str) -> dict[str, dict[str, Any]]:

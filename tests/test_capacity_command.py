@@ -201,7 +201,7 @@ def test_the_reduction_of_a_record_is_told_as_one_over_two(tmp_path: Path) -> No
     assert p.reduce_s + p.optimizer_s == pytest.approx(0.2)
 
 
-def test_waves_that_a_run_chose_are_those_of_its_steps(tmp_path: Path) -> None:
+def test_waves_of_a_record_are_those_of_its_steps(tmp_path: Path) -> None:
     """In two waves a group of 5 decode steps, then one of 8; all at once 8: more sequences in fewer steps."""
     found = {}
     for waves in (1, 2):

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from dash_exp.config.compose import compose
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner
@@ -20,6 +21,7 @@ from dash_exp.learning.settings import Objective
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
 from dash_exp.tasks.prompts import PromptSet
+from dash_exp.train.build import make_plan
 from dash_exp.train.loop import train_step
 from dash_exp.types import Decoding, Group, Origin, Prompt, Request, Score
 from tests.conftest import make_groups
@@ -204,3 +206,23 @@ def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
     stream = judged_groups(parts, ledger, cast(Recorder, NoRecord()), 1, groups())
     seen.extend(f"group {scored.group.position}" if scored else "nothing to do" for scored in stream)
     assert seen == ["gap without a verdict", "nothing to do", "group 0", "the next one"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "waves"),
+    [
+        ((), 2),
+        (("sampler.waves=4", "learner.deterministic=true"), 4),
+        (("sampler.streaming=false",), None),
+        (("sampler.colocated=true",), None),
+        (("algorithm=ppo_multi",), None),
+        (("sampler=hf",), None),
+    ],
+)
+def test_waves_are_those_of_the_config_where_sampling_and_learning_overlap(
+    overrides: tuple[str, ...], waves: int | None
+) -> None:
+    config = compose(["model=tiny", "sampler=vllm_servers", "sampler.servers=2", *overrides])
+    plan = make_plan(config, 64)
+    assert plan.waves == waves
+    assert plan.streaming == (config.sampler.streaming and not config.sampler.colocated)

@@ -102,10 +102,9 @@ class SamplerConfig:
     beside them, else all of it."""
     colocated: bool = MISSING
     """`vllm_servers`: on the learner's own GPUs; they sleep while it learns, so nothing overlaps."""
-    waves: int | None = None
-    """`vllm_servers` while streaming: in how many parts a batch is asked for, so that groups finish at
-    different times; null: chosen by the capacity model from the run's own steps, or 4 where
-    `learner.deterministic` forbids to choose by the clock."""
+    waves: int = MISSING
+    """`vllm_servers` while streaming: in how many parts a batch is requested, so that groups finish at
+    different times and learning overlaps with sampling."""
     restarts: int = MISSING
     """`vllm_servers`: how often servers may be started again, in all."""
     stall_s: float = MISSING

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from dash_exp.capacity.model import Setting
-from dash_exp.capacity.wave_choice import BEGIN, WaveChoice
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import EvalSet
@@ -94,7 +92,7 @@ def make_plan(config: Config, prompts: int) -> Plan:
         group_size=a.group_size,
         prompts_per_call=per_call,
         servers=servers,
-        waves=(s.waves or BEGIN) if overlapped(config) else None,
+        waves=s.waves if overlapped(config) else None,
         streaming=s.streaming and not s.colocated,
         in_prompt_order=config.learner.deterministic,
         passes=a.passes,
@@ -104,27 +102,6 @@ def make_plan(config: Config, prompts: int) -> Plan:
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint.every,
         budget_s=config.budget.seconds,
-    )
-
-
-def make_choice(config: Config, plan: Plan, learners: int) -> WaveChoice | None:
-    """Who chooses how many waves a step has, where the config leaves it open and a choice by the clock is
-    allowed."""
-    if plan.waves is None or config.sampler.waves is not None or config.learner.deterministic:
-        return None
-    call = plan.prompts_per_call if plan.prompts_per_call < plan.prompts_per_step else None
-    return WaveChoice(
-        Setting(
-            servers=plan.servers,
-            learners=learners,
-            prompts=plan.prompts_per_step,
-            group=plan.group_size,
-            tokens=config.sampler.max_new_tokens,
-            streaming=True,
-            call=call,
-            max_sequences=config.sampler.max_sequences,
-            micro_batch_tokens=config.learner.micro_batch_tokens,
-        )
     )
 
 
@@ -323,7 +300,6 @@ def build(
             keep_for_kl=f.kl == "keep" and a.beta > 0,
         ),
         learner=learner,
-        choice=make_choice(config, plan, learner.width),
     )
 
     def close() -> None:

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 
 from dash_exp.errors import Fault, UserError
@@ -33,7 +32,7 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
     if 0 < done < plan.steps and plan.budget_s is not None and spent_s >= plan.budget_s:
         return Ending(done, "budget")
     for step in range(done + 1, plan.steps + 1):
-        facts = train_step(in_waves(plan, parts), parts, ledger, recorder, step, budget.over)
+        facts = train_step(plan, parts, ledger, recorder, step, budget.over)
         cut = len(facts.updates) < plan.updates_per_batch
         refuse_hopeless(step, facts)
         recorder.append("samples", sample_rows(step, facts.groups))
@@ -49,8 +48,6 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
         overlap = ledger.overlap_s()
         row = step_row(step, facts, *budget.close_step(), overlap)
         recorder.append("steps", [row])
-        if parts.choice is not None:
-            parts.choice.note(facts.groups, row)
         recorder.status("running", step)
         hooks.progress(row)
         if signal is not None:
@@ -58,11 +55,6 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
         if cut or (over and step < plan.steps):
             return Ending(step, "budget")
     return Ending(plan.steps, "planned")
-
-
-def in_waves(plan: Plan, parts: Parts) -> Plan:
-    """The plan of the next step, where waves are chosen from one step to the other."""
-    return plan if parts.choice is None else replace(plan, waves=parts.choice.waves)
 
 
 def evaluation_due(plan: Plan, step: int) -> bool:

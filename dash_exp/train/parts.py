@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dash_exp.capacity.wave_choice import WaveChoice
 from dash_exp.evaluation.metrics import Judge
 from dash_exp.learning.distributed.parallel import ParallelLearner
 from dash_exp.learning.filters import Filter
@@ -56,8 +55,7 @@ class Plan:
 class Parts:
     """The concrete components of a run, chosen in train/build.py. `judges`: by the name of a prompt's task.
     `filter_advantages`: what the filter looks at, in one unit for all arms. `demonstrations`: in a
-    supervised arm the completion of each prompt, by its id. `choice`: of the waves of the next step; None:
-    those of the plan."""
+    supervised arm the completion of each prompt, by its id."""
 
     prompts: PromptSet
     sampler: Sampler
@@ -69,7 +67,6 @@ class Parts:
     learner: ParallelLearner
     filter_advantages: Callable[[Sequence[float]], tuple[float, ...]]
     demonstrations: Mapping[str, Completion] | None
-    choice: WaveChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,8 +75,5 @@ def test_two_ranks_with_vllm_killed_and_resumed(
     assert learned == {"learner-0", "learner-1"}
     assert [e for e in events if e["kind"] == "fault"] == []
     assert {e["worker"] for e in events if e["kind"] == "sample"} >= servers
-    if servers:  # each attempt begins with its trials, and then chooses
-        for attempt in (1, 2):
-            waves = [row["sampler/waves"] for row in rows if row["attempt"] == attempt]
-            assert waves[:3] == [4, 1, 4][: len(waves)]
-            assert set(waves) <= {1, 2, 4, 8, 16}
+    if servers:
+        assert {row["sampler/waves"] for row in rows} == {2}
