@@ -1,4 +1,5 @@
-"""`python -m analysis <folders> --out <folder>`: every table and figure that the data allow."""
+"""`python -m analysis <folders> --out <folder>`: every table and figure that the data allow. From an
+installed package, and from any folder: `dash-exp report`."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from dash_exp.errors import UserError
 
+from . import COMMAND
+
 COMPLETE, LEFT_OUT, USER_ERROR = 0, 1, 2
 SHOWN = 8
 
@@ -18,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["live"]:
-            from analysis.live import watch
+            from .live import watch
 
             return watch(given[1:])
         return build(parser().parse_args(given))
@@ -29,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
-        prog="python -m analysis",
+        prog=COMMAND,
         description="Tables and figures from run folders, the paper's values beside them.",
-        epilog="python -m analysis live <folder>: a terminal view of a running sweep.",
+        epilog=f"{COMMAND} live <folder>: a terminal view of a running sweep.",
     )
     made.add_argument(
         "places",
@@ -57,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(options: argparse.Namespace) -> int:
-    from analysis.load import load
-    from analysis.make import differences, make, write
+    from .load import load
+    from .make import differences, make, write
 
     records = load(options.places, options.out / ".cache" if options.out.is_dir() else None)
     report = make(records, pictures=not options.check, metrics=options.metric)

@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from analysis import estimates as est
-from analysis import quantities
-from analysis.figures import places_of
-from analysis.load import Records
-from analysis.tables import MODEL_NAMES
-from analysis.variants import Variant
+from . import estimates as est
+from . import quantities
+from .figures import places_of
+from .load import Records
+from .tables import MODEL_NAMES
+from .variants import Variant
 
 Verdict = Literal["supported", "contradicted", "undecided"]
 MARGIN = 3.0

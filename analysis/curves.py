@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.ticker import ScalarFormatter, StrMethodFormatter
 
-from analysis import estimates as est
-from analysis import paper_values, quantities, style
-from analysis.figures import (
+from dash_exp.errors import Fault, UserError, nearest
+
+from . import estimates as est
+from . import paper_values, quantities, style
+from .figures import (
     SMOOTH,
     STACK,
     Picture,
@@ -21,11 +23,10 @@ from analysis.figures import (
     places_of,
     time_unit,
 )
-from analysis.load import Records
-from analysis.table import scaled
-from analysis.tables import MODEL_NAMES, before_training
-from analysis.variants import Variant
-from dash_exp.errors import Fault, UserError, nearest
+from .load import Records
+from .table import scaled
+from .tables import MODEL_NAMES, before_training
+from .variants import Variant
 
 WATCHED = {
     "filter/kept_share": "kept share of completions",

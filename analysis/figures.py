@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import quantities, style
-from analysis.load import Records
-from analysis.tables import MODEL_NAMES
-from analysis.variants import Variant
+from . import quantities, style
+from .load import Records
+from .tables import MODEL_NAMES
+from .variants import Variant
 
 SMOOTH = 5
 """Steps of the moving mean that curves are drawn with."""

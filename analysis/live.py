@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from analysis import quantities
-from analysis.load import Records, load
-from analysis.variants import Variant, variants
+from . import COMMAND, quantities
+from .load import Records, load
+from .variants import Variant, variants
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = "reward/mean"
@@ -24,7 +24,7 @@ CURVE = "reward/mean"
 
 def watch(arguments: Sequence[str]) -> int:
     """Exit code 0; Ctrl-C ends it. `--once` prints one picture."""
-    parser = argparse.ArgumentParser(prog="python -m analysis live")
+    parser = argparse.ArgumentParser(prog=f"{COMMAND} live")
     parser.add_argument("places", nargs="+", type=Path, metavar="folder")
     parser.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks (5)")
     parser.add_argument("--once", action="store_true", help="print one picture and end")

@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.json
 import yaml
 
-from analysis.remembered import Remembered, signature
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_json, read_rows
+
+from .remembered import Remembered, signature
 
 FACTS = (
     "id",

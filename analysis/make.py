@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from analysis import claims, curves, figures, more_tables, render, style, tables, timeline, trace
-from analysis.estimates import NOTHING
-from analysis.load import Problem, Records
-from analysis.more_tables import NO_REWARD, NOT_JUDGED
-from analysis.quantities import NONE_FINISHED
-from analysis.report import page
-from analysis.table import Table
-from analysis.tables import NOT_TRAINED
-from analysis.variants import Variant, repeated, variants
+from . import claims, curves, figures, more_tables, render, style, tables, timeline, trace
+from .estimates import NOTHING
+from .load import Problem, Records
+from .more_tables import NO_REWARD, NOT_JUDGED
+from .quantities import NONE_FINISHED
+from .report import page
+from .table import Table
+from .tables import NOT_TRAINED
+from .variants import Variant, repeated, variants
 
 Drawer = Callable[[Records, Sequence[Variant]], list[figures.Picture]]
 DRAWERS: tuple[Drawer, ...] = (

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis import estimates as est
-from analysis import quantities
-from analysis.claims import speed_up
-from analysis.figures import cells_of, places_of
-from analysis.load import Records
-from analysis.table import Column, Entry, Table, scaled
-from analysis.tables import MODEL_NAMES
-from analysis.variants import Variant
+from . import estimates as est
+from . import quantities
+from .claims import speed_up
+from .figures import cells_of, places_of
+from .load import Records
+from .table import Column, Entry, Table, scaled
+from .tables import MODEL_NAMES
+from .variants import Variant
 
 COUNTS = {
     "tokens/sampled": "sampled",

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import estimates as est
-from analysis.load import Records, scores_of
-from analysis.variants import Variant
+from . import estimates as est
+from .load import Records, scores_of
+from .variants import Variant
 
 PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
 """Of training time; evaluation and checkpoints are told apart (dash_exp/record/ledger.py)."""

@@ -8,8 +8,8 @@ import io
 import math
 from collections.abc import Sequence
 
-from analysis.estimates import Difference, Estimate
-from analysis.table import Column, Entry, Table, counted
+from .estimates import Difference, Estimate
+from .table import Column, Entry, Table, counted
 
 NA = "NA"
 MANY = 6

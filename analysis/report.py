@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from analysis import render, trace
-from analysis.claims import Finding
-from analysis.figures import Picture
-from analysis.load import Problem, Records
-from analysis.table import Table, counted
-from analysis.variants import Variant
+from . import render, trace
+from .claims import Finding
+from .figures import Picture
+from .load import Problem, Records
+from .table import Table, counted
+from .variants import Variant
 
 STYLE = """
 :root { --ink: #1b1b1b; --soft: #666; --line: #ddd; --good: #006d3c; --bad: #a8321a; }

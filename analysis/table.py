@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from analysis.estimates import NOTHING, Difference, Estimate
+from .estimates import NOTHING, Difference, Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Table:
 
     def _repr_html_(self) -> str:
         """Shown as a table in a notebook."""
-        from analysis.render import as_html
+        from .render import as_html
 
         return as_html(self)
 

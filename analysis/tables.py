@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis import estimates as est
-from analysis import paper_values, quantities
-from analysis.load import Records
-from analysis.table import Column, Entry, Table, scaled
-from analysis.variants import ARMS, Variant
 from dash_exp.statistics import pass_at_k
+
+from . import estimates as est
+from . import paper_values, quantities
+from .load import Records
+from .table import Column, Entry, Table, scaled
+from .variants import ARMS, Variant
 
 MATH, CODE = "math", "code"
 PAPER_DATA = {"math": MATH, "mbppplus": CODE}

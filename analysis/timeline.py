@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from analysis import style
-from analysis.figures import Picture
-from analysis.load import Records
-from analysis.variants import Variant
 from dash_exp.record.folder import Row, read_rows
+
+from . import style
+from .figures import Picture
+from .load import Records
+from .variants import Variant
 
 COLOURS = {"sample": "#56B4E9", "judge": "#F0E442", "backprop": "#D55E00", "sync": "#009E73"}
 WORDS = {

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from analysis.load import Records
+from .load import Records
 
 READ = ("config.yaml", "status.json", "steps.jsonl", "evals.jsonl", "eval_samples.jsonl")
 """What of a cell decides what is made from it (and events.jsonl, for Figure 2)."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.load import Problem, Records
+from .load import Problem, Records
 
 ARMS = {
     "base": "Base",

@@ -1,8 +1,12 @@
-"""`python -m dash_exp [overrides]`: train and evaluate one cell, or a sweep with -m. Thin."""
+"""`python -m dash_exp [overrides]`: train and evaluate one cell, or a sweep with -m. And the script
+`dash-exp`, which does the same, or runs another command: `dash-exp sweep ...`."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import runpy
 import shlex
 import sys
 import traceback
@@ -18,11 +22,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from dash_exp import PACKAGE
 from dash_exp.config.checks import check
 from dash_exp.config.compose import VERSION_BASE, conf_dir, find_faults, register
 from dash_exp.config.schema import to_config
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, UserError, nearest
 
+COMMANDS = ("capacity", "cell", "evaluate", "judge", "mirror", "report", "serve", "sweep", "traces")
+"""What `dash-exp <command>` runs: `python -m dash_exp.<command>`, and for `report` the analysis."""
 INTERRUPTED = 128
 """Exit codes from here on say that a signal ended the cell."""
 
@@ -30,6 +37,34 @@ INTERRUPTED = 128
 class CellFailedError(Exception):
     """A cell of a sweep that one of Hydra's own launchers runs (ours does without this) ended with an exit
     code other than 0. Hydra still runs the other cells."""
+
+
+def console() -> int:
+    """The script `dash-exp`: run the command that the first word names, or train if it names none."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "report":
+        return report(sys.argv[2:])
+    if command in COMMANDS:
+        del sys.argv[1]
+        runpy.run_module(f"dash_exp.{command}", run_name="__main__", alter_sys=True)
+        return 0
+    if command.isidentifier():
+        return refuse(UserError(Fault(command, "unknown command", nearest(command, COMMANDS))))
+    return main()
+
+
+def report(arguments: list[str]) -> int:
+    """Run the analysis. It is loaded from its folder (beside this package; in a checkout it has a shorter
+    name), so that a module `analysis` of the user's is never run instead."""
+    folders = (PACKAGE.parent / name for name in ("dash_exp_analysis", "analysis"))
+    folder = next(path for path in folders if (path / "__main__.py").is_file())
+    spec = importlib.util.spec_from_file_location(
+        "dash_exp_analysis", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return int(importlib.import_module("dash_exp_analysis.__main__").main(arguments))
 
 
 def main() -> int:

@@ -59,6 +59,8 @@ ROOTS = [
     "psutil",
     "types-pyyaml",
     "hydra-submitit-launcher",
+    # build
+    "hatchling",
 ]
 HEADER = """\
 # Everything but torch, pinned. Made by requirements/make_lock.py from an environment in which all

@@ -11,6 +11,9 @@ import pytest
 
 from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, ScoredGroup
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Tiny tensors gain nothing from threads, and tests run side by side. Read by torch when it is imported."""
+
 REPOSITORY = Path(__file__).parents[1]
 TINY = {
     "hidden_size": 64,
@@ -20,14 +23,6 @@ TINY = {
     "kv_heads": 1,
     "seed": 3,
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tiny tensors gain nothing from threads, and two spinning processes on two cores lose much."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What is installed from a wheel has its options, its sweeps and its launcher, wherever it is used."""
+"""The script `dash-exp`, and what is installed from a wheel: options, sweeps, launcher and analysis."""
 
 from __future__ import annotations
 
@@ -9,9 +9,35 @@ from pathlib import Path
 
 import pytest
 
+from dash_exp.__main__ import COMMANDS, console
 from tests.conftest import REPOSITORY
 
-pytestmark = pytest.mark.long
+DEMO = REPOSITORY / "analysis" / "data" / "demo"
+
+
+def test_the_script_runs_the_analysis_and_not_a_module_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "analysis.py").write_text("raise SystemExit('the wrong module')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dash-exp", "report", "live", str(DEMO), "--once"])
+    assert console() == 0
+    assert "21 finished" in capsys.readouterr().out
+
+
+def test_the_script_names_the_nearest_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dash-exp", "swep", "list"])
+    assert console() == 2
+    assert "did you mean 'sweep'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"report"}))
+def test_every_command_of_the_script_is_a_module_that_runs(command: str) -> None:
+    places = (f"{command}.py", f"{command}/__main__.py")
+    assert any((REPOSITORY / "dash_exp" / place).is_file() for place in places)
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +80,32 @@ def run(installed: Path, folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_wheel_has_options_sweeps_and_launcher(installed: Path, tmp_path: Path) -> None:
     where = run(installed, tmp_path, "-c", "import dash_exp; print(dash_exp.__file__)")
     assert where.startswith(str(installed))
-    assert run(installed, tmp_path, "-m", "dash_exp", "--info", "plugins").count("\t\tDashLauncher\n") == 1
-    listed = run(installed, tmp_path, "-m", "dash_exp.sweep", "list")
+    assert (installed / "dash_exp" / "py.typed").is_file()
+    script = str(installed / "bin" / "dash-exp")
+    assert run(installed, tmp_path, script, "--info", "plugins").count("\t\tDashLauncher\n") == 1
+    listed = run(installed, tmp_path, script, "sweep", "list")
     assert {path.stem for path in (REPOSITORY / "sweeps").glob("*.yaml")} <= set(listed.split())
 
 
+@pytest.mark.long
+def test_a_report_is_made_from_a_wheel_in_any_folder(installed: Path, tmp_path: Path) -> None:
+    """The demo data are in the wheel; neither a checkout nor the user's own module is looked at."""
+    (tmp_path / "analysis.py").write_text("raise SystemExit('the wrong module')")
+    demo = installed / "dash_exp_analysis" / "data" / "demo"
+    script = str(installed / "bin" / "dash-exp")
+    output = run(installed, tmp_path, script, "report", "live", str(demo), "--once")
+    assert "21 finished" in output
+    cell = str(next((demo / "cells").glob("dash-*")))
+    assert "1 cells ->" in run(installed, tmp_path, script, "report", cell, "--out", "report")
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert not (installed / "analysis").exists()
+
+
+@pytest.mark.long
 def test_a_sweep_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
     small = ["model=tiny", "debug=fast", "evaluation=none", "cluster.threads=1"]
     output = run(installed, tmp_path, "-m", "dash_exp", "-m", *small, "algorithm=dash,pg")
