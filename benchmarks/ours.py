@@ -20,7 +20,7 @@ from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import sample_rows, step_row
 from dash_exp.train.attempt import keep_freed_memory
 from dash_exp.train.build import build
-from dash_exp.train.loop import train_step
+from dash_exp.train.loop import StepContext, train_step
 from dash_exp.train.parts import Plan
 
 ARMS = {
@@ -124,9 +124,9 @@ class Ours:
         the run's. Its row of the record, and the lengths that were sampled."""
         self.done = self.done + 1 if number is None else number
         parts = self.machine.parts
-        by = plan or self.machine.plan
         self.ledger.close_step()  # what lay between two steps is nobody's
-        facts = train_step(by, parts, self.ledger, self.recorder, self.done)
+        plan = plan or self.machine.plan
+        facts = train_step(StepContext(plan, parts, self.ledger, self.recorder, self.done))
         self.recorder.append("samples", sample_rows(self.done, facts.groups))
         overlap = self.ledger.overlap_s()
         row = step_row(self.done, facts, *self.ledger.close_step(), overlap)

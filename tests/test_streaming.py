@@ -18,15 +18,13 @@ from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.settings import Objective
-from dash_exp.record.folder import Recorder
-from dash_exp.record.ledger import Ledger
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.train.build import make_plan
-from dash_exp.train.loop import train_step
+from dash_exp.train.loop import judge, train_step
 from dash_exp.types import Decoding, Group, Origin, Prompt, Request, Score
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY
-from tests.test_updates import LENGTHS, PROMPTS, NoRecord, optimization, parts_of, plan_of
+from tests.test_updates import LENGTHS, PROMPTS, context, optimization, parts_of, plan_of
 
 BATCH = make_groups(LENGTHS, PROMPTS, seed=2)
 
@@ -86,7 +84,7 @@ def learned(
     )
     plan = replace(plan_of(1, 4, aggregation), streaming=streaming, in_prompt_order=in_order)
     record = Events()
-    facts = train_step(plan, parts, Ledger(), cast(Recorder, record), 1)
+    facts = train_step(context(plan, parts, record))
     assert sampler.loaded == [1]
     assert sorted(g.group.position for g in facts.groups) == [0, 1, 2, 3]
     return learner.masters, dict(facts.sums), record.backpropagated
@@ -181,9 +179,7 @@ def test_gaps_change_nothing_where_the_cut_must_not_depend_on_time(tiny: Any, st
 
 def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
     """A group whose verdicts are there is handed on in a gap, before the next group has come."""
-    from dash_exp.train.loop import judged_groups
-
-    ledger, seen = Ledger(), []
+    seen: list[str] = []
     verdict: Future[Score] = Future()
 
     class Once:
@@ -203,7 +199,7 @@ def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
         seen.append("the next one")
 
     parts = cast(Any, type("P", (), {"judges": {"test": Once()}})())
-    stream = judged_groups(parts, ledger, cast(Recorder, NoRecord()), 1, groups())
+    stream = judge(context(plan_of(1, 4, "constant"), parts), groups())
     seen.extend(f"group {scored.group.position}" if scored else "nothing to do" for scored in stream)
     assert seen == ["gap without a verdict", "nothing to do", "group 0", "the next one"]
 

@@ -18,9 +18,8 @@ from dash_exp.learning.settings import Objective, Optimization, UpdateStats
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import BatchFacts, learner_values
-from dash_exp.train.loop import demonstrated, weigh
+from dash_exp.train.loop import StepContext, compute_advantages, demonstrated, mini_batches, repeated_updates
 from dash_exp.train.parts import Parts, Plan
-from dash_exp.train.updates import mini_batches, repeated_updates
 from dash_exp.types import AdvantagedGroup, Completion, Decoding, Group, Prompt, Request, Score, ScoredGroup
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, reference_gradient
@@ -68,6 +67,11 @@ def parts_of(learner: Learner, aggregation: str, max_tokens: int = 25, **more: A
     return Parts(**{**values, **more})
 
 
+def context(plan: Plan, parts: Parts, record: Any = None) -> StepContext:
+    """The first step, with nothing recorded."""
+    return StepContext(plan, parts, Ledger(), cast(Recorder, record or NoRecord()), 1)
+
+
 def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
     return Plan(
         seed=0,
@@ -93,10 +97,9 @@ def ours(
     model: Any, groups: list[AdvantagedGroup], goal: Objective, plan: Plan
 ) -> tuple[Learner, list[UpdateStats]]:
     learner = Learner(model, goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
-    parts = parts_of(learner, plan.aggregation)
+    run = context(plan, parts_of(learner, plan.aggregation))
     arrived = [groups[i] for i in (2, 0, 3, 1)]  # finished in another order
-    minis = mini_batches(plan, parts, arrived)
-    return learner, repeated_updates(plan, parts, Ledger(), cast(Recorder, NoRecord()), 1, minis)
+    return learner, repeated_updates(run, mini_batches(run, arrived))
 
 
 def theirs(
@@ -209,9 +212,8 @@ def test_zero_learning_rate_keeps_every_ratio_at_one(tiny: Any) -> None:
     groups = make_groups(LENGTHS, PROMPTS)
     goal = Objective("clipped", 1e-6, 1e-6, 0.0, "constant", "k3", 1.0)
     learner = Learner(tiny, goal, optimization(lr=0.0), vocabulary=VOCABULARY, logit_chunk=16)
-    plan = plan_of(3, 2, "constant")
-    minis = mini_batches(plan, parts_of(learner, "constant"), groups)
-    repeated_updates(plan, parts_of(learner, "constant"), Ledger(), cast(Recorder, NoRecord()), 1, minis)
+    run = context(plan_of(3, 2, "constant"), parts_of(learner, "constant"))
+    repeated_updates(run, mini_batches(run, groups))
     sums = learner.take_sums()
     assert sums["later/ratio"] == sums["later/tokens"]
     assert sums["later/clipped"] == 0
@@ -266,7 +268,7 @@ def test_a_filter_threshold_means_the_same_in_every_arm(tiny: Any) -> None:
     for baseline in ("group_mean", "leave_one_out"):
         for scale in ("std", "none"):
             arm = partial(group_advantages, baseline=baseline, scale=scale)
-            made = weigh(
+            made = compute_advantages(
                 parts_of(
                     cast(Learner, None),
                     "constant",

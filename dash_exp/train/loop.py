@@ -1,8 +1,9 @@
-"""The training loop: the one file that knows the order of things.
+"""Training, from prompts to new weights, in one file.
 
-prompts -> sampler.stream -> Group -> verifier -> ScoredGroup -> advantages, filter
-        -> AdvantagedGroup -> rounds of micro-batches -> learner.accumulate ... learner.update
-        -> sampler.load_weights -> recorder
+    prompts -> sampler.stream -> Group -> verifier -> ScoredGroup -> advantages, filter -> AdvantagedGroup
+            -> rounds of micro-batches -> learner.accumulate ... learner.update -> sampler.load_weights
+
+`train` is the loop, `train_step` one step of it; the rest of the file is what a step calls, in order.
 """
 
 from __future__ import annotations
@@ -10,38 +11,53 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.learning.rounds import Rounds
+from dash_exp.learning import losses
+from dash_exp.learning.rounds import Round, Rounds, balanced
+from dash_exp.learning.settings import UpdateStats
 from dash_exp.record.folder import Recorder, timed_event
 from dash_exp.record.ledger import Budget, Ledger
 from dash_exp.record.metrics import BatchFacts, sample_rows, step_row
 from dash_exp.tasks.prompts import batch, requests
 from dash_exp.train.parts import Ending, Hooks, Parts, Plan
-from dash_exp.train.updates import backpropagate, divisor, mini_batches, repeated_updates, update
 from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Request, Score, ScoredGroup
 
 
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What every stage of a step works with. `out_of_time`: whether the run's time budget is used up."""
+
+    plan: Plan
+    parts: Parts
+    ledger: Ledger
+    recorder: Recorder
+    step: int
+    out_of_time: Callable[[], bool] = lambda: False
+
+
 def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float) -> Ending:
-    """Run the steps after `done`; `spent_s` seconds of training time were used by them."""
+    """Run the steps after step `done`, by which `spent_s` seconds of training time were used."""
     ledger = Ledger()
     budget = Budget(plan.budget_s, spent_s, ledger)
     if 0 < done < plan.steps and plan.budget_s is not None and spent_s >= plan.budget_s:
         return Ending(done, "budget")
     for step in range(done + 1, plan.steps + 1):
-        facts = train_step(plan, parts, ledger, recorder, step, budget.over)
-        cut = len(facts.updates) < plan.updates_per_batch
-        refuse_hopeless(step, facts)
+        facts = train_step(StepContext(plan, parts, ledger, recorder, step, budget.over))
+        check_step(step, facts)
         recorder.append("samples", sample_rows(step, facts.groups))
         signal = hooks.stop_signal()
         if signal is None and evaluation_due(plan, step):
             with ledger.phase("evaluate"):
                 hooks.evaluate(step)
-        over = cut or budget.over()
-        if checkpoint_due(plan, step) or over or signal is not None:
+        incomplete = len(facts.updates) < plan.updates_per_batch  # the budget ended between two updates
+        out_of_time = incomplete or budget.over()
+        if checkpoint_due(plan, step) or out_of_time or signal is not None:
             with ledger.phase("checkpoint"):
                 row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
                 hooks.checkpoint(step, step == plan.steps, row)
@@ -52,154 +68,136 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
         hooks.progress(row)
         if signal is not None:
             return Ending(step, "signal", signal)
-        if cut or (over and step < plan.steps):
+        if incomplete or (out_of_time and step < plan.steps):
             return Ending(step, "budget")
     return Ending(plan.steps, "planned")
 
 
-def evaluation_due(plan: Plan, step: int) -> bool:
-    """Whether a step within the run ends with an evaluation (the last one has its own)."""
-    return plan.evaluate_every > 0 and step % plan.evaluate_every == 0 and 0 < step < plan.steps
+def train_step(run: StepContext) -> BatchFacts:
+    """Sample one batch, learn from it, and send the new weights to the sampler.
 
-
-def checkpoint_due(plan: Plan, step: int) -> bool:
-    every = plan.checkpoint_every
-    return step == plan.steps or (every > 0 and step % every == 0)
-
-
-def refuse_hopeless(step: int, facts: BatchFacts) -> None:
-    """Stop where going on would only record nonsense."""
-    scores = [score for _, score, _, _ in facts.samples()]
-    if all(s.outcome == "verifier_error" for s in scores):
-        fault = Fault(
-            "verifier",
-            f"every verdict of step {step} failed: {scores[0].detail}",
-            "nothing was learned from it; mend the cause and run the same command",
-        )
-        raise UserError(fault, "what was recorded is kept")
-    if facts.updates and all(not u.finite for u in facts.updates):
-        raise FloatingPointError(f"the gradient of step {step} is infinite or not a number")
-
-
-def train_step(
-    plan: Plan,
-    parts: Parts,
-    ledger: Ledger,
-    recorder: Recorder,
-    step: int,
-    over: Callable[[], bool] = lambda: False,
-) -> BatchFacts:
-    """Get one batch, learn from it, and hand the new weights to the sampler. An arm with several updates
-    makes no further one when its budget is `over`."""
-    chosen = batch(parts.prompts, plan.seed, step, plan.prompts_per_step)
-    asked = requests(chosen, plan.seed, "sample", step, plan.group_size)
+    An arm with one update per batch backpropagates a round of micro-batches as soon as it is full, while
+    other groups are still being sampled: gradients add up, and weights change in `update` only, so the step
+    stays on-policy. An arm with several updates needs the complete batch first.
+    """
+    plan, parts = run.plan, run.parts
+    prompts = batch(parts.prompts, plan.seed, run.step, plan.prompts_per_step)
+    pending = requests(prompts, plan.seed, "sample", run.step, plan.group_size)
     groups: list[AdvantagedGroup] = []
     rounds = Rounds(parts.packer, parts.learner.width)
-    at_once = plan.updates_per_batch == 1  # then a round is backpropagated as soon as it is full
-    for first in range(0, len(asked), plan.prompts_per_call):
-        call = asked[first : first + plan.prompts_per_call]
-        for group in advantaged_groups(plan, parts, ledger, recorder, step, call):
-            if group is not None:
+    one_update = plan.updates_per_batch == 1
+
+    for first in range(0, len(pending), plan.prompts_per_call):
+        for group in advantaged_groups(run, pending[first : first + plan.prompts_per_call]):
+            if group is not None:  # None: no group has finished yet
                 groups.append(group)
-            for ready in rounds.take(group) if at_once else ():
-                backpropagate(parts, ledger, recorder, step, ready)
+            if one_update:
+                for ready in rounds.take(group):
+                    backpropagate(run, ready)
         for ready in rounds.flush():
-            backpropagate(parts, ledger, recorder, step, ready)
-    if at_once:
-        updates = [update(parts, ledger, divisor(plan, parts, groups))]
+            backpropagate(run, ready)
+
+    if one_update:
+        updates = [update(run, denominator(run, groups))]
     else:
-        minis = mini_batches(plan, parts, groups)
-        updates = repeated_updates(plan, parts, ledger, recorder, step, minis, over)
-    declared = plan.updates_per_batch
-    assert len(updates) == declared or over(), f"{len(updates)} updates where the arm declares {declared}"
-    if parts.demonstrations is None:  # else the sampler is not asked before the next evaluation
-        with ledger.phase("sync"), timed_event(recorder, "sync", step=step, worker="learner"):
-            parts.sampler.load_weights(step)
+        updates = repeated_updates(run, mini_batches(run, groups))
+    assert len(updates) == plan.updates_per_batch or run.out_of_time(), f"{len(updates)} updates"
+
+    if parts.demonstrations is None:  # else nothing is sampled before the next evaluation
+        with run.ledger.phase("sync"), timed_event(run.recorder, "sync", step=run.step, worker="learner"):
+            parts.sampler.load_weights(run.step)
     sums, total = parts.learner.take_sums(), parts.learner.updates
     return BatchFacts(tuple(groups), tuple(updates), sums, total, plan.waves)
 
 
-def advantaged_groups(
-    plan: Plan, parts: Parts, ledger: Ledger, recorder: Recorder, step: int, call: list[Request]
-) -> Iterator[AdvantagedGroup | None]:
-    """Sample, judge and weigh the prompts of one call, group by group as they finish (in prompt order
-    if the plan says so; all at the end if it does not stream); None where none is there yet. A supervised
-    arm only looks them up."""
+# --- groups: sample, judge, compute advantages, filter ---
+
+
+def advantaged_groups(run: StepContext, call: Sequence[Request]) -> Iterator[AdvantagedGroup | None]:
+    """The groups of these requests as they finish, or in prompt order where the plan asks for it; all at the
+    end without streaming. None: no group has finished yet. A supervised arm looks its completions up."""
+    plan, parts = run.plan, run.parts
     if parts.demonstrations is not None:
         return (demonstrated(request, parts.demonstrations) for request in call)
-    groups = sampled_groups(parts, ledger, recorder, step, call, plan.groups_at_once)
-    scored = judged_groups(parts, ledger, recorder, step, groups)
+    scored: Iterator[ScoredGroup | None] = judge(run, sample(run, call))
     if plan.in_prompt_order:
         scored = in_prompt_order(scored, call[0].position)
-    weighed = (weigh(parts, group) if group is not None else None for group in scored)
-    return weighed if plan.streaming else iter([group for group in weighed if group is not None])
+    groups = (None if one is None else compute_advantages(parts, one) for one in scored)
+    return groups if plan.streaming else iter([group for group in groups if group is not None])
 
 
-def sampled_groups(
-    parts: Parts,
-    ledger: Ledger,
-    recorder: Recorder,
-    step: int,
-    call: list[Request],
-    at_once: int | None,
-) -> Iterator[Group | None]:
-    """Groups as they are sampled; None where a sampler that works beside this process has none yet."""
+def sample(run: StepContext, call: Sequence[Request]) -> Iterator[Group | None]:
+    """Groups as the sampler completes them. None: an engine in another process has completed none yet."""
     start = time.time()
-    expected = parts.sampler.policy_version
-    stream = parts.sampler.stream(call, parts.decoding, at_once)
+    sampler, ledger = run.parts.sampler, run.ledger
+    version = sampler.policy_version
+    stream = sampler.stream(call, run.parts.decoding, run.plan.groups_at_once)
     for group in ledger.waiting("sample", iter(stream)):
         if group is not None:
-            assert all(c.policy_version == expected for c in group.completions), "off-policy sample"
+            assert all(c.policy_version == version for c in group.completions), "off-policy sample"
             origin = group.origin or Origin("sampler", start, time.time())
             if group.origin is not None:
                 ledger.beside(origin.start, origin.end, "sample")
-            recorder.event(
-                "sample", origin.start, origin.end, step=step, worker=origin.worker, group=group.position
-            )
+            where = {"step": run.step, "worker": origin.worker, "group": group.position}
+            run.recorder.event("sample", origin.start, origin.end, **where)
         yield group
 
 
-def judged_groups(
-    parts: Parts, ledger: Ledger, recorder: Recorder, step: int, groups: Iterator[Group | None]
-) -> Iterator[ScoredGroup | None]:
-    """Judge while sampling goes on. Verdicts are taken in the order in which groups came, so how fast
-    a verifier is never changes the order of anything. None where nothing has come and nothing is judged."""
-    waiting: deque[tuple[Group, float, list[Future[Score]], list[float]]] = deque()
+@dataclass(frozen=True, slots=True)
+class PendingVerdicts:
+    """A group whose completions are being judged since `start`; `ends`: when verdicts arrived."""
 
-    def take() -> ScoredGroup:
-        group, start, futures, ends = waiting.popleft()
-        with ledger.phase("verify"):
-            scores = tuple(f.result() for f in futures)
-        end = max(ends, default=start)
-        ledger.beside(start, end, "verify")
-        recorder.event("judge", start, end, step=step, worker="verifier", group=group.position)
-        return ScoredGroup(group, scores)
+    group: Group
+    start: float
+    verdicts: Sequence[Future[Score]]
+    ends: list[float]
 
+    def done(self) -> bool:
+        return all(verdict.done() for verdict in self.verdicts)
+
+
+def judge(run: StepContext, groups: Iterator[Group | None]) -> Iterator[ScoredGroup | None]:
+    """Judge groups while others are being sampled. Verdicts are taken in the order in which groups arrived,
+    so the speed of a verifier never changes any order. None: nothing has arrived, and nothing is judged."""
+    pending: deque[PendingVerdicts] = deque()
     for group in groups:
         if group is not None:
-            start, ends, judge = time.time(), list[float](), parts.judges[group.prompt.task]
-            with ledger.phase("verify"):
-                futures = [judge.submit(c.text, group.prompt.answer) for c in group.completions]
-            for future in futures:
-                future.add_done_callback(partial(_note_end, ends))
-            waiting.append((group, start, futures, ends))
-        taken = False
-        while waiting and all(f.done() for f in waiting[0][2]):
-            yield take()
-            taken = True
-        if group is None and not taken:
+            pending.append(submit(run, group))
+        idle = group is None
+        while pending and pending[0].done():
+            yield take_verdicts(run, pending.popleft())
+            idle = False
+        if idle:
             yield None
-    while waiting:
-        yield take()
+    while pending:
+        yield take_verdicts(run, pending.popleft())
 
 
-def _note_end(ends: list[float], _: Future[Score]) -> None:
-    ends.append(time.time())
+def submit(run: StepContext, group: Group) -> PendingVerdicts:
+    """Start to judge the completions of a group."""
+    start, ends = time.time(), list[float]()
+    verifier = run.parts.judges[group.prompt.task]
+    with run.ledger.phase("verify"):
+        verdicts = [verifier.submit(c.text, group.prompt.answer) for c in group.completions]
+    for verdict in verdicts:
+        verdict.add_done_callback(lambda _: ends.append(time.time()))
+    return PendingVerdicts(group, start, verdicts, ends)
+
+
+def take_verdicts(run: StepContext, pending: PendingVerdicts) -> ScoredGroup:
+    """Wait for the verdicts of a group."""
+    with run.ledger.phase("verify"):
+        scores = tuple(verdict.result() for verdict in pending.verdicts)
+    end = max(pending.ends, default=pending.start)
+    run.ledger.beside(pending.start, end, "verify")
+    where = {"step": run.step, "worker": "verifier", "group": pending.group.position}
+    run.recorder.event("judge", pending.start, end, **where)
+    return ScoredGroup(pending.group, scores)
 
 
 def in_prompt_order(groups: Iterator[ScoredGroup | None], first: int) -> Iterator[ScoredGroup]:
-    """Hold back groups that finished before an earlier one. That there was none for a while is not told:
-    nothing may depend on it."""
+    """Hold groups back until all earlier ones have come. Pauses (None) are dropped: with a deterministic
+    learner nothing may depend on time."""
     held: dict[int, ScoredGroup] = {}
     position = first
     for scored in groups:
@@ -212,7 +210,7 @@ def in_prompt_order(groups: Iterator[ScoredGroup | None], first: int) -> Iterato
     assert not held, f"groups {sorted(held)} came without an earlier one"
 
 
-def weigh(parts: Parts, scored: ScoredGroup) -> AdvantagedGroup:
+def compute_advantages(parts: Parts, scored: ScoredGroup) -> AdvantagedGroup:
     """Advantages, computed once, then the filter."""
     rewards = [s.value for s in scored.scores]
     return AdvantagedGroup(scored, parts.advantages(rewards), parts.keep(parts.filter_advantages(rewards)))
@@ -222,3 +220,121 @@ def demonstrated(request: Request, demonstrations: Mapping[str, Completion]) -> 
     """A given completion, to be made more likely: policy gradient with advantage 1 is SFT."""
     group = Group(request.position, request.prompt, (demonstrations[request.prompt.id],))
     return AdvantagedGroup(ScoredGroup(group, (Score(math.nan, "shown"),)), (1.0,), (True,))
+
+
+# --- gradients and updates ---
+
+
+def backpropagate(
+    run: StepContext,
+    ready: Round,
+    references: Sequence[Tensor | None] | None = None,
+    old: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Forward and backward of a round of micro-batches; returns their log-probabilities. Unless `references`
+    are given, the reference model's forward comes first; it counts as `logprob`."""
+    learner = run.parts.learner
+    if references is None:
+        with run.ledger.phase("logprob"):
+            references = learner.reference_logprobs(ready)
+    with run.ledger.phase("backprop"):
+        done = learner.accumulate(ready, references, old)
+    for worker, micro_batch, one in zip(learner.workers, ready, done, strict=False):
+        where = {"step": run.step, "worker": worker, "groups": micro_batch.positions}
+        run.recorder.event("backprop", one.start, one.end, **where)
+    return [one.logprobs for one in done]
+
+
+def update(run: StepContext, divisor: float) -> UpdateStats:
+    """Divide the gradient sums and move the weights."""
+    with run.ledger.phase("optimizer"):
+        return run.parts.learner.update(divisor)
+
+
+def denominator(run: StepContext, groups: Sequence[AdvantagedGroup]) -> float:
+    """What the gradient sums of these groups are divided by: all of their completions, or the kept ones."""
+    lengths = [
+        len(completion.token_ids)
+        for group in groups
+        for completion, kept in zip(group.group.completions, group.kept, strict=True)
+        if kept or run.plan.denominator == "all"
+    ]
+    return losses.denominator(lengths, run.parts.decoding.max_new_tokens, run.plan.aggregation)
+
+
+@dataclass(slots=True)
+class ScoredRound:
+    """A round with log-probabilities that are computed once: `old` at the sampling weights, `references` of
+    the initial model."""
+
+    round: Round
+    old: list[Tensor] | None = None
+    references: list[Tensor | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MiniBatch:
+    """What one update sees, and what its gradient is divided by. Filtering may have emptied it."""
+
+    rounds: tuple[ScoredRound, ...]
+    divisor: float
+
+
+def mini_batches(run: StepContext, groups: Sequence[AdvantagedGroup]) -> list[MiniBatch]:
+    """The batch cut in prompt order; dropped completions count for the cut."""
+    ordered = sorted(groups, key=lambda group: group.group.position)
+    size, packer, made = run.plan.prompts_per_update, run.parts.packer, []
+    for first in range(0, len(ordered), size):
+        own = ordered[first : first + size]
+        packed = [ready for group in own for ready in packer.add(group)] + list(packer.flush())
+        rounds = balanced(packed, run.parts.learner.width, packer.max_tokens)
+        made.append(MiniBatch(tuple(map(ScoredRound, rounds)), denominator(run, own)))
+    return made
+
+
+def repeated_updates(run: StepContext, minis: Sequence[MiniBatch]) -> list[UpdateStats]:
+    """One update per mini-batch, `passes` times (PPO); stops early when time is up.
+
+    Old log-probabilities are those at the sampling weights, with the packing of the update itself. The first
+    mini-batch still meets those weights; the others are scored before the first update.
+    """
+    learner = run.parts.learner
+    with run.ledger.phase("logprob"):
+        for scored in (scored for mini in minis[1:] for scored in mini.rounds):
+            scored.old = learner.logprobs(scored.round)
+        for scored in (scored for mini in minis for scored in mini.rounds):
+            scored.references = learner.reference_logprobs(scored.round)
+    updates: list[UpdateStats] = []
+    for mini in list(minis) * run.plan.passes:
+        for scored in mini.rounds:
+            logprobs = backpropagate(run, scored.round, scored.references, scored.old)
+            if scored.old is None:
+                scored.old = logprobs
+        updates.append(update(run, mini.divisor))
+        if run.out_of_time():
+            break
+    return updates
+
+
+# --- when a step is evaluated, saved, refused ---
+
+
+def evaluation_due(plan: Plan, step: int) -> bool:
+    """Whether a step within the run ends with an evaluation (the last one has its own)."""
+    return plan.evaluate_every > 0 and step % plan.evaluate_every == 0 and 0 < step < plan.steps
+
+
+def checkpoint_due(plan: Plan, step: int) -> bool:
+    return step == plan.steps or (plan.checkpoint_every > 0 and step % plan.checkpoint_every == 0)
+
+
+def check_step(step: int, facts: BatchFacts) -> None:
+    """Stop where going on would only record nonsense. Raises UserError where no verdict could be reached,
+    FloatingPointError where no gradient was finite."""
+    scores = [score for _, score, _, _ in facts.samples()]
+    if all(s.outcome == "verifier_error" for s in scores):
+        what = f"every verdict of step {step} failed: {scores[0].detail}"
+        hint = "nothing was learned from it; fix the cause and run the same command"
+        raise UserError(Fault("verifier", what, hint), "what was recorded is kept")
+    if facts.updates and all(not u.finite for u in facts.updates):
+        raise FloatingPointError(f"the gradient of step {step} is infinite or not a number")

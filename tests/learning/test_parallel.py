@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +24,12 @@ from dash_exp.learning.distributed.ranks import start
 from dash_exp.learning.packing import Packer
 from dash_exp.learning.rounds import Rounds
 from dash_exp.learning.settings import Objective, UpdateStats
-from dash_exp.record.folder import Recorder
-from dash_exp.record.ledger import Ledger
-from dash_exp.train.updates import mini_batches, repeated_updates
+from dash_exp.train.loop import mini_batches, repeated_updates
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY
 from tests.learning.test_learner import LENGTHS, OBJECTIVES, PROMPTS, objective, setting
-from tests.test_updates import NoRecord, parts_of, plan_of
+from tests.test_updates import context, parts_of, plan_of
 
 RANKS = 3
 KEPT = {
@@ -189,8 +187,8 @@ def test_several_updates_of_a_batch(
     for chosen in (links, Alone()):
         learner = ParallelLearner.of(spec, chosen)
         parts = replace(parts_of(learner.local, "constant"), learner=learner)
-        minis = mini_batches(plan, parts, filtered(KEPT["some"]))
-        stats = repeated_updates(plan, parts, Ledger(), cast(Recorder, NoRecord()), 1, minis)
+        run = context(plan, parts)
+        stats = repeated_updates(run, mini_batches(run, filtered(KEPT["some"])))
         found.append(Learned(learner, [], stats, learner.take_sums()))
     assert any(s.skipped for s in found[0].stats) == (prompts_per_update == 1)
     assert found[0].sums["later/ratio"] != found[0].sums["later/tokens"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -27,16 +27,14 @@ from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import load_computing, load_model
 from dash_exp.record import checkpoint
 from dash_exp.record.checkpoint import Snapshot
-from dash_exp.record.folder import Recorder
 from dash_exp.record.identity import cell_of, described
-from dash_exp.record.ledger import Ledger
 from dash_exp.sampling.hf import HFSampler
 from dash_exp.train.build import model_to_sample
-from dash_exp.train.updates import mini_batches, repeated_updates
+from dash_exp.train.loop import mini_batches, repeated_updates
 from dash_exp.types import AdvantagedGroup
 from tests.learning.test_learner import objective
 from tests.learning.test_parallel import KEPT, TOLERANCE, Learned, filtered, learn, spec_of
-from tests.test_updates import NoRecord, parts_of, plan_of
+from tests.test_updates import context, parts_of, plan_of
 
 RANKS = 3
 """64 rows of a tensor make 22 + 22 + 20."""
@@ -198,8 +196,8 @@ def test_several_updates_of_a_batch(links: Leader, tiny_folder: Path) -> None:
     for chosen, how in ((links, shards(spec)), (Alone(), spec)):
         learner = ParallelLearner.of(how, chosen)
         parts = replace(parts_of(learner.local, "constant"), learner=learner)
-        minis = mini_batches(plan, parts, filtered(KEPT["some"]))
-        stats = repeated_updates(plan, parts, Ledger(), cast(Recorder, NoRecord()), 1, minis)
+        run = context(plan, parts)
+        stats = repeated_updates(run, mini_batches(run, filtered(KEPT["some"])))
         found.append(Learned(learner, [], stats, learner.take_sums()))
     assert any(s.skipped for s in found[0].stats)
     assert_equal(*found)
