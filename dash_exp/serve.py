@@ -24,11 +24,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from dash_exp.config.checks import check
+from dash_exp.config.checks import check, is_loopback
 from dash_exp.config.compose import compose, find_faults
-from dash_exp.config.own_settings import own_settings, split_off
+from dash_exp.config.overrides import own_settings, split_off
 from dash_exp.config.schema import Config, dataset_places
-from dash_exp.config.server_checks import is_loopback
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.record.folder import disk_fault
 from dash_exp.sampling.fleet.member import KEY_VARIABLE

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.cell.run import BLOCKED, OK, run_config
-from dash_exp.config.compose import compose, find_faults
-from dash_exp.config.partner import partner_overrides, without_budget
+from dash_exp.config.compose import compose, find_faults, partner_overrides, without_budget
 from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
 from dash_exp.record.folder import Row, read_final, read_json, write_json

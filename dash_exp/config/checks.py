@@ -1,46 +1,44 @@
-"""Checks of a composed config, across fields, all at once. Torch-free.
-
-`check` is the whole of it: names out of a fixed list and numbers out of their range (`config/limits.py`),
-settings that contradict each other, and files and packages that are not there (`config/environment.py`).
-"""
+"""What is wrong with a composed config, all at once: values that the schema does not allow, settings that
+contradict each other, and files and packages that are not there (`config/environment.py`)."""
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from dash_exp.config.dataset_checks import dataset_faults
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed, missing
-from dash_exp.config.limits import (
-    ALLOWED,
+from dash_exp.config.schema import (
     COUNT,
-    KL_ESTIMATORS,
-    RANDOM_SIZES,
-    RANGES,
+    FILTERS,
     STD_EPSILON,
-    outside,
-    range_fault,
-    unknown,
+    Config,
+    Key,
+    Range,
+    dataset_places,
+    declared,
 )
-from dash_exp.config.schema import Config
-from dash_exp.config.server_checks import server_faults
-from dash_exp.errors import Fault
+from dash_exp.errors import Fault, nearest
+
+RANDOM_SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
+URLS, TRANSFER, WEIGHTS = "cluster.server_urls", "cluster.transfer", "cluster.weights_dir"
 
 
 def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
     """Every fault of a config; none means that it can be started. `installed` says whether a Python
     package can be imported, without importing it."""
     parts: tuple[Callable[[Config], Iterator[Fault]], ...] = (
-        _names,
-        _numbers,
+        _declared,
         dataset_faults,
         _group,
         _sampling,
         _arm,
         _filter,
-        _kl_and_passes,
+        _updates,
         _supervised,
         _sharding,
         _budget,
@@ -52,35 +50,54 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
     return faults + list(missing(config, installed))
 
 
-def _names(config: Config) -> Iterator[Fault]:
-    for key, allowed in ALLOWED.items():
-        value = _value(config, key)
-        if value not in allowed and not (key == "algorithm.kl" and value == "k1"):
-            yield unknown(key, value, allowed)
-    device = config.learner.device
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        yield unknown("learner.device", device, ("auto", "cpu", "cuda", "cuda:0"))
+def _declared(config: Config) -> Iterator[Fault]:
+    """Every value that the schema does not allow, also in datasets inside mappings."""
+    yield from declared_faults(config)
+    for place, data in dataset_places(config).items():
+        if place != "dataset":
+            yield from declared_faults(data, f"{place}.")
 
 
-def _numbers(config: Config) -> Iterator[Fault]:
-    for key, allowed in RANGES.items():
-        yield from outside(key, _value(config, key), allowed)
+def declared_faults(part: Any, prefix: str = "") -> Iterator[Fault]:
+    """Every value of a config, group or command's settings that is not what its field declares."""
+    for where, key, value in declared(part, prefix):
+        if key.related or value is None:
+            continue
+        named = value if isinstance(value, dict) else {"": value}
+        for name, inner in named.items():
+            for one in inner if isinstance(inner, list) else [inner]:
+                yield from _value_faults(f"{where}.{name}" if name else where, key, one)
+
+
+def _value_faults(where: str, key: Key, value: Any) -> Iterator[Fault]:
+    if key.range:
+        yield from outside(where, value, key.range)
+    if not key.allowed or value in key.allowed or (key.pattern and re.fullmatch(key.pattern, value)):
+        return
+    if value in key.refused:
+        yield Fault(where, f"got {value!r}, allowed: {', '.join(key.allowed)}", key.refused[value])
+    else:
+        yield unknown(where, value, key.allowed)
+
+
+def outside(key: str, value: float, allowed: Range) -> Iterator[Fault]:
+    """A fault where a number is out of its range."""
+    if not allowed.holds(value):
+        yield Fault(key, f"got {value:g}, must be {allowed}")
+
+
+def unknown(key: str, value: object, allowed: tuple[str, ...]) -> Fault:
+    return Fault(key, f"got {value!r}", nearest(str(value), allowed))
 
 
 def _group(config: Config) -> Iterator[Fault]:
-    size, supervised = config.algorithm.group_size, config.algorithm.source != "sampler"
-    if supervised and size != 1:
-        yield Fault(
-            "algorithm.group_size",
-            f"got {size}, must be 1 with algorithm.source={config.algorithm.source}",
-            "a demonstration is shown once; algorithm.prompts_per_step sets the batch",
-        )
-    if size < 2 and not supervised:
-        yield Fault(
-            "algorithm.group_size",
-            f"got {size}, must be at least 2",
-            "an advantage compares a completion with others of its prompt: alone it is always 0",
-        )
+    key, size, source = "algorithm.group_size", config.algorithm.group_size, config.algorithm.source
+    if source == "sampler" and size < 2:
+        hint = "an advantage compares a completion with others of its prompt: alone it is always 0"
+        yield Fault(key, f"got {size}, must be at least 2", hint)
+    if source != "sampler" and size != 1:
+        hint = "a demonstration is shown once; algorithm.prompts_per_step sets the batch"
+        yield Fault(key, f"got {size}, must be 1 with algorithm.source={source}", hint)
 
 
 def _sampling(config: Config) -> Iterator[Fault]:
@@ -97,47 +114,34 @@ def _sampling(config: Config) -> Iterator[Fault]:
         yield Fault("sampler.top_k", f"got {sampler.top_k}, must be 0 (off) in training", why)
     call = sampler.prompts_per_call
     if sampler.schedule == "per_microbatch" and call >= 1 and prompts % call:
-        divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
-        yield Fault(
-            "sampler.prompts_per_call",
-            f"got {call}, which does not divide algorithm.prompts_per_step={prompts}",
-            f"allowed: {', '.join(map(str, divisors))}",
-        )
+        what = f"got {call}, which does not divide algorithm.prompts_per_step={prompts}"
+        divisors = [str(n) for n in range(1, prompts + 1) if prompts % n == 0]
+        yield Fault("sampler.prompts_per_call", what, f"allowed: {', '.join(divisors)}")
 
 
 def _arm(config: Config) -> Iterator[Fault]:
-    arm, name = config.algorithm, config.filter.name
-    strange = [f for f in arm.filters if f not in ALLOWED["filter.name"]]
-    if strange:
-        yield unknown("algorithm.filters", strange[0], ALLOWED["filter.name"])
-    elif name in ALLOWED["filter.name"] and name not in arm.filters:
-        yield Fault(
-            "filter",
-            f"filter={name} contradicts algorithm={arm.name}, which is defined with "
-            f"filter={' or '.join(arm.filters)}",
-            f"leave filter out, or choose an arm that is defined with filter={name}",
-        )
-    if config.sampler.schedule != arm.schedule:
-        yield Fault(
-            "sampler.schedule",
-            f"sampler.schedule={config.sampler.schedule} contradicts algorithm={arm.name}, "
-            f"which is defined with {arm.schedule}",
-            "leave sampler.schedule out, or choose another arm",
-        )
+    arm, name, schedule = config.algorithm, config.filter.name, config.sampler.schedule
+    if name in FILTERS and set(arm.filters) <= set(FILTERS) and name not in arm.filters:
+        defined = f"algorithm={arm.name}, which is defined with filter={' or '.join(arm.filters)}"
+        hint = f"leave filter out, or choose an arm that is defined with filter={name}"
+        yield Fault("filter", f"filter={name} contradicts {defined}", hint)
+    if schedule != arm.schedule:
+        defined = f"algorithm={arm.name}, which is defined with {arm.schedule}"
+        hint = "leave sampler.schedule out, or choose another arm"
+        yield Fault("sampler.schedule", f"sampler.schedule={schedule} contradicts {defined}", hint)
 
 
 def _filter(config: Config) -> Iterator[Fault]:
-    arm, threshold = config.algorithm, config.filter.threshold
-    if config.filter.name != "advantage" or arm.group_size < 2:
+    size, threshold = config.algorithm.group_size, config.filter.threshold
+    if config.filter.name != "advantage" or size < 2:
         return
-    largest = largest_deviation(arm.group_size)
+    largest = largest_deviation(size)
     if threshold >= largest:
-        yield Fault(
-            "filter.threshold",
-            f"got {threshold:g}, which drops every completion: with group_size={arm.group_size} and "
-            f"rewards of 0 or 1, none is more than {largest:.6g} standard deviations from its group's mean",
-            "lower it; 0 drops only advantages that are exactly 0",
+        what = (
+            f"got {threshold:g}, which drops every completion: with group_size={size} and rewards of 0 or 1, "
+            f"none is more than {largest:.6g} standard deviations from its group's mean"
         )
+        yield Fault("filter.threshold", what, "lower it; 0 drops only advantages that are exactly 0")
 
 
 def largest_deviation(group_size: int) -> float:
@@ -147,149 +151,165 @@ def largest_deviation(group_size: int) -> float:
     return (1 - 1 / group_size) / (std + STD_EPSILON)
 
 
-def _kl_and_passes(config: Config) -> Iterator[Fault]:
-    arm = config.algorithm
-    if arm.kl == "k1":
-        yield Fault(
-            "algorithm.kl",
-            f"got 'k1', allowed: {', '.join(KL_ESTIMATORS)}",
-            "as a term of the loss, k1's expected gradient is 0: it would regularise nothing; k2's is "
-            "what k1 gives as a penalty on the reward",
-        )
-    if arm.mini_batch is not None and arm.mini_batch >= 1 and arm.group_size >= 1:
-        yield from _mini_batch(arm.mini_batch, arm.group_size, arm.prompts_per_step)
-    several = {"passes": arm.passes > 1, "mini_batch": (arm.mini_batch or 0) > 0}
+def _updates(config: Config) -> Iterator[Fault]:
+    arm, size, held = config.algorithm, config.algorithm.mini_batch, config.sampler.max_sequences
+    if size is not None and size >= 1 and arm.group_size >= 1:
+        prompts = arm.prompts_per_step
+        allowed = [arm.group_size * n for n in range(1, prompts + 1) if prompts % n == 0]
+        if size not in allowed:
+            what = (
+                f"got {size}; a mini-batch holds complete groups of {arm.group_size}, and the batch of "
+                f"{prompts} groups complete mini-batches"
+            )
+            yield Fault("algorithm.mini_batch", what, f"allowed: {', '.join(map(str, allowed))}")
+    several = {"passes": arm.passes > 1, "mini_batch": (size or 0) > 0}
     if any(several.values()) and arm.surrogate != "clipped":
         key = next(name for name, found in several.items() if found)
-        yield Fault(
-            "algorithm.surrogate",
-            f"got {arm.surrogate!r}, must be 'clipped' when algorithm.{key}={getattr(arm, key)}",
-            "from the second update on the batch is off-policy: only the clipped ratio corrects it",
-        )
-    if 0 < config.sampler.max_sequences < arm.group_size:
-        yield Fault(
-            "sampler.max_sequences",
-            f"got {config.sampler.max_sequences}, less than algorithm.group_size={arm.group_size}",
-            "a group is sampled together: raise it",
-        )
-
-
-def _mini_batch(size: int, group_size: int, prompts: int) -> Iterator[Fault]:
-    allowed = [group_size * n for n in range(1, prompts + 1) if prompts % n == 0]
-    if size not in allowed:
-        yield Fault(
-            "algorithm.mini_batch",
-            f"got {size}; a mini-batch is whole groups of {group_size}, and the batch of "
-            f"{prompts} groups whole mini-batches",
-            f"allowed: {', '.join(map(str, allowed))}",
-        )
+        what = f"got {arm.surrogate!r}, must be 'clipped' when algorithm.{key}={getattr(arm, key)}"
+        hint = "from the second update on the batch is off-policy: only the clipped ratio corrects it"
+        yield Fault("algorithm.surrogate", what, hint)
+    if 0 < held < arm.group_size:
+        what = f"got {held}, less than algorithm.group_size={arm.group_size}"
+        yield Fault("sampler.max_sequences", what, "a group is sampled together: raise it")
 
 
 def _supervised(config: Config) -> Iterator[Fault]:
-    if config.algorithm.steps is None and config.algorithm.epochs is None:
+    arm, data = config.algorithm, config.dataset
+    if arm.steps is None and arm.epochs is None:
         yield Fault("algorithm.steps", "got null, and algorithm.epochs is null too", "set one of them")
-    if config.algorithm.source == "traces" and config.dataset.mix:
-        yield Fault("dataset.mix", "goes with no algorithm.source=traces", "traces are of one dataset")
-    if config.algorithm.source == "traces" and not config.dataset.traces:
-        yield Fault(
-            "dataset.traces", "not set, but algorithm.source=traces learns from that file", TRACES_HINT
-        )
+    if arm.source == "traces" and not data.traces:
+        what = "not set, but algorithm.source=traces learns from that file"
+        yield Fault("dataset.traces", what, TRACES_HINT)
+    if arm.source == "traces" and data.mix:
+        hint = "choose algorithm=sft_h, or one dataset"
+        yield Fault("dataset.mix", "a mixture has no traces: they are of one dataset", hint)
 
 
 def _sharding(config: Config) -> Iterator[Fault]:
-    opt = config.learner
-    if opt.sharding != "fsdp":
+    learner = config.learner
+    if learner.sharding != "fsdp":
         return
-    key = "learner.sharding"
-    if opt.ranks == 1:
-        yield Fault(
-            key,
-            "got fsdp, but learner.ranks=1: there is nobody to share the weights with",
+    rows = (
+        (
+            learner.ranks == 1,
+            "with learner.ranks=1: there is no other rank to share the weights with",
             "set learner.ranks to the number of GPUs, or leave it out",
-        )
-    if opt.precision == "bf16":
-        yield Fault(
-            key,
-            "got fsdp with learner.precision=bf16, whose gradient sums would be rounded",
+        ),
+        (
+            learner.precision == "bf16",
+            "with learner.precision=bf16, whose gradient sums would be rounded",
             "use bf16_mixed or fp32",
-        )
-    if opt.lora.rank > 0:
-        yield Fault(
-            key,
-            "got fsdp with learner.lora.rank above 0",
+        ),
+        (
+            learner.lora.rank > 0,
+            "with learner.lora.rank above 0",
             "adapters leave hardly anything to share out: leave learner.sharding out",
-        )
-    if config.sampler.name == "vllm":
-        yield Fault(
-            key,
-            "got fsdp with sampler=vllm: both want torch's default process group of one process",
+        ),
+        (
+            config.sampler.name == "vllm",
+            "with sampler=vllm: both need torch's default process group of one process",
             "use sampler=vllm_servers",
-        )
-    if ":" in opt.device:
-        yield Fault(
-            key,
-            f"got fsdp with learner.device={opt.device}, one device for all ranks",
+        ),
+        (
+            ":" in learner.device,
+            f"with learner.device={learner.device}, one device for all ranks",
             "use learner.device=auto",
-        )
+        ),
+    )
+    for wrong, what, hint in rows:
+        if wrong:
+            yield Fault("learner.sharding", f"got fsdp {what}", hint)
 
 
 def _budget(config: Config) -> Iterator[Fault]:
     budget = config.budget
     if budget.seconds is not None and budget.match is not None:
-        yield Fault(
-            "budget.match",
-            f"got {budget.match!r} beside budget.seconds={budget.seconds:g}",
-            "a run has one budget: leave one of them out",
-        )
+        what = f"got {budget.match!r} beside budget.seconds={budget.seconds:g}"
+        yield Fault("budget.match", what, "a run has one budget: leave one of them out")
 
 
 def _evaluation(config: Config) -> Iterator[Fault]:
     evaluation = config.evaluation
     if evaluation.samples > 1 and evaluation.temperature == 0:
-        yield Fault(
-            "evaluation.samples",
-            f"got {evaluation.samples} with evaluation.temperature=0: they would all be equal",
-            "set evaluation.samples=1, or a temperature above 0",
-        )
+        what = f"got {evaluation.samples} with evaluation.temperature=0: they would all be equal"
+        yield Fault("evaluation.samples", what, "set evaluation.samples=1, or a temperature above 0")
     if 0 < evaluation.top_p < 1 and evaluation.temperature == 0:
-        yield Fault(
-            "evaluation.top_p",
-            f"got {evaluation.top_p:g} with evaluation.temperature=0: greedy decoding draws nothing",
-            "set evaluation.top_p=1, or a temperature above 0",
-        )
-    for k in evaluation.k:
-        yield from outside("evaluation.k", k, COUNT)
+        what = f"got {evaluation.top_p:g} with evaluation.temperature=0: greedy decoding draws nothing"
+        yield Fault("evaluation.top_p", what, "set evaluation.top_p=1, or a temperature above 0")
     repeated = sorted({k for k in evaluation.k if evaluation.k.count(k) > 1})
     if repeated:
         yield Fault("evaluation.k", f"names {', '.join(map(str, repeated))} more than once")
 
 
 def _random_model(config: Config) -> Iterator[Fault]:
-    model = config.model
-    if not model.random or model.path or model.package or model.hub:
+    model, sizes, known = config.model, config.model.random, (*RANDOM_SIZES, "seed")
+    if not sizes or model.path or model.package or model.hub:
         return
-    sizes, known = model.random, (*RANDOM_SIZES, "seed")
     yield from (unknown("model.random", name, known) for name in sizes if name not in known)
     absent = [name for name in RANDOM_SIZES if name not in sizes]
     if absent:
         yield Fault("model.random", f"lacks {', '.join(absent)}", f"it has {', '.join(known)}")
-    wrong = [name for name in RANDOM_SIZES if name in sizes and sizes[name] < 1]
-    yield from (range_fault(f"model.random.{name}", sizes[name], COUNT) for name in wrong)
+    wrong = [
+        fault
+        for name in RANDOM_SIZES
+        if name in sizes
+        for fault in outside(f"model.random.{name}", sizes[name], COUNT)
+    ]
+    yield from wrong
     if absent or wrong:
         return
     hidden, heads, kv_heads = sizes["hidden_size"], sizes["heads"], sizes["kv_heads"]
     if hidden % (2 * heads):
-        yield Fault(
-            "model.random.hidden_size",
-            f"got {hidden}, must be a multiple of 2 x heads = {2 * heads}",
-            "each head's size must be whole and even",
-        )
+        what = f"got {hidden}, must be a multiple of 2 x heads = {2 * heads}"
+        yield Fault("model.random.hidden_size", what, "each head's size must be whole and even")
     if heads % kv_heads:
         yield Fault("model.random.kv_heads", f"got {kv_heads}, must divide heads = {heads}")
 
 
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+def server_faults(config: Config) -> Iterator[Fault]:
+    """What is wrong with the servers and the way weights get to them."""
+    c, urls, colocated = config.cluster, config.cluster.server_urls, config.sampler.colocated
+    if config.sampler.name != "vllm_servers":
+        return
+    for url in urls:
+        if not _is_address(url):
+            yield Fault(URLS, f"{url!r} is not the address of a server", "write http://host:port")
+    repeated = sorted({url for url in urls if urls.count(url) > 1})
+    if repeated:
+        yield Fault(URLS, f"names {', '.join(repeated)} more than once")
+    far = [url for url in urls if _is_address(url) and not is_loopback(url)]
+    if far and not c.weights_dir and c.transfer in ("auto", "shared"):
+        what = f"is not set, but {far[0]} does not share this machine's memory"
+        hint = "name a folder that both see; between GPUs also cluster.transfer=nccl"
+        yield Fault(WEIGHTS, what, hint)
+    elif c.transfer == "file" and not c.weights_dir:
+        yield Fault(WEIGHTS, "is not set, but cluster.transfer=file writes weights there")
+    if c.transfer in ("nccl", "ipc") and config.learner.device == "cpu":
+        yield Fault(TRANSFER, f"{c.transfer} is between GPUs, but learner.device=cpu", "set it to auto")
+    if c.transfer == "ipc" and not colocated:
+        hint = "set sampler.colocated=true, or cluster.transfer=nccl"
+        yield Fault(TRANSFER, "ipc is within the GPU that learner and server share", hint)
+    servers = len(urls) or config.sampler.servers
+    if c.transfer == "ipc" and colocated and servers != 1:
+        what = f"ipc reaches one GPU, but there are {servers} servers"
+        yield Fault(TRANSFER, what, "set cluster.transfer=auto")
+    if c.transfer == "nccl" and colocated:
+        what = "nccl needs a GPU for each side, but sampler.colocated=true"
+        yield Fault(TRANSFER, what, "set cluster.transfer=auto")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname and parts.port)
+    except ValueError:  # the port is not a number
+        return False
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address can be reached from this machine only."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

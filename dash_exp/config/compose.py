@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dash_exp import PACKAGE
 from dash_exp.config.checks import check
 from dash_exp.config.overrides import Options, composition_fault, override_faults
-from dash_exp.config.partner import CELL_ID, KEY, partner_of
-from dash_exp.config.schema import Config, to_config
+from dash_exp.config.schema import BudgetConfig, Config, to_config
 from dash_exp.errors import Fault, UserError
 
 VERSION_BASE = "1.3"
@@ -32,6 +32,12 @@ MAX_CELLS = 64
 
 OPEN_MAPPINGS = ("fields", "timeouts", "task_options")
 """Of a dataset."""
+
+CELL_ID = re.compile(r"[0-9a-f]{8}")
+MATCH = "budget.match"
+ARM_ONLY = ("name", "source", "surrogate", "clip_low", "clip_high", "passes", "mini_batch", "filters")
+"""What makes an arm with several updates what it is; sizes, beta and the rest hold for its partner too."""
+PARTNER_HINT = "name a cell id, an arm (dash), or overrides (experiment=...)"
 
 COMPOSITION_ERRORS = (
     HydraException,
@@ -136,7 +142,7 @@ def _partner_faults(config: Config, cell: Sequence[Override], options: Options) 
 
     def compose_partner(overrides: Sequence[str]) -> Config:
         parsed, faults = parse(overrides)
-        made = faults or _try(parsed, KEY, options)
+        made = faults or _try(parsed, MATCH, options)
         if isinstance(made, Config):
             return made
         raise UserError(made)
@@ -297,3 +303,42 @@ def options_in(folders: Sequence[str]) -> dict[str, list[str]]:
 
 def _unique(faults: Sequence[Fault]) -> list[Fault]:
     return list(dict.fromkeys(faults))
+
+
+def partner_overrides(match: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides of the partner: this cell's, without its budget, without what `match` sets anew, and,
+    where that is another arm (by itself or by an experiment), without what only this arm means."""
+    wanted = match.split() if "=" in match else [f"algorithm={match}"]
+    replaced = {text.partition("=")[0] for text in wanted}
+    if replaced & {"algorithm", "experiment"}:
+        replaced |= {"algorithm", *(f"algorithm.{name}" for name in ARM_ONLY)}
+    kept = [
+        text
+        for text in overrides
+        if (key := text.lstrip("+~").partition("=")[0]) not in replaced and not key.startswith("budget")
+    ]
+    return [*kept, *wanted]
+
+
+def partner_of(
+    match: str, overrides: Sequence[str], compose: Callable[[Sequence[str]], Config]
+) -> tuple[list[Fault], Config | None]:
+    """The partner's config without a budget, or everything that is wrong with it."""
+    try:
+        partner = without_budget(compose(partner_overrides(match, overrides)))
+        faults = check(partner)
+    except UserError as error:
+        faults = error.faults
+    return (partner_faults(match, faults), None) if faults else ([], partner)
+
+
+def partner_faults(match: str, faults: Sequence[Fault]) -> list[Fault]:
+    """The faults of a partner, as faults of the cell that names it."""
+    return [
+        Fault(MATCH, f"its partner {match!r}: {f.where}: {f.what}", f.hint or PARTNER_HINT) for f in faults
+    ]
+
+
+def without_budget(config: Config) -> Config:
+    """A copy of a config with nothing to end it early."""
+    return replace(config, budget=BudgetConfig())

@@ -1,6 +1,6 @@
-"""Checks of the datasets of a config: names, ranges, and settings that do not fit together. Torch-free.
+"""What is wrong with the datasets of a config: settings that do not fit together.
 
-Whether files and packages are there is asked in `config/environment.py`.
+What each key may be is declared in the schema; missing files are found in `config/environment.py`.
 """
 
 from __future__ import annotations
@@ -8,28 +8,38 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from dash_exp.config.limits import (
+from dash_exp.config.schema import (
     COUNT,
-    DATASET_ALLOWED,
-    DATASET_RANGES,
-    EXTRACTIONS_OF,
+    KINDS,
+    MATH_EXTRACTIONS,
     NATURAL,
-    POSITIVE,
-    VERIFIERS_OF,
-    outside,
-    unknown,
+    VERIFIERS,
+    Config,
+    DatasetConfig,
+    dataset_places,
+    evaluation_places,
 )
-from dash_exp.config.schema import Config, DatasetConfig, dataset_places, evaluation_places
-from dash_exp.errors import Fault
+from dash_exp.errors import Fault, nearest
 
 SHOT_KEYS = ("problem", "solution")
+EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
+    "math": MATH_EXTRACTIONS,
+    "integer": ("first_integer",),
+    "code": ("program",),
+    "reasoning_gym": ("answer_tag", "boxed_or_last", "whole"),
+}
+VERIFIERS_OF: dict[str, tuple[str, ...]] = {
+    "jsonl": ("math", "integer", "code"),
+    "arithmetic": ("integer", "math"),
+    "functions": ("code",),
+    "reasoning_gym": ("reasoning_gym",),
+}
+"""Which verifiers understand the gold of a kind of dataset."""
 
 
 def dataset_faults(config: Config) -> Iterator[Fault]:
     """Every fault of every dataset, and of the mixture they make."""
     checks: tuple[Callable[[str, DatasetConfig], Iterator[Fault]], ...] = (
-        _names,
-        _ranges,
         _source,
         _judging,
         _asking,
@@ -42,67 +52,39 @@ def dataset_faults(config: Config) -> Iterator[Fault]:
     yield from _evaluation_template(config)
 
 
-def _names(place: str, data: DatasetConfig) -> Iterator[Fault]:
-    for key, allowed in DATASET_ALLOWED.items():
-        if getattr(data, key) not in allowed:
-            yield unknown(f"{place}.{key}", getattr(data, key), allowed)
-    modes = EXTRACTIONS_OF.get(data.verifier)
-    if modes and data.extraction not in modes:
-        yield unknown(f"{place}.extraction", data.extraction, modes)
-
-
-def _ranges(place: str, data: DatasetConfig) -> Iterator[Fault]:
-    for key, interval in DATASET_RANGES.items():
-        yield from outside(f"{place}.{key}", getattr(data, key), interval)
-    for name, seconds in data.timeouts.items():
-        yield from outside(f"{place}.timeouts.{name}", seconds, POSITIVE)
+def _source(place: str, data: DatasetConfig) -> Iterator[Fault]:
     bounds = data.id_range
     if bounds and (len(bounds) != 2 or bounds[0] > bounds[1] or not NATURAL.holds(bounds[0])):
-        yield Fault(
-            f"{place}.id_range",
-            f"got {bounds}, must be the first and the last number of an id",
-            "e.g. [2, 593]; [] uses all",
-        )
-
-
-def _source(place: str, data: DatasetConfig) -> Iterator[Fault]:
-    if data.kind in ("arithmetic", "functions", "reasoning_gym") and data.path:
-        yield Fault(
-            f"{place}.path",
-            f"got {data.path}, but {place}.kind={data.kind} is generated and reads no file",
-            "choose a dataset that is read, e.g. dataset=gsm8k dataset.path=<file>",
-        )
+        what = f"got {bounds}, must be the first and the last number of an id"
+        yield Fault(f"{place}.id_range", what, "e.g. [2, 593]; [] uses all")
+    if data.kind in KINDS and data.kind != "jsonl" and data.path:
+        what = f"got {data.path}, but {place}.kind={data.kind} is generated and reads no file"
+        hint = "choose a dataset that is read, e.g. dataset=gsm8k dataset.path=<file>"
+        yield Fault(f"{place}.path", what, hint)
     if data.kind != "jsonl":
         return
-    code = data.verifier == "code"
-    needed = [("problem",), ("tests", "test_list")] if code else [("problem",), ("answer",)]
+    needed = [("problem",), ("tests", "test_list") if data.verifier == "code" else ("answer",)]
     absent = [" or ".join(names) for names in needed if not any(data.fields.get(n) for n in names)]
     if absent:
-        yield Fault(
-            f"{place}.fields",
-            f"no source is named for {' and '.join(absent)}",
-            f"name them, e.g. {place}.fields.problem=[question]",
-        )
-    if data.solution_drop is not None:
-        try:
-            re.compile(data.solution_drop)
-        except re.error as error:
-            yield Fault(f"{place}.solution_drop", f"{data.solution_drop!r} is no regular expression: {error}")
+        what, hint = f"no source is named for {' and '.join(absent)}", f"{place}.fields.problem=[question]"
+        yield Fault(f"{place}.fields", what, f"name them, e.g. {hint}")
+    try:
+        re.compile(data.solution_drop or "")
+    except re.error as error:
+        yield Fault(f"{place}.solution_drop", f"{data.solution_drop!r} is no regular expression: {error}")
 
 
 def _judging(place: str, data: DatasetConfig) -> Iterator[Fault]:
-    fitting = VERIFIERS_OF.get(data.kind)
-    if fitting and data.verifier in DATASET_ALLOWED["verifier"] and data.verifier not in fitting:
-        yield Fault(
-            f"{place}.verifier",
-            f"got {data.verifier!r}, which does not understand the answers of {place}.kind={data.kind}",
-            f"allowed: {', '.join(sorted(fitting))}",
-        )
+    modes, fitting = EXTRACTIONS_OF.get(data.verifier), VERIFIERS_OF.get(data.kind)
+    if modes and data.extraction not in modes:
+        yield Fault(f"{place}.extraction", f"got {data.extraction!r}", nearest(data.extraction, modes))
+    if fitting and data.verifier in VERIFIERS and data.verifier not in fitting:
+        what = f"got {data.verifier!r}, which does not understand the answers of {place}.kind={data.kind}"
+        yield Fault(f"{place}.verifier", what, f"allowed: {', '.join(sorted(fitting))}")
     for key in ("timeouts", "tests_call"):
         if getattr(data, key) and data.verifier != "code":
-            yield Fault(
-                f"{place}.{key}", f"is for programs, but {place}.verifier={data.verifier}", "leave it out"
-            )
+            what = f"is for programs, but {place}.verifier={data.verifier}"
+            yield Fault(f"{place}.{key}", what, "leave it out")
 
 
 def _asking(place: str, data: DatasetConfig) -> Iterator[Fault]:
@@ -113,45 +95,30 @@ def _asking(place: str, data: DatasetConfig) -> Iterator[Fault]:
 
 
 def _docstring(key: str, place: str, data: DatasetConfig) -> Iterator[Fault]:
-    if data.verifier != "code" and data.verifier in DATASET_ALLOWED["verifier"]:
-        yield Fault(
-            key,
-            f"'docstring' shows a program's first assertion, but {place}.verifier={data.verifier}",
-            "choose bare or problem_solution",
-        )
+    if data.verifier != "code" and data.verifier in VERIFIERS:
+        what = f"'docstring' shows a program's first assertion, but {place}.verifier={data.verifier}"
+        yield Fault(key, what, "choose bare or problem_solution")
 
 
 def _shots(place: str, data: DatasetConfig) -> Iterator[Fault]:
     if not data.shots:
-        yield Fault(
-            f"{place}.shots",
-            "empty, but the template few_shot shows them",
-            "give a list of {problem: ..., solution: ...}, or choose another template",
-        )
+        hint = "give a list of {problem: ..., solution: ...}, or choose another template"
+        yield Fault(f"{place}.shots", "empty, but the template few_shot shows them", hint)
     for number, shot in enumerate(data.shots):
         if set(shot) != set(SHOT_KEYS) or not all(text.strip() for text in shot.values()):
-            yield Fault(
-                f"{place}.shots[{number}]",
-                f"has {', '.join(shot) or 'nothing'}",
-                "it needs a problem and a solution, neither empty",
-            )
+            hint = "it needs a problem and a solution, neither empty"
+            yield Fault(f"{place}.shots[{number}]", f"has {', '.join(shot) or 'nothing'}", hint)
 
 
 def _generated(place: str, data: DatasetConfig) -> Iterator[Fault]:
     if data.kind == "reasoning_gym":
         for key, example in (("task", "chain_sum"), ("size", "1000")):
             if getattr(data, key) is None:
-                yield Fault(
-                    f"{place}.{key}",
-                    f"not set, but {place}.kind=reasoning_gym needs it",
-                    f"e.g. {place}.{key}={example}, or dataset=reasoning_gym",
-                )
-    elif data.kind in DATASET_ALLOWED["kind"] and data.size is not None and COUNT.holds(data.size):
-        yield Fault(
-            f"{place}.size",
-            f"got {data.size}, but {place}.kind={data.kind} has a size of its own",
-            f"use {place}.limit for the first so many prompts",
-        )
+                hint = f"e.g. {place}.{key}={example}, or dataset=reasoning_gym"
+                yield Fault(f"{place}.{key}", f"not set, but {place}.kind=reasoning_gym needs it", hint)
+    elif data.kind in KINDS and data.size is not None and COUNT.holds(data.size):
+        what = f"got {data.size}, but {place}.kind={data.kind} has a size of its own"
+        yield Fault(f"{place}.size", what, f"use {place}.limit for the first so many prompts")
 
 
 def _mixture(config: Config) -> Iterator[Fault]:
@@ -161,50 +128,28 @@ def _mixture(config: Config) -> Iterator[Fault]:
     for label, part in data.mix.items():
         place = f"dataset.mix.{label}"
         if part.mix:
-            yield Fault(
-                f"{place}.mix",
-                "a dataset that is mixed in cannot be a mixture itself",
-                "name its parts in dataset.mix",
-            )
+            what = "a dataset that is mixed in cannot be a mixture itself"
+            yield Fault(f"{place}.mix", what, "name its parts in dataset.mix")
         for key in ("stop", "max_new_tokens"):
             here, there = getattr(part, key), getattr(data, key)
             if here != there:
-                yield Fault(
-                    f"{place}.{key}",
-                    f"got {here}, but dataset.{key}={there}",
-                    "a step samples all parts together: make them equal",
-                )
+                hint = "a step samples all parts together: make them equal"
+                yield Fault(f"{place}.{key}", f"got {here}, but dataset.{key}={there}", hint)
         if part.name in names:
-            yield Fault(
-                f"{place}.name",
-                f"{part.name!r} is the name of {names[part.name]} too",
-                f"give it another, e.g. {place}.name={label}_{part.name}",
-            )
+            hint = f"give it another, e.g. {place}.name={label}_{part.name}"
+            yield Fault(f"{place}.name", f"{part.name!r} is the name of {names[part.name]} too", hint)
         names.setdefault(part.name, place)
-    if data.mix and config.algorithm.source == "traces":
-        yield Fault(
-            "dataset.mix",
-            "a mixture has no traces: they are of one dataset",
-            "choose algorithm=sft_h, or one dataset",
-        )
     for place, held_out in evaluation_places(config).items():
         if held_out.mix:
-            yield Fault(
-                f"{place}.mix",
-                "only what is trained on can be a mixture",
-                "give each dataset a label of its own in evaluation.sets",
-            )
+            hint = "give each dataset a label of its own in evaluation.sets"
+            yield Fault(f"{place}.mix", "only what is trained on can be a mixture", hint)
 
 
 def _evaluation_template(config: Config) -> Iterator[Fault]:
     """The one template of all sets, where the config names one, must fit each of them."""
-    key, name = "evaluation.template", config.evaluation.template
-    if name is None:
-        return
-    if name not in DATASET_ALLOWED["template"]:
-        yield unknown(key, name, DATASET_ALLOWED["template"])
+    name = config.evaluation.template
     for place, data in evaluation_places(config).items():
         if name == "docstring" != data.template:
-            yield from _docstring(key, place, data)
+            yield from _docstring("evaluation.template", place, data)
         if name == "few_shot" != data.template:
             yield from _shots(place, data)

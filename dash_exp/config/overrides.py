@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra.core.override_parser.types import Override
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, nearest
 
+Settings = TypeVar("Settings")
 Options = Mapping[str, Sequence[str]]
 """Config group to the names of its options."""
 
@@ -202,3 +203,31 @@ def _headline(text: str, key: str) -> str:
         kind = KINDS.get(misfit[2], misfit[2])
         return f"got {misfit[1]} ({kind}), expected {describe(type_of(key))}"
     return re.sub(r"^In '[^']*': ", "", lines[0]) if lines else text
+
+
+def split_off(prefix: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that begin with `prefix.`, without it, and the others."""
+    own = [text.removeprefix(f"{prefix}.") for text in arguments if text.startswith(f"{prefix}.")]
+    return own, [text for text in arguments if not text.startswith(f"{prefix}.")]
+
+
+def own_settings(schema: type[Settings], prefix: str, texts: Sequence[str]) -> tuple[Settings, list[Fault]]:
+    """A dataclass filled from these `name=value`, and what is wrong with them."""
+    settings = OmegaConf.structured(schema)
+    types = typing.get_type_hints(schema)
+    faults = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        where = f"{prefix}.{name}"
+        if not equals:
+            faults.append(Fault(where, "is not key=value"))
+        elif name not in types:
+            faults.append(Fault(where, "unknown key", nearest(name, types)))
+        else:
+            try:
+                settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([text]))
+            except OmegaConfBaseException:
+                faults.append(Fault(where, f"got {value!r}, expected {describe(types[name])}"))
+    made: Any = OmegaConf.to_object(settings)
+    assert isinstance(made, schema)
+    return made, faults

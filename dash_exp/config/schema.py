@@ -1,385 +1,372 @@
-"""Every setting of a run, one dataclass per config group. Values live in `conf/`, types here.
+"""Every config key, declared once: type, allowed values or range, and one line of meaning.
 
-Hydra fills `Config` (see `conf/config.yaml`), `OmegaConf.to_object` turns it into these classes, and
-`train/build.py` passes plain arguments on: no other module reads the config. Checks across fields are in
-`config/checks.py`.
+Values live in `conf/`. Hydra fills `Config` from there (see `conf/config.yaml`), `config/checks.py` checks it
+against what is declared here, and the command line's help and `docs/config.md` are made from it. A config is
+not changed after it was composed: `changed` makes a copy.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+
+BASELINES = ("group_mean", "leave_one_out")
+SCALES = ("std", "none")
+STD_EPSILON = 1e-4
+"""Added to a group's standard deviation before dividing by it."""
+SURROGATES = ("policy_gradient", "clipped")
+KL_ESTIMATORS = ("k2", "k3")
+NO_K1 = (
+    "as a term of the loss, k1's expected gradient is 0: it would regularise nothing; k2's is what k1 gives "
+    "as a penalty on the reward"
+)
+AGGREGATIONS = ("sequence_mean", "token_mean", "constant")
+SCHEDULES = ("preemptive", "per_microbatch")
+LR_SCHEDULES = ("linear", "constant")
+SOURCES = ("sampler", "solutions", "traces")
+DEVICES = ("auto", "cpu", "cuda", "cuda:0")
+FILTERS = ("none", "advantage", "zero_variance")
+KINDS = ("jsonl", "arithmetic", "functions", "reasoning_gym")
+TEMPLATES = ("bare", "problem_solution", "docstring", "few_shot", "answer_tag", "chat", "chat_boxed")
+VERIFIERS = ("math", "integer", "code", "reasoning_gym")
+MATH_EXTRACTIONS = ("boxed", "boxed_or_last", "last_number", "hash", "whole")
+EXTRACTIONS = (*MATH_EXTRACTIONS, "first_integer", "program", "answer_tag")
+TRANSFERS = ("auto", "shared", "file", "nccl", "ipc")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An interval of finite numbers; `open_low` and `open_high` leave its ends out."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        low = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:g}"
+
+
+NATURAL = Range(0)
+COUNT = Range(1)
+POSITIVE = Range(0, open_low=True)
+INSIDE_UNIT = Range(0, 1, open_low=True, open_high=True)
+SHARE = Range(0, 1, open_low=True)
+BELOW_ONE = Range(0, 1, open_high=True)
+RELATED = None
+"""In place of a range: what is allowed depends on other keys, see `config/checks.py`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What is declared of a key beside its type. `related`: what is allowed depends on other keys, see
+    `config/checks.py`. `refused`: a name that people try, and why it is not allowed. `example`: a value for
+    the list of common keys in the command line's help."""
+
+    meaning: str
+    allowed: tuple[str, ...] = ()
+    pattern: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    range: Range | None = None
+    related: bool = False
+    example: str | None = None
+
+
+def _declare(key: Key, default: Any) -> Any:
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"key": key})
+    return field(default=default, metadata={"key": key})
+
+
+def setting(meaning: str, default: Any = MISSING, example: str | None = None) -> Any:
+    """A text, a flag, a list or a mapping."""
+    return _declare(Key(meaning, example=example), default)
+
+
+def choice(*allowed: str, meaning: str, default: Any = MISSING, **more: Any) -> Any:
+    """One name of several, or a list of them. `more`: of `Key`."""
+    return _declare(Key(meaning, allowed, **more), default)
+
+
+def number(range: Range | None, meaning: str, default: Any = MISSING, example: str | None = None) -> Any:
+    """A number in a range, or a list or mapping of them."""
+    return _declare(Key(meaning, range=range, related=range is None, example=example), default)
 
 
 @dataclass
 class ModelConfig:
-    """Where the weights come from; exactly one of `path`, `package`, `hub`, `random` is used, in that
-    order, so `model.path=` wins over what an option names."""
+    """Where the weights come from: the first that is set of `path`, `package`, `hub` and `random`."""
 
-    name: str = MISSING
-    path: str | None = None
-    """A local Hugging Face folder (config.json, safetensors, tokenizer)."""
-    package: str | None = None
-    """A Python package that carries a GGUF file, named in `package_file`."""
-    package_file: str | None = None
-    hub: str | None = None
-    """A model hub name, with `revision` (a commit, for a result that can be repeated)."""
-    revision: str | None = None
-    random: dict[str, int] = field(default_factory=dict)
-    """Sizes of a randomly initialised Llama over single characters, for tests; empty: not used."""
-    add_bos: bool = False
-    """Let the tokenizer put its begin token before a prompt."""
-    memory_gb: float = 8.0
-    """Of a machine's memory that a run of this size needs; what a cluster is asked for."""
-    hours: float = 1.0
-    """Which a run of this size may take; what a cluster is asked for."""
+    name: str = setting("the model's name, part of the cell's")
+    path: str | None = setting("a local Hugging Face folder", None, example="my_model")
+    package: str | None = setting("a Python package that carries a GGUF file", None)
+    package_file: str | None = setting("the GGUF file in `package`", None)
+    hub: str | None = setting("a name on the model hub", None)
+    revision: str | None = setting("a commit of `hub`, so that a result can be repeated", None)
+    random: dict[str, int] = number(RELATED, "sizes of a random Llama over single characters, for tests", {})
+    add_bos: bool = setting("put the tokenizer's begin token before a prompt", False)
+    memory_gb: float = number(POSITIVE, "memory that a run needs, requested from a cluster", 8.0)
+    hours: float = number(POSITIVE, "time that a run needs, requested from a cluster", 1.0)
 
 
 @dataclass
 class AlgorithmConfig:
-    """An arm: what the update is. Sizes (`steps` to `group_size`) come from the recipe."""
+    """An arm: how one update is computed. Its sizes (`steps` to `group_size`) come from the recipe."""
 
-    name: str = MISSING
-    steps: int | None = MISSING
-    """Sampled (or shown) batches; null: as many as `epochs` make."""
-    epochs: float | None = None
-    """How often every prompt (or demonstration) comes, where `steps` is null."""
-    prompts_per_step: int = MISSING
-    group_size: int = MISSING
-    source: str = MISSING
-    """Where completions come from: `sampler` (the policy itself), `solutions` (the dataset's worked
-    ones: SFT-H), `traces` (`dataset.traces`: SFT-M)."""
-    baseline: str = MISSING
-    scale: str = MISSING
-    surrogate: str = MISSING
-    clip_low: float = MISSING
-    clip_high: float = MISSING
-    beta: float = MISSING
-    beta_schedule: str = MISSING
-    """`constant`, or `linear`: to 0 over the planned steps."""
-    kl: str = MISSING
-    aggregation: str = MISSING
-    passes: int = MISSING
-    """How often the sampled batch is gone through: 1, or K for PPO-Multi."""
-    mini_batch: int | None = MISSING
-    """Completions of one update, cut in prompt order before filtering (PPO-Mini); null: the batch."""
-    schedule: str = MISSING
-    """How the arm samples: `preemptive` or `per_microbatch`."""
-    filters: list[str] = MISSING
-    """Filters that fit the arm's definition; any other is a config error."""
+    name: str = setting("the arm's name, part of the cell's")
+    steps: int | None = number(NATURAL, "batches; null: as many as `epochs` make", example="30")
+    epochs: float | None = number(POSITIVE, "how often every prompt is used, where `steps` is null", None)
+    prompts_per_step: int = number(COUNT, "prompts of a batch", example="16")
+    group_size: int = number(RELATED, "completions of a prompt", example="8")
+    source: str = choice(*SOURCES, meaning="completions: sampled, the dataset's (SFT-H), a teacher's (SFT-M)")
+    baseline: str = choice(*BASELINES, meaning="what is subtracted from a reward")
+    scale: str = choice(*SCALES, meaning="what the difference is divided by")
+    surrogate: str = choice(*SURROGATES, meaning="-A log pi, or PPO's clipped ratio")
+    clip_low: float = number(INSIDE_UNIT, "the ratio is clipped at 1 - this")
+    clip_high: float = number(INSIDE_UNIT, "the ratio is clipped at 1 + this")
+    beta: float = number(NATURAL, "weight of the KL term; 0: no reference model")
+    beta_schedule: str = choice("constant", "linear", meaning="linear: to 0 over the planned steps")
+    kl: str = choice(*KL_ESTIMATORS, meaning="estimator of the KL term", refused={"k1": NO_K1})
+    aggregation: str = choice(*AGGREGATIONS, meaning="what sums over tokens are divided by (docs/arms.md)")
+    passes: int = number(COUNT, "updates over the full batch: 1, or K for PPO-Multi")
+    mini_batch: int | None = number(COUNT, "completions of one update (PPO-Mini); null: the batch")
+    schedule: str = choice(*SCHEDULES, meaning="all prompts of a batch at once, or some after the others")
+    filters: list[str] = choice(*FILTERS, meaning="filters that fit the arm's definition")
 
 
 @dataclass
 class SamplerConfig:
     """How completions are sampled."""
 
-    name: str = MISSING
-    max_new_tokens: int = MISSING
-    temperature: float = MISSING
-    top_p: float = MISSING
-    top_k: int = MISSING
-    schedule: str = MISSING
-    prompts_per_call: int = MISSING
-    """Prompts sampled at a time when the schedule is `per_microbatch`."""
-    streaming: bool = MISSING
-    """Backpropagate finished groups while others are still being sampled (one-update arms)."""
-    max_sequences: int = MISSING
-    """Completions decoded at once; more wait. Bounds the memory of the cache."""
-    dtype: str = MISSING
-    """vLLM only: `bfloat16` or `float32`. The `hf` sampler shares the learner's weights."""
-    kv_cache_gb: float = MISSING
-    """vLLM on CPU only: memory of the cache (of each server)."""
-    gpu_memory_utilization: float = MISSING
-    """vLLM on a GPU only: share of its memory."""
-    enforce_eager: bool = MISSING
-    """vLLM only: no CUDA graphs."""
-    servers: int = MISSING
-    """`vllm_servers` only: H, how many the run starts, one GPU each, or on this machine's processors."""
-    server_threads: int | None = None
-    """`vllm_servers` on CPU: processors of each; null: half of what there is while the learner works
-    beside them, else all of it."""
-    colocated: bool = MISSING
-    """`vllm_servers`: on the learner's own GPUs; they sleep while it learns, so nothing overlaps."""
-    waves: int = MISSING
-    """`vllm_servers` while streaming: in how many parts a batch is requested, so that groups finish at
-    different times and learning overlaps with sampling."""
-    restarts: int = MISSING
-    """`vllm_servers`: how often servers may be started again, in all."""
-    stall_s: float = MISSING
-    """`vllm_servers`: one that owes tokens and gives none for so long is taken for dead."""
+    name: str = choice("hf", "vllm", "vllm_servers", meaning="the engine")
+    max_new_tokens: int = number(COUNT, "longest completion", example="6")
+    temperature: float = number(POSITIVE, "divides the logits", example="1.0")
+    top_p: float = number(RELATED, "must be 1 in training")
+    top_k: int = number(RELATED, "must be 0 in training")
+    schedule: str = choice(*SCHEDULES, meaning="must be the arm's")
+    prompts_per_call: int = number(COUNT, "prompts sampled at a time with `schedule: per_microbatch`")
+    streaming: bool = setting("backpropagate finished groups while others are sampled (one-update arms)")
+    max_sequences: int = number(COUNT, "completions decoded at once; bounds the memory of the KV cache")
+    dtype: str = choice("bfloat16", "float32", meaning="vLLM only; `hf` shares the learner's weights")
+    kv_cache_gb: float = number(POSITIVE, "vLLM on CPU: memory of the KV cache (of each server)")
+    gpu_memory_utilization: float = number(SHARE, "vLLM on a GPU: share of its memory")
+    enforce_eager: bool = setting("vLLM: no CUDA graphs")
+    servers: int = number(COUNT, "`vllm_servers`: servers to start, one GPU each, or on the CPU")
+    server_threads: int | None = number(COUNT, "on CPU; null: half of all while streaming, else all", None)
+    colocated: bool = setting("servers share the learner's GPUs and sleep while it learns")
+    waves: int = number(COUNT, "while streaming: parts a batch is requested in (docs/engine.md)")
+    restarts: int = number(NATURAL, "restarts of servers, in all")
+    stall_s: float = number(POSITIVE, "a server that returns no pending token for so long has failed")
 
 
 @dataclass
 class FilterConfig:
     """Which completions are dropped before any forward pass."""
 
-    name: str = MISSING
-    threshold: float = MISSING
-    """`advantage`: keep what is further from its group's mean reward than this, in standard deviations of
-    the group, whatever the arm scales advantages by."""
-    kl: str = MISSING
-    """`drop`: dropped completions owe no KL term (counted); `keep`: they are forwarded for it."""
-    denominator: str = MISSING
-    """`all`: divide by every completion sampled; `kept`: by the kept ones only."""
+    name: str = choice(*FILTERS, meaning="the filter; an arm says which fit it")
+    threshold: float = number(NATURAL, "keep |advantage| above this, in std of the group", example="0.1")
+    kl: str = choice("drop", "keep", meaning="keep: dropped completions are forwarded for the KL term")
+    denominator: str = choice("all", "kept", meaning="divide by all completions sampled, or by the kept ones")
 
 
 @dataclass
 class DatasetConfig:
-    """Where prompts come from and how an answer is judged."""
+    """Where prompts come from, and how an answer is judged."""
 
-    name: str = MISSING
-    kind: str = MISSING
-    """`jsonl` (a file or the hub), or generated: `arithmetic`, `functions`, `reasoning_gym`."""
-    path: str | None = None
-    """One JSON-lines file; wins over `file` and `hub`."""
-    file: str | None = None
-    """A file name below `paths.data`."""
-    hub: str | None = None
-    hub_config: str | None = None
-    hub_split: str | None = None
-    fields: dict[str, list[str]] = field(default_factory=dict)
-    """Our field to the names a source may use; the first present wins, and a field left out goes by its
-    own name. All: `id`, `problem`, `solution`. Maths: `answer`. Code: `tests`, `test_list`,
-    `test_imports`, `entry_point`."""
-    answer_after: str | None = None
-    """The gold answer is what follows the last occurrence of this mark in the answer field."""
-    solution_drop: str | None = None
-    """What is left out of worked solutions: a regular expression."""
-    id_prefix: str = ""
-    """An id that lacks it becomes this and its number, so that a file and the hub name a row alike."""
-    id_range: list[int] = field(default_factory=list)
-    """First and last number, inclusive, at the end of the ids that are used; empty: all."""
-    tests_call: str | None = None
-    """Code: put after the tests where the source leaves it out, with `{entry_point}` filled in."""
-    timeouts: dict[str, float] = field(default_factory=dict)
-    """Code: seconds for the tests of single ids, where `verifier.timeout_s` is too short."""
-    task: str | None = None
-    """`reasoning_gym`: which of its tasks."""
-    task_options: dict[str, Any] = field(default_factory=dict)
-    """`reasoning_gym`: settings of that task."""
-    size: int | None = None
-    """`reasoning_gym`: how many different questions."""
-    traces: str | None = None
-    """`algorithm=sft_m`: the file that `python -m dash_exp.traces` wrote for this dataset."""
-    weight: float = 1.0
-    """Share of the training prompts, relative to the other datasets of a mixture."""
-    mix: dict[str, DatasetConfig] = field(default_factory=dict)
-    """Datasets mixed into this one, each with its own weight, template and verifier."""
-    split: str = MISSING
-    """`train` or `test`; generated datasets make disjoint ones."""
-    limit: int | None = None
-    """Use the first so many prompts (after the order of the file)."""
-    template: str = MISSING
-    """Names of `tasks/templates.py`."""
-    shots: list[dict[str, str]] = field(default_factory=list)
-    """`template: few_shot`: worked examples, each with `problem` and `solution`."""
-    stop: list[str] = field(default_factory=list)
-    """A completion ends after one of these; each must be a single token."""
-    verifier: str = MISSING
-    extraction: str = MISSING
-    max_prompt_tokens: int = MISSING
-    completion_tokens: int = MISSING
-    """Room for a short answer to this set; what `recipe=small` samples at most."""
-    max_new_tokens: int | None = None
-    """When evaluating on this set; null: as in training."""
+    name: str = setting("the dataset's name, part of the cell's")
+    kind: str = choice(*KINDS, meaning="jsonl: a file or the hub; the others are generated")
+    path: str | None = setting("a JSON-lines file of your own (problem, answer)", None, "my.jsonl")
+    file: str | None = setting("a file name below `paths.data`; wins over `hub`", None)
+    hub: str | None = setting("a dataset on the hub", None)
+    hub_config: str | None = setting("its configuration there", None)
+    hub_split: str | None = setting("its split there", None)
+    fields: dict[str, list[str]] = setting("our field to its names in a source (docs/datasets.md)", {})
+    answer_after: str | None = setting("the answer follows the last of these marks", None)
+    solution_drop: str | None = setting("regular expression: removed from worked solutions", None)
+    id_prefix: str = setting("put before ids that are plain numbers", "")
+    id_range: list[int] = number(RELATED, "first and last number at the end of the ids used; empty: all", [])
+    tests_call: str | None = setting("code: appended to tests that lack it", None)
+    timeouts: dict[str, float] = number(POSITIVE, "code: seconds for single ids", {})
+    task: str | None = setting("`reasoning_gym`: the name of the task", None)
+    task_options: dict[str, Any] = setting("`reasoning_gym`: settings of the task", {})
+    size: int | None = number(COUNT, "`reasoning_gym`: different questions", None)
+    traces: str | None = setting("`sft_m`: the file that `dash_exp.traces` wrote", None)
+    weight: float = number(POSITIVE, "share of the training prompts in a mixture", 1.0)
+    mix: dict[str, DatasetConfig] = setting("datasets mixed into this one, by a label", {})
+    split: str = choice("train", "test", meaning="generated datasets make disjoint ones")
+    limit: int | None = number(COUNT, "use the first so many prompts", None)
+    template: str = choice(*TEMPLATES, meaning="how a problem becomes a prompt (`tasks/templates.py`)")
+    shots: list[dict[str, str]] = setting("`few_shot`: worked examples, each with problem and solution", [])
+    stop: list[str] = setting("a completion ends after one of these; each is a single token", [])
+    verifier: str = choice(*VERIFIERS, meaning="what judges an answer; which fit depends on `kind`")
+    extraction: str = choice(*EXTRACTIONS, meaning="what is judged; depends on `verifier`", related=True)
+    max_prompt_tokens: int = number(COUNT, "longer prompts are left out")
+    completion_tokens: int = number(COUNT, "room for a short answer: what `recipe=small` samples at most")
+    max_new_tokens: int | None = number(COUNT, "when evaluating on this set; null: as in training", None)
 
 
 @dataclass
 class RecipeConfig:
-    """Sizes, lengths, learning rate and schedule; the values it sets are in the other groups."""
+    """Sizes of the supervised arms; a recipe's other values go into the other groups."""
 
-    name: str = MISSING
-    sft_steps: int | None = MISSING
-    sft_epochs: float | None = MISSING
-    sft_batch: int = MISSING
-    sft_lr: float = MISSING
-    """Steps or epochs, examples per step and learning rate of the supervised arms at this size."""
+    name: str = setting("the recipe's name")
+    sft_steps: int | None = number(NATURAL, "steps of the supervised arms; null: `sft_epochs`")
+    sft_epochs: float | None = number(POSITIVE, "epochs of the supervised arms")
+    sft_batch: int = number(COUNT, "demonstrations per step")
+    sft_lr: float = number(POSITIVE, "learning rate of the supervised arms")
 
 
 @dataclass
 class LoraConfig:
     """Low-rank adapters beside frozen weights (Hu et al. 2021), by peft."""
 
-    rank: int = 0
-    """0: off, all weights are trained."""
-    alpha: float = 32.0
-    """The adapters' product is scaled by alpha / rank."""
-    targets: list[str] = field(default_factory=list)
-    """Names of the linear layers that get adapters; empty: all but the output layer."""
+    rank: int = number(NATURAL, "train adapters instead of all weights; 0: off", 0, example="16")
+    alpha: float = number(POSITIVE, "the adapters' product is scaled by alpha / rank", 32.0)
+    targets: list[str] = setting("linear layers with adapters; empty: all but the output layer", [])
 
 
 @dataclass
 class LearnerConfig:
     """The optimizer, its precision, and how a batch is cut (which never changes the result)."""
 
-    lr: float = MISSING
-    schedule: str = MISSING
-    warmup_share: float = MISSING
-    """Share of the planned updates over which the learning rate rises, rounded up to whole updates."""
-    weight_decay: float = MISSING
-    beta1: float = MISSING
-    beta2: float = MISSING
-    eps: float = MISSING
-    max_grad_norm: float = MISSING
-    precision: str = MISSING
-    """`bf16_mixed`: fp32 master weights, bf16 compute. `fp32`. `bf16`: pure, for comparison."""
-    freeze_embeddings: bool = MISSING
+    lr: float = number(POSITIVE, "learning rate", example="3e-5")
+    schedule: str = choice(*LR_SCHEDULES, meaning="linear: to 0 over the planned updates")
+    warmup_share: float = number(BELOW_ONE, "share of the updates over which the rate rises")
+    weight_decay: float = number(NATURAL, "AdamW's")
+    beta1: float = number(BELOW_ONE, "AdamW's")
+    beta2: float = number(BELOW_ONE, "AdamW's")
+    eps: float = number(POSITIVE, "AdamW's")
+    max_grad_norm: float = number(POSITIVE, "global norm at which the divided gradient is clipped")
+    precision: str = choice("bf16_mixed", "fp32", "bf16", meaning="mixed: fp32 master weights, bf16 compute")
+    freeze_embeddings: bool = setting("do not train the embeddings")
     lora: LoraConfig = field(default_factory=LoraConfig)
-    micro_batch_tokens: int = MISSING
-    logit_chunk: int = MISSING
-    """Rows of logits held at once: memory = chunk x V x 4 bytes, several times."""
-    gradient_checkpointing: bool = MISSING
-    preflight: bool = MISSING
-    """First try the largest micro-batch of the longest samples: does it fit into memory?"""
-    deterministic: bool = MISSING
-    """Micro-batches in prompt order, whatever the order in which groups finish."""
-    device: str = MISSING
-    ranks: int = MISSING
-    """H', how many processes learn, one device each; changes the result by rounding only."""
-    sharding: str = "none"
-    """`fsdp`: every rank holds a part of weights, gradients and optimizer only; `none`: all of them."""
-    timeout_s: float = MISSING
-    """With several ranks: one that does not answer for so long has failed, and so has the run."""
+    micro_batch_tokens: int = number(COUNT, "what fits one pass; never changes the result")
+    logit_chunk: int = number(COUNT, "rows of logits held at once")
+    gradient_checkpointing: bool = setting("recompute activations instead of storing them")
+    preflight: bool = setting("first try the largest micro-batch of the longest samples: does it fit?")
+    deterministic: bool = setting("micro-batches in prompt order, not in the order in which groups finish")
+    device: str = choice(*DEVICES, meaning="auto: cuda where there is one, else cpu", pattern=r"cuda:\d+")
+    ranks: int = number(COUNT, "data-parallel processes, one device each")
+    sharding: str = choice("none", "fsdp", meaning="fsdp: weights in parts", default="none")
+    timeout_s: float = number(POSITIVE, "a rank that does not answer for so long has failed")
 
 
 @dataclass
 class EvaluationConfig:
-    """When and on what the model is evaluated. `sets` maps a label to a dataset."""
+    """When and on what the model is evaluated."""
 
-    name: str = MISSING
-    before: bool = MISSING
-    after: bool = MISSING
-    every: int = MISSING
-    """Steps between evaluations; 0: only before and after."""
-    samples: int = MISSING
-    """Completions per prompt; 1 with temperature 0 is greedy accuracy."""
-    temperature: float = MISSING
-    top_p: float = MISSING
-    k: list[int] = field(default_factory=list)
-    """pass@k for these k; no value where k > samples."""
-    template: str | None = None
-    """One template for every set, as the supervised arms want it; null: each set's own."""
-    limit: int | None = None
-    """Use the first so many prompts of each set."""
-    sets: dict[str, DatasetConfig] = field(default_factory=dict)
+    name: str = setting("the evaluation's name")
+    before: bool = setting("evaluate the base model")
+    after: bool = setting("evaluate at the end")
+    every: int = number(NATURAL, "steps between evaluations; 0: only before and after")
+    samples: int = number(COUNT, "completions of an evaluated prompt", example="8")
+    temperature: float = number(NATURAL, "0: greedy")
+    top_p: float = number(SHARE, "share of the probability that is sampled from")
+    k: list[int] = number(COUNT, "pass@k for these k; no value where k > samples", [], example="[1,8]")
+    template: str | None = choice(*TEMPLATES, meaning="of every set; null: each set's own", default=None)
+    limit: int | None = number(COUNT, "use the first so many prompts of each set", None)
+    sets: dict[str, DatasetConfig] = setting("a label to a dataset", {})
 
 
 @dataclass
 class CheckpointConfig:
     """When a resumable checkpoint is written, and how many are kept."""
 
-    every: int = MISSING
-    keep: int = MISSING
+    every: int = number(NATURAL, "steps between two; 0: only when interrupted and at the end")
+    keep: int = number(COUNT, "checkpoints kept while running")
 
 
 @dataclass
 class VerifierConfig:
     """The pool of worker processes that judge answers."""
 
-    workers: int = MISSING
-    timeout_s: float = MISSING
-    memory_mb: int = MISSING
+    workers: int = number(COUNT, "worker processes")
+    timeout_s: float = number(POSITIVE, "per verdict, from the moment its work starts")
+    memory_mb: int = number(Range(512), "memory of a worker")
 
 
 @dataclass
 class TrackingConfig:
-    """A mirror of the records, for people who look at many runs; never what a run depends on."""
+    """A mirror of the records, for people who look at many runs. No run depends on it."""
 
-    name: str = MISSING
-    """`none`, or `mlflow`."""
-    uri: str | None = None
-    """null: the variable MLFLOW_TRACKING_URI, else a SQLite file below `run.dir`."""
-    experiment: str = "dash_exp"
-    """MLflow's experiment."""
-    every_s: float = 30.0
-    """Seconds between two batches of a running cell."""
+    name: str = choice("none", "mlflow", meaning="the tracker")
+    uri: str | None = setting("null: MLFLOW_TRACKING_URI, else a SQLite file in run.dir", None)
+    experiment: str = setting("MLflow's experiment", "dash_exp")
+    every_s: float = number(POSITIVE, "seconds between two batches of a running cell", 30.0)
 
 
 @dataclass
 class ClusterConfig:
     """Where cells run, and what each may use there."""
 
-    name: str = MISSING
-    """`local`, or `slurm`."""
-    threads: int | None = None
-    """CPU threads of a run; null: all that this process may use (of a sweep: an equal part)."""
-    server_urls: list[str] = field(default_factory=list)
-    """`sampler=vllm_servers`: use these, that run already (docs/engine.md), instead of starting some. Their
-    key is in the variable DASH_SERVER_KEY."""
-    transfer: str = "auto"
-    """How weights get to servers: `shared` (memory of this machine), `file` (in `weights_dir`), `nccl`
-    (from GPU to GPU), `ipc` (within a GPU that both share); `auto`: what fits."""
-    weights_dir: str | None = None
-    """A folder that the machines of learner and servers both see, under the same path, for weights on
-    their way; `auto` uses it where it is set."""
-    gpus: int | None = None
-    """Of a cell; null: one each for its learners and its servers (0 where `learner.device=cpu`)."""
-    gpus_per_node: int = MISSING
-    cpus: int | None = None
-    """Of a cell; null: `cpus_per_gpu` for each of its GPUs, at least that many."""
-    cpus_per_gpu: int = MISSING
-    memory_gb: float | None = None
-    """Of a cell and node; null: the model's."""
-    hours: float | None = None
-    """After which a cell is ended, to go on in a new job; null: the model's."""
-    cells_per_gpu: int = MISSING
-    """Small cells that share a GPU (or, without any, a job) at the same time."""
-    max_parallel: int | None = None
-    """Jobs of a sweep that run at the same time; null: as many as the cluster lets."""
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    setup: list[str] = field(default_factory=list)
-    """Shell lines before a cell is started, e.g. `module load cuda`."""
-    warning_s: int = MISSING
-    """Seconds before a job's time limit at which its cell is asked to save and end."""
-    requeues: int = MISSING
-    """How often a cell may be queued anew after a time limit, a preemption or a lost node."""
-    retries: dict[str, int] = field(default_factory=dict)
-    """How often a cell is started again after a failure of each class (docs/sweeps.md), counted anew
-    whenever it has got further."""
+    name: str = choice("local", "slurm", meaning="this machine, or a SLURM cluster")
+    threads: int | None = number(COUNT, "CPU threads of a run; null: all (in a sweep: an equal part)", None)
+    server_urls: list[str] = setting("running vLLM servers to use; their key: DASH_SERVER_KEY", [])
+    transfer: str = choice(*TRANSFERS, meaning="weights to servers; auto: what fits", default="auto")
+    weights_dir: str | None = setting("a folder that learner and servers see, for weights", None)
+    gpus: int | None = number(NATURAL, "of a cell; null: one for each learner and server", None)
+    gpus_per_node: int = number(COUNT, "GPUs of a node")
+    cpus: int | None = number(COUNT, "of a cell; null: `cpus_per_gpu` for each GPU", None)
+    cpus_per_gpu: int = number(COUNT, "CPUs for each GPU, and the least that a cell gets")
+    memory_gb: float | None = number(POSITIVE, "memory of a cell on a node; null: the model's", None)
+    hours: float | None = number(POSITIVE, "a cell's time limit for one job; null: the model's", None)
+    cells_per_gpu: int = number(COUNT, "small cells that share a GPU")
+    max_parallel: int | None = number(COUNT, "jobs of a sweep at the same time; null: no limit of ours", None)
+    account: str | None = setting("SLURM's account", None)
+    partition: str | None = setting("SLURM's partition", None)
+    qos: str | None = setting("SLURM's quality of service", None)
+    constraint: str | None = setting("SLURM's constraint", None)
+    setup: list[str] = setting("shell lines before a cell is started, e.g. `module load cuda`", [])
+    warning_s: int = number(COUNT, "seconds before a time limit at which a cell saves and stops")
+    requeues: int = number(NATURAL, "requeues after a time limit, a preemption or a lost node")
+    retries: dict[str, int] = number(NATURAL, "restarts after a failure of each class (docs/sweeps.md)", {})
 
 
 @dataclass
 class BudgetConfig:
-    seconds: float | None = None
-    """Stop training after so many seconds of training time, between updates; null: no limit."""
-    match: str | None = None
-    """Instead: the training time of a finished partner, named by its cell id, or by the overrides
-    that make it from this cell (`algorithm=dash`), which become its id."""
+    """When training stops before its last step."""
+
+    seconds: float | None = number(POSITIVE, "stop after so much training time", None, "3600")
+    match: str | None = setting("train as long as the same cell with another arm", None, "dash")
 
 
 @dataclass
 class RunConfig:
     """Actions and places. Never part of a cell's identity."""
 
-    dir: str = MISSING
-    force: bool = MISSING
-    progress: str = MISSING
-    """`auto`: live on a terminal, plain lines elsewhere; `plain`; `none`."""
-    partner: str | None = None
-    """The command that makes the partner of `budget.match`; set by the program, to be shown."""
-    sweep: str | None = None
-    """With -m: the sweep's name; null: made from what is varied."""
+    dir: str = setting("where records go", example="outputs")
+    force: bool = setting("archive the record of this cell and start anew", example="true")
+    progress: str = choice("auto", "plain", "none", meaning="auto: live on a terminal, plain lines elsewhere")
+    partner: str | None = setting("the partner's command; set by the program, to be shown", None)
+    sweep: str | None = setting("with -m: the sweep's name; null: made from what is varied", None)
 
 
 @dataclass
 class PathsConfig:
-    data: str | None = None
-    """Folder that holds dataset files by name; default: the variable DASH_DATA."""
+    """Folders of this machine."""
+
+    data: str | None = setting("a folder of dataset files (default: DASH_DATA)", None, "data")
 
 
 @dataclass
 class Config:
     """One cell, and how to run it."""
 
-    seed: int = MISSING
-    hardware: str | None = None
-    """A name for the kind of machine, where a cell's result is a time: cells of different hardware are
-    different cells. Set by sweeps that compare times."""
+    seed: int = number(NATURAL, "every random choice of the run", example="0")
+    hardware: str | None = setting("kind of machine, where the result is a time; set by sweeps", None)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -397,6 +384,10 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+ACTIONS = ("run", "tracking", "cluster", "paths")
+"""Groups that cannot change a result: left out of a cell's identity and of its frozen file."""
+
+
 def dataset_places(config: Config) -> dict[str, DatasetConfig]:
     """The datasets of a run by the key that holds them: what it trains on, then what it is evaluated on."""
     return {**parts_of(config.dataset), **evaluation_places(config)}
@@ -412,8 +403,24 @@ def evaluation_places(config: Config) -> dict[str, DatasetConfig]:
     return {f"evaluation.sets.{label}": data for label, data in config.evaluation.sets.items()}
 
 
-ACTIONS = ("run", "tracking", "cluster", "paths")
-"""Groups that cannot change a result: left out of a cell's identity and of its frozen file."""
+def declared(part: Any, prefix: str = "") -> Iterator[tuple[str, Key, Any]]:
+    """Every key of a config or group, what is declared of it, and its value. Not those inside mappings."""
+    for one in fields(part):
+        value = getattr(part, one.name)
+        if dataclasses.is_dataclass(value):
+            yield from declared(value, f"{prefix}{one.name}.")
+        elif "key" in one.metadata:
+            yield f"{prefix}{one.name}", one.metadata["key"], value
+
+
+def changed(part: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of a config, group or mapping with other values, by dotted key. Shares what does not change."""
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        old = part.get(name) if isinstance(part, dict) else getattr(part, name)
+        new = changed(old, {rest: value}) if rest else value
+        part = {**part, name: new} if isinstance(part, dict) else dataclasses.replace(part, **{name: new})
+    return part
 
 
 def to_config(composed: Any) -> Config:
@@ -421,8 +428,6 @@ def to_config(composed: Any) -> Config:
 
     Raises omegaconf errors for a missing or ill-typed value.
     """
-    from omegaconf import OmegaConf
-
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
     assert isinstance(config, Config)
     return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dash_exp.config.limits import BASELINES, SCALES, STD_EPSILON
+from dash_exp.config.schema import BASELINES, SCALES, STD_EPSILON
 
 
 def group_advantages(

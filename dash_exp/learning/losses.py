@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dash_exp.config.limits import AGGREGATIONS, KL_ESTIMATORS
+from dash_exp.config.schema import AGGREGATIONS, KL_ESTIMATORS
 
 
 def policy_gradient(logprobs_T: Tensor, advantages_T: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dash_exp.config.checks import check
+from dash_exp.config.checks import check, outside
 from dash_exp.config.environment import Installed
-from dash_exp.config.limits import NATURAL, outside
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import NATURAL, Config
 from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.record.jobs import Resources, Traces
 from dash_exp.sweep.composer import Composer, Composition

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from dash_exp.config.partner import CELL_ID, HINT, KEY, partner_overrides, told
+from dash_exp.config.compose import CELL_ID, MATCH, PARTNER_HINT, partner_faults, partner_overrides
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.identity import Cell
 from dash_exp.sweep.drafts import Draft, Workshop, reading_faults
@@ -50,7 +50,7 @@ def pair(shop: Workshop, drafts: Sequence[Draft]) -> None:
             continue
         found = _candidates(shop, draft, match, known)
         if isinstance(found, list):
-            shop.faults.add(draft.number, told(match, found))
+            shop.faults.add(draft.number, partner_faults(match, found))
         elif draft.composition.changed(NO_BUDGET).cell(shop.cache).id == found.same.id:
             draft.composition = draft.composition.changed(NO_BUDGET)  # its own partner
         else:
@@ -94,35 +94,35 @@ def _cell(shop: Workshop, overrides: Combination) -> Cell:
 def _choose(shop: Workshop, draft: Draft, found: Candidates, cells: Mapping[str, Cell]) -> None:
     """The partner of the same machine in the sweep, else the one alone, in the sweep or frozen."""
     if found.same.id in cells:
-        draft.composition = draft.composition.changed({KEY: found.same.id})
+        draft.composition = draft.composition.changed({MATCH: found.same.id})
     elif found.alone.id in cells or found.alone.id in shop.pool:
-        others = (text for text in draft.overrides if key_of(text) != KEY)
-        draft.overrides = (*others, f"{KEY}={found.alone.id}")  # what it was taken for, said outright
+        others = (text for text in draft.overrides if key_of(text) != MATCH)
+        draft.overrides = (*others, f"{MATCH}={found.alone.id}")  # what it was taken for, said outright
         draft.composition = shop.composer.compose(draft.overrides)
     else:
         what = f"its partner is neither in this sweep nor in {shop.root / 'cells'}"
         makes = [text for text in split(found.overrides)[0] if key_of(text) != "seed"]
         command = shlex.join(["python", "-m", "dash_exp", *makes])
         hint = f"add it to the sweep, or run it first, with the same seed: {command}"
-        shop.faults.add(draft.number, [Fault(KEY, what, hint)])
+        shop.faults.add(draft.number, [Fault(MATCH, what, hint)])
 
 
 def _unequal(shop: Workshop, draft: Draft, match: str, cells: Mapping[str, Cell]) -> list[Fault]:
     """Whether the partner, by its id, is there, and has the seed and model of the draft."""
     if match not in cells and match not in shop.pool:
         what = f"there is no cell {match}, neither in this sweep nor in {shop.root / 'cells'}"
-        return [Fault(KEY, what, HINT)]
+        return [Fault(MATCH, what, PARTNER_HINT)]
     path = shop.root / "cells" / shop.pool.get(match, "") / "config.yaml"
     try:
         frozen = cells[match].frozen if match in cells else frozen_in(path)
         theirs = {"seed": frozen["seed"], "model": frozen["model"]["name"]}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        return [Fault(KEY, f"the partner {match} cannot be read from {path}: {error}")]
+        return [Fault(MATCH, f"the partner {match} cannot be read from {path}: {error}")]
     config = draft.composition.config
     mine = {"seed": config.seed, "model": config.model.name}
     hint = "seconds are comparable for equal seed, model and hardware only"
     return [
-        Fault(KEY, f"the partner {match} has {key} {theirs[key]}, this cell {mine[key]}", hint)
+        Fault(MATCH, f"the partner {match} has {key} {theirs[key]}, this cell {mine[key]}", hint)
         for key in mine
         if mine[key] != theirs[key]
     ]

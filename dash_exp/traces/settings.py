@@ -8,9 +8,8 @@ from pathlib import Path
 
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
-from dash_exp.config.limits import COUNT, NATURAL, Range
-from dash_exp.config.own_settings import own_settings, split_off
-from dash_exp.config.schema import Config
+from dash_exp.config.overrides import own_settings, split_off
+from dash_exp.config.schema import COUNT, NATURAL, Config, Range
 from dash_exp.errors import Fault, UserError
 
 TEACHER = "qwen7b_instruct"

@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from dash_exp.config.compose import compose
-from dash_exp.config.partner import CELL_ID, KEY, partner_of, partner_overrides, without_budget
+from dash_exp.config.compose import CELL_ID, MATCH, compose, partner_of, partner_overrides, without_budget
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_json
@@ -75,7 +74,7 @@ def find_partner(config: Config, pool: Path) -> Partner:
     if state in ("failed", "cancelled"):
         raise UserError(
             Fault(
-                KEY,
+                MATCH,
                 f"the partner {folder.name} {state}: {status.get('failure') or 'no reason is known'}",
                 "mend and run the partner, then this cell again",
             ),
@@ -89,7 +88,7 @@ def find_partner(config: Config, pool: Path) -> Partner:
     if mine != other:
         raise UserError(
             Fault(
-                KEY,
+                MATCH,
                 f"the partner {folder.name} has {other}, this cell {mine}",
                 "seconds are comparable for equal seed, model and hardware only",
             ),
@@ -97,7 +96,7 @@ def find_partner(config: Config, pool: Path) -> Partner:
         )
     seconds = spent_seconds(read_final(folder, "steps"))
     if seconds == 0:
-        raise UserError(Fault(KEY, f"the partner {folder.name} was not trained", "name one that was"))
+        raise UserError(Fault(MATCH, f"the partner {folder.name} was not trained", "name one that was"))
     facts = read_json(folder / "provenance.json")
     attempts = facts.get("attempts", [])
     machines = tuple(a["hardware"] for a in attempts if "hardware" in a) or (facts.get("hardware", {}),)
@@ -109,7 +108,7 @@ def check_equal(partner: Partner, here: dict[str, Any], weights: str) -> None:
     if partner.weights != weights:
         raise UserError(
             Fault(
-                KEY,
+                MATCH,
                 f"the partner {partner.name} started from other weights than this cell",
                 "seconds are comparable for equal seed, model and hardware only",
             ),
@@ -120,7 +119,7 @@ def check_equal(partner: Partner, here: dict[str, Any], weights: str) -> None:
         told = ", ".join(f"{k} {value!r} there, {here[k]!r} here" for k, value in different.items())
         raise UserError(
             Fault(
-                KEY,
+                MATCH,
                 f"the partner {partner.name} ran on other hardware: {told}",
                 "run both on one kind of machine, or set budget.seconds instead",
             ),

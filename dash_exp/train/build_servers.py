@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dash_exp.config.checks import is_loopback
 from dash_exp.config.schema import Config
-from dash_exp.config.server_checks import transfer_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.distributed.member import device_of
 from dash_exp.learning.distributed.world import local_ranks
@@ -189,3 +189,17 @@ def weights_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 yield name, file.get_tensor(name)
+
+
+def transfer_of(config: Config, gpus: int, learner_on_gpu: bool) -> str:
+    """The way that `cluster.transfer=auto` takes. `gpus`: of this machine."""
+    c, s = config.cluster, config.sampler
+    if c.transfer != "auto":
+        return c.transfer
+    if c.weights_dir or any(not is_loopback(url) for url in c.server_urls):
+        return "file"
+    if c.server_urls or not gpus or not learner_on_gpu:
+        return "shared"
+    if s.colocated:
+        return "ipc" if s.servers == 1 else "shared"  # the others are on other ranks' GPUs
+    return "nccl"

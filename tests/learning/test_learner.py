@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dash_exp.config import limits
+from dash_exp.config.schema import AGGREGATIONS, SURROGATES
 from dash_exp.learning import losses
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import MicroBatch, Packer, Piece
@@ -21,7 +21,7 @@ from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, referenc
 
 LENGTHS = [[3, 5, 1, 4], [2, 2, 6, 1], [4, 1, 1, 3], [1, 7, 2, 2]]
 PROMPTS = [6, 3, 9, 4]
-OBJECTIVES = list(itertools.product(limits.SURROGATES, limits.AGGREGATIONS, [0.0, 0.04]))
+OBJECTIVES = list(itertools.product(SURROGATES, AGGREGATIONS, [0.0, 0.04]))
 
 
 def objective(surrogate: str = "policy_gradient", beta: float = 0.0, temperature: float = 1.0) -> Objective:

@@ -9,7 +9,7 @@ from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
 from dash_exp.learning.distributed.world import Place, first_host, local_ranks, placed
 
-pytest_plugins = ["tests.config_fixtures"]
+pytest_plugins = ["tests.config.config_fixtures"]
 
 TORCHRUN = {
     "RANK": "3",

@@ -16,7 +16,7 @@ from dash_exp.errors import UserError
 from dash_exp.record.identity import cell_of, make_cell
 from dash_exp.sweep.composer import Base, Composer, interpolated, is_leaf, overlap, refers
 
-pytest_plugins = ["tests.config_fixtures"]
+pytest_plugins = ["tests.config.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dash_exp.config.compose import compose
 from dash_exp.config.environment import is_installed
-from dash_exp.config.limits import TEMPLATES
+from dash_exp.config.schema import TEMPLATES
 from dash_exp.errors import UserError
 from dash_exp.modeling.source import load_tokenizer
 from dash_exp.record.hashing import package_path

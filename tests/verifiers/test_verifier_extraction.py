@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp.config.limits import EXTRACTIONS
+from dash_exp.config.schema import MATH_EXTRACTIONS
 from dash_exp.verifiers.math.extraction import EXTRACTORS, MAX_CANDIDATE_CHARS, extract
 
 
@@ -192,4 +192,4 @@ def test_time_is_linear_in_hostile_text(piece: str, head: str) -> None:
 
 
 def test_the_schema_allows_just_the_extractions_there_are() -> None:
-    assert set(EXTRACTIONS) == set(EXTRACTORS)
+    assert set(MATH_EXTRACTIONS) == set(EXTRACTORS)

@@ -10,6 +10,7 @@ import pytest
 
 from dash_exp.cell.run import run_config
 from dash_exp.config.compose import compose, conf_dir
+from dash_exp.config.schema import changed
 from dash_exp.errors import UserError
 from dash_exp.record.folder import Row, differences, read_final, read_json
 from dash_exp.sampling.hf import HFSampler
@@ -326,7 +327,7 @@ def test_every_preset_runs_two_updates(
     if config.budget.match:
         resolve_match(config, overrides, tmp_path / "cache")
         assert config.budget.match is not None and len(config.budget.match) == 8
-        config.budget.match = None  # its partner is another preset
+        config = changed(config, {"budget.match": None})  # its partner is another preset
     assert run_config(config) == 0
     (folder,) = (tmp_path / "cells").iterdir()
     assert read_json(folder / "status.json")["state"] == "finished"

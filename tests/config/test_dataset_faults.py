@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import pytest
 
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
-from dash_exp.config.limits import DATASET_ALLOWED, EXTRACTIONS_OF, VERIFIERS_OF
-from dash_exp.config.schema import Config, DatasetConfig, parts_of
+from dash_exp.config.dataset_checks import EXTRACTIONS_OF, VERIFIERS_OF
+from dash_exp.config.schema import KINDS, VERIFIERS, Config, DatasetConfig, changed, parts_of
 from dash_exp.record.identity import make_cell, resolve_paths
 
-pytest_plugins = ["tests.config_fixtures"]
+pytest_plugins = ["tests.config.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")
 
 
@@ -24,18 +23,18 @@ def faults(config: Config) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def mixed() -> Config:
-    return copy.deepcopy(compose(["dataset=math_gsm8k", "model=tiny"]))
+    return compose(["dataset=math_gsm8k", "model=tiny"])
 
 
 @pytest.fixture
 def code() -> Config:
-    return copy.deepcopy(compose(["dataset=mbppplus", "model=tiny"]))
+    return compose(["dataset=mbppplus", "model=tiny"])
 
 
 def test_the_tables_name_the_same_kinds_and_verifiers() -> None:
-    assert set(VERIFIERS_OF) == set(DATASET_ALLOWED["kind"])
-    assert set(EXTRACTIONS_OF) == set(DATASET_ALLOWED["verifier"])
-    assert {v for fitting in VERIFIERS_OF.values() for v in fitting} == set(DATASET_ALLOWED["verifier"])
+    assert set(VERIFIERS_OF) == set(KINDS)
+    assert set(EXTRACTIONS_OF) == set(VERIFIERS)
+    assert {v for fitting in VERIFIERS_OF.values() for v in fitting} == set(VERIFIERS)
 
 
 # --- one dataset -----------------------------------------------------------------------------------
@@ -51,8 +50,8 @@ def test_the_tables_name_the_same_kinds_and_verifiers() -> None:
     ],
 )
 def test_a_verifier_that_does_not_understand_the_answers(option: str, verifier: str, extraction: str) -> None:
-    config = copy.deepcopy(compose([f"dataset={option}", "evaluation=none", "model=tiny"]))
-    config.dataset.verifier, config.dataset.extraction = verifier, extraction
+    config = compose([f"dataset={option}", "evaluation=none", "model=tiny"])
+    config = changed(config, {"dataset.verifier": verifier, "dataset.extraction": extraction})
     kind = config.dataset.kind
     assert faults(config) == [
         (
@@ -63,60 +62,61 @@ def test_a_verifier_that_does_not_understand_the_answers(option: str, verifier: 
 
 
 def test_a_docstring_needs_programs(config: Config) -> None:
-    config.evaluation.sets["arithmetic"].template = "docstring"
+    config = changed(config, {"evaluation.sets.arithmetic.template": "docstring"})
     what = "'docstring' shows a program's first assertion, but {}.verifier=integer"
     [fault] = check(config)
     assert fault.where == "evaluation.sets.arithmetic.template"
     assert fault.what == what.format("evaluation.sets.arithmetic")
-    config.evaluation.sets["arithmetic"].template = "bare"
-    config.evaluation.template = "docstring"
+    config = changed(config, {"evaluation.sets.arithmetic.template": "bare"})
+    config = changed(config, {"evaluation.template": "docstring"})
     [fault] = check(config)
     assert fault.where == "evaluation.template"
 
 
 def test_few_shot_needs_examples(config: Config) -> None:
-    config.dataset.template = "few_shot"
+    config = changed(config, {"dataset.template": "few_shot"})
     assert [w for w, _ in faults(config)] == ["dataset.shots"]
-    config.dataset.shots = [
+    shots = [
         {"problem": "p", "solution": "s"},
         {"problem": "p", "answer": "s"},
         {"problem": "p", "solution": " "},
     ]
+    config = changed(config, {"dataset.shots": shots})
     assert [w for w, _ in faults(config)] == ["dataset.shots[1]", "dataset.shots[2]"]
-    config.dataset.shots = config.dataset.shots[:1]
+    config = changed(config, {"dataset.shots": config.dataset.shots[:1]})
     assert faults(config) == []
-    config.evaluation.template = "few_shot"
+    config = changed(config, {"evaluation.template": "few_shot"})
     assert [w for w, _ in faults(config)] == ["evaluation.sets.arithmetic.shots"]
 
 
 @pytest.mark.parametrize("bounds", [[5], [5, 2], [-1, 3], [1, 2, 3]])
 def test_a_range_of_ids_is_two_numbers(code: Config, bounds: list[int]) -> None:
-    code.dataset.id_range = bounds
+    code = changed(code, {"dataset.id_range": bounds})
     assert [w for w, _ in faults(code)] == ["dataset.id_range"]
 
 
 def test_seconds_of_single_tasks(code: Config, config: Config) -> None:
-    code.dataset.timeouts = {"mbppplus-2": 0.0}
+    code = changed(code, {"dataset.timeouts": {"mbppplus-2": 0.0}})
     assert faults(code) == [("dataset.timeouts.mbppplus-2", "got 0, must be more than 0")]
-    config.dataset.timeouts, config.dataset.tests_call = {"1": 2.0}, "f()"
+    config = changed(config, {"dataset.timeouts": {"1": 2.0}, "dataset.tests_call": "f()"})
     assert [w for w, _ in faults(config)] == ["dataset.timeouts", "dataset.tests_call"]
 
 
 def test_code_needs_names_for_its_tests(code: Config) -> None:
-    code.dataset.fields = {"problem": ["prompt"]}
+    code = changed(code, {"dataset.fields": {"problem": ["prompt"]}})
     assert faults(code) == [("dataset.fields", "no source is named for tests or test_list")]
-    code.dataset.fields["test_list"] = ["test_list"]
+    code = changed(code, {"dataset.fields.test_list": ["test_list"]})
     assert faults(code) == []
 
 
 def test_what_is_dropped_is_a_regular_expression(code: Config) -> None:
-    code.dataset.solution_drop = "<<(>>"
+    code = changed(code, {"dataset.solution_drop": "<<(>>"})
     [(where, what)] = faults(code)
     assert where == "dataset.solution_drop" and "'<<(>>' is no regular expression" in what
 
 
 def test_generated_datasets_read_no_file_and_have_their_own_size(config: Config) -> None:
-    config.dataset.path, config.dataset.size = __file__, 10
+    config = changed(config, {"dataset.path": __file__, "dataset.size": 10})
     assert [w for w, _ in faults(config)] == ["dataset.path", "dataset.size"]
 
 
@@ -198,23 +198,23 @@ def test_any_option_can_be_mixed_in_on_the_command_line() -> None:
     ],
 )
 def test_parts_that_do_not_fit(mixed: Config, key: str, value: Any, what: str) -> None:
-    setattr(mixed.dataset.mix["gsm8k"], key, value)
+    mixed = changed(mixed, {f"dataset.mix.gsm8k.{key}": value})
     assert faults(mixed) == [(f"dataset.mix.gsm8k.{key}", what)]
 
 
 def test_a_part_is_looked_for_like_any_dataset(mixed: Config, tmp_path: Path) -> None:
-    mixed.dataset.mix["gsm8k"].path = str(tmp_path / "absent.jsonl")
+    mixed = changed(mixed, {"dataset.mix.gsm8k.path": str(tmp_path / "absent.jsonl")})
     assert [w for w, _ in faults(mixed)] == ["dataset.mix.gsm8k.path"]
 
 
 def test_only_training_is_mixed(mixed: Config) -> None:
-    mixed.evaluation.sets["math500"].mix = {"x": DatasetConfig()}
+    mixed = changed(mixed, {"evaluation.sets.math500.mix": {"x": DatasetConfig()}})
     assert faults(mixed) == [("evaluation.sets.math500.mix", "only what is trained on can be a mixture")]
 
 
 def test_all_faults_of_all_datasets_at_once(mixed: Config) -> None:
-    mixed.dataset.template, mixed.dataset.mix["gsm8k"].split = "bear", "tarin"
-    mixed.evaluation.sets["math500"].verifier = "maths"
+    mixed = changed(mixed, {"dataset.template": "bear", "dataset.mix.gsm8k.split": "tarin"})
+    mixed = changed(mixed, {"evaluation.sets.math500.verifier": "maths"})
     assert [w for w, _ in faults(mixed)] == [
         "dataset.template",
         "dataset.mix.gsm8k.split",
@@ -227,13 +227,13 @@ def test_all_faults_of_all_datasets_at_once(mixed: Config) -> None:
 
 def test_a_cell_is_what_its_parts_hold_wherever_they_lie(mixed: Config, tmp_path: Path) -> None:
     def cell(place: str, content: str, weight: float = 1.0) -> str:
-        config = copy.deepcopy(mixed)
-        config.dataset.mix["gsm8k"].weight = weight
         (tmp_path / place).mkdir(exist_ok=True)
-        for one, text in ((config.dataset, "main"), (config.dataset.mix["gsm8k"], content)):
-            file = tmp_path / place / f"{one.name}.jsonl"
+        files = {"dataset": ("math", "main"), "dataset.mix.gsm8k": ("gsm8k", content)}
+        config = changed(mixed, {"dataset.mix.gsm8k.weight": weight})
+        for key, (name, text) in files.items():
+            file = tmp_path / place / f"{name}.jsonl"
             file.write_text(text)
-            one.path = str(file)
+            config = changed(config, {f"{key}.path": str(file)})
         made = make_cell(config, tmp_path / "cache")
         assert made.name == "dash-tiny-math+gsm8k-s0"
         assert made.frozen["dataset"]["mix"]["gsm8k"]["path"] == str(tmp_path / place / "gsm8k.jsonl")
@@ -247,7 +247,7 @@ def test_a_cell_is_what_its_parts_hold_wherever_they_lie(mixed: Config, tmp_path
 def test_parts_are_found_in_the_data_folder(mixed: Config, tmp_path: Path) -> None:
     for name in ("math_train.jsonl", "gsm8k_train.jsonl"):
         (tmp_path / name).write_text("rows")
-    mixed.paths.data = str(tmp_path)
+    mixed = changed(mixed, {"paths.data": str(tmp_path)})
     resolve_paths(mixed)
     found = [one.path for one in parts_of(mixed.dataset).values()]
     assert found == [str(tmp_path / "math_train.jsonl"), str(tmp_path / "gsm8k_train.jsonl")]
@@ -257,7 +257,6 @@ def test_traces_are_known_by_what_they_hold(config: Config, tmp_path: Path) -> N
     ids = set()
     for name, content in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).write_text(content)
-        one = copy.deepcopy(config)
-        one.algorithm.source, one.dataset.traces = "traces", str(tmp_path / name)
+        one = changed(config, {"algorithm.source": "traces", "dataset.traces": str(tmp_path / name)})
         ids.add(make_cell(one, tmp_path / "cache").id)
     assert len(ids) == 2

@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, conf_dir, find_faults
 from dash_exp.config.overrides import type_of
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, changed
 from dash_exp.errors import UserError
 
 OPTIONS = sorted(
@@ -22,7 +22,7 @@ OPTIONS = sorted(
     for file in conf_dir().glob("*/**/*.yaml")
     if "hydra" not in file.parts[-3:]
 )
-pytest_plugins = ["tests.config_fixtures"]
+pytest_plugins = ["tests.config.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")
 PAPER_MODELS = ("qwen0.5b", "qwen1.5b", "qwen3b")
 NEEDS = {"filter": ["algorithm=ppo_multi"], "evaluation/reasoning_gym": ["dataset=reasoning_gym"]}
@@ -35,7 +35,7 @@ def test_every_option_composes_to_a_config_without_faults(option: str) -> None:
     config = compose([f"{group}={name}", *NEEDS.get(option, NEEDS.get(group, []))])
     assert isinstance(config, Config)
     if config.algorithm.source == "traces":
-        config.dataset.traces = __file__  # sampled before, by another command
+        config = changed(config, {"dataset.traces": __file__})  # sampled before, by another command
     assert check(config, installed=lambda package: True) == []
 
 
@@ -195,6 +195,6 @@ def test_nothing_here_imports_torch() -> None:
         "dash_exp.config.compose.find_faults(['model=tiny'])\n"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -14,7 +14,7 @@ import yaml
 
 from dash_exp.config.compose import compose
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 STAND_IN = '''
 """The real command line, with dash_exp.cell replaced by one that prints the cell it is given."""

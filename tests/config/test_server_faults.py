@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from dash_exp.config import schema
+from dash_exp.config.checks import is_loopback, server_faults
 from dash_exp.config.compose import compose
 from dash_exp.config.schema import Config
-from dash_exp.config.server_checks import is_loopback, server_faults, transfer_of
+from dash_exp.train.build_servers import transfer_of
 
 HERE, THERE = "http://127.0.0.1:8000", "http://10.0.0.7:8000"
 
@@ -19,19 +21,13 @@ def base() -> Config:
 
 
 def changed(base: Config, **values: Any) -> Config:
-    import copy
-
-    config = copy.deepcopy(base)
-    for name, value in values.items():
-        place = config.sampler if name in ("colocated", "servers") else config.cluster
-        setattr(config.learner if name == "device" else place, name, value)
-    return config
+    groups = {"colocated": "sampler", "servers": "sampler", "device": "learner"}
+    return schema.changed(base, {f"{groups.get(k, 'cluster')}.{k}": v for k, v in values.items()})
 
 
 @pytest.mark.parametrize(
     ("values", "where", "what"),
     [
-        ({"transfer": "smb"}, "cluster.transfer", "got 'smb'"),
         ({"server_urls": ["10.0.0.7:8000"]}, "cluster.server_urls", "not the address of a server"),
         ({"server_urls": ["http://10.0.0.7"]}, "cluster.server_urls", "not the address of a server"),
         ({"server_urls": ["http://10.0.0.7:x"]}, "cluster.server_urls", "not the address of a server"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from dash_exp.config.compose import compose
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, changed
 
 
 @cache
@@ -19,10 +18,9 @@ def _tiny() -> Config:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A config without faults: DASH on the tiny model. Composed once, copied for each test."""
-    fresh = copy.deepcopy(_tiny())
-    fresh.run.dir = str(tmp_path / "outputs")
-    return fresh
+    """A config without faults: DASH on the tiny model."""
+    made: Config = changed(_tiny(), {"run.dir": str(tmp_path / "outputs")})
+    return made
 
 
 @pytest.fixture

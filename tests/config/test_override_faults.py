@@ -9,7 +9,7 @@ import pytest
 from dash_exp.config.compose import compose, conf_dir, find_faults
 from dash_exp.errors import Fault, UserError
 
-pytest_plugins = ["tests.config_fixtures"]
+pytest_plugins = ["tests.config.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")
 
 
