@@ -1,11 +1,32 @@
-"""Errors a user can cause: what, got, allowed, nearest name, next step; all at once; exit code 2."""
+"""Errors that the user can fix (what, got, allowed, nearest name, next step), and how a command ends."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+
+from dash_exp.signals import Interrupted
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every command."""
+
+    OK = 0
+    FAILED = 1
+    USER_ERROR = 2
+    BLOCKED = 3
+    """The cell waits for its partner."""
+    BUSY = 4
+    """Another process is running the cell; nothing was done."""
+    SIGNALLED = 128
+    """128 + n: ended by signal n."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +67,59 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 def print_error(text: str) -> None:
     """Print an error for the user, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def run_command(
+    command: Callable[[Sequence[str]], int],
+    arguments: Sequence[str],
+    usage: str = "",
+    interrupted: str = "",
+) -> int:
+    """Run a command with these arguments and return its exit code, whichever way it ends.
+
+    `usage` is printed for -h and --help; `interrupted` says what happens next after a signal.
+    """
+    if usage and any(text in ("-h", "--help") for text in arguments):
+        print(usage)
+        return ExitCode.OK
+    try:
+        return command(arguments)
+    except UserError as error:
+        print_error(str(error))
+        return ExitCode.USER_ERROR
+    except BrokenPipeError:  # the reader (head, say) has closed the pipe
+        sys.stderr.close()
+        return ExitCode.OK
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
+        if interrupted:
+            print_error(f"Interrupted by {signal.Signals(number).name}; {interrupted}")
+        return ExitCode.SIGNALLED + number
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+def disk_fault(error: OSError, root: Path) -> Fault:
+    """What the user can do about an error of the disk below the outputs, or of another file."""
+    place = Path(error.filename or root)
+    hint = "set run.dir=<folder>"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Fault("run.dir", f"no space left on the disk of {place}", f"free some, or {hint}")
+    if not place.absolute().is_relative_to(root.absolute()):
+        return Fault(str(place), f"cannot be used: {error.strerror or error}")
+    return Fault("run.dir", f"cannot write {place}: {error.strerror or error}", hint)
+
+
+@contextmanager
+def disk_errors_below(root: Path, consequence: str = "nothing was started") -> Iterator[None]:
+    """Raise UserError for an OSError that occurs inside; `root` is the folder of the outputs."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(disk_fault(error, root), consequence) from error
 
 
 class FaultCollector:

@@ -12,7 +12,7 @@ import yaml
 
 from dash_exp.config.compose import conf_dir
 from dash_exp.config.schema import ClusterConfig, TrackingConfig
-from dash_exp.sweep.shares import threads_each
+from dash_exp.sweep.worker import threads_each
 
 T = TypeVar("T")
 

@@ -6,13 +6,11 @@ import fnmatch
 from argparse import Namespace
 from collections.abc import Sequence
 
-from dash_exp.errors import Fault, UserError, nearest
+from dash_exp.errors import ExitCode, Fault, UserError, nearest
 from dash_exp.record import journal
-from dash_exp.sweep.cancel import cancel
 from dash_exp.sweep.lookup import select
-from dash_exp.sweep.status import Watched, watch
+from dash_exp.sweep.status import SweepCell, read_sweep
 from dash_exp.sweep.watch import (
-    OK,
     ROOT,
     chosen_of,
     logs_command,
@@ -53,7 +51,7 @@ def list_command(args: Namespace) -> int:
         out(*views(rows))
     if faults:
         raise UserError(faults, "the other sweeps are listed")
-    return OK
+    return ExitCode.OK
 
 
 def plan_command(args: Namespace) -> int:
@@ -73,7 +71,7 @@ def plan_command(args: Namespace) -> int:
         say("\nNothing was written, started or queued.")
     if faults:
         raise UserError(faults, "launching it would be refused")
-    return OK
+    return ExitCode.OK
 
 
 def launch_command(args: Namespace) -> int:
@@ -86,13 +84,13 @@ def launch_command(args: Namespace) -> int:
 def retry_command(args: Namespace) -> int:
     manifest, patterns = needed(args)
     wanted = ("failed",) if args.failed else ("failed", "interrupted", "cancelled")
-    chosen = chosen_of(watch(manifest), patterns)
+    chosen = chosen_of(read_sweep(manifest), patterns)
     ready = [one for one in chosen if one.cell.state in wanted]
     others = [one for one in chosen if one not in ready]
     left = f"; the others: {_states(others)}" if others else ""
     say(f"{len(ready)} of {len(chosen)} cells start anew{left}")
     if not ready:
-        return OK
+        return ExitCode.OK
     from dash_exp.sweep.planning import again, start
 
     for one in ready:  # budgets of retries count anew
@@ -100,24 +98,26 @@ def retry_command(args: Namespace) -> int:
     return start(again(manifest, [one.entry.folder for one in ready], args.n_jobs), args.wait)
 
 
-def _states(cells: Sequence[Watched]) -> str:
+def _states(cells: Sequence[SweepCell]) -> str:
     states = sorted(one.cell.state for one in cells)
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
 def cancel_command(args: Namespace) -> int:
+    from dash_exp.sweep.dispatch import cancel
+
     manifest, patterns = needed(args)
     chosen = select(manifest.entries, patterns)
-    done = cancel(manifest, {entry.id for entry in chosen}, whole=not patterns, again=args.now)
+    done = cancel(manifest, {entry.id for entry in chosen}, entire=not patterns, again=args.now)
     for one in done.ending:
         pace = f"a step takes {format_seconds(one.cell.step_s)}" if one.cell.step_s else "it has no step yet"
         say(f"{one.label} ({one.entry.id}) was asked to end and will, after its step; {pace}")
-    for one, why in done.left:
-        say(f"{one.label} ({one.entry.id}) is left alone: {why}; name it to cancel it all the same")
-    if not (done.ended or done.ending or done.left):
-        found = [one for one in watch(manifest).cells if one.entry in chosen]
+    for one, why in done.skipped:
+        say(f"{one.label} ({one.entry.id}) is skipped: {why}; name it to cancel it as well")
+    if not (done.ended or done.ending or done.skipped):
+        found = [one for one in read_sweep(manifest).cells if one.entry in chosen]
         say(f"nothing to cancel: {_states(found)}")
-        return OK
+        return ExitCode.OK
     open_text = f", {len(done.ending)} ending" if done.ending else ""
     say(f"{len(done.ended)} of {len(chosen)} cells cancelled{open_text}; launch or retry goes on with them")
-    return OK
+    return ExitCode.OK

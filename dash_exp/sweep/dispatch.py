@@ -1,7 +1,8 @@
-"""From a plan to running cells: what `python -m dash_exp -m` and `python -m dash_exp.sweep launch` share.
+"""Start a plan's cells, on this machine or on SLURM, and cancel them.
 
-Everything that can be refused is refused before anything is written, and everything before a cell starts.
-Torch-free.
+A launch that would be refused is refused before anything is written; whatever is written is written before a
+cell starts. A cancellation is a `cancel` row in the cell's journal, which every launcher reads before it
+starts a cell.
 """
 
 from __future__ import annotations
@@ -10,122 +11,134 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from dash_exp.cell.run import SIGNALLED
 from dash_exp.config.schema import ClusterConfig
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below
 from dash_exp.record import journal, provenance
 from dash_exp.record import manifest as manifests
-from dash_exp.record.endings import is_cancelled
-from dash_exp.record.folder import CellBusy, archive, disk_fault, read_json
+from dash_exp.record.endings import is_cancelled, say_state
+from dash_exp.record.folder import CellBusy, archive, read_json
 from dash_exp.record.jobs import Plan
-from dash_exp.record.locks import Locks
-from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest
+from dash_exp.record.locks import Locks, ask_to_end
+from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest, held
 from dash_exp.sweep import local
 from dash_exp.sweep.actions import tracking_of
-from dash_exp.sweep.pool import Relay, Say
+from dash_exp.sweep.pool import Log, Relay
+from dash_exp.sweep.report import closing_lines, closing_table, count_of, status_command
+from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.states import ACTIVE, is_stale
-from dash_exp.sweep.status import is_moving, watch
-from dash_exp.sweep.summary import closing_lines, counted, ended, status_command, table_of
+from dash_exp.sweep.status import OPEN, SweepCell, SweepState, counts_of, read_sweep
 from dash_exp.text import format_path
 
-OK, FAILED = 0, 1
-FOLLOW_S = 2.0
+FOLLOW_S, CANCEL_S, CHECK_S = 2.0, 10.0, 0.3
+"""Seconds between two looks at a sweep that is waited for; how long `cancel` waits for cells to end, and
+between two checks."""
+NOTHING_CANCELLED = "nothing was cancelled"
 
 
-def tell(text: str) -> None:
-    """Print at once; nobody may be reading any more."""
+def print_line(text: str) -> None:
+    """Print a line at once; the reader may be gone."""
     with suppress(OSError):
         print(text, flush=True)
 
 
-def launch(
-    plan: Plan,
-    root: Path,
-    *,
-    cluster: ClusterConfig,
-    n_jobs: int = 1,
-    wait: bool = True,
-    detached: bool = False,
-    force: bool = False,
-    cells: Sequence[str] | None = None,
-    say: Say = tell,
-) -> int:
-    """Write a plan down and run what of it is not finished, here or on SLURM. `cells`: only those, by the
-    names of their folders. `detached`: in a process of its own. `wait`: until all is done (without it only
-    a sweep on this machine that is not detached waits), then show a table.
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """What to launch: the unfinished cells of a plan, or only `cells` (names of folders), with outputs in
+    `root`. `n_jobs`: cells at once on this machine. `force`: archive what is recorded and start anew."""
 
-    Returns 0; 1 where a cell that was waited for is not finished; 128 + n after signal n. Raises UserError
-    for what the user can mend, with nothing started.
+    plan: Plan
+    root: Path
+    cluster: ClusterConfig
+    n_jobs: int = 1
+    force: bool = False
+    cells: Sequence[str] | None = None
+
+    def includes(self, entry: Entry) -> bool:
+        return self.cells is None or entry.folder in self.cells
+
+    def chosen(self, manifest: Manifest) -> list[Entry]:
+        return [entry for entry in manifest.entries if self.includes(entry)]
+
+
+def launch(
+    request: LaunchRequest, *, wait: bool = True, detached: bool = False, log: Log = print_line
+) -> int:
+    """Write a plan down and run its cells. `detached`: by a controller in a process of its own. `wait`: until
+    all cells have ended, then print a table (a sweep on this machine that is not detached always waits).
+
+    Returns 0; 1 if a cell that was waited for is not finished; 128 + n after signal n. Raises UserError, with
+    nothing started, for what the user has to change.
     """
-    if n_jobs < 1:
-        raise UserError(Fault("hydra.launcher.n_jobs", f"got {n_jobs}, must be at least 1"))
+    manifest = _prepare(request, log)
+    cluster, entries, relay = request.cluster, request.chosen(manifest), Relay()
+    renew_budgets(manifest, entries)
+    here = cluster.name != "slurm" and not detached
+    if cluster.name == "slurm":
+        _submit(manifest, entries, cluster, log)
+    elif here:
+        local.launch(manifest, request.n_jobs, request.cells, log, relay)
+    elif local.unfinished(manifest, entries) or manifest.waiting:
+        local.detach(manifest, request.n_jobs, request.cells, log)
+    else:
+        log("nothing is left to run")
+    if not (wait or here):
+        log(status_command(manifest))
+        return ExitCode.OK
+    if not here:
+        _follow(manifest, cluster, log)
+    return _conclude(request, manifest, relay, log)
+
+
+def _prepare(request: LaunchRequest, log: Log) -> Manifest:
+    """Check and write everything before the first cell starts."""
+    if request.n_jobs < 1:
+        raise UserError(Fault("hydra.launcher.n_jobs", f"got {request.n_jobs}, must be at least 1"))
+    plan, root = request.plan, request.root
     if not SWEEP_NAME.fullmatch(plan.name):
         hint = "up to 100 letters, digits and _.+-, a letter or digit first"
         raise UserError(Fault("run.sweep", f"got {plan.name!r}, which cannot name a folder", hint))
-    manifest = prepare(plan, root, cluster, force, cells, say)
-    entries = [e for e in manifest.entries if cells is None or e.folder in cells]
-    ask_again(manifest, entries)
-    relay = Relay()
-    waits = wait
-    if cluster.name == "slurm":
-        submit(manifest, entries, cluster, say)
-    elif detached and not (local.unfinished(manifest, entries) or manifest.waiting):
-        say("nothing is left to run")
-    elif detached:
-        local.detach(manifest, n_jobs, cells, say)
-    else:
-        waits = True
-        local.launch(manifest, n_jobs, cells, say, relay)
-    if not waits:
-        say(status_command(manifest))
-        return OK
-    if cluster.name == "slurm" or detached:
-        follow(manifest, cluster, say)
-    return conclude(manifests.read(manifest.folder), cells, relay, say)
-
-
-def prepare(
-    plan: Plan, root: Path, cluster: ClusterConfig, force: bool, cells: Sequence[str] | None, say: Say
-) -> Manifest:
-    """Everything before the first cell starts. Raises UserError with nothing written where something is
-    wrong, or where the disk does not take it."""
-    if faults := refusals(plan, root, cluster, force):
+    if faults := refusals(request):
         raise UserError(faults)
-    try:
+    with disk_errors_below(root):
         manifest = manifests.write(plan, root)
-        if force:
-            archive_all([manifest.cell(e) for e in manifest.entries if cells is None or e.folder in cells])
+        if request.force:
+            _archive([manifest.cell(entry) for entry in request.chosen(manifest)])
             manifest = manifests.write(plan, root)  # freezes them anew
-    except OSError as error:
-        raise UserError(disk_fault(error, root)) from error
-    say(headline(manifest, plan))
-    prepare_tracking(manifest)
+    log(_headline(manifest, plan))
+    tracking = tracking_of(manifest.actions)
+    if tracking.name == "mlflow":  # create its schema, experiment and parent run before many cells need them
+        from dash_exp.config.tracking import place_of
+        from dash_exp.mirror.__main__ import prepare
+
+        place = place_of(tracking, manifest.root, os.environ)
+        prepare(place.uri, place.experiment, manifest.name)
     return manifest
 
 
-def refusals(plan: Plan, root: Path, cluster: ClusterConfig, force: bool) -> list[Fault]:
-    """What SLURM would not take of a plan; of a finished cell only where it is to be run again."""
-    if cluster.name != "slurm":
+def refusals(request: LaunchRequest) -> list[Fault]:
+    """What SLURM would refuse. Finished cells count only if they are run again."""
+    if request.cluster.name != "slurm":
         return []
     from dash_exp.sweep.slurm import submit as slurm
-    from dash_exp.sweep.slurm import teachers as slurm_teachers
+    from dash_exp.sweep.slurm.arrays import find_faults
 
-    asking = slurm.entries_of(plan) if force else slurm.open_entries(plan, root)
-    return slurm.faults((*asking, *slurm_teachers.demands(plan.waiting)), cluster)
+    plan = request.plan
+    entries = slurm.entries_of(plan) if request.force else slurm.open_entries(plan, request.root)
+    return find_faults((*entries, *slurm.teacher_entries(plan.waiting)), request.cluster)
 
 
-def archive_all(folders: Sequence[Path]) -> None:
-    """Move records aside. Raises UserError, before the first is moved, for those that are being run."""
-    locks = Locks.now()
-    hint = "wait for them, or cancel them first"
+def _archive(folders: Sequence[Path]) -> None:
+    """Move records aside. Raises UserError, before the first is moved, if any of these cells is running."""
+    locks, hint = Locks.now(), "wait for them, or cancel them first"
     busy = [folder for folder in folders if locks.holder(folder / ".lock") is not None]
     if busy:
-        said = "is being run by another process"
-        raise UserError([Fault("run.force", f"{format_path(folder)} {said}", hint) for folder in busy])
+        what = "is being run by another process"
+        raise UserError([Fault("run.force", f"{format_path(folder)} {what}", hint) for folder in busy])
     for folder in folders:
         try:
             archive(folder)
@@ -134,90 +147,171 @@ def archive_all(folders: Sequence[Path]) -> None:
             raise UserError(fault, "the cells before it were archived") from error
 
 
-def headline(manifest: Manifest, plan: Plan) -> str:
-    """What the sweep consists of, and what of it is there already."""
-    states = [read_json(manifest.cell(e) / "status.json").get("state") for e in manifest.entries]
-    finished = [e for e, state in zip(manifest.entries, states, strict=True) if state == "finished"]
-    facts = [counted(len(manifest.entries), "cell")]
-    facts += [f"{len(finished)} finished already"] if finished else []
+def _headline(manifest: Manifest, plan: Plan) -> str:
+    """How many cells the sweep has, and how many of them are done."""
+    folders = [manifest.cell(entry) for entry in manifest.entries]
+    finished = [f for f in folders if read_json(f / "status.json").get("state") == "finished"]
     code = provenance.code_hash() if finished else ""
-    stale = sum(is_stale(manifest.cell(entry), code) for entry in finished)
-    facts += [f"{stale} of these stale (recorded by other code; run.force=true starts anew)"] if stale else []
-    facts += [f"{len(manifest.waiting)} waiting for traces"] if manifest.waiting else []
-    facts += [f"{plan.duplicates} named twice"] if plan.duplicates else []
+    stale = sum(is_stale(folder, code) for folder in finished)
+    counts = [
+        (len(finished), "finished already"),
+        (stale, "of these stale (recorded by other code; run.force=true starts anew)"),
+        (len(manifest.waiting), "waiting for traces"),
+        (plan.duplicates, "named twice"),
+    ]
+    facts = [count_of(len(folders), "cell"), *(f"{number} {text}" for number, text in counts if number)]
     return f"sweep {manifest.name}: {', '.join(facts)}"
 
 
-def prepare_tracking(manifest: Manifest) -> None:
-    """Let a mirror have its schema, experiment and parent run before many processes want them at once."""
-    tracking = tracking_of(manifest.actions)
-    if tracking.name == "mlflow":
-        from dash_exp.config.tracking import place_of
-        from dash_exp.mirror.__main__ import prepare
-
-        place = place_of(tracking, manifest.root, os.environ)
-        prepare(place.uri, place.experiment, manifest.name)
-
-
-def ask_again(manifest: Manifest, entries: Sequence[Entry]) -> None:
-    """Who launches a sweep asks for another start of what failed or was cancelled: budgets count anew. Not
-    of what runs or is queued, here or elsewhere."""
-    active = {one.entry.id for one in watch(manifest).cells if one.cell.state in ACTIVE}
+def renew_budgets(manifest: Manifest, entries: Sequence[Entry]) -> None:
+    """A launch gives cells that failed or were cancelled their full budget of retries again, unless they are
+    running or queued."""
+    active = {one.entry.id for one in read_sweep(manifest).cells if one.cell.state in ACTIVE}
     for entry in local.unfinished(manifest, entries):
         folder = manifest.cell(entry)
         rows = journal.since_retry(journal.read(folder))
-        ended_badly = any(row["kind"] == "end" and row.get("failure_class") for row in rows)
-        if (ended_badly or is_cancelled(rows)) and entry.id not in active:
+        failed = any(row["kind"] == "end" and row.get("failure_class") for row in rows)
+        if (failed or is_cancelled(rows)) and entry.id not in active:
             journal.note(folder, "retry")
 
 
-def submit(manifest: Manifest, entries: Sequence[Entry], cluster: ClusterConfig, say: Say) -> None:
+def _submit(manifest: Manifest, entries: Sequence[Entry], cluster: ClusterConfig, log: Log) -> None:
     from dash_exp.sweep.slurm import submit as slurm
-    from dash_exp.sweep.slurm import teachers as slurm_teachers
 
-    jobs = slurm.submit(manifest, entries, manifest.actions, cluster)
-    say(f"{counted(len(jobs), 'job')} queued" + (f": {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else ""))
-    teacher = slurm_teachers.submit(manifest, cluster)
+    jobs = slurm.submit(manifest, entries, cluster)
+    log(f"{count_of(len(jobs), 'job')} queued" + (f": {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else ""))
+    teacher = slurm.submit_teachers(manifest, cluster)
     if manifest.waiting:
         job = f"job {teacher}" if teacher else "a job that is queued already"
-        say(f"traces are made by {job}, which then queues the cells that wait for them")
+        log(f"traces are made by {job}, which then queues the cells that wait for them")
 
 
-def follow(manifest: Manifest, cluster: ClusterConfig, say: Say) -> None:
-    """Wait until nothing of a sweep is running or queued; say when counts change. Ctrl-C ends the waiting,
+def _follow(manifest: Manifest, cluster: ClusterConfig, log: Log) -> None:
+    """Wait until nothing of a sweep is running or queued; log changes of the counts. Ctrl-C ends the waiting,
     not the sweep."""
     before: dict[str, int] = {}
     while True:
         manifest = manifests.read(manifest.folder)
-        state = watch(manifest)
+        state = read_sweep(manifest)
         if state.counts != before:
             before = state.counts
-            told = ", ".join(f"{count} {name}" for name, count in before.items())
-            say(f"{time.strftime('%H:%M:%S')} {told}")
-        if not is_moving(state) and not is_taught(manifest, cluster):
+            counts = ", ".join(f"{count} {name}" for name, count in before.items())
+            log(f"{time.strftime('%H:%M:%S')} {counts}")
+        if not state.is_moving and not _traces_in_progress(manifest, cluster):
             return
         time.sleep(FOLLOW_S)
 
 
-def is_taught(manifest: Manifest, cluster: ClusterConfig) -> bool:
-    """Whether a job of SLURM makes, or will make, the traces that cells wait for."""
+def _traces_in_progress(manifest: Manifest, cluster: ClusterConfig) -> bool:
     if cluster.name != "slurm" or not manifest.waiting:
         return False
-    from dash_exp.sweep.slurm import teachers as slurm_teachers
+    from dash_exp.sweep.slurm import submit as slurm
 
-    return slurm_teachers.is_active(manifest)
+    return slurm.teachers_active(manifest)
 
 
-def conclude(manifest: Manifest, cells: Sequence[str] | None, relay: Relay, say: Say) -> int:
-    """Show how a sweep has ended. Returns its exit code."""
-    seen = ended(manifest, cells, time.time())
+def _conclude(request: LaunchRequest, manifest: Manifest, relay: Relay, log: Log) -> int:
+    """Print how a sweep has ended. Returns its exit code."""
+    state = read_sweep(manifests.read(manifest.folder))
+    cells = [one for one in state.cells if request.includes(one.entry)]
+    counts = counts_of(cells, len(state.waiting))
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=80)
     console.print()
-    console.print(table_of(seen))
-    for line in closing_lines(seen):
-        say(line)
+    console.print(closing_table(cells))
+    for line in closing_lines(state.manifest, cells, counts):
+        log(line)
     if relay.first is not None:
-        return SIGNALLED + relay.first
-    return OK if set(+seen.counts) <= {"finished"} else FAILED
+        return ExitCode.SIGNALLED + relay.first
+    return ExitCode.OK if set(counts) <= {"finished"} else ExitCode.FAILED
+
+
+# Cancelling ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Cancelled:
+    """Cells by what happened to them: `ended`; `ending` (asked, still in their step); `skipped`, and why."""
+
+    ended: list[SweepCell] = field(default_factory=list)
+    ending: list[SweepCell] = field(default_factory=list)
+    skipped: list[tuple[SweepCell, str]] = field(default_factory=list)
+
+
+def cancel(
+    manifest: Manifest, ids: set[str], *, entire: bool, again: bool = False, wait_s: float = CANCEL_S
+) -> Cancelled:
+    """Cancel the open cells among `ids`: queued jobs are taken back, and running cells get SIGTERM, once;
+    they end after their step, with a checkpoint. `entire`: the sweep itself, so that its controller ends too,
+    but no cell that another sweep runs. `again`: signal those again that were asked before, which ends them
+    within their step. Raises UserError, with nothing done, if a job also runs cells that were not named, or
+    SLURM does not answer."""
+    done = Cancelled()
+    with held(manifest.folder, ".cancel"):  # of two at once, the second finds everything asked already
+        state = read_sweep(manifest)
+        chosen = [one for one in state.cells if one.entry.id in ids and one.cell.state in OPEN]
+        if entire:
+            others = {one.entry.id: name for one in chosen if (name := _run_by_other(one, manifest))}
+            done.skipped = [
+                (one, f"run by the sweep {others[one.entry.id]}") for one in chosen if one.entry.id in others
+            ]
+            chosen = [one for one in chosen if one.entry.id not in others]
+        jobs = _jobs_of(chosen, state)
+        fresh = [one for one in chosen if not is_cancelled(journal.read(one.cell.folder))]
+        for one in fresh:
+            journal.note(one.cell.folder, "cancel")
+        asked = [one for one in chosen if again or one in fresh or one.cell.state == "queued"]
+        own = sorted({one.cell.job for one in asked if one.cell.job in jobs and one.cell.job})
+        if own and not queue.cancel(own, now=again):
+            fault = Fault("scancel", f"SLURM did not take back {len(own)} jobs", "add --now")
+            raise UserError(fault, "cells that wait will not be started")
+        if entire and state.controller and state.controller.get("alive"):
+            ask_to_end(int(state.controller["pid"]), "dash_exp")
+        for one in chosen if again else fresh:
+            if one.cell.pid is not None:
+                ask_to_end(one.cell.pid, "dash_exp")
+        _await_ends(manifest, chosen, done, wait_s)
+    return done
+
+
+def _run_by_other(one: SweepCell, manifest: Manifest) -> str | None:
+    """The other sweep that runs a cell or has queued it."""
+    if one.cell.state not in ACTIVE:
+        return None
+    rows = [row for row in journal.read(one.cell.folder) if row["kind"] in ("queued", "start")]
+    name = rows[-1].get("sweep") if rows else None
+    return str(name) if name and name != manifest.name else None
+
+
+def _jobs_of(chosen: Sequence[SweepCell], state: SweepState) -> set[str]:
+    """The SLURM jobs of these cells. Raises UserError if one of them runs other cells too, or SLURM does not
+    answer."""
+    jobs = {one.cell.job for one in chosen if one.cell.job and one.cell.state != "interrupted"}
+    ids, hint = {one.entry.id for one in chosen}, "name both, or none of them"
+    others = [
+        one
+        for one in state.cells
+        if one.cell.job in jobs and one.entry.id not in ids and one.cell.state in ACTIVE
+    ]
+    if others:
+        what = "is run by the same job as what you named"
+        raise UserError([Fault(o.label, f"{what} ({o.cell.job})", hint) for o in others], NOTHING_CANCELLED)
+    if jobs and queue.active(jobs) is None:
+        raise UserError(Fault("scancel", "SLURM does not answer", "try again later"), NOTHING_CANCELLED)
+    return jobs
+
+
+def _await_ends(manifest: Manifest, chosen: Sequence[SweepCell], done: Cancelled, wait_s: float) -> None:
+    """Record `cancelled` for each cell as soon as nobody runs it."""
+    left = {one.entry.id: one for one in chosen}
+    deadline = time.monotonic() + wait_s
+    while left:
+        for one in read_sweep(manifest).cells:
+            if one.entry.id in left and one.cell.state not in ACTIVE:
+                say_state(one.cell.folder, "cancelled")
+                done.ended.append(left.pop(one.entry.id))
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(min(CHECK_S, wait_s))
+    done.ending = list(left.values())

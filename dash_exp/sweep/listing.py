@@ -16,7 +16,7 @@ from dash_exp.sweep import spec as specs
 from dash_exp.sweep.expand import combinations
 from dash_exp.sweep.lookup import launched
 from dash_exp.sweep.report import counts_text
-from dash_exp.sweep.status import SweepState, watch_all
+from dash_exp.sweep.status import SweepState, read_sweeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Listed:
 def listing(root: Path) -> tuple[list[Listed], list[Fault]]:
     """Every sweep, those of sweeps/ first, and what is wrong with their files."""
     there, faults = launched(root)
-    states = {state.manifest.name: state for state in watch_all(there)}
+    states = {state.manifest.name: state for state in read_sweeps(there)}
     rows = []
     for name in specs.names():
         try:

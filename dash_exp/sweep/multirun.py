@@ -18,7 +18,7 @@ from dash_exp.record.folder import disk_fault, read_json
 from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import NAME, sweep_folder
 from dash_exp.sweep.actions import part_of_machine
-from dash_exp.sweep.dispatch import launch
+from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import ad_hoc_name, make_plan
 
 N_JOBS, WAIT = "hydra.launcher.n_jobs", "hydra.launcher.wait"
@@ -47,8 +47,7 @@ def launch_sweep(
         raise UserError(disk_fault(error, root)) from error
     if base.run.sweep is None:
         plan = replace(plan, name=unlike_others(plan, root))
-    force = base.run.force
-    return launch(plan, root, cluster=base.cluster, n_jobs=jobs, wait=waits, force=force)
+    return launch(LaunchRequest(plan, root, base.cluster, jobs, base.run.force), wait=waits)
 
 
 def unlike_others(plan: Plan, root: Path) -> str:

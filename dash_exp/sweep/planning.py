@@ -4,19 +4,18 @@ launched before, whose cells are frozen. Torch-free."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from dash_exp.config.compose import compose
-from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.identity import read_frozen
 from dash_exp.record.jobs import Plan, PlannedCell
 from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.actions import cluster_of, part_of_machine
-from dash_exp.sweep.dispatch import launch, refusals
+from dash_exp.sweep.dispatch import LaunchRequest, launch, refusals
 from dash_exp.sweep.estimate import LOADER
 from dash_exp.sweep.expand import key_of
 from dash_exp.sweep.local import read_order
@@ -31,20 +30,7 @@ from dash_exp.text import format_path
 NAME, FORCE, N_JOBS = "run.sweep", "run.force", "hydra.launcher.n_jobs"
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be launched, and how: `n_jobs` cells at once on this machine, old records archived where
-    `force` is set, only `cells` (names of folders) where some are named."""
-
-    plan: Plan
-    root: Path
-    cluster: ClusterConfig
-    n_jobs: int
-    force: bool = False
-    cells: tuple[str, ...] | None = None
-
-
-def order_of(text: str, overrides: Sequence[str], root: Path, n_jobs: int | None) -> Order:
+def order_of(text: str, overrides: Sequence[str], root: Path, n_jobs: int | None) -> LaunchRequest:
     """Plan the sweep that a person named. Raises UserError with everything that is wrong with it."""
     given = {key_of(one): one.partition("=")[2] for one in overrides}
     rest = [one for one in overrides if key_of(one) != N_JOBS]
@@ -58,7 +44,7 @@ def order_of(text: str, overrides: Sequence[str], root: Path, n_jobs: int | None
     else:
         plan = frozen_plan(target.manifest(), rest)
         plan = with_configs(plan, target.root) if force else plan
-    return Order(plan, target.root, cluster_of(plan.actions), jobs, force)
+    return LaunchRequest(plan, target.root, cluster_of(plan.actions), jobs, force)
 
 
 def jobs_of(flag: int | None, given: str | None, folder: Path) -> int:
@@ -133,31 +119,24 @@ def _asking(cell: PlannedCell, plan: Plan, root: Path) -> PlannedCell:
     return replace(cell, resources=resources_of(config))
 
 
-def again(manifest: Manifest, folders: Sequence[str], n_jobs: int | None) -> Order:
+def again(manifest: Manifest, folders: Sequence[str], n_jobs: int | None) -> LaunchRequest:
     """Some cells of a launched sweep, as they are frozen."""
     jobs = jobs_of(n_jobs, None, manifest.folder)
-    return Order(plan_of(manifest), manifest.root, cluster_of(manifest.actions), jobs, cells=tuple(folders))
+    return LaunchRequest(
+        plan_of(manifest), manifest.root, cluster_of(manifest.actions), jobs, cells=tuple(folders)
+    )
 
 
-def scripts(order: Order) -> tuple[list[str], list[Fault]]:
+def scripts(order: LaunchRequest) -> tuple[list[str], list[Fault]]:
     """What SLURM would be given, and what it would not take; nothing where cells run on this machine."""
     if order.cluster.name != "slurm":
         return [], []
     from dash_exp.sweep.slurm import submit as slurm
 
-    faults = refusals(order.plan, order.root, order.cluster, order.force)
+    faults = refusals(order)
     return slurm.sbatch_text(order.plan, order.root, order.cluster), faults
 
 
-def start(order: Order, wait: bool) -> int:
+def start(order: LaunchRequest, wait: bool) -> int:
     """Launch it: by a controller of its own on this machine, or on SLURM."""
-    return launch(
-        order.plan,
-        order.root,
-        cluster=order.cluster,
-        n_jobs=order.n_jobs,
-        wait=wait,
-        detached=True,
-        force=order.force,
-        cells=order.cells,
-    )
+    return launch(order, wait=wait, detached=True)

@@ -1,7 +1,7 @@
-"""Cells on this machine, up to `slots` at once, each in a fresh process. Torch-free.
+"""Run cells on this machine, up to `slots` at once, each in a fresh process.
 
-Nothing is kept in memory that matters: a pool that is killed leaves its cells running, and the next one
-waits for those, skips what is finished and goes on with the rest. So does a second one beside it.
+The pool keeps nothing that matters in memory: if it is killed, its cells go on running, and the next pool
+waits for them, skips what is finished and runs the rest. Two pools may run the same cells side by side.
 """
 
 from __future__ import annotations
@@ -12,29 +12,27 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dash_exp.cell.run import BLOCKED, BUSY, OK
+from dash_exp.errors import ExitCode
 from dash_exp.record import journal
 from dash_exp.record.endings import is_cancelled, is_done, note_end, say_state
 from dash_exp.record.failures import classify, may_retry, signal_of
 from dash_exp.record.folder import read_json
 from dash_exp.record.locks import HERE, Locks
 from dash_exp.signals import handling
-from dash_exp.sweep.shares import Gpus, Lease, threads_each, visible_gpus
-from dash_exp.sweep.states import ACTIVE, state_of
-from dash_exp.sweep.verdict import LOST
-from dash_exp.sweep.worker import Job, Worker, cell_actions
+from dash_exp.sweep.states import ACTIVE, LOST, state_of
+from dash_exp.sweep.worker import Gpus, Job, Lease, Worker, cell_actions, threads_each, visible_gpus
 from dash_exp.text import format_seconds
 
 POLL_S, LOOK_S, BUSY_S = 0.05, 1.0, 10.0
-"""Seconds between two looks at the pool's own processes, at what others do, and at a cell that was busy."""
+"""Seconds between two checks of the pool's own processes, of other cells, and of a cell that was busy."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How a pool runs its cells. `actions`: as key=value for each. `live`: their output goes where this
-    process's goes, else to output.txt in their folders. `sweep`, `job`: for the journal."""
+    """How a pool runs its cells. `actions`: key=value, for every cell. `live`: cells print to this process's
+    output, else to output.txt in their folders. `sweep`, `job`: recorded in the journal."""
 
     slots: int = 1
     actions: tuple[str, ...] = ()
@@ -46,7 +44,8 @@ class Terms:
 
 
 class Relay:
-    """Signals on their way to the cells. Once one has come, no cell is started any more."""
+    """A signal handler that keeps the signals to forward to cells. After the first one, no cell is
+    started."""
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
@@ -60,29 +59,28 @@ class Relay:
 
 
 def run_pool(
-    jobs: Sequence[Job], terms: Terms, say: Say = print, relay: Relay | None = None
+    jobs: Sequence[Job], terms: Terms, log: Log = print, relay: Relay | None = None
 ) -> dict[str, str]:
-    """Run the cells until each is finished, has failed for good, is blocked or was cancelled, or until a
-    signal has come (`relay.first`) and those that ran have ended. Returns the state of each, by the name of
-    its folder."""
-    pool = Pool(jobs, terms, say, relay or Relay())
+    """Run the cells until each is finished, cancelled, blocked or has failed for good, or until a signal came
+    (`relay.first`) and the running ones have ended. Returns their states, by the names of their folders."""
+    pool = Pool(jobs, terms, log, relay or Relay())
     with handling(pool.relay):
         return pool.run()
 
 
 class Pool:
-    """What `run_pool` works with. `states`: of the cells that it is through with."""
+    """The state of `run_pool`. `states`: of the cells that are done with."""
 
-    def __init__(self, jobs: Sequence[Job], terms: Terms, say: Say, relay: Relay):
-        self.terms, self.say, self.relay = terms, say, relay
+    def __init__(self, jobs: Sequence[Job], terms: Terms, log: Log, relay: Relay):
+        self.terms, self.log, self.relay = terms, log, relay
         self.waiting = list(jobs)
         self.running: list[Worker] = []
         self.states: dict[str, str] = {}
         self._folders = {job.name.rpartition("-")[2]: job.folder for job in jobs}
-        # By slots, not by how many cells are left: a time can be compared only with equal threads.
+        # By slots, not by how many cells remain: times are comparable only with equal threads.
         self._threads = threads_each(terms.slots) if terms.slots > 1 else None
         self._gpus = Gpus(visible_gpus() if terms.slots > 1 else (), terms.cells_per_gpu)
-        self._told: set[str] = set()
+        self._logged_busy: set[str] = set()
         self._not_before: dict[str, float] = {}
 
     def run(self) -> dict[str, str]:
@@ -93,38 +91,40 @@ class Pool:
                 self._end_cancelled()
                 self._start_ready()
             for worker in self.running:
-                worker.hand_on(self.relay.numbers)
+                worker.forward(self.relay.numbers)
             time.sleep(POLL_S)
-        for job in list(self.waiting):
-            self._leave(job)
+        for job in self.waiting:
+            if is_cancelled(journal.read(job.folder)):
+                say_state(job.folder, "cancelled")
+            self.states[job.name] = str(read_json(job.folder / "status.json").get("state", "pending"))
         return self.states
 
     def _start_ready(self) -> None:
-        """Fill the free slots, in order: a cell that waits for GPUs is not overtaken by smaller ones."""
+        """Fill the free slots, in order: smaller cells do not overtake one that waits for GPUs."""
         locks = Locks.now()
         slots = self.terms.slots - self._left_running(locks)
         for job in list(self.waiting):
             if len(self.running) >= slots or self.relay.first is not None:
                 return
             if self._is_ready(job, locks):
-                lease = self._gpus.take(job.gpus)
+                lease = self._gpus.lease(job.gpus)
                 if lease is None:
                     return
                 self._start(job, lease)
 
     def _left_running(self, locks: Locks) -> int:
-        """Cells of this sweep that a controller which was killed has left running: they have slots too."""
+        """How many cells of this sweep a killed controller has left running: they take slots too."""
         held = [job for job in self.waiting if locks.holder(job.folder / ".lock") is not None]
         starts = [[row for row in journal.read(job.folder) if row["kind"] == "start"][-1:] for job in held]
         return sum(row["sweep"] == self.terms.sweep for rows in starts for row in rows)
 
     def _is_ready(self, job: Job, locks: Locks) -> bool:
-        """Whether a cell can be started now. One that never will is settled."""
+        """Whether a cell can start now. One that never will is settled."""
         if time.monotonic() < self._not_before.get(job.name, 0.0) or not self._needs_met(job):
             return False
         holder = locks.holder(job.folder / ".lock")
         if holder is not None:
-            self._say_busy(job, f"process {holder}")
+            self._log_busy(job, f"process {holder}")
         elif is_done(job.folder):
             self._settle(job, "finished", "was finished elsewhere")
         elif is_cancelled(journal.read(job.folder)):
@@ -135,7 +135,7 @@ class Pool:
         return False
 
     def _needs_met(self, job: Job) -> bool:
-        """Whether all that a cell needs is finished. Where that cannot come any more, it is blocked."""
+        """Whether all that a cell needs is finished. If that cannot happen any more, the cell is blocked."""
         for need in job.needs:
             folder = self._folders.get(need) or next(iter(job.folder.parent.glob(f"*-{need}")), None)
             state = "missing" if folder is None else self._state(need, folder)
@@ -149,26 +149,26 @@ class Pool:
         return True
 
     def _state(self, need: str, folder: Path) -> str:
-        """Of a cell that another one needs; `queued`: its turn in this pool is still to come."""
+        """The state of a cell that another one needs; `queued` while it waits in this pool."""
         if need in self._folders:
             return self.states.get(folder.name, "queued")
-        return state_of(folder, {}, time.time()).state
+        return state_of(folder, time.time(), jobs={}).state
 
     def _start(self, job: Job, lease: Lease) -> None:
         actions = cell_actions(self.terms.actions, self._threads)
         try:
             worker = Worker(job, lease, actions, self._gpus.environment(lease), self.terms.live)
         except OSError as error:
-            self._gpus.give_back(lease)
+            self._gpus.release(lease)
             self._settle(job, "failed", f"could not be started: {error}")
             return
         self.waiting.remove(job)
         self.running.append(worker)
-        with suppress(OSError):  # a full disk is told by the cell
+        with suppress(OSError):  # the cell reports a full disk
             pid, sweep = worker.process.pid, self.terms.sweep
             journal.note(job.folder, "start", host=HERE, pid=pid, job=self.terms.job, sweep=sweep)
         if not self.terms.live:
-            self.say(f"{job.name} started")
+            self.log(f"{job.name} started")
 
     def _end_cancelled(self) -> None:
         for worker in self.running:
@@ -176,11 +176,11 @@ class Pool:
                 worker.ask_to_end()
 
     def _collect(self) -> bool:
-        """Take in the workers that have ended. Whether there were any."""
+        """Handle the workers that have ended. Returns whether there were any."""
         ended = [(worker, code) for worker in self.running if (code := worker.process.poll()) is not None]
         for worker, code in ended:
             self.running.remove(worker)
-            self._gpus.give_back(worker.lease)
+            self._gpus.release(worker.lease)
             self._ended(worker, code)
         return bool(ended)
 
@@ -188,24 +188,24 @@ class Pool:
         job, folder = worker.job, worker.job.folder
         cancelled = worker.asked_to_end or is_cancelled(journal.read(folder))
         by_request = signal_of(code) is not None and (cancelled or self.relay.first is not None)
+        done = is_done(folder)  # it may have been killed while it exited
         failure = None
-        done = is_done(folder)  # killed while it ended, at the latest
-        if code not in (OK, BLOCKED, BUSY) and not by_request and not done:
+        if code not in (ExitCode.OK, ExitCode.BLOCKED, ExitCode.BUSY) and not by_request and not done:
             failure = classify(code, worker.status(), worker.tail(code))
         with suppress(OSError):
             note_end(folder, code, failure)
+        status = read_json(folder / "status.json")
         if failure:
             self._failed(worker, code, failure)
-        elif code == BUSY:
+        elif code == ExitCode.BUSY:
             self._not_before[job.name] = time.monotonic() + BUSY_S
-            self._say_busy(job, "another process")
+            self._log_busy(job, "another process")
             self.waiting.append(job)
-        elif code == OK or done:
-            step = read_json(folder / "status.json").get("step", 0)
-            self._settle(job, "finished", f"finished after step {step}, {format_seconds(worker.age_s)}")
-        elif code == BLOCKED:
-            reason = read_json(folder / "status.json").get("reason", "its partner is not finished")
-            self._settle(job, "blocked", f"is blocked: it {reason}")
+        elif code == ExitCode.OK or done:
+            text = f"finished after step {status.get('step', 0)}, {format_seconds(worker.age_s)}"
+            self._settle(job, "finished", text)
+        elif code == ExitCode.BLOCKED:
+            self._settle(job, "blocked", f"is blocked: it {status.get('reason', 'waits for another cell')}")
         elif cancelled:
             say_state(folder, "cancelled")
             self._settle(job, "cancelled", "was cancelled")
@@ -213,34 +213,27 @@ class Pool:
             self._settle(job, "interrupted", "was interrupted")
 
     def _failed(self, worker: Worker, code: int, failure: str) -> None:
-        """Start it again where that makes sense; else let its status say how it ended."""
+        """Start the cell again if its budget allows, else make sure that its status records the end."""
         job, reason = worker.job, worker.reason(code)
-        told = f"failed ({failure}): {reason}"
-        again = may_retry(failure, journal.read(job.folder), self.terms.retries)
-        if again and self.relay.first is None:
+        text = f"failed ({failure}): {reason}"
+        if self.relay.first is None and may_retry(failure, journal.read(job.folder), self.terms.retries):
             self.waiting.append(job)
-            self.say(f"{job.name} {told}; it will be started again")
+            self.log(f"{job.name} {text}; it will be started again")
             return
         state = str(worker.status().get("state"))
-        if state not in ("failed", "interrupted", "finished"):  # it died without a word
+        if state not in ("failed", "interrupted", "finished"):  # its process recorded no end
             state = "interrupted" if failure in LOST else "failed"
             say_state(job.folder, state, failure=reason)
-        self._settle(job, state, told)
+        self._settle(job, state, text)
 
-    def _say_busy(self, job: Job, who: str) -> None:
-        if job.name not in self._told:
-            self._told.add(job.name)
-            self.say(f"{job.name} is being run by {who}; waiting for it")
+    def _log_busy(self, job: Job, by: str) -> None:
+        if job.name not in self._logged_busy:
+            self._logged_busy.add(job.name)
+            self.log(f"{job.name} is being run by {by}; waiting for it")
 
-    def _settle(self, job: Job, state: str, told: str) -> None:
-        """This pool is through with a cell."""
+    def _settle(self, job: Job, state: str, text: str) -> None:
+        """Record that the pool is done with a cell."""
         self.states[job.name] = state
         if job in self.waiting:
             self.waiting.remove(job)
-        self.say(f"[{len(self.states)}/{len(self._folders)}] {job.name} {told}")
-
-    def _leave(self, job: Job) -> None:
-        """A cell whose turn did not come."""
-        if is_cancelled(journal.read(job.folder)):
-            say_state(job.folder, "cancelled")
-        self.states[job.name] = str(read_json(job.folder / "status.json").get("state", "pending"))
+        self.log(f"[{len(self.states)}/{len(self._folders)}] {job.name} {text}")

@@ -16,8 +16,7 @@ from dash_exp.record.folder import read_json
 from dash_exp.record.jobs import Plan, PlannedCell, Resources
 from dash_exp.sweep.estimate import LOADER, hours_by_profile, profile
 from dash_exp.sweep.lookup import labels, launched_folders
-from dash_exp.sweep.slurm import queue
-from dash_exp.sweep.states import CellState, Reading, asked_about, states_from
+from dash_exp.sweep.states import CellState, states_of
 
 NEW = "new"
 """The state of a cell that has no folder yet."""
@@ -143,9 +142,8 @@ def _states(plan: Plan, root: Path) -> dict[str, CellState]:
     others = {need for cell in plan.cells for need in cell.needs} - set(own)
     theirs = {one: path for one in others for path in sorted((root / "cells").glob(f"*-{one}"))[:1]}
     known = {one: path for one, path in {**own, **theirs}.items() if path.is_dir()}
-    readings = [Reading.of(path) for path in known.values()]
-    jobs = queue.jobs(job for reading in readings if (job := asked_about(reading)))
-    return dict(zip(known, states_from(readings, jobs, time.time(), provenance.code_hash()), strict=True))
+    states = states_of(known.values(), time.time(), code=provenance.code_hash())
+    return dict(zip(known, states, strict=True))
 
 
 def _shared(plan: Plan, root: Path) -> dict[str, tuple[str, ...]]:

@@ -1,17 +1,24 @@
-"""What a person reads of sweeps, in 80 columns. Torch-free."""
+"""What a person reads about sweeps, in 80 columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dash_exp.record.folder import Row, read_final
+from dash_exp.record.manifest import Manifest
+from dash_exp.sweep.lookup import default_root
 from dash_exp.sweep.preview import Line, Preview
-from dash_exp.sweep.status import SweepState, Watched, end_of_output, has_controller, is_moving
+from dash_exp.sweep.states import CellState
+from dash_exp.sweep.status import SweepCell, SweepState, end_of_output
+from dash_exp.sweep.worker import error_line
 from dash_exp.text import format_number, format_path, format_seconds
+from dash_exp.train.display import REWARD
 
 STYLES = {
     "running": "bold green",
@@ -23,7 +30,11 @@ STYLES = {
 }
 SHOWN_CELLS = 100
 """Cells that a table lists; more are counted, and `--json` has them all."""
-SHOWN_FAILURES, SHORT_END, LONG_END = 3, 5, 20
+SHOWN_FAILURES, SHOWN_REASONS = 3, 5
+SHORT_OUTPUT, LONG_OUTPUT = 5, 20
+"""Lines quoted from the output of a failed cell."""
+END_STEPS = 5
+"""Steps whose mean reward is shown as the first, and as the last."""
 
 
 def table(*columns: tuple[str, bool]) -> Table:
@@ -36,160 +47,191 @@ def table(*columns: tuple[str, bool]) -> Table:
 
 
 def add(to: Table, *texts: str, style: str = "") -> None:
-    """A row of plain texts: brackets in them are no markup."""
+    """Add a row of plain texts: brackets in them are not markup."""
     to.add_row(*(Text(text) for text in texts), style=style)
 
 
+def count_of(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def counts_text(counts: Mapping[str, int]) -> str:
-    """`6 cells: 2 finished, 1 running, ...`, best news last."""
+    """`6 cells: 1 running, 5 finished`."""
     total = sum(counts.values())
-    many = "1 cell" if total == 1 else f"{total} cells"
-    return f"{many}: " + ", ".join(f"{n} {state}" for state, n in counts.items()) if total else "no cells"
+    states = ", ".join(f"{n} {state}" for state, n in counts.items())
+    return f"{count_of(total, 'cell')}: {states}" if total else "no cells"
 
 
-def left_text(seconds: float | None) -> str:
+def eta_text(seconds: float | None) -> str:
     return "" if seconds is None else f"{format_seconds(seconds)} left"
 
 
 def sweep_lines(states: Sequence[SweepState]) -> RenderableType:
     """All sweeps, a line each."""
+    columns = ("finished", "running", "failed")
     rows = table(
         ("sweep", False),
         ("cells", True),
-        ("finished", True),
-        ("running", True),
-        ("failed", True),
+        *((name, True) for name in columns),
         ("left", True),
         ("other", False),
     )
     for one in states:
         counts = one.counts
-        other = [f"{n} {s}" for s, n in counts.items() if s not in ("finished", "running", "failed")]
         add(
             rows,
             one.manifest.name,
             str(sum(counts.values())),
-            *(str(counts.get(s, 0)) for s in ("finished", "running", "failed")),
+            *(str(counts.get(name, 0)) for name in columns),
             "-" if one.eta_s is None else format_seconds(one.eta_s),
-            ", ".join(other),
+            ", ".join(f"{n} {state}" for state, n in counts.items() if state not in columns),
         )
     return rows
 
 
-def status_view(state: SweepState, chosen: Sequence[Watched], long: bool) -> RenderableType:
-    """A sweep: what there is of it, its cells in a table, and why those failed that did. `long`: of all
-    chosen cells the end of their output."""
-    parts: list[RenderableType] = [head(state), Text("")]
-    parts += [cell_table(chosen[:SHOWN_CELLS])] if chosen else []
+def status_view(state: SweepState, chosen: Sequence[SweepCell], long: bool) -> RenderableType:
+    """A sweep: its counts, its cells in a table, and why cells failed. `long`: the end of the output of all
+    chosen cells."""
+    parts: list[RenderableType] = [_head(state), Text("")]
+    parts += [_cell_table(chosen[:SHOWN_CELLS])] if chosen else []
     parts += _more(len(chosen), "name a pattern, or --json for all of them")
-    if state.waiting and len(chosen) == len(state.cells):
-        parts += waiting_lines(str(w.traces.path) for w in state.waiting)
-    parts += endings(state.manifest.name, chosen, long)
-    parts += advice(state)
-    return Group(*parts)
+    if len(chosen) == len(state.cells):
+        paths = [str(one.traces.path) for one in state.waiting]
+        for path in dict.fromkeys(paths):
+            parts.append(Text(f"{paths.count(path)} more wait for the traces {format_path(Path(path))}"))
+    return Group(*parts, *_outputs(state.manifest.name, chosen, long), *_advice(state))
 
 
-def head(state: SweepState) -> RenderableType:
-    left = f", about {left_text(state.eta_s)}" if state.eta_s is not None else ""
-    lines = [state.manifest.name, counts_text(state.counts) + left]
-    facts = state.controller
-    if facts and has_controller(state):
-        place = f"process {facts['pid']}" + (f" on {facts['host']}" if facts.get("host") else "")
-        lines.append(f"{format_path(state.manifest.folder)}, run by {place}")
-    else:
-        lines.append(format_path(state.manifest.folder))
-    return Text("\n".join(lines))
+def _head(state: SweepState) -> RenderableType:
+    eta = f", about {eta_text(state.eta_s)}" if state.eta_s is not None else ""
+    place = format_path(state.manifest.folder)
+    if state.controller and state.has_controller:
+        host = state.controller.get("host")
+        place += f", run by process {state.controller['pid']}" + (f" on {host}" if host else "")
+    return Text(f"{state.manifest.name}\n{counts_text(state.counts)}{eta}\n{place}")
 
 
-def cell_table(chosen: Sequence[Watched]) -> Table:
-    rows = table(
-        ("cell", False),
-        ("id", False),
-        ("state", False),
-        ("step", True),
-        ("reward", True),
-        ("s/step", True),
-        ("", False),
-    )
+def _cell_table(chosen: Sequence[SweepCell]) -> Table:
+    numbers = [(name, True) for name in ("step", "reward", "s/step")]
+    rows = table(("cell", False), ("id", False), ("state", False), *numbers, ("", False))
     for one in chosen:
         cell = one.cell
-        steps = f"{cell.step}/{cell.steps if cell.steps is not None else '?'}"
-        shown = cell.state
-        pace = "-" if cell.step_s is None else f"{cell.step_s:.2f}"
-        style = STYLES.get(shown, "")
         add(
             rows,
             one.label,
             one.entry.id,
-            shown,
-            steps,
+            cell.state,
+            _steps(cell),
             format_number(cell.reward),
-            pace,
-            remark(one),
-            style=style,
+            "-" if cell.step_s is None else f"{cell.step_s:.2f}",
+            _remark(cell),
+            style=STYLES.get(cell.state, ""),
         )
     return rows
 
 
-def remark(one: Watched) -> str:
-    """What there is to say of a cell beside its numbers."""
-    cell = one.cell
-    said = [left_text(cell.eta_s) if cell.state == "running" else "", cell.failure_class or "", cell.note]
-    if cell.stale:
-        said.append("stale")
-    if cell.state == "finished" and cell.note == "planned":
-        said.remove("planned")
-    if cell.job and cell.state in ("queued", "running"):
-        said.append(f"job {cell.job}")
-    return ", ".join(text for text in said if text)
+def _steps(cell: CellState) -> str:
+    return f"{cell.step}/{'?' if cell.steps is None else cell.steps}"
+
+
+def _remark(cell: CellState) -> str:
+    """What the numbers of a cell do not show."""
+    texts = [
+        eta_text(cell.eta_s) if cell.state == "running" else "",
+        cell.failure_class or "",
+        "" if cell.state == "finished" and cell.note == "planned" else cell.note,
+        "stale" if cell.stale else "",
+        f"job {cell.job}" if cell.job and cell.state in ("queued", "running") else "",
+    ]
+    return ", ".join(text for text in texts if text)
 
 
 def _more(count: int, hint: str) -> list[RenderableType]:
     return [Text(f"... and {count - SHOWN_CELLS} more: {hint}")] if count > SHOWN_CELLS else []
 
 
-def waiting_lines(traces: Iterable[str]) -> list[RenderableType]:
-    many = list(traces)
-    lines = [
-        f"{many.count(path)} more wait for the traces {format_path(Path(path))}"
-        for path in dict.fromkeys(many)
-    ]
-    return [Text(line) for line in lines]
-
-
-def endings(name: str, chosen: Sequence[Watched], long: bool) -> list[RenderableType]:
-    """Why cells of a sweep failed, and the end of what they said; of the first few only, unless asked for
-    `long`."""
-    ended = [one for one in chosen if one.cell.state == "failed" or (long and one.cell.attempt)]
-    shown = ended if long else ended[:SHOWN_FAILURES]
-    parts = [part for one in shown for part in ending(one, LONG_END if long else SHORT_END)]
-    if len(ended) > len(shown):
-        more = len(ended) - len(shown)
+def _outputs(name: str, chosen: Sequence[SweepCell], long: bool) -> list[RenderableType]:
+    """Why cells failed, and the end of their output: of the first few, or of all chosen cells that ran."""
+    wanted = [one for one in chosen if one.cell.state == "failed" or (long and one.cell.attempt)]
+    shown = wanted if long else wanted[:SHOWN_FAILURES]
+    parts: list[RenderableType] = []
+    for one in shown:
+        cell = one.cell
+        why = ": ".join(text for text in (cell.failure_class, cell.failure) if text) or cell.note
+        quoted = Table.grid(padding=(0, 1, 0, 0))
+        for line in end_of_output(cell.folder, LONG_OUTPUT if long else SHORT_OUTPUT):
+            quoted.add_row("  |", Text(line, overflow="fold"), style="dim")
+        parts += [Text(f"\n{one.label} ({one.entry.id}), {cell.state}" + (f": {why}" if why else "")), quoted]
+    if len(wanted) > len(shown):
+        more = len(wanted) - len(shown)
         parts.append(Text(f"\n{more} more failed: python -m dash_exp.sweep status {name} --failed"))
     return parts
 
 
-def ending(one: Watched, count: int) -> list[RenderableType]:
-    cell = one.cell
-    why = ": ".join(text for text in (cell.failure_class, cell.failure) if text) or cell.note
-    quoted = Table.grid(padding=(0, 1, 0, 0))
-    for line in end_of_output(cell.folder, count):
-        quoted.add_row("  |", Text(line, overflow="fold"), style="dim")
-    head_line = f"\n{one.label} ({one.entry.id}), {cell.state}" + (f": {why}" if why else "")
-    return [Text(head_line), quoted]
-
-
-def advice(state: SweepState) -> list[RenderableType]:
-    """The next command, where nothing would happen without one."""
+def _advice(state: SweepState) -> list[RenderableType]:
+    """The next command, if nothing happens without one."""
     counts, name = state.counts, state.manifest.name
-    said = []
+    lines = []
     if counts.get("failed"):
-        said.append(f"python -m dash_exp.sweep retry {name} --failed   starts what failed once more")
+        lines.append(f"python -m dash_exp.sweep retry {name} --failed   starts what failed once more")
     left = [kind for kind in ("pending", "interrupted", "cancelled") if counts.get(kind)]
-    left += ["blocked"] if counts.get("blocked") and not is_moving(state) else []
-    if left and not has_controller(state):
-        said.append(f"python -m dash_exp.sweep launch {name}   goes on with what is {' or '.join(left)}")
-    return [Text(""), *(Text(line) for line in said)] if said else []
+    left += ["blocked"] if counts.get("blocked") and not state.is_moving else []
+    if left and not state.has_controller:
+        lines.append(f"python -m dash_exp.sweep launch {name}   goes on with what is {' or '.join(left)}")
+    return [Text(""), *(Text(line) for line in lines)] if lines else []
+
+
+# The end of a launch ------------------------------------------------------------------------------
+
+
+def closing_table(cells: Sequence[SweepCell]) -> Table:
+    """Cell, state, steps, sampled reward (first -> last), accuracy (before -> after) and training time."""
+    rows = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    rows.add_column("cell", overflow="fold")
+    for name in ("state", "steps", "reward", "accuracy", "time"):
+        rows.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    for one in cells[:SHOWN_CELLS]:
+        cell = one.cell
+        steps = read_final(cell.folder, "steps") if cell.step else []
+        rewards = [float(row[REWARD]) for row in steps if REWARD in row]
+        ends = (
+            [statistics.fmean(rewards[:END_STEPS]), statistics.fmean(rewards[-END_STEPS:])] if rewards else []
+        )
+        time_text = format_seconds(sum(float(row["time/step_s"]) for row in steps)) if steps else "-"
+        accuracy = _accuracy(read_final(cell.folder, "evals"))
+        add(rows, one.label, cell.state, _steps(cell), _change(ends), _change(accuracy), time_text)
+    return rows
+
+
+def _accuracy(evals: Sequence[Row]) -> list[float]:
+    """The first and the last accuracy on the first dataset that was evaluated."""
+    rows = [row for row in evals if row["metric"] == "accuracy"]
+    found = [float(row["value"]) for row in rows if row["dataset"] == rows[0]["dataset"] and "value" in row]
+    return found if len(found) < 2 else [found[0], found[-1]]
+
+
+def _change(values: Sequence[float]) -> str:
+    return " -> ".join(f"{value:.3f}" for value in values) or "-"
+
+
+def closing_lines(manifest: Manifest, cells: Sequence[SweepCell], counts: Mapping[str, int]) -> list[str]:
+    """Counts, reasons of failures, and where to look."""
+    lines = [f"... and {len(cells) - SHOWN_CELLS} more"] if len(cells) > SHOWN_CELLS else []
+    lines.append(counts_text(counts))
+    broken = [one.cell for one in cells if one.cell.state in ("failed", "blocked", "interrupted")]
+    for cell in broken[:SHOWN_REASONS]:
+        kind = f" ({cell.failure_class})" if cell.failure_class else ""
+        why = error_line(cell.failure or cell.note, last=False) or "no reason is known"
+        lines += [f"  {cell.state}{kind}: {why}", f"    {format_path(cell.folder)}"]
+    if len(broken) > SHOWN_REASONS:
+        lines.append(f"  ... and {len(broken) - SHOWN_REASONS} more")
+    return [*lines, f"sweep   {format_path(manifest.folder)}", f"status  {status_command(manifest)}"]
+
+
+def status_command(manifest: Manifest) -> str:
+    """The command that shows a sweep: by its name if that is enough."""
+    is_default = manifest.root.resolve() == default_root().resolve()
+    return f"python -m dash_exp.sweep status {manifest.name if is_default else format_path(manifest.folder)}"
 
 
 def plan_view(made: Preview) -> RenderableType:

@@ -1,11 +1,11 @@
-"""The state of a whole sweep: its manifest, its cells' folders and the queue, joined. Torch-free."""
+"""The state of a sweep: its manifest, the states of its cells and its controller, joined."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,45 +17,50 @@ from dash_exp.record.jobs import Waiting
 from dash_exp.record.locks import HERE, runs
 from dash_exp.record.manifest import Entry, Manifest
 from dash_exp.sweep.lookup import labels
-from dash_exp.sweep.slurm import queue
-from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, Reading, asked_about, states_from
-from dash_exp.sweep.tails import last_lines
+from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, last_lines, states_of
 
 CONTROLLER = "controller.json"
 OPEN = ("running", "queued", "pending", "blocked", "interrupted")
-"""States of cells that are expected to finish yet."""
+"""States of cells that may still finish."""
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
-    """A cell of a sweep and its state. `label`: what tells it from the others."""
+class SweepCell:
+    """A cell of a sweep and its state. `label`: its overrides that other cells of the sweep do not share."""
 
     entry: Entry
     label: str
     cell: CellState
 
     def as_json(self) -> dict[str, Any]:
-        facts = self.cell.as_json()
-        return {"id": self.entry.id, "overrides": list(self.entry.overrides), **facts}
+        return {"id": self.entry.id, "overrides": list(self.entry.overrides), **self.cell.as_json()}
 
 
 @dataclass(frozen=True, slots=True)
 class SweepState:
-    """A sweep as it is now. `controller`: the process that starts its cells on this machine, or what is
-    known of one elsewhere; `eta_s`: seconds until its open cells have trained, None: not known."""
+    """A sweep as it is now. `controller`: facts about the process that starts its cells on a machine, if
+    there is one; `eta_s`: seconds until its open cells have trained; None: not known."""
 
     manifest: Manifest
-    cells: tuple[Watched, ...]
+    cells: tuple[SweepCell, ...]
     waiting: tuple[Waiting, ...]
     controller: Row | None
     eta_s: float | None
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many cells are in each state, in the order of SHOWN; those without an id yet are blocked."""
-        found = Counter(one.cell.state for one in self.cells)
-        found["blocked"] += len(self.waiting)
-        return {state: found[state] for state in SHOWN if found[state]}
+        """How many cells are in each state. Those that wait for traces count as blocked."""
+        return counts_of(self.cells, len(self.waiting))
+
+    @property
+    def has_controller(self) -> bool:
+        """Whether a process starts the sweep's cells, as far as can be known."""
+        return bool(self.controller and self.controller.get("alive") is not False)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether anything will happen to the sweep without a command."""
+        return self.has_controller or any(one.cell.state in ACTIVE for one in self.cells)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -69,40 +74,41 @@ class SweepState:
         }
 
 
-def watch(manifest: Manifest, now: float | None = None) -> SweepState:
-    """Everything there is to know of a sweep at this moment."""
-    return watch_all([manifest], now)[0]
+def counts_of(cells: Sequence[SweepCell], waiting: int = 0) -> dict[str, int]:
+    found = Counter(one.cell.state for one in cells)
+    found["blocked"] += waiting
+    return {state: found[state] for state in SHOWN if found[state]}
 
 
-def watch_all(manifests: Sequence[Manifest], now: float | None = None) -> list[SweepState]:
-    """Several sweeps, with one look at the queue and at this machine's processes. A cell of two sweeps is
-    read once."""
+def read_sweep(manifest: Manifest, now: float | None = None) -> SweepState:
+    return read_sweeps([manifest], now)[0]
+
+
+def read_sweeps(manifests: Sequence[Manifest], now: float | None = None) -> list[SweepState]:
+    """The states of several sweeps. SLURM and this machine's processes are queried once, and each cell is
+    read once, however many sweeps it belongs to."""
     now = time.time() if now is None else now
     folders = list(dict.fromkeys(m.cell(entry) for m in manifests for entry in m.entries))
-    readings = [Reading.of(folder) for folder in folders]
-    jobs = queue.jobs(job for reading in readings if (job := asked_about(reading)))
-    states = states_from(readings, jobs, now, provenance.code_hash())
-    found = dict(zip(folders, states, strict=True))
-    return [_joined(manifest, found) for manifest in manifests]
+    states = dict(zip(folders, states_of(folders, now, code=provenance.code_hash()), strict=True))
+    return [_joined(manifest, states) for manifest in manifests]
 
 
-def _joined(manifest: Manifest, found: Mapping[Path, CellState]) -> SweepState:
-    states = [found[manifest.cell(entry)] for entry in manifest.entries]
-    by_id = {entry.id: state for entry, state in zip(manifest.entries, states, strict=True)}
-    names = labels([e.overrides for e in manifest.entries], [e.folder for e in manifest.entries])
+def _joined(manifest: Manifest, states: Mapping[Path, CellState]) -> SweepState:
+    entries = manifest.entries
+    by_id = {entry.id: states[manifest.cell(entry)] for entry in entries}
+    names = labels([entry.overrides for entry in entries], [entry.folder for entry in entries])
     cells = tuple(
-        Watched(entry, name, with_class(with_needs(state, entry, by_id, manifest)))
-        for entry, name, state in zip(manifest.entries, names, states, strict=True)
+        SweepCell(entry, name, _classified(_with_needs(by_id[entry.id], entry, by_id, manifest)))
+        for entry, name in zip(entries, names, strict=True)
     )
-    controller = controller_of(manifest.folder)
-    return SweepState(manifest, cells, manifest.waiting, controller, sweep_eta_s(cells))
+    return SweepState(manifest, cells, manifest.waiting, controller_of(manifest.folder), sweep_eta_s(cells))
 
 
-def with_needs(
+def _with_needs(
     state: CellState, entry: Entry, known: Mapping[str, CellState], manifest: Manifest
 ) -> CellState:
-    """Whether a cell that has not begun waits for others is read from these, not from what was said when
-    it was written."""
+    """Whether a cell that has not begun waits for others depends on their states now, not when its status was
+    written."""
     if state.state not in ("pending", "blocked", "queued") or not entry.needs:
         return state
     open_needs = [text for need in entry.needs if (text := _open_need(need, known, manifest))]
@@ -112,10 +118,9 @@ def with_needs(
 
 
 def _open_need(need: str, known: Mapping[str, CellState], manifest: Manifest) -> str | None:
-    """A cell that has to be finished first and is not, in words; it may be another sweep's."""
-    here = known.get(need)
-    if here is not None:
-        state, name = here.state, here.folder.name
+    """The name and state of a needed cell, of this sweep or another; None if it is finished."""
+    if need in known:
+        state, name = known[need].state, known[need].folder.name
     else:
         found = sorted((manifest.root / "cells").glob(f"*-{need}"))
         status = read_json(found[0] / "status.json") if found else {}
@@ -123,55 +128,48 @@ def _open_need(need: str, known: Mapping[str, CellState], manifest: Manifest) ->
     return None if state == "finished" else f"{name} ({state})"
 
 
-def with_class(state: CellState) -> CellState:
-    """A failure without a class (of a run that no launcher watched) gets one from what it left."""
+def _classified(state: CellState) -> CellState:
+    """Add a class to a failure that no launcher recorded, from its status and output."""
     if state.state != "failed" or state.failure_class is not None:
         return state
     status = read_json(state.folder / "status.json")
-    kind = classify(1, status, "\n".join(end_of_output(state.folder, 40)))
-    return replace(state, failure_class=kind)
+    return replace(state, failure_class=classify(1, status, "\n".join(end_of_output(state.folder, 40))))
+
+
+def output_path(folder: Path) -> Path:
+    """What a cell's process printed, else its log."""
+    output = folder / "output.txt"
+    return output if output.exists() and output.stat().st_size else folder / "log.txt"
 
 
 def end_of_output(folder: Path, count: int) -> list[str]:
-    """The last lines of what a cell's process printed, else of its log."""
-    return last_lines(folder / "output.txt", count) or last_lines(folder / "log.txt", count)
+    return last_lines(output_path(folder), count)
 
 
 def controller_of(folder: Path) -> Row | None:
-    """The process that starts a sweep's cells on a machine, with `alive`: true, false, or null where it
-    is another machine's; None where there is none."""
+    """The process that starts a sweep's cells on a machine, with `alive`: true, false, or null if it is on
+    another machine. None without one."""
     facts = read_json(folder / CONTROLLER)
     if not isinstance(facts.get("pid"), int):
         return None
-    here = facts.get("host", HERE) == HERE
-    return {**facts, "alive": runs(facts["pid"], "dash_exp") if here else None}
+    is_here = facts.get("host", HERE) == HERE
+    return {**facts, "alive": runs(facts["pid"], "dash_exp") if is_here else None}
 
 
-def sweep_eta_s(cells: Iterable[Watched]) -> float | None:
-    """Seconds until all open cells have trained: what is left of each, at the pace of the running ones,
-    shared by as many as run now. None where nothing runs, or where a cell's length is not known."""
-    cells = [one for one in cells if one.cell.state in OPEN]
-    running = [one.cell for one in cells if one.cell.state == "running"]
+def sweep_eta_s(cells: Sequence[SweepCell]) -> float | None:
+    """Seconds until all open cells have trained: the rest of each, at the pace of the running ones, divided
+    by how many run now. None if nothing runs, or a cell's length is not known."""
+    still_open = [one.cell for one in cells if one.cell.state in OPEN]
+    running = [state for state in still_open if state.state == "running"]
     paces = [state.step_s for state in running if state.step_s is not None]
-    if not running or not paces:
+    if not paces:
         return None
-    usual = statistics.median(paces)
-    left = [_rest_s(one.cell, usual) for one in cells]
-    known = [seconds for seconds in left if seconds is not None]
-    return max(sum(known) / len(running), *known) if len(known) == len(left) else None
+    rest = [_rest_s(state, statistics.median(paces)) for state in still_open]
+    known = [seconds for seconds in rest if seconds is not None]
+    return max(sum(known) / len(running), *known) if len(known) == len(rest) else None
 
 
 def _rest_s(state: CellState, usual_step_s: float) -> float | None:
     if state.eta_s is not None or state.steps is None:
         return state.eta_s
     return (state.step_s or usual_step_s) * max(0, state.steps - state.step)
-
-
-def has_controller(state: SweepState) -> bool:
-    """Whether a process starts the sweep's cells, as far as can be known."""
-    return bool(state.controller and state.controller.get("alive") is not False)
-
-
-def is_moving(state: SweepState) -> bool:
-    """Whether anything is about to happen to a sweep by itself."""
-    return has_controller(state) or any(one.cell.state in ACTIVE for one in state.cells)

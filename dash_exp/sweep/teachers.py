@@ -15,33 +15,33 @@ from dash_exp.record.identity import Cell
 from dash_exp.record.jobs import PlannedCell, Traces
 from dash_exp.record.manifest import Entry, Manifest
 from dash_exp.signals import run_forwarding
-from dash_exp.sweep.pool import Relay, Say
+from dash_exp.sweep.pool import Log, Relay
 from dash_exp.text import format_path
 
 
-def make_traces(manifest: Manifest, say: Say, relay: Relay, live: bool) -> Manifest:
+def make_traces(manifest: Manifest, log: Log, relay: Relay, live: bool) -> Manifest:
     """Let each teacher that cells wait for be sampled by a fresh process, then plan these cells. What fails
     is said, and its cells go on waiting. Returns the manifest as it is then."""
     for traces in dict.fromkeys(one.traces for one in manifest.waiting):
         if not traces.path.exists() and relay.first is None:
-            _sample(manifest, traces, say, relay, live)
+            _sample(manifest, traces, log, relay, live)
     try:
         return plan_waiting(manifest)
     except UserError as error:
-        say(str(error))
+        log(str(error))
         return manifest
 
 
-def _sample(manifest: Manifest, traces: Traces, say: Say, relay: Relay, live: bool) -> None:
+def _sample(manifest: Manifest, traces: Traces, log: Log, relay: Relay, live: bool) -> None:
     output = None if live else manifest.folder / f"{traces.path.stem}.txt"
-    say(f"making the traces {format_path(traces.path)}" + (f" (see {format_path(output)})" if output else ""))
+    log(f"making the traces {format_path(traces.path)}" + (f" (see {format_path(output)})" if output else ""))
     progress = [text for text in manifest.actions if text.startswith("run.progress=")]
     command = [sys.executable, "-m", "dash_exp.traces", *traces.arguments, *progress]
     code, handed = run_forwarding(command, output)
     if handed is not None:
         relay(handed, None)
     elif code != 0:
-        say(f"the traces {format_path(traces.path)} failed with exit code {code}; their cells go on waiting")
+        log(f"the traces {format_path(traces.path)} failed with exit code {code}; their cells go on waiting")
 
 
 def plan_waiting(manifest: Manifest) -> Manifest:

@@ -1,8 +1,9 @@
-"""Looking at sweeps that were launched: `status` and `logs`, and what all commands share. Torch-free."""
+"""The commands `status` and `logs`, and what all commands of `python -m dash_exp.sweep` share."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -15,22 +16,21 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from dash_exp.errors import Fault, UserError, print_error
+from dash_exp.errors import ExitCode, Fault, UserError, print_error
 from dash_exp.record.manifest import Manifest
 from dash_exp.sweep import lookup
 from dash_exp.sweep.lookup import LIST_HINT, Target, find, launched, select
 from dash_exp.sweep.report import status_view, sweep_lines
-from dash_exp.sweep.status import OPEN, SweepState, Watched, is_moving, watch, watch_all
-from dash_exp.sweep.tails import Follower, last_lines
+from dash_exp.sweep.states import last_lines, shown_lines
+from dash_exp.sweep.status import OPEN, SweepCell, SweepState, output_path, read_sweep, read_sweeps
 from dash_exp.text import format_path
 
-OK = 0
 ROOT = "run.dir="
-FOLLOW_S = 1.0
+FOLLOW_S = 0.5
 
 
 def out(*parts: RenderableType) -> None:
-    """Print. Where no terminal shows it, lines end with their last letter."""
+    """Print. If the output is not a terminal, lines have no trailing blanks."""
     to = Console(highlight=False)
     if to.is_terminal:
         to.print(*parts, sep="\n")
@@ -49,13 +49,13 @@ def say_json(value: Any) -> None:
 
 
 def root_of(words: Sequence[str]) -> Path:
-    """Where outputs lie: the last `run.dir=`, else the default."""
+    """The folder of outputs: the last `run.dir=`, else the default."""
     given = [word.removeprefix(ROOT) for word in words if word.startswith(ROOT)]
     return Path(given[-1]) if given else lookup.default_root()
 
 
 def named(args: Namespace) -> tuple[Target | None, list[str], Path]:
-    """The sweep that a command is about, if one is named, its patterns, and where outputs lie."""
+    """The sweep that was named, if any, the patterns, and the folder of outputs."""
     words = [word for word in (args.sweep, *args.words) if word is not None]
     root = root_of(words)
     patterns = [word for word in words if not word.startswith(ROOT)]
@@ -63,28 +63,28 @@ def named(args: Namespace) -> tuple[Target | None, list[str], Path]:
 
 
 def needed(args: Namespace) -> tuple[Manifest, list[str]]:
-    """A sweep that was launched, and patterns."""
+    """The launched sweep that was named, and the patterns."""
     target, patterns, _ = named(args)
     if target is None:
         raise UserError(Fault("sweep", "which one?", LIST_HINT), "nothing was changed")
     return target.manifest(), patterns
 
 
-def chosen_of(state: SweepState, patterns: Sequence[str]) -> list[Watched]:
+def chosen_of(state: SweepState, patterns: Sequence[str]) -> list[SweepCell]:
     wanted = {entry.id for entry in select([one.entry for one in state.cells], patterns)}
     return [one for one in state.cells if one.entry.id in wanted]
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What `status` saw: sweeps, and of a single one the cells that were asked for."""
+class View:
+    """What `status` shows: several sweeps, or the chosen cells of one."""
 
     states: list[SweepState]
-    chosen: list[Watched] | None = None
+    chosen: list[SweepCell] | None = None
     long: bool = False
     place: str = ""
 
-    def picture(self) -> RenderableType:
+    def render(self) -> RenderableType:
         if self.chosen is not None:
             return status_view(self.states[0], self.chosen, self.long)
         return sweep_lines(self.states) if self.states else Text(f"no sweep was launched in {self.place}")
@@ -94,18 +94,22 @@ class Look:
             return [{k: v for k, v in one.as_json().items() if k != "cells"} for one in self.states]
         return {**self.states[0].as_json(), "cells": [one.as_json() for one in self.chosen]}
 
+    @property
+    def is_open(self) -> bool:
+        return any(state.counts.get(kind) for state in self.states for kind in OPEN)
 
-def look_at_all(root: Path) -> Look:
-    there, faults = launched(root)
+
+def view_all(root: Path) -> View:
+    manifests, faults = launched(root)
     for fault in faults:
         print_error(str(fault))
-    return Look(watch_all(there), place=format_path(root))
+    return View(read_sweeps(manifests), place=format_path(root))
 
 
-def look_at_one(target: Target, patterns: Sequence[str], failed: bool, long: bool) -> Look:
-    state = watch(target.manifest())
+def view_one(target: Target, patterns: Sequence[str], failed: bool, long: bool) -> View:
+    state = read_sweep(target.manifest())
     chosen = chosen_of(state, patterns)
-    return Look([state], [one for one in chosen if not failed or one.cell.state == "failed"], long)
+    return View([state], [one for one in chosen if not failed or one.cell.state == "failed"], long)
 
 
 def status_command(args: Namespace) -> int:
@@ -115,77 +119,82 @@ def status_command(args: Namespace) -> int:
     if target is None and (args.cell or args.failed):
         raise UserError(Fault("--cell, --failed", "of which sweep?", LIST_HINT))
     long = bool(args.cell or args.failed)
-    look = (
-        partial(look_at_one, target, [*patterns, *args.cell], args.failed, long)
-        if target
-        else partial(look_at_all, root)
-    )
+    look: Callable[[], View] = partial(view_all, root)
+    if target is not None:
+        look = partial(view_one, target, [*patterns, *args.cell], args.failed, long)
     if args.watch:
-        return watch_on(look, args.watch)
-    seen = look()
-    if args.json:
-        say_json(seen.as_json())
+        _watch(look, args.watch)
+    elif args.json:
+        say_json(look().as_json())
     else:
-        out(seen.picture())
-    return OK
+        out(look().render())
+    return ExitCode.OK
 
 
-def watch_on(look: Callable[[], Look], every_s: float) -> int:
-    """Show it again and again until nothing is open any more, or Ctrl-C."""
+def _watch(look: Callable[[], View], every_s: float) -> None:
+    """Show it repeatedly until no cell is open any more, or Ctrl-C."""
     console = Console(highlight=False)
-    seen = look()
     if not console.is_terminal:
         while True:
-            out(seen.picture())
-            if not _open(seen):
-                return OK
+            view = look()
+            out(view.render())
+            if not view.is_open:
+                return
             time.sleep(every_s)
-            seen = look()
-    with Live(seen.picture(), console=console, auto_refresh=False, vertical_overflow="crop") as view:
-        while _open(seen):
+    view = look()
+    with Live(view.render(), console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        while view.is_open:
             time.sleep(every_s)
-            seen = look()
-            view.update(seen.picture(), refresh=True)
-    return OK
+            view = look()
+            live.update(view.render(), refresh=True)
 
 
-def _open(seen: Look) -> bool:
-    return any(state.counts.get(kind) for state in seen.states for kind in OPEN)
+class Follower:
+    """Returns the complete lines that are added to a file after its first `start` bytes."""
+
+    def __init__(self, path: Path, start: int = 0):
+        self.path, self._place = path, start
+
+    def more(self) -> list[str]:
+        try:
+            with self.path.open("rb") as stream:
+                self._place = min(self._place, stream.seek(0, os.SEEK_END))
+                stream.seek(self._place)
+                lines, newline, _ = stream.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self._place += len(lines) + len(newline)
+        return shown_lines(lines)
 
 
 def logs_command(args: Namespace) -> int:
-    """The end of what each cell's process printed, else of its log."""
+    """Print the end of each cell's output, else of its log; with --follow, what is added from then on."""
     manifest, patterns = needed(args)
-    state = watch(manifest)
-    chosen = chosen_of(state, patterns)
+    chosen = chosen_of(read_sweep(manifest), patterns)
     followers = {}
     for one in chosen:
-        path = _said(one)
+        path = output_path(one.cell.folder)
         followers[one.entry.id] = Follower(path, path.stat().st_size if path.exists() else 0)
         lines = last_lines(path, args.lines)
         if lines or len(chosen) == 1:
             say(f"== {one.label} ({one.entry.id}), {one.cell.state}: {format_path(path)}")
-            say("\n".join(lines) if lines else "nothing was said yet")
+            say("\n".join(lines) if lines else "nothing was printed yet")
     if args.follow:
         _follow(manifest, followers)
-    return OK
+    return ExitCode.OK
 
 
 def _follow(manifest: Manifest, followers: dict[str, Follower]) -> None:
-    """Print what cells say from now on, until nothing more is to come."""
+    """Print what the cells print from now on, until they have ended."""
     while True:
-        state = watch(manifest)
+        state = read_sweep(manifest)
         chosen = [one for one in state.cells if one.entry.id in followers]
         for one in chosen:
-            if followers[one.entry.id].path != _said(one):  # its first process has begun to print
-                followers[one.entry.id] = Follower(_said(one))
+            path = output_path(one.cell.folder)
+            if followers[one.entry.id].path != path:  # its first process has begun to print
+                followers[one.entry.id] = Follower(path)
             for line in followers[one.entry.id].more():
                 say(f"{one.label}: {line}" if len(chosen) > 1 else line)
-        if not is_moving(state) or all(one.cell.state not in OPEN for one in chosen):
+        if not state.is_moving or all(one.cell.state not in OPEN for one in chosen):
             return
         time.sleep(FOLLOW_S)
-
-
-def _said(one: Watched) -> Path:
-    output = one.cell.folder / "output.txt"
-    return output if output.exists() and output.stat().st_size else one.cell.folder / "log.txt"

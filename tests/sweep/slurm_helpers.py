@@ -1,4 +1,4 @@
-"""A pretended SLURM on PATH, and cells of a sweep to hand to one."""
+"""Fake SLURM commands on PATH, and cells of a sweep to submit to them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from dash_exp.record.jobs import Plan, PlannedCell, Resources
 from dash_exp.record.manifest import Entry, Manifest
 from tests.test_run import SMALL
 
+ACTIONS = ("run.progress=plain", "cluster.threads=1")
 SMALL_JOB = Resources(gpus=0, cpus=1, memory_gb=1, minutes=60)
 
 
 class FakeSlurm:
-    """The folder of a pretended cluster."""
+    """The folder of a fake cluster."""
 
     def __init__(self, home: Path):
         self.home = home
@@ -67,7 +68,7 @@ def cluster_of(**settings: Any) -> ClusterConfig:
 def made_up(
     count: int, resources: Resources = SMALL_JOB, arm: str = "dash", first: int = 0, **more: Any
 ) -> list[Entry]:
-    """Entries of cells that nobody will run."""
+    """Entries of cells that will not run."""
     ids = [f"{first + n:07d}a" for n in range(count)]
     return [
         Entry(one, f"{arm}-tiny-arithmetic-s{n}-{one}", (f"seed={n}",), resources, more.get("needs", ()))
@@ -84,7 +85,7 @@ def write_sweep(
         cell = make_cell(compose([*SMALL, f"run.dir={root}", *overrides]), root / "cache")
         own = resources[place] if resources else SMALL_JOB
         cells.append(PlannedCell(cell, tuple(overrides), own))
-    return manifest.write(Plan(name, tuple(cells)), root)
+    return manifest.write(Plan(name, tuple(cells), actions=ACTIONS), root)
 
 
 def write_made_up(root: Path, entries: Sequence[Entry], name: str = "trial") -> Manifest:

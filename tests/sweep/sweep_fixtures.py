@@ -19,7 +19,7 @@ from dash_exp.record.identity import Cell
 from dash_exp.record.jobs import Plan, PlannedCell, Resources, Traces, Waiting
 from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.__main__ import main
-from dash_exp.sweep.status import watch
+from dash_exp.sweep.status import read_sweep
 from tests.conftest import REPOSITORY
 
 Capture = pytest.CaptureFixture[str]
@@ -135,7 +135,7 @@ def refused(capsys: Capture, *words: object) -> str:
 
 
 def states(manifest: Manifest) -> list[str]:
-    return [one.cell.state for one in watch(manifest).cells]
+    return [one.cell.state for one in read_sweep(manifest).cells]
 
 
 def write_yaml(tmp_path: Path, **axes: list[Any]) -> Path:

@@ -21,7 +21,7 @@ from dash_exp.record.locks import Locks
 from dash_exp.record.manifest import read
 from dash_exp.sweep import local
 from dash_exp.sweep.actions import cluster_of
-from dash_exp.sweep.dispatch import launch
+from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import make_plan
 from tests.conftest import REPOSITORY
 
@@ -112,7 +112,7 @@ def test_a_signal_ends_the_sweep_and_the_same_command_goes_on(sweeps: Sweeps) ->
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (143, "")
     assert sweeps.states() == {"dash-s0": "interrupted", "dash-s1": "pending"}
-    assert "2 cells: 1 interrupted, 1 pending" in out
+    assert "2 cells: 1 pending, 1 interrupted" in out
     assert sweeps.run("seed=0,1").returncode == 0
     assert set(sweeps.states().values()) == {"finished"}
 
@@ -224,16 +224,8 @@ def detached(
 ) -> int:
     (root / "cache").mkdir(parents=True, exist_ok=True)
     plan = make_plan(name, [(*TINY, f"seed={seed}") for seed in seeds], root=root)
-    return launch(
-        plan,
-        root,
-        cluster=cluster_of(plan.actions),
-        n_jobs=n_jobs,
-        wait=wait,
-        detached=True,
-        cells=cells,
-        say=lambda text: None,
-    )
+    request = LaunchRequest(plan, root, cluster_of(plan.actions), n_jobs, cells=cells)
+    return launch(request, wait=wait, detached=True, log=lambda text: None)
 
 
 def controller(sweeps: Sweeps) -> int | None:

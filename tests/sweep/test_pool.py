@@ -18,18 +18,26 @@ import pytest
 from dash_exp.record import journal
 from dash_exp.record.folder import Row, read_json, read_rows, write_json
 from dash_exp.sweep.pool import Relay, Terms, run_pool
-from dash_exp.sweep.shares import Gpus, Lease, threads_each, visible_gpus
-from dash_exp.sweep.worker import OUTPUT, Job, cell_actions, gist
+from dash_exp.sweep.worker import (
+    OUTPUT,
+    Gpus,
+    Job,
+    Lease,
+    cell_actions,
+    error_line,
+    threads_each,
+    visible_gpus,
+)
 from tests.conftest import REPOSITORY
 
 RETRIES = {"node": 3, "preemption": 2, "unknown": 1, "config": 0}
 
 
 class Bench:
-    """Cells that do what they are told, and a pool to run them."""
+    """Cells that follow a script, and a pool to run them."""
 
     def __init__(self, root: Path):
-        self.root, self.said = root, list[str]()
+        self.root, self.logged = root, list[str]()
 
     def job(self, name: str, *acts: dict[str, Any], needs: tuple[str, ...] = (), gpus: int = 0) -> Job:
         """A cell with the id `name`, eight times; what each of its starts does."""
@@ -40,7 +48,7 @@ class Bench:
 
     def run(self, *jobs: Job, relay: Relay | None = None, **terms: Any) -> dict[str, str]:
         """States by the letter of the cell."""
-        states = run_pool(jobs, Terms(**{"retries": RETRIES, **terms}), self.said.append, relay)
+        states = run_pool(jobs, Terms(**{"retries": RETRIES, **terms}), self.logged.append, relay)
         return {name[-1]: state for name, state in states.items()}
 
     def seen(self, job: Job) -> list[Row]:
@@ -82,8 +90,8 @@ def test_one_after_the_other_each_with_output_and_journal(bench: Bench) -> None:
     assert (start["kind"], start["sweep"], start["job"]) == ("start", "mine", None)
     assert start["pid"] == bench.seen(jobs[0])[0]["pid"]
     assert (end["kind"], end["exit"], end["failure_class"]) == ("end", 0, None)
-    assert bench.said[0] == "cell-aaaaaaaa started"
-    assert bench.said[1].startswith("[1/3] cell-aaaaaaaa finished after step 0, ")
+    assert bench.logged[0] == "cell-aaaaaaaa started"
+    assert bench.logged[1].startswith("[1/3] cell-aaaaaaaa finished after step 0, ")
 
 
 def test_as_many_at_once_as_there_are_slots_with_equal_parts_of_the_machine(bench: Bench) -> None:
@@ -96,7 +104,7 @@ def test_as_many_at_once_as_there_are_slots_with_equal_parts_of_the_machine(benc
     assert all(row["actions"] == [f"cluster.threads={threads}"] for row in spans)
 
 
-def test_a_cell_is_told_what_is_its_own() -> None:
+def test_a_cell_gets_only_the_keys_that_it_reads() -> None:
     actions = (
         "run.progress=none",
         "cluster.name=local",
@@ -113,7 +121,7 @@ def test_a_cell_is_told_what_is_its_own() -> None:
     assert [threads_each(slots, cores=16) for slots in (1, 3, 16, 99)] == [16, 5, 1, 1]
 
 
-def test_needs_come_first_and_what_they_held_up_is_said(bench: Bench) -> None:
+def test_needs_come_first_and_blocked_cells_have_a_reason(bench: Bench) -> None:
     after = bench.job("a", needs=("b",))
     before = bench.job("b", {"wait": 0.3})
     orphan = bench.job("c", needs=("d",))
@@ -137,7 +145,7 @@ def test_needs_come_first_and_what_they_held_up_is_said(bench: Bench) -> None:
     assert not bench.seen(lost)
 
 
-def test_failures_are_tried_again_as_their_class_deserves(bench: Bench) -> None:
+def test_failures_are_retried_by_the_budget_of_their_class(bench: Bench) -> None:
     once = bench.job("a", {"failure": "KeyError: 'x'"}, {})
     twice = bench.job("b", {"failure": "KeyError: 'x'", "step": 4})
     further = bench.job("c", *({"failure": "KeyError", "step": n} for n in (1, 2, 3)), {})
@@ -162,30 +170,32 @@ def test_failures_are_tried_again_as_their_class_deserves(bench: Bench) -> None:
     assert read_json(twice.folder / "status.json")["failure"] == "KeyError: 'x'"
 
 
-def test_the_end_of_the_output_tells_the_class(bench: Bench) -> None:
+def test_a_failure_is_classified_by_the_end_of_the_output(bench: Bench) -> None:
     job = bench.job("a", {"say": "torch.OutOfMemoryError: CUDA out of memory", "exit": 1})
     assert bench.run(job) == {"a": "failed"}
     assert journal.read(job.folder)[-1]["failure_class"] == "out_of_memory"
     assert read_json(job.folder / "status.json")["failure"].startswith("ended with exit code 1: torch.OutOf")
 
 
-def test_a_failure_is_told_in_a_line() -> None:
-    fault = "dash_exp: 2 problems, nothing was started\n  x.jsonl:3: is broken\n    mend it\n  y: is absent"
-    assert gist(fault, last=False) == "x.jsonl:3: is broken" == gist(f"step 1\n{fault}", last=True)
+def test_a_failure_is_reported_in_a_line() -> None:
+    fault = "dash_exp: 2 problems, nothing was started\n  x.jsonl:3: is broken\n    fix it\n  y: is absent"
+    assert (
+        error_line(fault, last=False) == "x.jsonl:3: is broken" == error_line(f"step 1\n{fault}", last=True)
+    )
     trace = "Traceback (most recent call last):\n  File ...\nValueError: x\n\n"
-    assert gist(trace, last=True) == "ValueError: x"
-    assert gist("KeyError: 'x'\nand more", last=False) == "KeyError: 'x'"
-    assert gist("", last=True) == gist("dash_exp:", last=False).removeprefix("dash_exp:") == ""
+    assert error_line(trace, last=True) == "ValueError: x"
+    assert error_line("KeyError: 'x'\nand more", last=False) == "KeyError: 'x'"
+    assert error_line("", last=True) == error_line("dash_exp:", last=False).removeprefix("dash_exp:") == ""
 
 
-def test_a_cell_that_somebody_else_runs_is_waited_for(bench: Bench) -> None:
+def test_a_cell_that_another_process_runs_is_waited_for(bench: Bench) -> None:
     job, other = bench.job("a", {"wait": 1.2}), bench.job("b")
     process = subprocess.Popen([sys.executable, "-m", "dash_exp.cell", str(job.folder)])
     until(lambda: read_json(job.folder / "status.json").get("state") == "running")
     assert bench.run(job, other) == {"a": "finished", "b": "finished"}
     assert process.wait() == 0
     assert len(bench.seen(job)) == 1 and kinds(job) == []
-    assert f"cell-aaaaaaaa is being run by process {process.pid}; waiting for it" in bench.said
+    assert f"cell-aaaaaaaa is being run by process {process.pid}; waiting for it" in bench.logged
     assert bench.seen(other)[0]["ended"] < bench.seen(job)[0]["ended"]
 
 
@@ -206,7 +216,7 @@ def test_a_cell_that_is_found_busy_is_tried_again_later(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
-def test_a_signal_is_handed_on_once_and_nothing_is_started_after_it(bench: Bench, number: int) -> None:
+def test_a_signal_is_forwarded_once_and_nothing_is_started_after_it(bench: Bench, number: int) -> None:
     jobs = [bench.job("a", {"wait": 20}), bench.job("b", {"wait": 20}), bench.job("c")]
     relay, before = Relay(), signal.getsignal(number)
 
@@ -223,7 +233,7 @@ def test_a_signal_is_handed_on_once_and_nothing_is_started_after_it(bench: Bench
     assert bench.run(bench.job("a"), jobs[2]) == {"a": "finished", "c": "finished"}
 
 
-def test_a_second_signal_is_handed_on_too(bench: Bench) -> None:
+def test_a_second_signal_is_forwarded_too(bench: Bench) -> None:
     job = bench.job("a", {"wait": 20})
 
     def interrupt() -> None:
@@ -258,7 +268,7 @@ def test_cells_are_cancelled_by_a_row_in_their_journals(bench: Bench) -> None:
 def test_a_killed_pool_leaves_its_cells_running_and_the_next_waits_for_them(bench: Bench) -> None:
     jobs = [bench.job("a", {"wait": 2}), bench.job("b", {"wait": 0.1})]
     code = (
-        "from dash_exp.sweep.pool import *; from pathlib import Path; import sys; "
+        "from dash_exp.sweep.pool import Job, Terms, run_pool; from pathlib import Path; import sys; "
         "run_pool([Job(Path(p)) for p in sys.argv[1:]], Terms())"
     )
     first = subprocess.Popen([sys.executable, "-c", code, *(str(job.folder) for job in jobs)])
@@ -270,7 +280,7 @@ def test_a_killed_pool_leaves_its_cells_running_and_the_next_waits_for_them(benc
     assert kinds(jobs[0]) == ["start"] and kinds(jobs[1]) == ["start", "end"]
 
 
-def test_what_a_killed_controller_has_left_running_keeps_its_slot(bench: Bench) -> None:
+def test_a_cell_that_a_killed_controller_left_running_keeps_its_slot(bench: Bench) -> None:
     jobs = [bench.job("a", {"wait": 1.5}), bench.job("b")]
     process = subprocess.Popen([sys.executable, "-m", "dash_exp.cell", str(jobs[0].folder)])
     until(lambda: read_json(jobs[0].folder / "status.json").get("state") == "running")
@@ -280,7 +290,7 @@ def test_what_a_killed_controller_has_left_running_keeps_its_slot(bench: Bench) 
     assert bench.seen(jobs[1])[0]["begun"] >= bench.seen(jobs[0])[0]["ended"]
 
 
-def test_a_cell_killed_before_it_was_tidied_is_started_once_more(bench: Bench) -> None:
+def test_a_cell_killed_before_its_clean_up_is_started_once_more(bench: Bench) -> None:
     job, done = bench.job("a"), bench.job("b")
     for one in (job, done):
         write_json(one.folder / "status.json", {"state": "finished", "step": 1})
@@ -292,21 +302,21 @@ def test_a_cell_killed_before_it_was_tidied_is_started_once_more(bench: Bench) -
     assert [r["failure_class"] for r in journal.read(late.folder) if r["kind"] == "end"] == [None]
 
 
-def test_gpus_are_lent_by_places() -> None:
+def test_gpus_are_leased_by_places() -> None:
     gpus = Gpus(("0", "1"), each=2)
-    first, second, third = gpus.take(1), gpus.take(1), gpus.take(1)
+    first, second, third = gpus.lease(1), gpus.lease(1), gpus.lease(1)
     assert [lease.gpus for lease in (first, second, third) if lease] == [("0",), ("1",), ("0",)]
-    assert gpus.take(2) is None  # both have cells on them
-    fourth = gpus.take(1)
-    assert fourth == Lease(("1",), 1) and gpus.take(1) is None
+    assert gpus.lease(2) is None  # both have cells on them
+    fourth = gpus.lease(1)
+    assert fourth == Lease(("1",), 1) and gpus.lease(1) is None
     for lease in (first, second, third, fourth):
         assert lease is not None
-        gpus.give_back(lease)
-    whole = gpus.take(5)  # more than there are: it is given all, and says itself that they are too few
-    assert whole == Lease(("0", "1"), 2) and gpus.take(1) is None
-    assert gpus.take(0) == Lease((), 2)
-    assert gpus.environment(whole) == {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert Gpus(()).take(4) == Lease((), 1) and Gpus(()).environment(Lease()) == {}
+        gpus.release(lease)
+    everything = gpus.lease(5)  # more than there are: the cell gets all, and reports the error itself
+    assert everything == Lease(("0", "1"), 2) and gpus.lease(1) is None
+    assert gpus.lease(0) == Lease((), 2)
+    assert gpus.environment(everything) == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert Gpus(()).lease(4) == Lease((), 1) and Gpus(()).environment(Lease()) == {}
 
 
 def test_which_gpus_there_are() -> None:

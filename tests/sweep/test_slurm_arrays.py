@@ -1,4 +1,4 @@
-"""From cells to job arrays: profiles, packing, order, limits. Values worked out by hand."""
+"""From cells to job arrays: profiles, packing, order, limits. Values computed by hand."""
 
 from __future__ import annotations
 

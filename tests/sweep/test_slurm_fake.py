@@ -1,4 +1,4 @@
-"""SLURM's answers read, and sweeps submitted, against a pretended cluster on PATH."""
+"""SLURM's answers are read, and sweeps submitted, with fake commands on PATH."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dash_exp.record.folder import lock, write_json
 from dash_exp.record.identity import Cell
 from dash_exp.record.jobs import Plan, PlannedCell, Resources
 from dash_exp.record.manifest import Manifest
-from dash_exp.sweep.dispatch import ask_again, refusals
+from dash_exp.sweep.dispatch import LaunchRequest, refusals, renew_budgets
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.queue import JobState
@@ -49,8 +49,8 @@ def test_states_of_jobs_come_from_one_squeue_and_one_sacct(fake_slurm: FakeSlurm
         "12": JobState("ended"),  # nobody knows it any more
     }
     (squeue,), (sacct,) = fake_slurm.calls("squeue"), fake_slurm.calls("sacct")
-    assert "--jobs=1,7,8,9,10,11,12 " in squeue  # whole arrays, and never a single id
-    assert "--jobs=10,11,12 " in sacct
+    assert "--jobs=1,7,8,9,10,11,12" in squeue.split()  # entire arrays, and never a single id
+    assert "--jobs=10,11,12" in sacct.split()
     assert queue.active(["7_0", "7_1", "8", "9", "12"]) == {"7_0", "7_1", "8"}
 
 
@@ -83,7 +83,7 @@ def test_a_command_that_hangs_is_given_up(fake_slurm: FakeSlurm) -> None:
 
 
 def test_tasks_that_never_ran_share_a_line(fake_slurm: FakeSlurm) -> None:
-    """Of the array 5 task 0 has run; the others were taken back, which squeue tells of their array."""
+    """Of the array 5 task 0 has run; the others were taken back, which squeue reports for their array."""
     fake_slurm.change("5_0", state="FAILED")
     fake_slurm.change("5", state="CANCELLED", reason="JobArrayTaskLimit")
     fake_slurm.change("6_[0,2-3%1]", state="x", accounted="CANCELLED by 0", forgotten=True)
@@ -115,11 +115,11 @@ def test_cancel_takes_queued_jobs_back_and_asks_running_ones(fake_slurm: FakeSlu
 def test_a_sweep_is_queued_once(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     entries = [*made_up(3), *made_up(1, replace(SMALL_JOB, gpus=1), first=10)]
     sweep = write_made_up(tmp_path, entries)
-    assert slurm.submit(sweep, entries, [], cluster_of()) == ["101_0", "101_1", "101_2", "102"]
+    assert slurm.submit(sweep, entries, cluster_of()) == ["101_0", "101_1", "101_2", "102"]
     assert [rows_of(sweep, entry) for entry in entries] == [["101_0"], ["101_1"], ["101_2"], ["102"]]
-    assert slurm.submit(sweep, entries, [], cluster_of()) == []
+    assert slurm.submit(sweep, entries, cluster_of()) == []
     fake_slurm.change("101_1", state="FAILED")
-    assert slurm.submit(sweep, entries, [], cluster_of()) == ["103"]
+    assert slurm.submit(sweep, entries, cluster_of()) == ["103"]
     assert rows_of(sweep, entries[1]) == ["101_1", "103"]
 
 
@@ -145,7 +145,7 @@ def test_the_script_is_what_a_dry_run_shows(fake_slurm: FakeSlurm, tmp_path: Pat
     )
     (shown,) = slurm.sbatch_text(plan, tmp_path, cluster)
     assert not (tmp_path / "sweeps").exists()
-    slurm.submit(write_made_up(tmp_path, entries), entries, [], cluster)
+    slurm.submit(write_made_up(tmp_path, entries), entries, cluster)
     text = fake_slurm.jobs()["101_0"]["script"]
     assert text == shown
     flags = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")}
@@ -175,7 +175,7 @@ def test_the_script_is_what_a_dry_run_shows(fake_slurm: FakeSlurm, tmp_path: Pat
 def test_arrays_are_cut_at_the_largest_size(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     fake_slurm.set(config={"MaxArraySize": "4"})
     entries = made_up(9)
-    assert slurm.submit(write_made_up(tmp_path, entries), entries, [], cluster_of()) == [
+    assert slurm.submit(write_made_up(tmp_path, entries), entries, cluster_of()) == [
         *(f"101_{n}" for n in range(4)),
         *(f"102_{n}" for n in range(4)),
         "103",
@@ -194,7 +194,7 @@ def test_a_cell_waits_for_the_jobs_of_its_needs(fake_slurm: FakeSlurm, tmp_path:
     entries = [after_stuck, stuck, waiting, here]
     sweep = write_made_up(tmp_path, [*entries, done, nobody])
     write_json(sweep.cell(done) / "status.json", {"state": "finished"})
-    assert slurm.submit(sweep, entries, [], cluster_of()) == ["101", "102"]
+    assert slurm.submit(sweep, entries, cluster_of()) == ["101", "102"]
     assert rows_of(sweep, here) == ["101"] and rows_of(sweep, waiting) == ["102"]
     assert "#SBATCH --dependency=afterany:101:50_1\n" in fake_slurm.jobs()["102"]["script"]
     assert rows_of(sweep, stuck) == rows_of(sweep, after_stuck) == []
@@ -205,12 +205,12 @@ def test_what_is_finished_or_runs_here_is_not_queued(fake_slurm: FakeSlurm, tmp_
     sweep = write_made_up(tmp_path, entries)
     write_json(sweep.cell(entries[0]) / "status.json", {"state": "finished"})
     descriptor = lock(sweep.cell(entries[1]))
-    assert slurm.submit(sweep, entries, [], cluster_of()) == ["101"]
+    assert slurm.submit(sweep, entries, cluster_of()) == ["101"]
     assert rows_of(sweep, entries[2]) == ["101"]
     os.close(descriptor)
 
 
-def test_what_a_finished_cell_once_asked_for_refuses_nothing(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+def test_what_a_finished_cell_once_asked_for_is_not_checked(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     small, huge = made_up(2)
     sweep = write_made_up(tmp_path, [small, huge])
     asking = replace(huge.resources, memory_gb=10_000)
@@ -218,25 +218,25 @@ def test_what_a_finished_cell_once_asked_for_refuses_nothing(fake_slurm: FakeSlu
         PlannedCell(Cell(e.id, e.folder.removesuffix(f"-{e.id}"), {}, ""), (), r)
         for e, r in ((small, small.resources), (huge, asking))
     ]
-    plan = Plan(sweep.name, tuple(cells))
-    (fault,) = refusals(plan, tmp_path, cluster_of(), force=False)
+    request = LaunchRequest(Plan(sweep.name, tuple(cells)), tmp_path, cluster_of())
+    (fault,) = refusals(request)
     assert "10000 GB" in str(fault) or "10,000 GB" in str(fault)
     write_json(sweep.cell(huge) / "status.json", {"state": "finished"})
-    assert refusals(plan, tmp_path, cluster_of(), force=False) == []
-    assert len(refusals(plan, tmp_path, cluster_of(), force=True)) == 1
+    assert refusals(request) == []
+    assert len(refusals(replace(request, force=True))) == 1
 
 
 def test_a_launch_gives_no_new_budget_to_what_runs_elsewhere(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     running, failed = made_up(2)
     sweep = write_made_up(tmp_path, [running, failed])
-    (job,) = slurm.submit(sweep, [running], [], cluster_of())
+    (job,) = slurm.submit(sweep, [running], cluster_of())
     for entry in (running, failed):
         journal.note(sweep.cell(entry), "end", exit=1, failure_class="unknown", step=0)
     journal.note(sweep.cell(running), "start", host="another", pid=1, job=job)
     fake_slurm.change(job, state="RUNNING")
-    said = {"state": "failed", "attempt": 1, "step": 0, "heartbeat": 0}
-    write_json(sweep.cell(failed) / "status.json", said)
-    ask_again(sweep, [running, failed])
+    status = {"state": "failed", "attempt": 1, "step": 0, "heartbeat": 0}
+    write_json(sweep.cell(failed) / "status.json", status)
+    renew_budgets(sweep, [running, failed])
     assert [kind_of_last(sweep, entry) for entry in (running, failed)] == ["start", "retry"]
 
 
@@ -248,7 +248,7 @@ def test_two_launches_at_once_queue_every_cell_once(fake_slurm: FakeSlurm, tmp_p
     entries = made_up(6)
     sweeps = [write_made_up(tmp_path, entries, name) for name in ("one", "two", "three")]
     launches = [
-        threading.Thread(target=slurm.submit, args=(sweep, entries, [], cluster_of())) for sweep in sweeps
+        threading.Thread(target=slurm.submit, args=(sweep, entries, cluster_of())) for sweep in sweeps
     ]
     for launch in launches:
         launch.start()
@@ -263,16 +263,16 @@ def test_a_refusal_in_the_middle_keeps_what_was_queued(fake_slurm: FakeSlurm, tm
     entries = made_up(5)
     sweep = write_made_up(tmp_path, entries)
     with pytest.raises(UserError, match=r"4 of 5 jobs were queued.*\n.*QOSMaxSubmitJobPerUserLimit"):
-        slurm.submit(sweep, entries, [], cluster_of())
+        slurm.submit(sweep, entries, cluster_of())
     fake_slurm.set(most_submissions=100)
-    assert slurm.submit(sweep, entries, [], cluster_of()) == ["103"]
+    assert slurm.submit(sweep, entries, cluster_of()) == ["103"]
 
 
 def test_nothing_is_queued_while_slurm_does_not_answer(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     fake_slurm.set(silent=["squeue"])
     entries = made_up(1)
     with pytest.raises(UserError, match="SLURM does not answer"):
-        slurm.submit(write_made_up(tmp_path, entries), entries, [], cluster_of())
+        slurm.submit(write_made_up(tmp_path, entries), entries, cluster_of())
     assert fake_slurm.calls("sbatch") == []
 
 

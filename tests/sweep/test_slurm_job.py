@@ -1,4 +1,4 @@
-"""What a job does with its cells, signals and restarts: real cells, a pretended controller."""
+"""What a job does with its cells, signals and restarts: real cells, fake SLURM commands."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def in_job(monkeypatch: pytest.MonkeyPatch, fake_slurm: FakeSlurm) -> FakeSlurm:
 
 
 @pytest.mark.long
-def test_a_warned_cell_saves_is_queued_anew_and_goes_on(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+def test_a_warned_cell_saves_is_requeued_and_goes_on(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, [["algorithm.steps=40", "checkpoint.every=0"]])
     (entry,), folder = sweep.entries, sweep.cell(sweep.entries[0])
-    assert slurm.submit(sweep, [entry], ["run.progress=none"], cluster_of(requeues=1)) == ["101"]
+    assert slurm.submit(sweep, [entry], cluster_of(requeues=1)) == ["101"]
     first = start_task(sweep, "101")
     deadline = time.time() + 60
     while len(read_rows(folder / "steps.jsonl").rows) < 2:
@@ -173,8 +173,8 @@ def test_requeues_are_counted_since_a_person_asked_last() -> None:
     assert used_requeues(rows[1:3], Place("8")) == 2
 
 
-def test_who_is_queued_anew(in_job: FakeSlurm, tmp_path: Path) -> None:
-    """Not one whose end a person asked for, nor one whose budget is spent."""
+def test_which_cells_are_requeued(in_job: FakeSlurm, tmp_path: Path) -> None:
+    """Not a cancelled one, nor one whose budget is spent."""
     entries = made_up(3)
     sweep = write_made_up(tmp_path, entries)
     on, cancelled, spent = (sweep.cell(entry) for entry in entries)
@@ -189,7 +189,7 @@ def test_who_is_queued_anew(in_job: FakeSlurm, tmp_path: Path) -> None:
     assert [kinds(folder) for folder in (on, cancelled, spent)] == [["requeue"], ["cancel"], ["requeue"]]
 
 
-def test_the_end_at_a_time_limit_is_told_from_others(in_job: FakeSlurm) -> None:
+def test_the_end_at_a_time_limit_is_recognized(in_job: FakeSlurm) -> None:
     def ended_by(*numbers: int) -> bool:
         relay = Relay()
         relay.numbers += numbers
@@ -214,19 +214,19 @@ def test_a_controller_that_refuses_to_requeue(
 
 
 def test_ranks_on_several_nodes_start_again_together(in_job: FakeSlurm, tmp_path: Path) -> None:
-    """A failure that may be tried again queues the whole job anew; one that may not ends it."""
+    """A failure that may be retried requeues the job; one that may not ends it."""
     sweep = write_made_up(tmp_path, made_up(1))
     name = sweep.entries[0].folder
     job = job_of(sweep, requeues=5)
     both = Place("7_3", tasks=2)
     journal.note(sweep.cell(sweep.entries[0]), "end", exit=1, failure_class="config", step=0)
-    assert job._ended({name: "failed"}, both, Relay()) == 1
+    assert job._end({name: "failed"}, both, Relay()) == 1
     assert in_job.calls("scontrol") == []
     journal.note(sweep.cell(sweep.entries[0]), "end", exit=1, failure_class="nccl", step=0)
-    assert job._ended({name: "failed"}, both, Relay()) == 1
+    assert job._end({name: "failed"}, both, Relay()) == 1
     assert in_job.calls("scontrol") == ["scontrol requeue 7_3"]
     assert journal.read(sweep.cell(sweep.entries[0]))[-1]["reason"] == "nccl"
-    assert job._ended({name: "failed"}, Place("7_3"), Relay()) == 1  # alone, the pool has tried already
+    assert job._end({name: "failed"}, Place("7_3"), Relay()) == 1  # one task: the pool has retried
     assert len(in_job.calls("scontrol")) == 1
 
 

@@ -20,6 +20,7 @@ from dash_exp.record.jobs import Resources
 from dash_exp.record.manifest import Entry, Manifest
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
+from dash_exp.sweep.slurm.arrays import find_faults
 from tests.conftest import REPOSITORY
 from tests.sweep.real_slurm import (
     LARGEST_ARRAY,
@@ -38,7 +39,6 @@ from tests.test_run import run_here
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("real_cluster")]
 pytest_plugins = ["tests.sweep.slurm_fixtures"]
 
-ACTIONS = ["run.progress=plain", "cluster.threads=1"]
 SLOW = ["algorithm.steps=120", "checkpoint.every=0"]
 """Long enough to be interrupted; saved only when it is."""
 QUICK = ["algorithm.steps=2", "evaluation=none"]
@@ -52,7 +52,7 @@ def _from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def submit(sweep: Manifest, entries: tuple[Entry, ...] | None = None, **settings: object) -> list[str]:
-    return slurm.submit(sweep, sweep.entries if entries is None else entries, ACTIONS, cluster_of(**settings))
+    return slurm.submit(sweep, sweep.entries if entries is None else entries, cluster_of(**settings))
 
 
 def wait_until(sweep: Manifest, is_so: Callable[[], object], what: str, timeout_s: float = 240) -> None:
@@ -249,10 +249,11 @@ def test_the_launching_process_killed_in_the_middle(tmp_path: Path) -> None:
     )
     deadly.chmod(0o755)
     code = (
-        "import sys; from pathlib import Path; from dash_exp.launch import manifest, slurm\n"
+        "import sys; from pathlib import Path; from dash_exp.record import manifest\n"
+        "from dash_exp.sweep.slurm import submit as slurm\n"
         "from tests.sweep.slurm_helpers import cluster_of\n"
         "sweep = manifest.read(Path(sys.argv[1]))\n"
-        f"slurm.submit(sweep, sweep.entries, {ACTIONS!r}, cluster_of())\n"
+        "slurm.submit(sweep, sweep.entries, cluster_of())\n"
     )
     path = f"{deadly.parent}{os.pathsep}{os.environ['PATH']}"
     launch = subprocess.run(
@@ -281,7 +282,7 @@ def test_slurms_controller_killed_while_a_cell_runs(
     real_cluster.kill_controller()
     assert queue.active([job]) is None
     assert queue.jobs([job])[job].state in ("running", "unknown")
-    (fault,) = slurm.faults(sweep.entries, cluster_of())
+    (fault,) = find_faults(sweep.entries, cluster_of())
     assert "SLURM does not answer" in fault.what
     real_cluster.start()
     wait_for_end(sweep, job)
@@ -328,7 +329,7 @@ def test_ranks_on_two_nodes_go_on_together(tmp_path: Path) -> None:
 def test_what_the_cluster_does_not_have(tmp_path: Path) -> None:
     """Two nodes of 2 CPUs, 4000 MB and 2 GPUs."""
     sweep = write_sweep(tmp_path, [QUICK], resources=[Resources(3, 3, 4, 60)])
-    found = slurm.faults(sweep.entries, cluster_of(account="rot", qos="nromal"))
+    found = find_faults(sweep.entries, cluster_of(account="rot", qos="nromal"))
     assert [fault.where.removeprefix("cluster.") for fault in found] == [
         "gpus",
         "cpus",
@@ -337,9 +338,9 @@ def test_what_the_cluster_does_not_have(tmp_path: Path) -> None:
         "qos",
     ]
     assert "did you mean 'root'" in found[3].hint and "did you mean 'normal'" in found[4].hint
-    assert [f.where for f in slurm.faults([], cluster_of(partition="mian"))] == ["cluster.partition"]
+    assert [f.where for f in find_faults([], cluster_of(partition="mian"))] == ["cluster.partition"]
     fits = write_sweep(tmp_path / "b", [QUICK], resources=[Resources(4, 4, 3, 60, nodes=2, tasks=4)])
-    assert slurm.faults(fits.entries, cluster_of(account="root", qos="normal", partition="main")) == []
+    assert find_faults(fits.entries, cluster_of(account="root", qos="normal", partition="main")) == []
 
 
 def test_without_accounting(tmp_path: Path, real_cluster: Cluster) -> None:
@@ -349,7 +350,7 @@ def test_without_accounting(tmp_path: Path, real_cluster: Cluster) -> None:
     try:
         sweep = write_sweep(tmp_path, [QUICK, [*QUICK, "seed=1"]])
         (sweep.cell(sweep.entries[1]) / "config.yaml").write_text("algorithm: [")
-        assert slurm.faults(sweep.entries, cluster_of(account="any", qos="any")) == []
+        assert find_faults(sweep.entries, cluster_of(account="any", qos="any")) == []
         jobs = submit(sweep)
         wait_for_end(sweep, *jobs)
         assert [state(sweep.cell(e)) for e in sweep.entries] == ["finished", "failed"]

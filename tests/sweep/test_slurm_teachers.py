@@ -11,10 +11,10 @@ from dash_exp.errors import UserError
 from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import read
 from dash_exp.sweep.actions import cluster_of
-from dash_exp.sweep.dispatch import launch
+from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import make_plan
-from dash_exp.sweep.slurm import teachers as slurm_teachers
-from dash_exp.sweep.slurm.teachers import TeacherJob, demands
+from dash_exp.sweep.slurm import submit as slurm
+from dash_exp.sweep.slurm.job import TeacherJob
 from tests.sweep.slurm_helpers import FakeSlurm
 from tests.sweep.test_teachers import CELL, DIGITS
 
@@ -43,14 +43,14 @@ def test_a_job_makes_them_and_queues_the_cells(
     root, traces = tmp_path / "out", tmp_path / "traces.jsonl"
     plan = plan_of(root, traces)
     cluster = cluster_of(plan.actions)
-    said: list[str] = []
-    assert launch(plan, root, cluster=cluster, wait=False, say=said.append) == 0
-    assert "traces are made by job 102, which then queues the cells that wait for them" in said
+    logged: list[str] = []
+    assert launch(LaunchRequest(plan, root, cluster), wait=False, log=logged.append) == 0
+    assert "traces are made by job 102, which then queues the cells that wait for them" in logged
     scripts = [facts["script"] for facts in fake_slurm.jobs().values()]
     names = [script.split("--job-name=")[1].split()[0] for script in scripts]
     assert names == ["mine-dash-tiny", "mine-traces-tiny"]
     manifest = read(root / "sweeps" / "mine")
-    assert slurm_teachers.is_active(manifest) and slurm_teachers.submit(manifest, cluster) is None
+    assert slurm.teachers_active(manifest) and slurm.submit_teachers(manifest, cluster) is None
     row = {"id": "1", "problem": "1+1", "solution": "2", "tokens": [5], "index": 0, "finish": "stop"}
     traces.write_text(json.dumps(row) + "\n")  # as the job would
     monkeypatch.setenv("SLURM_JOB_ID", "102")
@@ -63,8 +63,8 @@ def test_a_job_makes_them_and_queues_the_cells(
 def test_what_the_teachers_ask_for_is_looked_at_first(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     root = tmp_path / "out"
     plan = plan_of(root, tmp_path / "traces.jsonl", "cluster.memory_gb=999")
-    (entry,) = demands(plan.waiting)
+    (entry,) = slurm.teacher_entries(plan.waiting)
     assert entry.resources.memory_gb == 999
     with pytest.raises(UserError, match=r"cluster\.memory_gb: asks for 999 GB .* \(for traces-tiny\)"):
-        launch(plan, root, cluster=cluster_of(plan.actions), wait=False)
+        launch(LaunchRequest(plan, root, cluster_of(plan.actions)), wait=False)
     assert not (root / "sweeps").exists() and not fake_slurm.jobs()

@@ -1,4 +1,4 @@
-"""What a cell is doing: pure verdicts, real processes with real locks, numbers from file ends."""
+"""The state of a cell: from evidence, real processes with real locks, and the ends of files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,21 @@ from typing import Any
 import pytest
 
 from dash_exp.record import journal
-from dash_exp.record.folder import Recorder, lock
+from dash_exp.record.folder import Recorder, Row, lock
 from dash_exp.record.locks import HERE, Locks, ask_to_end, is_alive, runs
 from dash_exp.sweep.slurm.queue import JobState
-from dash_exp.sweep.states import Reading, recent_steps, state_of, states_of, steps_of
-from dash_exp.sweep.tails import Follower, last_lines, last_rows
-from dash_exp.sweep.verdict import Evidence, judge
+from dash_exp.sweep.states import (
+    CellState,
+    Evidence,
+    derive_state,
+    last_lines,
+    last_rows,
+    recent_steps,
+    state_of,
+    states_of,
+    steps_of,
+)
+from dash_exp.sweep.watch import Follower
 from tests.conftest import REPOSITORY
 from tests.sweep.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 
@@ -39,7 +48,7 @@ def said(state: str, heartbeat: float, **facts: Any) -> dict[str, Any]:
 
 QUEUED, RUNS, ENDED = row("queued", 10, job="7"), JobState("running", "RUNNING"), JobState("ended")
 START = row("start", 20, host="node7", pid=5, job="7")
-LOCAL = row("start", 20, host="here", pid=5, job=None)
+LOCAL = row("start", 20, host=HERE, pid=5, job=None)
 
 
 def end(code: int, kind: str | None, at: float = 40) -> dict[str, Any]:
@@ -49,8 +58,8 @@ def end(code: int, kind: str | None, at: float = 40) -> dict[str, Any]:
 CASES = {
     "nothing was started": (said("pending", 5), [], {}, "pending"),
     "finished stays so while its process tidies up": (said("finished", 30), [LOCAL], {"pid": 5}, "finished"),
-    "a process holds it, whatever was said": (said("interrupted", 15), [LOCAL], {"pid": 5}, "running"),
-    "it says running and nobody holds it": (said("running", 30), [LOCAL], {}, "interrupted"),
+    "a process holds it, whatever was recorded": (said("interrupted", 15), [LOCAL], {"pid": 5}, "running"),
+    "it recorded running and nobody holds it": (said("running", 30), [LOCAL], {}, "interrupted"),
     "killed, and the launcher saw a lost machine": (
         said("running", 30),
         [LOCAL, end(-9, "node")],
@@ -77,39 +86,39 @@ CASES = {
     "queued anew after a lost node": (
         said("running", 30),
         [QUEUED, START],
-        {"job": JobState("queued", "PENDING"), "here": False},
+        {"job": JobState("queued", "PENDING")},
         "queued",
     ),
     "its job has begun, itself not yet": (said("pending", 5), [QUEUED], {"job": RUNS}, "running"),
     "runs in a job elsewhere": (
         said("running", 30),
         [QUEUED, START],
-        {"job": RUNS, "here": False},
+        {"job": RUNS},
         "running",
     ),
     "its process ended in a job that goes on": (
         said("running", 30),
         [QUEUED, START, end(-9, "node")],
-        {"job": RUNS, "here": False},
+        {"job": RUNS},
         "interrupted",
     ),
     "its job was queued anew and runs again": (
         said("interrupted", 30),
         [QUEUED, START, end(140, "timeout"), row("requeue", 50, job="7")],
-        {"job": RUNS, "here": False},
+        {"job": RUNS},
         "running",
     ),
     "its job was killed, queued anew, and has just begun again": (
         said("interrupted", 30),
         [QUEUED, START],
-        {"job": RUNS, "here": True},
+        {"job": RUNS},
         "running",
     ),
-    "its job is over": (said("running", 30), [QUEUED, START], {"job": ENDED, "here": False}, "interrupted"),
+    "its job is over": (said("running", 30), [QUEUED, START], {"job": ENDED}, "interrupted"),
     "its job ran out of memory": (
         said("running", 30),
         [QUEUED, START],
-        {"job": JobState("ended", "OUT_OF_MEMORY"), "here": False},
+        {"job": JobState("ended", "OUT_OF_MEMORY")},
         "failed",
     ),
     "scancel, while it waited": (
@@ -121,7 +130,7 @@ CASES = {
     "scancel, then a retry": (
         said("interrupted", 30),
         [QUEUED, START, row("retry", 60)],
-        {"job": JobState("ended", "CANCELLED"), "here": False},
+        {"job": JobState("ended", "CANCELLED")},
         "interrupted",
     ),
     "cancelled while it ran": (
@@ -134,27 +143,27 @@ CASES = {
     "cancelled before it began": (said("pending", 5), [row("cancel", 30)], {}, "cancelled"),
     "cancelled, then a retry": (said("cancelled", 30), [row("retry", 50)], {}, "pending"),
     "elsewhere, heard a minute ago": (
-        said("running", 30),
+        said("running", 30, host="node7"),
         [],
-        {"here": False, "host": "node7", "silent_s": 60.0, "step_s": 2.0},
+        {"now": 90.0, "step_s": 2.0},
         "running",
     ),
     "elsewhere, silent for twenty minutes at 2 s a step": (
-        said("running", 30),
+        said("running", 30, host="node7"),
         [],
-        {"here": False, "host": "node7", "silent_s": 1200.0, "step_s": 2.0},
+        {"now": 1230.0, "step_s": 2.0},
         "interrupted",
     ),
     "elsewhere, silent for twenty minutes at 5 minutes a step": (
-        said("running", 30),
+        said("running", 30, host="node7"),
         [],
-        {"here": False, "host": "node7", "silent_s": 1200.0, "step_s": 300.0},
+        {"now": 1230.0, "step_s": 300.0},
         "running",
     ),
     "elsewhere, evaluating before its first step": (
-        said("running", 30),
+        said("running", 30, host="node7"),
         [],
-        {"here": False, "host": "node7", "silent_s": 1200.0, "step_s": None},
+        {"now": 1230.0, "step_s": None},
         "running",
     ),
     "queued, and squeue does not answer": (said("pending", 5), [QUEUED], {}, "queued"),
@@ -162,36 +171,35 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_verdict(name: str) -> None:
+def test_states(name: str) -> None:
     status, rows, more, expected = CASES[name]
-    job_id = next((r["job"] for r in reversed(rows) if r.get("job")), None)
-    assert judge(Evidence(status, rows, **{"job_id": job_id, **more})).state == expected
+    assert derive_state(Evidence(Path(), status, rows, **more)).state == expected
 
 
-def test_a_verdict_says_what_a_person_should_know() -> None:
-    rows = [LOCAL, row("cancel", 31)]
-    assert judge(Evidence(said("running", 30), rows, pid=5)).note == "asked to end"
+def test_a_state_has_a_note() -> None:
+    def derived(status: Row, rows: list[Row], **more: Any) -> CellState:
+        return derive_state(Evidence(Path(), status, rows, **more))
+
+    assert derived(said("running", 30), [LOCAL, row("cancel", 31)], pid=5).note == "asked to end"
     waits = JobState("queued", "PENDING", reason="Priority")
-    assert judge(Evidence(said("pending", 5), [QUEUED], job=waits, job_id="7")).note == "Priority"
-    dead = judge(Evidence(said("running", 30), [LOCAL], silent_s=90.0))
-    assert dead.note == "died without a word, silent for 1m30s"
-    lost = Evidence(
-        said("running", 30), [QUEUED, START], here=False, job=JobState("ended", "NODE_FAIL"), job_id="7"
-    )
-    assert (judge(lost).note, judge(lost).failure_class) == ("job 7: NODE_FAIL", "node")
-    refused = judge(Evidence(said("pending", 5), [LOCAL, end(2, "config")]))
+    assert derived(said("pending", 5), [QUEUED], job=waits).note == "Priority"
+    dead = derived(said("running", 30), [LOCAL], now=120.0)
+    assert dead.note == "exited without recording a status, last seen 1m30s ago"
+    lost = derived(said("running", 30), [QUEUED, START], job=JobState("ended", "NODE_FAIL"))
+    assert (lost.note, lost.failure_class) == ("job 7: NODE_FAIL", "node")
+    refused = derived(said("pending", 5), [LOCAL, end(2, "config")])
     assert (refused.failure, refused.failure_class) == ("ended with exit code 2", "config")
 
 
-def test_running_is_told_by_the_lock_of_a_live_process(folder: Path) -> None:
+def test_a_cell_runs_while_a_live_process_holds_its_lock(folder: Path) -> None:
     with held_by_a_process(folder) as process:
-        state = state_of(folder, {}, time.time())
+        state = state_of(folder, time.time())
         assert (state.state, state.pid, state.host) == ("running", process.pid, HERE)
         process.kill()
         process.wait()
-        dead = state_of(folder, {}, time.time() + 30)
+        dead = state_of(folder, time.time() + 30)
     assert (dead.state, dead.pid) == ("interrupted", None)
-    assert dead.note.startswith("died without a word, silent for 3")
+    assert dead.note.startswith("exited without recording a status, last seen 3")
 
 
 def test_a_process_that_starts_is_seen_before_it_has_its_lock(folder: Path) -> None:
@@ -199,7 +207,7 @@ def test_a_process_that_starts_is_seen_before_it_has_its_lock(folder: Path) -> N
     process = subprocess.Popen([sys.executable, "-c", code, "-m", "dash_exp.cell", str(folder)])
     try:
         journal.note(folder, "start", host=HERE, pid=process.pid, job=None, sweep="demo")
-        assert state_of(folder, {}, time.time()).state == "running"
+        assert state_of(folder, time.time()).state == "running"
         assert not runs(process.pid, "another-folder")  # its number may be another's by now
         assert not ask_to_end(process.pid, "another-folder") and process.poll() is None
         assert ask_to_end(process.pid, folder.name)
@@ -208,16 +216,16 @@ def test_a_process_that_starts_is_seen_before_it_has_its_lock(folder: Path) -> N
     finally:
         process.kill()
         process.wait()
-    assert state_of(folder, {}, time.time()).state == "interrupted"
+    assert state_of(folder, time.time()).state == "interrupted"
 
 
-def test_without_a_table_of_locks_the_process_is_asked_for(folder: Path) -> None:
+def test_without_a_table_of_locks_the_recorded_process_counts(folder: Path) -> None:
     unknown = Locks({}, known=False)
     with held_by_a_process(folder) as process:
-        reading = Reading.of(folder)
-        assert reading.process(unknown) == process.pid
-        assert reading.process(Locks({})) is None  # the table tells: nobody holds it
-    assert reading.process(unknown) is None
+        seen = Evidence.read(folder)
+        assert seen.process(unknown) == process.pid
+        assert seen.process(Locks({})) is None  # by the table, nobody holds it
+    assert seen.process(unknown) is None
 
 
 def test_looking_never_takes_the_lock(folder: Path) -> None:
@@ -226,12 +234,12 @@ def test_looking_never_takes_the_lock(folder: Path) -> None:
 
     def look() -> None:
         while not done.is_set():
-            state_of(folder, {}, time.time())
+            state_of(folder, time.time())
 
     watcher = threading.Thread(target=look)
     watcher.start()
     try:
-        for _ in range(200):
+        for _ in range(50):
             descriptor = lock(folder)
             assert Locks.now().holder(folder / ".lock") == os.getpid()
             os.close(descriptor)
@@ -245,7 +253,7 @@ def test_a_cell_that_ends_while_it_is_looked_at_never_seems_dead(folder: Path) -
     code = (
         "import sys; from pathlib import Path; from dash_exp.record.folder import Recorder\n"
         "print('go', flush=True)\n"
-        "for step in range(100):\n"
+        "for step in range(40):\n"
         "    with Recorder(Path(sys.argv[1])) as recorder:\n"
         "        recorder.status('running', step); recorder.status('interrupted', step, failure='SIGTERM')\n"
     )
@@ -256,7 +264,7 @@ def test_a_cell_that_ends_while_it_is_looked_at_never_seems_dead(folder: Path) -
     looks, dead = 0, []
     while process.poll() is None:
         looks += 1
-        dead += [s for s in states_of([folder], {}, time.time()) if "died" in s.note]
+        dead += [s for s in states_of([folder], time.time()) if "exited" in s.note]
     process.stdout.close()
     assert looks > 5 and dead == []
 
@@ -269,12 +277,12 @@ def test_progress_is_that_of_the_last_steps(folder: Path) -> None:
         recorder.append("steps", [{"step": 30, "time/step_s": 100.0, "reward/mean": 0.75}])
         recorder.facts["steps"] = 50
         recorder.status("running", 30)
-        state = state_of(folder, {}, time.time())
+        state = state_of(folder, time.time())
     assert (state.state, state.step, state.steps) == ("running", 30, 50)
     assert state.step_s == 2.0
     assert state.reward == pytest.approx((4 * 0.25 + 0.75) / 5)
     assert state.eta_s == pytest.approx(20 * 2.0)
-    assert state_of(folder, {}, time.time()).eta_s is None  # nobody runs it any more
+    assert state_of(folder, time.time()).eta_s is None  # nobody runs it any more
 
 
 def test_steps_that_a_resumed_run_makes_anew_count_once(folder: Path) -> None:
@@ -295,7 +303,7 @@ def test_planned_steps_come_from_the_run_else_from_the_config(tmp_path: Path) ->
     assert steps_of({"steps": 12}, known) == 12
     assert steps_of({}, unknown) is None
     ran(unknown, "running", 2)
-    assert state_of(unknown, {}, time.time()).eta_s is None
+    assert state_of(unknown, time.time()).eta_s is None
 
 
 def test_a_budget_ends_a_run_before_its_steps_do(tmp_path: Path) -> None:
@@ -306,28 +314,28 @@ def test_a_budget_ends_a_run_before_its_steps_do(tmp_path: Path) -> None:
     with Recorder(folder) as recorder:
         recorder.append("steps", steps_rows(10))
         recorder.status("running", 10)
-        assert state_of(folder, {}, time.time()).eta_s == pytest.approx(30 - 10 * 2.0)
+        assert state_of(folder, time.time()).eta_s == pytest.approx(30 - 10 * 2.0)
 
 
 def test_stale_marks_what_other_code_finished(folder: Path) -> None:
     ran(folder, "finished", 20, code="then")
-    assert states_of([folder], {}, time.time(), code="now")[0].stale
-    assert not states_of([folder], {}, time.time(), code="then")[0].stale
+    assert states_of([folder], time.time(), code="now")[0].stale
+    assert not states_of([folder], time.time(), code="then")[0].stale
     rewrite(folder, state="failed")
-    assert not states_of([folder], {}, time.time(), code="now")[0].stale
+    assert not states_of([folder], time.time(), code="now")[0].stale
 
 
 def test_where_it_ran_is_what_was_said_last(folder: Path) -> None:
     ran(folder, "running", 3)
     rewrite(folder, host="node7", heartbeat=time.time() - 60)
-    state = state_of(folder, {}, time.time())
-    assert (state.state, state.host) == ("running", "node7") and state.note == "on node7, heard 1m00s ago"
+    state = state_of(folder, time.time())
+    assert (state.state, state.host) == ("running", "node7") and state.note == "on node7, last seen 1m00s ago"
     journal.note(folder, "start", host=HERE, pid=2**22 + 1, job=None, sweep="demo")
-    state = state_of(folder, {}, time.time())
+    state = state_of(folder, time.time())
     assert (state.state, state.host) == ("interrupted", HERE)
 
 
-def test_ends_of_files_are_read_alone(tmp_path: Path) -> None:
+def test_only_the_ends_of_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     path.write_text('{"step": 1}\n' * 5000 + '{"step": 2}\n{"step": 3, "tor')
     assert last_rows(path, 2, size=60) == [{"step": 1}, {"step": 2}]
@@ -338,7 +346,7 @@ def test_ends_of_files_are_read_alone(tmp_path: Path) -> None:
     assert last_lines(text, 0) == []
 
 
-def test_a_follower_tells_what_is_added_in_whole_lines(tmp_path: Path) -> None:
+def test_a_follower_returns_complete_new_lines(tmp_path: Path) -> None:
     path = tmp_path / "output.txt"
     follower = Follower(path)
     assert follower.more() == []

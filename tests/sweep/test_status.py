@@ -20,7 +20,7 @@ from dash_exp.sweep.planning import plan_of
 from dash_exp.sweep.preview import preview
 from dash_exp.sweep.report import plan_view, status_view, sweep_lines
 from dash_exp.sweep.states import CellState
-from dash_exp.sweep.status import Watched, sweep_eta_s, watch, watch_all
+from dash_exp.sweep.status import SweepCell, read_sweep, read_sweeps, sweep_eta_s
 from tests.sweep.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 
 
@@ -39,7 +39,7 @@ def test_cells_are_counted_by_what_they_do(tmp_path: Path) -> None:
     ran(folders[1], "failed", 7, failure="FloatingPointError: no number")
     ran(folders[2], "running", 5)
     with held_by_a_process(folders[3]):
-        state = watch(manifest)
+        state = read_sweep(manifest)
     assert state.counts == {
         "running": 1,
         "pending": 1,
@@ -64,24 +64,24 @@ def test_a_cell_waits_for_those_it_needs_and_says_for_whom(tmp_path: Path) -> No
     partner, second = cell_of("dash", 0, 1), cell_of("ppo_multi", 0, 2, needs=["0000001c"])
     manifest = sweep_of(tmp_path, [partner, second])
     first = manifest.cell(manifest.entries[0])
-    assert watch(manifest).cells[1].cell.note == f"waits for {first.name} (pending)"
+    assert read_sweep(manifest).cells[1].cell.note == f"waits for {first.name} (pending)"
     ran(first, "failed", 2)
-    seen = watch(manifest).cells[1].cell
+    seen = read_sweep(manifest).cells[1].cell
     assert (seen.state, seen.note) == ("blocked", f"waits for {first.name} (failed)")
     rewrite(first, state="finished")
-    assert watch(manifest).cells[1].cell.state == "pending"
+    assert read_sweep(manifest).cells[1].cell.state == "pending"
     alone = sweep_of(tmp_path, [second], name="other")  # its partner is another sweep's
-    assert watch(alone).cells[0].cell.state == "pending"
+    assert read_sweep(alone).cells[0].cell.state == "pending"
     rewrite(first, state="interrupted")
-    assert watch(alone).cells[0].cell.note == f"waits for {first.name} (interrupted)"
+    assert read_sweep(alone).cells[0].cell.note == f"waits for {first.name} (interrupted)"
     absent = sweep_of(tmp_path, [cell_of("ppo_mini", 0, 3, needs=["0000009c"])], name="third")
-    assert watch(absent).cells[0].cell.note == "waits for 0000009c (missing)"
+    assert read_sweep(absent).cells[0].cell.note == "waits for 0000009c (missing)"
 
 
-def watched(state: str, step: int, steps: int | None, step_s: float | None, eta_s: float | None) -> Watched:
+def watched(state: str, step: int, steps: int | None, step_s: float | None, eta_s: float | None) -> SweepCell:
     entry = cell_of("dash", 0, 1)
     cell = CellState(Path("x"), state, step=step, steps=steps, step_s=step_s, eta_s=eta_s)
-    return Watched(entry, "x", cell)  # type: ignore[arg-type]
+    return SweepCell(entry, "x", cell)  # type: ignore[arg-type]
 
 
 def test_a_sweep_is_done_when_its_open_cells_are() -> None:
@@ -99,7 +99,7 @@ def test_a_cell_of_two_sweeps_is_seen_alike_in_both(tmp_path: Path) -> None:
     cells = [cell_of("dash", 0, 1), cell_of("grpo", 0, 2)]
     both = [sweep_of(tmp_path, cells, "first"), sweep_of(tmp_path, cells[:1], "second")]
     ran(both[0].cell(both[0].entries[0]), "finished", 20)
-    first, second = watch_all(both)
+    first, second = read_sweeps(both)
     assert (first.counts, second.counts) == ({"pending": 1, "finished": 1}, {"finished": 1})
 
 
@@ -159,7 +159,7 @@ def test_the_table_fits_eighty_columns_and_tells_the_failure(tmp_path: Path) -> 
     ran(folders[1], "failed", 7, failure="torch.OutOfMemoryError: CUDA out of memory")
     (folders[1] / "output.txt").write_text("one\ntwo [of brackets]\n")
     ran(folders[3], "blocked", 0, reason="waits")
-    state = watch(manifest)
+    state = read_sweep(manifest)
     text = text_of(status_view(state, state.cells, long=False))
     assert max(map(len, text.splitlines())) <= 80
     assert "\n6 cells: 3 pending, 1 blocked, 1 failed, 1 finished\n" in text
@@ -245,9 +245,9 @@ def test_a_thousand_cells_are_read_by_their_ends(tmp_path: Path) -> None:
         recorder.append("steps", steps_rows(30_000))
         recorder.status("interrupted", 30_000)
     assert (folder / "steps.jsonl").stat().st_size > 30e6
-    watch(manifest)
+    read_sweep(manifest)
     start = time.perf_counter()
-    assert watch(manifest).cells[0].cell.step_s == 2.0
+    assert read_sweep(manifest).cells[0].cell.step_s == 2.0
     assert time.perf_counter() - start < 0.2
 
 

@@ -17,9 +17,9 @@ from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import read_final, read_json
 from dash_exp.record.locks import is_alive
 from dash_exp.record.manifest import Manifest
-from dash_exp.sweep.cancel import cancel
+from dash_exp.sweep.dispatch import cancel
 from dash_exp.sweep.states import CellState
-from dash_exp.sweep.status import watch
+from dash_exp.sweep.status import read_sweep
 from tests.sweep.slurm_helpers import FakeSlurm
 from tests.sweep.sweep_fixtures import (
     Capture,
@@ -90,15 +90,15 @@ def test_cancel_twice_at_once_asks_once(root: Path) -> None:
     with stubborn(manifest.cell(manifest.entries[0])) as process:
 
         def run() -> None:
-            cancel(manifest, ids(manifest), whole=False, patience_s=0.5)
+            cancel(manifest, ids(manifest), entire=False, wait_s=0.5)
 
         threads = [threading.Thread(target=run) for _ in range(3)]
         for thread in threads:
             thread.start()
-        assert watch(manifest).cells[0].cell.state == "running"
+        assert read_sweep(manifest).cells[0].cell.state == "running"
         for thread in threads:
             thread.join()
-        cancel(manifest, ids(manifest), whole=True, patience_s=20)
+        cancel(manifest, ids(manifest), entire=True, wait_s=20)
         assert process.stdout is not None and process.stdout.readline() == "1\n"
     assert states(manifest) == ["cancelled"]
 
@@ -106,8 +106,8 @@ def test_cancel_twice_at_once_asks_once(root: Path) -> None:
 def test_cancel_now_asks_again(root: Path) -> None:
     manifest = sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
     with stubborn(manifest.cell(manifest.entries[0])) as process:
-        assert cancel(manifest, ids(manifest), whole=False, patience_s=0.1).ending
-        cancel(manifest, ids(manifest), whole=False, again=True, patience_s=20)
+        assert cancel(manifest, ids(manifest), entire=False, wait_s=0.1).ending
+        cancel(manifest, ids(manifest), entire=False, again=True, wait_s=20)
         assert process.stdout is not None and process.stdout.readline() == "2\n"
 
 
@@ -115,9 +115,9 @@ def test_a_cell_that_ends_after_the_command_is_shown_cancelled(root: Path) -> No
     manifest = sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
     folder = manifest.cell(manifest.entries[0])
     with stubborn(folder) as process:
-        done = cancel(manifest, ids(manifest), whole=False, patience_s=0.1)
+        done = cancel(manifest, ids(manifest), entire=False, wait_s=0.1)
         assert [one.entry.id for one in done.ending] == ["0000001c"]
-        assert watch(manifest).cells[0].cell.note == "asked to end"
+        assert read_sweep(manifest).cells[0].cell.note == "asked to end"
         process.wait(timeout=20)
     assert read_json(folder / "status.json")["state"] == "interrupted"  # its own last word
     assert states(manifest) == ["cancelled"]
@@ -131,11 +131,11 @@ def test_a_whole_sweep_leaves_alone_what_another_sweep_runs(root: Path) -> None:
     shared = mine.cell(mine.entries[0])
     with held_by_a_process(shared) as process:
         journal.note(shared, "start", host="here", pid=process.pid, job=None, sweep="other")
-        done = cancel(mine, ids(mine), whole=True, patience_s=0.1)
-        assert [(one.entry.id, why) for one, why in done.left] == [("0000001c", "run by the sweep other")]
+        done = cancel(mine, ids(mine), entire=True, wait_s=0.1)
+        assert [(one.entry.id, why) for one, why in done.skipped] == [("0000001c", "run by the sweep other")]
         assert [one.entry.id for one in done.ended] == ["0000002c"]
         assert process.poll() is None and states(other) == ["running"]
-        cancel(mine, {"0000001c"}, whole=False, patience_s=20)  # by name, it is meant
+        cancel(mine, {"0000001c"}, entire=False, wait_s=20)  # by name, it is meant
         assert process.poll() is not None
     assert states(other) == ["cancelled"]
 
@@ -159,11 +159,11 @@ def test_cancel_takes_jobs_back_from_slurm(root: Path, fake_slurm: FakeSlurm, ca
     assert "SLURM does not answer" in refused(capsys, "cancel", "mine", where)
     fake_slurm.set(silent=[])
     for _ in range(2):
-        cancel(manifest, ids(manifest), whole=True, patience_s=0.0)
+        cancel(manifest, ids(manifest), entire=True, wait_s=0.0)
     assert fake_slurm.calls("scancel")[1:] == ["scancel --quiet --signal=TERM 12_0"]  # asked once
     assert states(manifest) == ["running", "running", "cancelled"]
-    assert watch(manifest).cells[0].cell.note == "asked to end"
-    cancel(manifest, ids(manifest), whole=True, again=True, patience_s=5.0)
+    assert read_sweep(manifest).cells[0].cell.note == "asked to end"
+    cancel(manifest, ids(manifest), entire=True, again=True, wait_s=5.0)
     assert fake_slurm.calls("scancel")[2:] == ["scancel --quiet 12_0"]
     assert states(manifest) == ["cancelled"] * 3
 
@@ -175,11 +175,11 @@ def test_a_real_sweep_is_shown_as_it_is_through_kills_and_a_cancel(tmp_path: Pat
     assert command("launch", path, where, "-n", 2) == 0
     manifest = manifests.read(tmp_path / "outputs" / "sweeps" / "tried")
     killed = running_past(manifest, step=2)
-    assert watch(manifest).controller is not None
+    assert read_sweep(manifest).controller is not None
     os.kill(int(read_json(manifest.folder / "controller.json")["pid"]), signal.SIGKILL)
     os.kill(killed.pid, signal.SIGKILL)  # type: ignore[arg-type]
     await_death(killed.pid)
-    state = watch(manifest)
+    state = read_sweep(manifest)
     assert state.controller is None or not state.controller["alive"]
     shown = next(one.cell for one in state.cells if one.cell.folder == killed.folder)
     assert (shown.state, shown.note[:21]) == ("interrupted", "died without a word, ")
@@ -191,7 +191,7 @@ def test_a_real_sweep_is_shown_as_it_is_through_kills_and_a_cancel(tmp_path: Pat
     assert command("cancel", "tried", where) == 0
     settle(manifest)
     assert set(states(manifest)) <= {"finished", "cancelled"} and "cancelled" in states(manifest)
-    assert not any(asked.pid == one.cell.pid for one in watch(manifest).cells)
+    assert not any(asked.pid == one.cell.pid for one in read_sweep(manifest).cells)
     assert command("retry", "tried", where, "-n", 2, "--wait") == 0
     assert states(manifest) == ["finished"] * 4
     for entry in manifest.entries:
@@ -203,7 +203,7 @@ def running_past(manifest: Manifest, step: int, patience_s: float = 120.0) -> Ce
     """A cell that runs and has made some steps. At every look, what is said to run does."""
     until = time.monotonic() + patience_s
     while time.monotonic() < until:
-        for one in watch(manifest).cells:
+        for one in read_sweep(manifest).cells:
             cell = one.cell
             if cell.state == "running":
                 said = read_json(cell.folder / "status.json")["state"]
@@ -211,7 +211,7 @@ def running_past(manifest: Manifest, step: int, patience_s: float = 120.0) -> Ce
                 if cell.step >= step:
                     return cell
         time.sleep(0.1)
-    raise AssertionError(f"nothing came so far: {watch(manifest).counts}")
+    raise AssertionError(f"nothing came so far: {read_sweep(manifest).counts}")
 
 
 def await_death(pid: int | None) -> None:

@@ -177,7 +177,7 @@ def test_logs_show_the_end_and_follow(root: Path, capsys: Capture) -> None:
     assert "line 98\nline 99\n" in text and "line 97" not in text
     assert "dash (0000001c), pending" in text and "grpo" not in text
     assert command("logs", "mine", "algorithm=grpo", where) == 0
-    assert "nothing was said yet" in capsys.readouterr().out
+    assert "nothing was printed yet" in capsys.readouterr().out
     with held_by_a_process(folder) as process:
         args = parser_of("logs").parse_intermixed_args(["mine", "algorithm=dash", where, "-f"])
         follower = threading.Thread(target=logs_command, args=(args,))
@@ -219,7 +219,7 @@ def test_nothing_to_retry_starts_nothing(root: Path, capsys: Capture) -> None:
 def test_the_command_needs_no_torch(root: Path) -> None:
     sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
     code = (
-        "import sys; from dash_exp.sweep import main\n"
+        "import sys; from dash_exp.sweep.__main__ import main\n"
         f"assert main(['status', 'mine', 'run.dir={root}']) == 0\n"
         f"assert main(['list', 'run.dir={root}']) == 0\n"
         f"assert main(['plan', 'mine', 'run.dir={root}']) == 0\n"

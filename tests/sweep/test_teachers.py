@@ -9,7 +9,7 @@ import pytest
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import read
 from dash_exp.sweep.actions import cluster_of
-from dash_exp.sweep.dispatch import launch
+from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import make_plan
 from tests.conftest import REPOSITORY
 
@@ -39,7 +39,7 @@ def test_traces_are_made_first_and_their_cells_join_the_sweep(
         said: list[str] = []
         combinations = [(*CELL, *arm, *extra) for arm in arms]
         plan = make_plan("mine", combinations, root=root, traces=[teacher])
-        code = launch(plan, root, cluster=cluster_of(plan.actions), say=said.append)
+        code = launch(LaunchRequest(plan, root, cluster_of(plan.actions)), log=said.append)
         assert code == expected, said
         return said
 
@@ -68,7 +68,7 @@ def test_a_teacher_that_fails_leaves_its_cells_waiting_and_the_others_finished(
     teacher = (*DIGITS, "cluster.threads=1", f"traces.out={traces}")
     plan = make_plan("mine", [(*CELL, *arm) for arm in arms], root=root, traces=[teacher])
     said: list[str] = []
-    assert launch(plan, root, cluster=cluster_of(plan.actions), say=said.append) == 1
+    assert launch(LaunchRequest(plan, root, cluster_of(plan.actions)), log=said.append) == 1
     assert any("failed with exit code 2; their cells go on waiting" in line for line in said)
     assert "2 cells: 1 blocked, 1 finished" in said
     assert len(read(root / "sweeps" / "mine").waiting) == 1

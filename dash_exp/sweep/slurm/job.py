@@ -1,47 +1,47 @@
-"""What a job of SLURM runs: a cell, or several that share a GPU, from wherever their folders say they are.
+"""What a SLURM job runs: cells, or the sampling of a sweep's teachers.
 
-submitit pickles a `SlurmJob` and calls it, anew after every requeue, whoever asked for that: this job itself
-before its time limit, a preemption, a lost node, a person. All that it knows of a cell's progress comes from
-the cell's folder. It has the signals to itself while cells run; submitit's handlers would requeue by the
-pickle, count every early warning as a timeout, and let SIGTERM pass. Torch-free.
+submitit pickles a job object and calls it, again after every requeue, whoever caused that: the job itself
+before its time limit, a preemption, a lost node, a person. All it knows of a cell's progress comes from the
+cell's folder. The job replaces submitit's signal handlers while cells run: those would requeue by the pickle,
+count every early warning as a timeout, and ignore SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dash_exp.errors import ExitCode
 from dash_exp.record import journal
+from dash_exp.record import manifest as manifests
 from dash_exp.record.endings import is_cancelled, say_state
-from dash_exp.record.failures import may_retry
+from dash_exp.record.failures import BY_SCHEDULER, may_retry
 from dash_exp.record.folder import Row, read_json
 from dash_exp.signals import handling, run_forwarding
+from dash_exp.sweep.actions import cluster_of
 from dash_exp.sweep.pool import Relay, Terms, run_pool
 from dash_exp.sweep.slurm import queue
-from dash_exp.sweep.tails import last_lines
+from dash_exp.sweep.states import last_lines
+from dash_exp.sweep.teachers import make_traces
 from dash_exp.sweep.worker import OUTPUT, Job, cell_actions
 
-FAILED, BLOCKED, SIGNALLED = 1, 3, 128
 WARNING = int(signal.SIGUSR2)
 SETTLED = ("finished", "failed", "blocked", "cancelled")
-"""States that a signal to the job did not cause."""
+"""States that are not caused by a signal to the job."""
 ATTEMPTS, PAUSE_S = 3, 5.0
-"""To reach the controller when a job asks to be queued anew."""
-BY_STATE = {"PREEMPTED": "preemption", "NODE_FAIL": "node", "TIMEOUT": "timeout"}
-"""Why SLURM queued a job anew, from what accounting says of its last run; else `requeued`, by a person."""
+"""To reach SLURM's controller when a job asks to be requeued."""
 SHOWN_LINES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """This process's place in SLURM. `job`: its id as squeue has it; `restarts`: how often SLURM has started
-    the job anew; `cpus`: that were given to this task."""
+    """This process's place in SLURM. `job`: its id as in squeue; `restarts`: how often SLURM has restarted
+    the job; `cpus`: of this task."""
 
     job: str
     rank: int = 0
@@ -64,8 +64,8 @@ class Place:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """`cells`: names of folders below `root`/cells; `needs`: of each, ids of cells to be finished before it;
-    `gpus`: of each; `slots`: cells at once; `requeues`, `retries`: as in `cluster`."""
+    """Runs cells. `cells`: names of folders below `root`/cells; `needs`: ids of cells that each of them waits
+    for; `gpus`: of each; `slots`: cells at once; `requeues`, `retries`: as in `cluster`."""
 
     root: str
     sweep: str
@@ -78,15 +78,15 @@ class SlurmJob:
     retries: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self) -> dict[str, str]:
-        """Run the cells; their states, all `finished`. Anything else ends this process with a code that
-        SLURM takes for a failure, 1; 3 where a cell still waits for another; 128 + n after signal n."""
+        """Run the cells. Returns their states if all are finished, else exits with 1, a failure for SLURM; 3
+        if a cell still waits for another; 128 + n after signal n."""
         relay = Relay()
         with handling(relay):
             place = Place.here(os.environ)
             if place.rank > 0:
-                return self._follow(place, relay)
-            states = self._lead(place, relay)
-            code = self._ended(states, place, relay)
+                return self._run_rank(place, relay)
+            states = self._run_cells(place, relay)
+            code = self._end(states, place, relay)
         if code:
             raise SystemExit(code)
         return states
@@ -94,106 +94,131 @@ class SlurmJob:
     def folder(self, name: str) -> Path:
         return Path(self.root) / "cells" / name
 
-    def _follow(self, place: Place, relay: Relay) -> dict[str, str]:
-        """As a rank of the learner beside rank 0, which decides everything; or nothing, where it does."""
+    def _run_rank(self, place: Place, relay: Relay) -> dict[str, str]:
+        """Run another rank of the learner than rank 0, which takes all decisions; nothing if rank 0 runs
+        nothing."""
         (name,) = self.cells
-        if self._unable(name, place) is not None or relay.first is not None:
+        if self._obstacle(name, place) is not None or relay.first is not None:
             return {}
         actions = cell_actions(self.actions, threads(place.cpus, 1))
         code, _ = run_forwarding([sys.executable, "-m", "dash_exp.cell", str(self.folder(name)), *actions])
         if code:
-            raise SystemExit(code if code > 0 else SIGNALLED - code)
+            raise SystemExit(code if code > 0 else ExitCode.SIGNALLED - code)
         return {}
 
-    def _lead(self, place: Place, relay: Relay) -> dict[str, str]:
-        """Run what can be run: the states in which the cells are left."""
+    def _run_cells(self, place: Place, relay: Relay) -> dict[str, str]:
+        """Run the cells that can run. Returns the states of all."""
         states, able = {}, []
         for name in self.cells:
-            unable = self._unable(name, place)
+            obstacle = self._obstacle(name, place)
             note_restarts(self.folder(name), place)
-            if unable is None:
+            if obstacle is None:
                 able.append(name)
                 continue
-            states[name], reason = unable
+            states[name], reason = obstacle
             if reason:
-                say(f"{name}: {reason}")
+                log(f"{name}: {reason}")
                 more = {"reason": reason} if states[name] == "blocked" else {"failure": reason}
                 say_state(self.folder(name), states[name], **more)
-        # the ranks of a cell must start together, so rank 0 does not try again alone
+        # the ranks of a cell must start together, so rank 0 does not retry by itself
         retries = self.retries if place.tasks == 1 else {}
         actions = tuple(cell_actions(self.actions, threads(place.cpus, self.slots)))
         terms = Terms(self.slots, actions, retries, self.slots, False, self.sweep, place.job)
-        states |= run_pool([Job(self.folder(name), (), self.gpus) for name in able], terms, say, relay)
+        states |= run_pool([Job(self.folder(name), (), self.gpus) for name in able], terms, log, relay)
         for name in able:
             if states[name] == "failed":
                 print(*last_lines(self.folder(name) / OUTPUT, SHOWN_LINES), sep="\n", flush=True)
         return states
 
-    def _unable(self, name: str, place: Place) -> tuple[str, str] | None:
-        """The state of a cell that is not to be run now, and why not (nothing to say of a finished one)."""
+    def _obstacle(self, name: str, place: Place) -> tuple[str, str] | None:
+        """The state of a cell that must not run now, and the reason (empty for a finished one)."""
         folder = self.folder(name)
-        if state_in(folder) == "finished":
+        if recorded_state(folder) == "finished":
             return "finished", ""
         waits = [reason for need in self.needs.get(name, ()) if (reason := unmet(folder.parent, need))]
         if waits:
             return "blocked", f"waits for {', '.join(waits)}"
         if used_requeues(journal.read(folder), place) > self.requeues:
-            return "interrupted", f"was queued anew more often than cluster.requeues={self.requeues} allows"
+            return "interrupted", f"was requeued more often than cluster.requeues={self.requeues} allows"
         return None
 
-    def _ended(self, states: Mapping[str, str], place: Place, relay: Relay) -> int:
-        """What becomes of the job: the code it ends with, after it was queued anew where that makes sense."""
-        failed = [name for name, state in states.items() if state == "failed"]
-        again = [name for name in failed if self._may_start_again(name)]
+    def _end(self, states: Mapping[str, str], place: Place, relay: Relay) -> int:
+        """Requeue the job if cells have to go on. Returns its exit code."""
+        again = [name for name, state in states.items() if state == "failed" and self._may_retry(name)]
         cut_short = [name for name, state in states.items() if state not in SETTLED]
         if relay.first is not None and out_of_time(relay, place.job):
             self._requeue([*cut_short, *again], "timeout", place)
         elif relay.first is None and place.tasks > 1 and again:
             self._requeue(again, last_failure(self.folder(again[0])) or "unknown", place)
         if relay.first is not None and cut_short:
-            return SIGNALLED + relay.first
+            return ExitCode.SIGNALLED + relay.first
         left = set(states.values()) - {"finished"}
-        return 0 if not left else BLOCKED if left == {"blocked"} else FAILED
+        return ExitCode.OK if not left else ExitCode.BLOCKED if left == {"blocked"} else ExitCode.FAILED
 
-    def _may_start_again(self, name: str) -> bool:
-        """Whether the budget of its last failure's class allows a cell another start."""
+    def _may_retry(self, name: str) -> bool:
         kind = last_failure(self.folder(name))
         return kind is not None and may_retry(kind, journal.read(self.folder(name)), self.retries)
 
     def _requeue(self, names: Sequence[str], reason: str, place: Place) -> None:
-        """Queue this job anew for those of the cells that may still be, if nobody asked for their end."""
+        """Requeue this job for those of the cells that were not cancelled and may be requeued once more."""
         rows = {name: journal.read(self.folder(name)) for name in names}
         wanted = [name for name in names if not is_cancelled(rows[name])]
         able = [name for name in wanted if used_requeues(rows[name], place) < self.requeues]
         for name in set(wanted) - set(able):
-            why = f"{reason}; was queued anew as often as cluster.requeues={self.requeues} allows"
+            why = f"{reason}; was requeued as often as cluster.requeues={self.requeues} allows"
             say_state(self.folder(name), "interrupted", failure=why)
-            say(f"{name}: {why}")
-        if able and queue_anew(place.job):
+            log(f"{name}: {why}")
+        if able and requeue(place.job):
             for name in able:
                 journal.note(self.folder(name), "requeue", reason=reason, job=place.job)
 
 
-def say(text: str) -> None:
+@dataclass(frozen=True)
+class TeacherJob:
+    """Samples the teachers of the sweep in `folder` one after the other, then queues the cells that waited
+    for their traces. If it is cut short, the same job continues after a requeue."""
+
+    folder: str
+
+    def __call__(self) -> int:
+        """Returns 0. Exits with 1, a failure for SLURM, if cells still wait; 128 + n after signal n."""
+        from dash_exp.sweep.slurm.submit import submit  # which imports this module
+
+        relay, place = Relay(), Place.here(os.environ)
+        with handling(relay):
+            manifest = make_traces(manifests.read(Path(self.folder)), log, relay, live=True)
+        cluster = cluster_of(manifest.actions)
+        if relay.first is not None:
+            if out_of_time(relay, place.job) and place.restarts < cluster.requeues:
+                requeue(place.job)
+            raise SystemExit(ExitCode.SIGNALLED + relay.first)
+        jobs = submit(manifest, manifest.entries, cluster)
+        log(f"{len(jobs)} jobs queued, {len(manifest.waiting)} cells still wait")
+        if manifest.waiting:
+            raise SystemExit(ExitCode.FAILED)
+        return 0
+
+
+def log(text: str) -> None:
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
-def state_in(folder: Path) -> str:
+def recorded_state(folder: Path) -> str:
     return str(read_json(folder / "status.json").get("state", "pending"))
 
 
 def unmet(pool: Path, need: str) -> str | None:
-    """Why a cell that another one needs does not let it start; None if it is finished."""
+    """Why a needed cell does not let another one start; None if it is finished."""
     folder = next(iter(pool.glob(f"*-{need}")), None)
     if folder is None:
         return f"{need}, which has not been started"
-    state = state_in(folder)
+    state = recorded_state(folder)
     return None if state == "finished" else f"{folder.name}, which is {state}"
 
 
 def out_of_time(relay: Relay, job: str) -> bool:
-    """Whether the signals are those of a time limit: its warning alone, or an end that SLURM says is one. A
-    preemption is SLURM's to make good, and who cancels a job does not want it back."""
+    """Whether the signals mean a time limit: its warning alone, or an end that SLURM attributes to the limit.
+    SLURM itself requeues preempted jobs, and a cancelled job must not come back."""
     if all(number == WARNING for number in relay.numbers):
         return True
     return queue.jobs([job])[job].reason == "TimeLimit"
@@ -206,14 +231,14 @@ def last_failure(folder: Path) -> str | None:
 
 
 def threads(cpus: int | None, slots: int) -> int | None:
-    """How many threads each cell may use where a cluster gives CPUs but does not confine jobs to them."""
+    """How many threads each cell may use on a cluster that assigns CPUs but does not confine jobs to them."""
     usable = len(os.sched_getaffinity(0))
     return max(1, cpus // slots) if cpus and cpus < usable else None
 
 
 def used_requeues(rows: Sequence[Row], place: Place) -> int:
-    """How often a cell was queued anew by itself since a person last asked for a start of it. Restarts of
-    this job count before anything has been written of them, so that all its ranks find the same number."""
+    """How often a cell was requeued since a person last asked to start it. Restarts of this job that are not
+    written down yet count too, so that all its ranks find the same number."""
     asked = [n for n, row in enumerate(rows) if row["kind"] in ("queued", "retry")]
     written = [row for row in rows[max(asked, default=0) :] if row["kind"] == "requeue"]
     return len(written) + max(0, place.restarts - requeues_of(rows, place.job))
@@ -224,49 +249,21 @@ def requeues_of(rows: Sequence[Row], job: str) -> int:
 
 
 def note_restarts(folder: Path, place: Place) -> None:
-    """Write down that SLURM queued this job anew by itself, or at a person's request."""
+    """Write down requeues of this job by SLURM (`preemption`, `node`, `timeout`) or by a person
+    (`requeued`)."""
     for _ in range(place.restarts - requeues_of(journal.read(folder), place.job)):
-        journal.note(folder, "requeue", reason=restart_reason(place.job), job=place.job)
+        reason = BY_SCHEDULER.get(queue.last_run(place.job) or "", "requeued")
+        journal.note(folder, "requeue", reason=reason, job=place.job)
 
 
-def restart_reason(job: str) -> str:
-    """What ended the job's run before this one."""
-    text = (
-        queue.run(
-            [
-                "sacct",
-                "--noheader",
-                "--parsable2",
-                "--allocations",
-                "--duplicates",
-                f"--jobs={job}",
-                "--format=State",
-            ]
-        )
-        or ""
-    )
-    runs = text.split("\n")[:-1]
-    return BY_STATE.get(runs[-2].split(" ")[0], "requeued") if len(runs) > 1 else "requeued"
-
-
-def queue_anew(job: str) -> bool:
-    """Ask SLURM to end this job and start it again later. Whether it agreed."""
+def requeue(job: str) -> bool:
+    """Ask SLURM to end this job and start it again later. Returns whether it agreed."""
     for attempt in range(ATTEMPTS):
         time.sleep(PAUSE_S if attempt else 0.0)
-        try:
-            done = subprocess.run(
-                ["scontrol", "requeue", job],
-                capture_output=True,
-                text=True,
-                timeout=queue.TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            say(f"scontrol requeue {job}: {error}")
-            continue
-        if done.returncode == 0:
-            say(f"job {job} is queued anew and goes on from the last checkpoint")
+        succeeded, text = queue.call(["scontrol", "requeue", job])
+        if succeeded:
+            log(f"job {job} is requeued and goes on from the last checkpoint")
             return True
-        say(f"scontrol requeue {job}: {' '.join(done.stderr.split())}")
-    say("not queued anew: launch the sweep again, and it goes on from the last checkpoint")
+        log(f"scontrol requeue {job}: {text}")
+    log("not requeued: launch the sweep again, and it goes on from the last checkpoint")
     return False

@@ -1,7 +1,7 @@
-"""What SLURM says of jobs: one squeue for all of them, sacct for those it has forgotten. Torch-free.
+"""What SLURM reports about jobs and its own settings: squeue first, sacct for jobs that squeue has forgotten.
 
-Nothing here is an error: where a command is missing, accounting is off, or nobody answers in time, less is
-known, and `JobState` says so.
+Nothing here is an error: if a command is missing, accounting is off, or nobody answers in time, less is
+known, and `JobState` shows it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 TIMEOUT_S = 20.0
 """For one command; a busy controller takes seconds."""
-
 AT_ONCE = 1000
 """Jobs named on one command line, whose length is bounded."""
+DEFAULT_ARRAY_SIZE = 1001
 
 JOB_ID = re.compile(r"\d+(_\d+)?")
-QUEUED = (
+QUEUED = [
     "PENDING",
     "CONFIGURING",
     "REQUEUED",
@@ -26,81 +26,98 @@ QUEUED = (
     "REQUEUE_FED",
     "SPECIAL_EXIT",
     "RESV_DEL_HOLD",
-)
-RUNNING = ("RUNNING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING")
-ACTIVE = ("queued", "running", "completing")
+]
+RUNNING = ["RUNNING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING"]
+SQUEUE = ["squeue", "--noheader", "--array", "--all", "--states=all", "--format=%i|%T|%r|%N"]
+SACCT = ["sacct", "--noheader", "--parsable2", "--allocations"]
 
 
 @dataclass(frozen=True, slots=True)
 class JobState:
     """A job as SLURM sees it. `state`: `queued`, `running`, `completing` (its processes are being ended, or
-    it is about to be queued anew), `ended`, or `unknown` where nobody answered. `word`: SLURM's own
-    (`TIMEOUT`), None where only its absence is known; `exit_code` as a shell has it (128 + signal)."""
+    it is about to be queued again), `ended`, or `unknown` if nobody answered. `word`: SLURM's own
+    (`TIMEOUT`), None if the job is only known to be absent. `reason`: why it waits (`Dependency`), or what
+    ended it (`TimeLimit`). `exit_code`: 128 + signal, as in a shell."""
 
     state: str
     word: str | None = None
     reason: str | None = None
-    """Why it waits (`Dependency`), or what ended it (`TimeLimit`)."""
     exit_code: int | None = None
     nodes: str | None = None
 
     @property
     def active(self) -> bool:
-        """Whether it runs or will run; False is no proof where nobody answered."""
-        return self.state in ACTIVE
+        """Whether it runs or will run; False proves nothing if nobody answered."""
+        return self.state in ("queued", "running", "completing")
 
 
 def jobs(ids: Iterable[str]) -> dict[str, JobState]:
     """The state of each job; ids as `12`, or `12_3` for a task of an array."""
-    wanted = [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
+    wanted = _valid(ids)
     if not wanted:
         return {}
     listed = _squeue(wanted)
     if listed is None:
         recorded = _sacct(wanted)
         return {one: recorded.get(one, JobState("unknown")) for one in wanted}
-    for one in wanted:  # tasks that were taken back before they ran are told as their array
-        if one not in listed and (parent := listed.get(one.partition("_")[0])) and not parent.active:
+    for one in wanted:  # tasks that were cancelled before they ran are listed as their array
+        if one not in listed and (parent := listed.get(_parent(one))) and not parent.active:
             listed[one] = parent
     missing = [one for one in wanted if one not in listed]
     recorded = _sacct(missing) if missing else {}
-    # accounting lags: what the controller has forgotten is over, whatever is recorded of it
+    # accounting lags: a job that the controller has forgotten is over, whatever is recorded
     over = {name: state for name, state in recorded.items() if not state.active}
     return {one: listed.get(one) or over.get(one) or JobState("ended") for one in wanted}
 
 
 def active(ids: Iterable[str]) -> set[str] | None:
-    """Those of the jobs that run or will run; None where SLURM does not answer: then nothing is known."""
-    wanted = [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
+    """Those of the jobs that run or will run; None if SLURM does not answer."""
+    wanted = _valid(ids)
     listed = _squeue(wanted or ["1"])
     return None if listed is None else {one for one in wanted if one in listed and listed[one].active}
 
 
 def cancel(ids: Sequence[str], now: bool = False) -> bool:
-    """Take queued jobs back, and ask running ones to end: their cells do, after their step. `now`: have
-    these killed too, after SLURM's KillWait. Whether SLURM was reached; jobs that are gone are no error.
+    """Take queued jobs back, and send SIGTERM to running ones: their cells end after their step. `now`: let
+    SLURM end running jobs, by SIGKILL after its KillWait. Returns whether SLURM answered; jobs that are gone
+    are no error.
 
-    Which ones are queued is asked first: `scancel --state=PENDING 12_3` takes back all of array 12.
+    Queued jobs are selected here, since `scancel --state=PENDING 12_3` takes back all of array 12.
     """
-    wanted = [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
+    wanted = _valid(ids)
     listed = _squeue(wanted or ["1"])
     if listed is None:
         return False
-    queued = [one for one in wanted if one in listed and listed[one].state == "queued"]
-    begun = [one for one in wanted if one in listed and listed[one].active and one not in queued]
-    reached = [run(["scancel", "--quiet", *piece]) is not None for piece in _pieces(queued)]
-    for piece in _pieces(begun):
-        done = run(["scancel", "--quiet", *([] if now else ["--signal=TERM"]), *piece])
-        reached += [done is not None] if now else []  # a signal for one that has ended fails
-    return all(reached)
+    open_ones = [one for one in wanted if one in listed and listed[one].active]
+    queued = [one for one in open_ones if listed[one].state == "queued"]
+    answered = [run(["scancel", "--quiet", *piece]) is not None for piece in _pieces(queued)]
+    for piece in _pieces([one for one in open_ones if one not in queued]):
+        text = run(["scancel", "--quiet", *([] if now else ["--signal=TERM"]), *piece])
+        answered += [text is not None] if now else []  # signalling a job that has ended fails
+    return all(answered)
 
 
-def _pieces(ids: Sequence[str]) -> list[Sequence[str]]:
-    return [ids[i : i + AT_ONCE] for i in range(0, len(ids), AT_ONCE)]
+def setting(name: str) -> str:
+    """One of SLURM's settings; empty if unknown."""
+    text = run(["scontrol", "show", "config"]) or ""
+    found = re.search(rf"^{name}\s*=\s*(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def largest_array() -> int:
+    """How many tasks one array may have; 1 if arrays are turned off."""
+    value = setting("MaxArraySize")
+    return max(1, int(value)) if value.isdigit() else DEFAULT_ARRAY_SIZE
 
 
 def run(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str | None:
-    """A command's standard output; None where it is missing, fails, or is not done in time."""
+    """A command's standard output; None if it is missing, fails, or takes too long."""
+    succeeded, text = call(command, timeout_s)
+    return text if succeeded else None
+
+
+def call(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> tuple[bool, str]:
+    """Run a command. Returns whether it succeeded, and its output, else its error in one line."""
     try:
         done = subprocess.run(
             list(command),
@@ -111,28 +128,17 @@ def run(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str | None:
             stdin=subprocess.DEVNULL,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    return (True, done.stdout) if done.returncode == 0 else (False, " ".join(done.stderr.split()))
 
 
 def _squeue(wanted: Sequence[str]) -> dict[str, JobState] | None:
-    """Jobs that the controller remembers; None where it did not answer. It is asked for whole arrays, which
-    keeps the command line short, and about job 1 too: asked for a single job, it takes an unknown one for
-    an error, asked for several, it leaves that out."""
+    """Jobs that the controller remembers; None if it did not answer. Whole arrays are asked for, to keep the
+    command line short, and always job 1 too: asked for a single job, squeue fails if it does not know it."""
     found: dict[str, JobState] = {}
     for parents in _parents(wanted):
-        text = run(
-            [
-                "squeue",
-                "--noheader",
-                "--array",
-                "--all",
-                "--states=all",
-                f"--jobs=1,{parents}",
-                "--format=%i|%T|%r|%N",
-            ]
-        )
+        text = run([*SQUEUE, f"--jobs=1,{parents}"])
         if text is None:
             return None
         found.update(_read(text, _listed))
@@ -145,19 +151,10 @@ def _listed(fields: Sequence[str]) -> JobState:
 
 
 def _sacct(wanted: Sequence[str]) -> dict[str, JobState]:
-    """Jobs that accounting knows; none where it is off."""
+    """Jobs that accounting knows; none if it is off."""
     found: dict[str, JobState] = {}
     for parents in _parents(wanted):
-        text = run(
-            [
-                "sacct",
-                "--noheader",
-                "--parsable2",
-                "--allocations",
-                f"--jobs={parents}",
-                "--format=JobID,State,ExitCode,NodeList",
-            ]
-        )
+        text = run([*SACCT, f"--jobs={parents}", "--format=JobID,State,ExitCode,NodeList"])
         found.update(_read(text or "", _accounted))
     return found
 
@@ -166,6 +163,13 @@ def _accounted(fields: Sequence[str]) -> JobState:
     word = fields[0].split(" ")[0]  # `CANCELLED by 1000`
     code, number = (int(part) if part.isdigit() else 0 for part in f"{fields[1]}:".split(":")[:2])
     return JobState(_state(word), word, None, 128 + number if number else code, _given(fields[2]))
+
+
+def last_run(job: str) -> str | None:
+    """The word for how the run of a job before its current one ended, by accounting."""
+    text = run([*SACCT, "--duplicates", f"--jobs={job}", "--format=State"]) or ""
+    runs = text.split("\n")[:-1]
+    return runs[-2].split(" ")[0] if len(runs) > 1 else None
 
 
 def _read(text: str, reader: Callable[[Sequence[str]], JobState]) -> Iterator[tuple[str, JobState]]:
@@ -178,10 +182,10 @@ def _read(text: str, reader: Callable[[Sequence[str]], JobState]) -> Iterator[tu
 
 
 def tasks_in(name: str) -> list[str]:
-    """The ids that a line is about: `12_[0,3-5%2]` is 12_0, 12_3, 12_4 and 12_5."""
+    """The ids in one line of output: `12_[0,3-5%2]` is 12_0, 12_3, 12_4 and 12_5."""
     ranges = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", name)
     if not ranges:
-        return [name] if JOB_ID.fullmatch(name) else []
+        return _valid([name])
     ends = [part.split("-") for part in ranges[2].split(",")]
     return [f"{ranges[1]}_{n}" for part in ends for n in range(int(part[0]), int(part[-1]) + 1)]
 
@@ -189,17 +193,25 @@ def tasks_in(name: str) -> list[str]:
 def _state(word: str) -> str:
     if word in QUEUED:
         return "queued"
-    if word in RUNNING:
-        return "running"
-    return "completing" if word == "COMPLETING" else "ended"
+    return "running" if word in RUNNING else "completing" if word == "COMPLETING" else "ended"
 
 
 def _given(text: str) -> str | None:
     return None if text in ("", "None", "None assigned", "(null)") else text
 
 
+def _valid(ids: Iterable[str]) -> list[str]:
+    return [one for one in dict.fromkeys(ids) if JOB_ID.fullmatch(one)]
+
+
+def _parent(job: str) -> str:
+    return job.partition("_")[0]
+
+
 def _parents(wanted: Sequence[str]) -> list[str]:
-    """The ids of whole jobs and arrays, joined by commas, in pieces for one command line each."""
-    return [
-        ",".join(piece) for piece in _pieces(list(dict.fromkeys(one.partition("_")[0] for one in wanted)))
-    ]
+    """The ids of jobs and whole arrays, joined by commas, in pieces for one command line each."""
+    return [",".join(piece) for piece in _pieces(list(dict.fromkeys(map(_parent, wanted))))]
+
+
+def _pieces(ids: Sequence[str]) -> list[Sequence[str]]:
+    return [ids[i : i + AT_ONCE] for i in range(0, len(ids), AT_ONCE)]
