@@ -17,46 +17,46 @@ SHOWN = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 all is in it; 1 made, but something was left out or does not follow; 2 nothing made."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Exit codes: 0 complete; 1 something is missing, or --check found a difference; 2 a user error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given[:1] == ["live"]:
+        if words[:1] == ["live"]:
             from .live import watch
 
-            return watch(given[1:])
-        return build(parser().parse_args(given))
+            return watch(words[1:])
+        return build(make_parser().parse_args(words))
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog=COMMAND,
         description="Tables and figures from run folders, the paper's values beside them.",
         epilog=f"{COMMAND} live <folder>: a terminal view of a running sweep.",
     )
-    made.add_argument(
+    parser.add_argument(
         "places",
         nargs="+",
         type=Path,
         metavar="folder",
         help="sweeps (outputs/sweeps/<name>), cells, or a root of outputs",
     )
-    made.add_argument("--out", type=Path, default=Path("report"), help="where the report goes (report)")
-    made.add_argument(
+    parser.add_argument("--out", type=Path, default=Path("report"), help="where the report goes (report)")
+    parser.add_argument(
         "--check",
         action="store_true",
         help="write nothing: do the tables in --out still follow from the data?",
     )
-    made.add_argument(
+    parser.add_argument(
         "--metric",
         action="append",
         default=[],
         metavar="NAME",
         help="a metric of steps.jsonl that is drawn too; may be given again",
     )
-    return made
+    return parser
 
 
 def build(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from . import estimates as est
 from . import quantities
 from .figures import places_of
 from .load import Records
+from .paper_values import FOLDER
 from .tables import MODEL_NAMES
 from .variants import Variant
 
@@ -39,39 +41,39 @@ Measure = Callable[[Records, Variant, Variant], tuple[est.Estimate, str]]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`text` says that `arm` differs from `other`; `sign`: +1 where the effect is claimed above `none`, -1
-    below, 0 where it is claimed to be within MARGIN of it (0 for a difference, 1 for a ratio)."""
+    """`text` says that `arm` differs from `other` in `measure` (of MEASURES). `sign`: +1 where the effect is
+    claimed to be above no difference, -1 below, 0 within MARGIN of it."""
 
     text: str
     arm: str
     other: str
-    measure: Measure
+    measure: str
     sign: int
     paper: str
-    none: float = 0.0
 
 
 def findings(records: Records, variants: Sequence[Variant]) -> list[Finding]:
     """Every claim that these data can be asked about, in the paper's order."""
-    return [found for claim in CLAIMS for found in _of_claim(records, variants, claim)]
+    return [found for claim in read_claims() for found in _of_claim(records, variants, claim)]
 
 
 def _of_claim(records: Records, variants: Sequence[Variant], claim: Claim) -> Iterator[Finding]:
+    measure, none = MEASURES[claim.measure]
     for model, data in places_of(variants):
         own = [v for v in variants if (v.model, v.data) == (model, data)]
         for one in (v for v in own if v.arm == claim.arm):
             for other in (v for v in own if v.arm == claim.other):
-                effect, unit = claim.measure(records, one, other)
+                effect, unit = measure(records, one, other)
                 if math.isnan(effect.value) and not effect.note:
                     continue
                 labels = f", {one.label} against {other.label}" if "(" in one.label + other.label else ""
                 where = f"{MODEL_NAMES.get(model, model)} on {data}{labels}"
-                verdict = judged(effect, claim.sign, claim.none)
+                verdict = judge(effect, claim.sign, none)
                 yield Finding(claim.text, where, verdict, effect, unit, claim.paper, one.cells + other.cells)
 
 
-def judged(effect: est.Estimate, sign: int, none: float = 0.0) -> Verdict:
-    """From an interval to a verdict: on the claimed side of `none` as a whole, on the other, or neither. An
+def judge(effect: est.Estimate, sign: int, none: float = 0.0) -> Verdict:
+    """From an interval to a verdict: entirely on the claimed side of `none`, on the other, or neither. An
     effect without an interval over seeds decides nothing."""
     if not effect.has_interval or effect.n_seeds < est.MIN_SEEDS:
         return "undecided"
@@ -148,112 +150,19 @@ def _paired_cells(records: Records, one: Variant, other: Variant) -> tuple[list[
     return seeds, [(mine[s], theirs[s]) for s in seeds]
 
 
-CLAIMS = (
-    Claim(
-        "On-policy RL beats supervised fine-tuning on human solutions.",
-        "dash",
-        "sft_h",
-        accuracy_difference,
-        +1,
-        "+19.2 points on MATH-500 at 0.5B",
-    ),
-    Claim(
-        "On-policy RL beats supervised fine-tuning on a larger model's solutions.",
-        "dash",
-        "sft_m",
-        accuracy_difference,
-        +1,
-        "+3.2 points on MATH-500 at 0.5B",
-    ),
-    Claim(
-        "DASH needs less training time than GRPO.",
-        "dash",
-        "grpo",
-        speed_up,
-        +1,
-        "5.9 times as fast (83 % less) at 0.5B on math",
-        none=1.0,
-    ),
-    Claim(
-        "DASH loses no accuracy against GRPO.",
-        "dash",
-        "grpo",
-        accuracy_difference,
-        0,
-        "-0.4 points on MATH-500 at 0.5B",
-    ),
-    Claim(
-        "The gradient filter alone saves a little time.",
-        "dash",
-        "no_gf",
-        speed_up,
-        +1,
-        "1.05 times as fast (4 % less) at 0.5B on math",
-        none=1.0,
-    ),
-    Claim(
-        "The gradient filter costs no accuracy.",
-        "dash",
-        "no_gf",
-        accuracy_difference,
-        0,
-        "-0.2 points on MATH-500 at 0.5B",
-    ),
-    Claim(
-        "Several passes over a batch raise accuracy at equal training time.",
-        "ppo_multi",
-        "dash",
-        accuracy_difference,
-        +1,
-        "+1.6 points on MATH-500 at 0.5B",
-    ),
-    Claim(
-        "Many small updates per batch raise accuracy at equal training time.",
-        "ppo_mini",
-        "dash",
-        accuracy_difference,
-        +1,
-        "+2.6 points on MATH-500 at 0.5B, -18.0 at 1.5B",
-    ),
-    Claim(
-        "Several passes over a batch make the reward curve unstable.",
-        "ppo_multi",
-        "dash",
-        instability_difference,
-        +1,
-        "seen in its Figure 4",
-    ),
-    Claim(
-        "Many small updates per batch make the reward curve unstable.",
-        "ppo_mini",
-        "dash",
-        instability_difference,
-        +1,
-        "seen in its Figure 4",
-    ),
-    Claim(
-        "Without KL regularisation generations are shorter.",
-        "no_kl",
-        "dash",
-        length_difference,
-        -1,
-        "530-590 against 590-640 tokens",
-    ),
-    Claim(
-        "Without KL regularisation accuracy is higher.",
-        "no_kl",
-        "dash",
-        accuracy_difference,
-        +1,
-        "+4.2 points on MATH-500 at 0.5B",
-    ),
-    Claim(
-        "Without KL regularisation training is faster.",
-        "no_kl",
-        "dash",
-        speed_up,
-        +1,
-        "1.16 times as fast at 0.5B",
-        none=1.0,
-    ),
-)
+MEASURES: dict[str, tuple[Measure, float]] = {
+    "accuracy": (accuracy_difference, 0.0),
+    "speed": (speed_up, 1.0),
+    "instability": (instability_difference, 0.0),
+    "length": (length_difference, 0.0),
+}
+"""What a claim can be about, and the effect that means no difference."""
+
+
+def read_claims() -> list[Claim]:
+    """The paper's claims, in its order."""
+    with (FOLDER / "claims.csv").open(encoding="utf-8") as stream:
+        return [
+            Claim(row["claim"], row["arm"], row["other"], row["measure"], int(row["sign"]), row["paper"])
+            for row in csv.DictReader(stream)
+        ]

@@ -1,4 +1,4 @@
-"""Figure 5 (pass@k) and the figures that a reader wants beside the paper's."""
+"""Figure 5 (pass@k) and figures that the paper does not have."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .figures import (
     metric_curve,
     places_of,
     time_unit,
+    trained,
 )
 from .load import Records
 from .table import scaled
@@ -84,7 +85,7 @@ def _pass_picture(
                 markersize=4,
                 color=style.line_of(arm)["color"],
             )
-    told = _crossings(axis, means)
+    crossings = _crossings(axis, means)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_xlabel("k (samples)")
@@ -98,7 +99,7 @@ def _pass_picture(
         f"figure5-{model}-{data}-{dataset}",
         f"Figure 5. pass@k, {MODEL_NAMES.get(model, model)}",
         "Unbiased estimate; bands: 95 %, prompts (and, from three runs on, seeds) resampled. "
-        f"{n}. {told}{crosses}",
+        f"{n}. {crossings}{crosses}",
         drawn,
         tuple(c for _, _, s in lines for c in s.cells),
     )
@@ -118,22 +119,22 @@ def _crossings(axis, means: dict[str, tuple[list[int], list[float]]]) -> str:  #
     """Mark where a trained arm's curve meets the base model's. Returns it in words."""
     if "Base" not in means:
         return ""
-    told = []
+    found = []
     k_base, base = means["Base"]
     for label, (k, values) in means.items():
         common = [i for i in range(min(len(k), len(k_base))) if k[i] == k_base[i]]
         for place in est.crossing(k[: len(common)], values[: len(common)], base[: len(common)]):
             height = float(np.interp(math.log(place), np.log(k), values))
             axis.plot([place], [height], marker="D", markersize=5, color="none", markeredgecolor="black")
-            told.append(f"{label} meets Base at k = {place:.1f}")
-    return f"{'; '.join(told)}." if told else "No curve crosses Base."
+            found.append(f"{label} meets Base at k = {place:.1f}")
+    return f"{'; '.join(found)}." if found else "No curve crosses Base."
 
 
 def phases(records: Records, variants: Sequence[Variant]) -> list[Picture]:
     """Seconds of a step by phase, over the steps of each arm's first run."""
     made = []
     for model, data in places_of(variants):
-        own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base" and v.cells]
+        own = [v for v in trained(variants, model, data) if v.cells]
         own = [v for v in own if len(quantities.steps_of(records, v.cells[0])) > 1][:9]
         if not own:
             continue
@@ -162,10 +163,10 @@ def phases(records: Records, variants: Sequence[Variant]) -> list[Picture]:
 
 
 def watched(records: Records, variants: Sequence[Variant]) -> list[Picture]:
-    """What tells whether a run is well: kept share, log-prob gap, entropy, KL."""
+    """Signs of a run's health: kept share, log-prob gap, entropy, KL."""
     made = []
     for model, data in places_of(variants):
-        own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
+        own = trained(variants, model, data)
         rows = records.steps[records.steps["cell"].isin(cells_of(own))]
         present = {m: w for m, w in WATCHED.items() if m in rows and rows[m].notna().any()}
         if not own or not present:
@@ -213,7 +214,7 @@ def asked(records: Records, variants: Sequence[Variant], metrics: Sequence[str])
     made = []
     for metric in dict.fromkeys(metrics):
         for model, data in places_of(variants):
-            own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
+            own = trained(variants, model, data)
             rows = [v for v in own if _has(records, v, metric)]
             if not rows:
                 continue
@@ -244,7 +245,7 @@ def accuracy_against_cost(records: Records, variants: Sequence[Variant]) -> list
     """Accuracy after training against training time, a point per arm, on one kind of hardware."""
     made = []
     for model, data in places_of(variants):
-        own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
+        own = trained(variants, model, data)
         machines = {m for v in own for m in quantities.hardware_of(records, quantities.finished(records, v))}
         for dataset in quantities.eval_sets(records, own)[:1] if len(machines) == 1 else ():
             points = [

@@ -1,14 +1,14 @@
-"""What can be said about arms from a few seeds and some hundred prompts: pure functions over arrays.
+"""Statistics for a few seeds and some hundred prompts: pure functions over arrays.
 
 Axes: S seeds, P prompts, K values of k, R resamples. Two sources of noise are kept apart: which seeds a
 recipe was run with, and which prompts it was asked. Where there is too little of one of them, the interval
-is NaN and `note` says why: a number without an interval is shown as such, never given a made-up one.
+is NaN and `note` says why.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,10 @@ from dash_exp.statistics import pass_at_k
 Array = npt.NDArray[np.float64]
 
 MIN_SEEDS = 3
-"""Fewer runs tell nothing of how runs differ."""
+"""Fewer runs give no interval over seeds."""
 MIN_PROMPTS = 20
 MIN_STEPS = 12
-"""Of a curve whose swings can be told from its trend."""
+"""A shorter curve gives no `instability`."""
 RESAMPLES = 4000
 
 
@@ -59,12 +59,6 @@ def generator(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=seed))
 
 
-def iqm(values: Sequence[float] | Array) -> float:
-    """Interquartile mean, as rliable computes it (Agarwal et al. 2021): the mean after a quarter of values,
-    rounded down, is dropped at each end. Of three values it is their mean."""
-    return float(stats.trim_mean(np.asarray(values, dtype=float), 0.25))
-
-
 def over_seeds(values_S: Sequence[float] | Array) -> Estimate:
     """The mean over seeds with Student's t interval: with three runs a bootstrap would cover far less than
     it says. Raises ValueError for a value that is no number: the caller says what is missing."""
@@ -76,24 +70,6 @@ def over_seeds(values_S: Sequence[float] | Array) -> Estimate:
         return Estimate(middle, n_seeds=len(values), note=few_seeds(len(values)))
     half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return Estimate(middle, middle - half, middle + half, len(values))
-
-
-def centre_over_seeds(
-    values_S: Sequence[float] | Array, centre: Callable[[Array], float], seed: int = 0
-) -> Estimate:
-    """Any centre (median, IQM) over seeds with an expanded percentile bootstrap (Hesterberg 2015, section
-    5.1): the percentiles are moved outwards until, for a mean, they would have the width of Student's t."""
-    values = _finite(values_S)
-    n = len(values)
-    if n == 0:
-        return NOTHING
-    middle = centre(values)
-    if n < MIN_SEEDS:
-        return Estimate(middle, n_seeds=n, note=few_seeds(n))
-    draws = generator(seed).integers(0, n, (RESAMPLES, n))
-    tail = float(stats.norm.cdf(stats.t.ppf(0.025, n - 1) * math.sqrt(n / (n - 1))))
-    low, high = np.quantile([centre(values[d]) for d in draws], [tail, 1 - tail])
-    return Estimate(middle, float(low), float(high), n)
 
 
 def accuracy(scores_SP: Array, seed: int = 0) -> Estimate:
@@ -152,11 +128,6 @@ def difference(arm_SP: Array, baseline_SP: Array, seed: int = 0) -> Difference:
     return Difference(
         accuracy(arm_SP - baseline_SP, seed), paired_p(arm_SP.mean(axis=1), baseline_SP.mean(axis=1))
     )
-
-
-def difference_of_seeds(arm_S: Array, baseline_S: Array) -> Difference:
-    """Arm minus baseline in a number that each run has one of, such as its time."""
-    return Difference(over_seeds(np.asarray(arm_S) - np.asarray(baseline_S)), paired_p(arm_S, baseline_S))
 
 
 def paired_p(arm_S: Array, baseline_S: Array) -> float:

@@ -1,4 +1,4 @@
-"""The paper's figures from records. Each function takes records and variants and gives `Picture`s."""
+"""The paper's figures. Each function takes records and variants and returns `Picture`s."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAPER_BARS = {"GRPO": (32.4, 6.5), "DASH": (4.2, 2.4)}
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure with what has to be said about it. `cells`: what it was drawn from."""
+    """A figure with its title and caption. `cells`: what it was drawn from."""
 
     id: str
     title: str
@@ -50,7 +50,7 @@ def time_bars(records: Records, variants: Sequence[Variant]) -> list[Picture]:
     and kind of machine: times of different hardware are never side by side."""
     made = []
     for model, data in places_of(variants):
-        mine = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
+        mine = trained(variants, model, data)
         for machine in sorted({m for v in mine for m in _machines(records, v)}):
             rows = [v for v in mine if _machines(records, v) == (machine,)]
             if len(rows) >= 2:
@@ -278,6 +278,11 @@ def _against(records: Records, axis: Axes, rows: Sequence[Variant], metric: str 
 
 def places_of(variants: Sequence[Variant]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((v.model, v.data) for v in variants))
+
+
+def trained(variants: Sequence[Variant], model: str, data: str) -> list[Variant]:
+    """The variants of a model and dataset, without the base model."""
+    return [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
 
 
 def _of(variants: Sequence[Variant], model: str, data: str, arms: Sequence[str]) -> list[Variant]:

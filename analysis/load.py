@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,11 @@ import pyarrow.json
 import yaml
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.record.folder import Row, read_json, read_rows
+from dash_exp.record.folder import Row, read_json, read_rows, write_json
 
-from .remembered import Remembered, signature
-
-FACTS = (
-    "id",
-    "folder",
-    "sweeps",
-    "arm",
-    "model",
-    "data",
-    "seed",
-    "state",
-    "failure",
-    "step",
-    "steps",
-    "hardware",
-    "commit",
-    "code_hash",
-    "requeues",
-    "started",
-)
+TABLES = ("steps", "evals")
+VERSION = 1
+"""Of what a cache holds."""
 
 REWARD = "reward/mean"
 
@@ -58,9 +42,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """All that was read. `cells`: a row per cell, indexed by its folder's name (columns FACTS, and
-    `config.<key>` for every setting). `steps`, `evals`: a row per step, and per metric of an evaluation,
-    with the cell's name in `cell`. Only rows that count: of the last attempt of each step."""
+    """All that was read. `cells`: a row per cell, indexed by its folder's name, as `cell_facts` makes it.
+    `steps`, `evals`: a row per step, and per metric of an evaluation, with the cell's name in `cell`; of each
+    step the last attempt only."""
 
     cells: pd.DataFrame
     steps: pd.DataFrame
@@ -123,11 +107,11 @@ def _same_config(one: Path, other: Path) -> bool:
 
 
 def load(places: Sequence[Path], cache: Path | None = None) -> Records:
-    """Read everything below these places. `cache`: a folder that remembers the tables of cells whose files
+    """Read everything below these places. `cache`: a folder that keeps the tables of cells whose files
     have not changed since (by size and time of change)."""
     folders, sweeps, problems = find_cells(places)
     facts = []
-    known = Remembered.read(cache)
+    known = Cache.read(cache)
     parts: dict[str, list[pd.DataFrame]] = {"steps": [], "evals": []}
     wanted: list[tuple[Path, str, float]] = []
     for folder in folders:
@@ -135,21 +119,21 @@ def load(places: Sequence[Path], cache: Path | None = None) -> Records:
         problems += found
         facts.append(row)
         end = row["step"] if row["state"] == "finished" else np.inf
-        wanted += [(folder, name, end) for name in known.forget_unless(folder, signature(folder))]
+        wanted += [(folder, name, end) for name in known.stale(folder, signature(folder))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # parsing lets other threads run
         tables = pool.map(lambda job: read_table(job[0] / f"{job[1]}.jsonl"), wanted)
         for (folder, name, end), (table, found) in zip(wanted, tables, strict=True):
             problems += found
             if found:
-                known.fresh.pop(str(folder), None)  # read again next time, so that it is told again
+                known.fresh.pop(str(folder), None)  # read again next time, so that it is reported again
             if len(table):
                 parts[name].append(final_rows(table, end).assign(cell=folder.name, folder=str(folder)))
-    whole = {name: _together(known.kept(name, folders) + parts[name]) for name in parts}
+    together = {name: _concatenated(known.kept(name, folders) + parts[name]) for name in parts}
     if cache is not None:
-        known.write(cache, whole)
+        known.write(cache, together)
     cells = pd.DataFrame(facts).set_index("cell")
-    problems += _no_numbers(whole["steps"])
-    steps, evals = (whole[name].drop(columns="folder", errors="ignore") for name in ("steps", "evals"))
+    problems += _no_numbers(together["steps"])
+    steps, evals = (together[name].drop(columns="folder", errors="ignore") for name in ("steps", "evals"))
     return Records(cells, steps, evals, tuple(problems))
 
 
@@ -171,18 +155,18 @@ def _no_numbers(steps: pd.DataFrame) -> list[Problem]:
     ]
 
 
-def _together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+def _concatenated(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     made = list(tables)
     if not made:
         return pd.DataFrame({"cell": [], "step": []})
-    whole = pd.concat(made, ignore_index=True, copy=False)
+    table = pd.concat(made, ignore_index=True, copy=False)
     for name in ("cell", "folder"):
-        whole[name] = whole[name].astype("category")
-    return whole
+        table[name] = table[name].astype("category")
+    return table
 
 
 def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """One row of `Records.cells`."""
+    """One row of `Records.cells`; every setting is a column `config.<key>`."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
     status, provenance = read_json(folder / "status.json"), read_json(folder / "provenance.json")
@@ -226,7 +210,7 @@ def _machine(hardware: Row) -> str:
 
 def flattened(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values, so that they can be compared and grouped by: lists as JSON, null as a
-    word, which tells it from a key that an older record has not."""
+    word, which differs from a key that an older record does not have."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from flattened(value, f"{prefix}{key}.")
@@ -261,19 +245,68 @@ def final_rows(table: pd.DataFrame, end: float) -> pd.DataFrame:
     return kept.sort_values("step", kind="stable")
 
 
-def scores_of(folder: Path, dataset: str, step: int) -> pd.DataFrame:
-    """What each prompt of an evaluation was worth: columns prompt, score (mean verdict), correct, n.
-    `attrs["torn"]`: lines of the file that could not be read."""
-    read = read_rows(folder / "eval_samples.jsonl")
-    rows = [r for r in read.rows if r["dataset"] == dataset and r["step"] == step]
-    newest = max((r["attempt"] for r in rows), default=0)
-    found = []
-    for row in (r for r in rows if r["attempt"] == newest):
-        judged = [(s, o) for s, o in zip(row["scores"], row["outcomes"], strict=True) if s is not None]
-        if judged:
-            correct = sum(outcome == "correct" for _, outcome in judged)
-            score = sum(s for s, _ in judged) / len(judged)
-            found.append({"prompt": row["prompt"], "score": score, "correct": correct, "n": len(judged)})
-    table = pd.DataFrame(found, columns=["prompt", "score", "correct", "n"])
-    table.attrs["torn"] = read.torn
-    return table
+def signature(folder: Path) -> str:
+    """Changes whenever a file that is read changes."""
+    parts = []
+    for name in ("steps.jsonl", "evals.jsonl", "status.json"):
+        try:
+            found = (folder / name).stat()
+            parts.append(f"{found.st_size}.{found.st_mtime_ns}.{found.st_ino}")
+        except OSError:
+            parts.append("-")
+    return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Tables of earlier loads, by the folder they came from. Anything odd about the files that hold them
+    means that nothing is known."""
+
+    signatures: dict[str, str]
+    tables: dict[str, pd.DataFrame]
+    fresh: dict[str, str] = field(default_factory=dict)
+    """Signatures of what is being read anew."""
+
+    @staticmethod
+    def read(cache: Path | None) -> Cache:
+        nothing = Cache({}, {})
+        if cache is None:
+            return nothing
+        known = read_json(cache / "signatures.json")
+        if known.get("version") != VERSION:
+            return nothing
+        try:
+            tables = {name: pd.read_feather(cache / f"{name}-{known['stamp']}.feather") for name in TABLES}
+        except (OSError, pa.ArrowInvalid, KeyError):
+            return nothing
+        return Cache(dict(known["cells"]), tables)
+
+    def stale(self, folder: Path, now: str) -> tuple[str, ...]:
+        """The names of the tables that have to be read anew."""
+        if self.signatures.get(str(folder)) == now:
+            return ()
+        self.signatures.pop(str(folder), None)
+        self.fresh[str(folder)] = now
+        return TABLES
+
+    def kept(self, name: str, folders: Sequence[Path]) -> list[pd.DataFrame]:
+        table = self.tables.get(name)
+        if table is None or "folder" not in table:
+            return []
+        wanted = {str(f) for f in folders} & set(self.signatures)
+        rows = table[table["folder"].isin(wanted)]
+        return [rows] if len(rows) else []
+
+    def write(self, cache: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+        """The files first, then the list that names them: a reader sees the old or the new."""
+        if not self.fresh:
+            return
+        cache.mkdir(parents=True, exist_ok=True)
+        stamp = f"{time.time_ns():x}"
+        for name in TABLES:
+            tables[name].reset_index(drop=True).to_feather(cache / f"{name}-{stamp}.feather")
+        before = read_json(cache / "signatures.json").get("stamp")
+        cells = {**self.signatures, **self.fresh}
+        write_json(cache / "signatures.json", {"version": VERSION, "stamp": stamp, "cells": cells})
+        for name in TABLES:
+            (cache / f"{name}-{before}.feather").unlink(missing_ok=True)

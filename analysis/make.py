@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import claims, curves, figures, more_tables, render, style, tables, timeline, trace
+from . import claims, curves, figures, more_tables, style, tables, timeline
 from .estimates import NOTHING
 from .load import Problem, Records
 from .more_tables import NO_REWARD, NOT_JUDGED
 from .quantities import NONE_FINISHED
-from .report import page
-from .table import Table
+from .report import page, sidecar
+from .table import Table, as_csv, as_html, as_latex, as_markdown
 from .tables import NOT_TRAINED
 from .variants import Variant, repeated, variants
 
@@ -31,7 +31,7 @@ DRAWERS: tuple[Drawer, ...] = (
     curves.watched,
 )
 EXPECTED = ("", NOTHING.note, NOT_TRAINED, NONE_FINISHED, NOT_JUDGED, NO_REWARD)
-"""Reasons for a missing number that leave nothing out, or are told of the cell already."""
+"""Reasons for a missing number that are expected, or already reported for the cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +54,15 @@ def make(records: Records, *, pictures: bool = True, metrics: Sequence[str] = ()
         *tables.recipe_tables(records, found),
         *more_tables.more_tables(records, found),
     ]
-    told = claims.findings(records, found)
+    judged = claims.findings(records, found)
     problems = (*records.problems, *repeated(records, found), *missing(made))
     files: dict[str, bytes] = {}
     for table in made:
-        forms = {"md": render.markdown(table), "tex": render.latex(table), "csv": render.as_csv(table)}
+        forms = {"md": as_markdown(table), "tex": as_latex(table), "csv": as_csv(table)}
         own = {f"tables/{table.id}.{kind}": text.encode() for kind, text in forms.items()}
-        own[f"tables/{table.id}.html"] = render.as_html(table).encode()
+        own[f"tables/{table.id}.html"] = as_html(table).encode()
         files |= own
-        files[f"tables/{table.id}.json"] = trace.sidecar(records, table.title, table.cells, own).encode()
+        files[f"tables/{table.id}.json"] = sidecar(records, table.title, table.cells, own).encode()
     images: list[tuple[figures.Picture, bytes]] = []
     drawers: tuple[Drawer, ...] = (*DRAWERS, partial(curves.asked, metrics=metrics)) if pictures else ()
     with style.applied():
@@ -71,12 +71,12 @@ def make(records: Records, *, pictures: bool = True, metrics: Sequence[str] = ()
                 stem = f"figures/{picture.id}"
                 own = {f"{stem}.pdf": style.pdf(picture.drawn), f"{stem}.png": style.png(picture.drawn)}
                 files |= own
-                text = trace.sidecar(records, picture.title, picture.cells, own)
+                text = sidecar(records, picture.title, picture.cells, own)
                 files[f"{stem}.json"] = text.encode()
                 images.append((picture, own[f"{stem}.png"]))
     if pictures:
-        files["report.html"] = page(records, found, made, images, told, problems).encode()
-    return Report(files, problems, tuple(made), tuple(told))
+        files["report.html"] = page(records, found, made, images, judged, problems).encode()
+    return Report(files, problems, tuple(made), tuple(judged))
 
 
 def missing(tables: Sequence[Table]) -> list[Problem]:
@@ -92,7 +92,7 @@ def missing(tables: Sequence[Table]) -> list[Problem]:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write what changed; each file whole or not at all."""
+    """Write what changed; each file is replaced atomically."""
     for name, data in report.files.items():
         path = folder / name
         if path.is_file() and path.read_bytes() == data:

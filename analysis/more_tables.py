@@ -1,4 +1,4 @@
-"""Tables beside the paper's: what runs cost, what answers were worth, and in what state the sweep is."""
+"""Tables that the paper does not have: speed, cost, outcomes of completions, states of runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 from . import estimates as est
 from . import quantities
 from .claims import speed_up
-from .figures import cells_of, places_of
+from .figures import cells_of, places_of, trained
 from .load import Records
 from .table import Column, Entry, Table, scaled
 from .tables import MODEL_NAMES
@@ -34,8 +34,7 @@ STATES = ("finished", "running", "pending", "blocked", "interrupted", "failed", 
 def more_tables(records: Records, variants: Sequence[Variant]) -> list[Table]:
     made = [state_table(records, variants)]
     for model, data in places_of(variants):
-        own = [v for v in variants if (v.model, v.data) == (model, data) and v.arm != "base"]
-        own = [v for v in own if quantities.finished(records, v)]
+        own = [v for v in trained(variants, model, data) if quantities.finished(records, v)]
         if own:
             made += [
                 speed_table(records, own, model, data),
@@ -111,8 +110,8 @@ def seconds_to(records: Records, cell: str, target: float) -> float:
     steps = quantities.steps_of(records, cell)
     if "reward/mean" not in steps:
         return math.nan
-    told = steps["reward/mean"].notna().to_numpy()  # time passes in a step whose reward is no number, too
-    times = quantities.seconds(records, cell).to_numpy(float)[told]
+    valid = steps["reward/mean"].notna().to_numpy()  # time passes in a step whose reward is no number, too
+    times = quantities.seconds(records, cell).to_numpy(float)[valid]
     return est.time_to(curve_of(records, cell), times, target, WINDOW)
 
 

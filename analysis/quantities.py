@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dash_exp.record.folder import read_rows
+
 from . import estimates as est
-from .load import Records, scores_of
+from .load import Records
 from .variants import Variant
 
 PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
@@ -61,8 +63,22 @@ def time_of(records: Records, variant: Variant) -> est.Estimate:
 
 
 @cache
-def _read(folder: str, dataset: str, step: int, stamp: int) -> pd.DataFrame:
-    return scores_of(Path(folder), dataset, step)
+def scores_of(folder: Path, dataset: str, step: int, stamp: int) -> pd.DataFrame:
+    """The mean verdict on each prompt of an evaluation: columns prompt, score, correct, n. `stamp`: when the
+    file last changed. `attrs["torn"]`: lines of the file that could not be read."""
+    read = read_rows(folder / "eval_samples.jsonl")
+    rows = [r for r in read.rows if r["dataset"] == dataset and r["step"] == step]
+    newest = max((r["attempt"] for r in rows), default=0)
+    found = []
+    for row in (r for r in rows if r["attempt"] == newest):
+        judged = [(s, o) for s, o in zip(row["scores"], row["outcomes"], strict=True) if s is not None]
+        if judged:
+            correct = sum(outcome == "correct" for _, outcome in judged)
+            score = sum(s for s, _ in judged) / len(judged)
+            found.append({"prompt": row["prompt"], "score": score, "correct": correct, "n": len(judged)})
+    table = pd.DataFrame(found, columns=["prompt", "score", "correct", "n"])
+    table.attrs["torn"] = read.torn
+    return table
 
 
 def scores(records: Records, variant: Variant, dataset: str, *, after: bool = True) -> Scores:
@@ -70,11 +86,11 @@ def scores(records: Records, variant: Variant, dataset: str, *, after: bool = Tr
     that all of them could judge."""
     tables, cells, notes = [], [], []
     for cell in finished(records, variant):
-        folder = str(records.cells.loc[cell, "folder"])
+        folder = Path(str(records.cells.loc[cell, "folder"]))
         step = int(records.cells.loc[cell, "step"]) if after else 0
-        verdicts = Path(folder) / "eval_samples.jsonl"
+        verdicts = folder / "eval_samples.jsonl"
         stamp = verdicts.stat().st_mtime_ns if verdicts.exists() else 0
-        table = _read(folder, dataset, step, stamp)
+        table = scores_of(folder, dataset, step, stamp)
         if torn := table.attrs["torn"]:
             notes.append(f"{cell}/eval_samples.jsonl: {torn} torn lines left out")
         if table.empty:

@@ -1,19 +1,29 @@
-"""One self-contained page: claims, tables, figures, cells and where everything comes from. Opens offline."""
+"""One self-contained page (claims, tables, figures, cells; it opens offline), and what each table and figure
+was made from."""
 
 from __future__ import annotations
 
 import base64
-import html
+import hashlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from html import escape
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-from . import render, trace
 from .claims import Finding
 from .figures import Picture
 from .load import Problem, Records
-from .table import Table, counted
+from .table import Table, as_html, counted, interval
 from .variants import Variant
+
+READ = ("config.yaml", "status.json", "steps.jsonl", "evals.jsonl", "eval_samples.jsonl", "events.jsonl")
+"""The files of a cell that decide what is made from it."""
+LIBRARIES = ("numpy", "scipy", "pandas", "matplotlib")
+HERE = Path(__file__).parent
 
 STYLE = """
 :root { --ink: #1b1b1b; --soft: #666; --line: #ddd; --good: #006d3c; --bad: #a8321a; }
@@ -46,22 +56,22 @@ def page(
     findings: Sequence[Finding],
     problems: Sequence[Problem],
 ) -> str:
-    """The whole page."""
+    """The html page."""
     sections = [
         ("claims", "Claims of the paper", _claims(findings)),
-        ("tables", "Tables", "".join(render.as_html(table) for table in tables)),
+        ("tables", "Tables", "".join(as_html(table) for table in tables)),
         ("figures", "Figures", "".join(_figure(picture, data) for picture, data in images)),
         ("left-out", "What is missing or odd", _problems(problems)),
         ("cells", "Cells", _cells(records)),
         ("how", "How this was made", _how()),
     ]
-    links = "".join(f'<a href="#{name}">{_esc(title)}</a>' for name, title, _ in sections)
-    body = "".join(f'<section id="{n}"><h2>{_esc(t)}</h2>{text}</section>' for n, t, text in sections)
+    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
+    body = "".join(f'<section id="{n}"><h2>{escape(t)}</h2>{text}</section>' for n, t, text in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_esc(_title(records))}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{_esc(_title(records))}</h1>{_lead(records, variants, problems)}<nav>{links}</nav>{body}"
+        f"<title>{escape(_title(records))}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{escape(_title(records))}</h1>{_lead(records, variants, problems)}<nav>{links}</nav>{body}"
         "</body></html>\n"
     )
 
@@ -73,7 +83,7 @@ def _title(records: Records) -> str:
 
 def _lead(records: Records, variants: Sequence[Variant], problems: Sequence[Problem]) -> str:
     states = records.cells["state"].value_counts()
-    told = ", ".join(f"{count} {state}" for state, count in states.items())
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
     seeds = sorted({len(v.cells) for v in variants})
     spread = (
         f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
@@ -81,7 +91,7 @@ def _lead(records: Records, variants: Sequence[Variant], problems: Sequence[Prob
     some = "1 thing is" if len(problems) == 1 else f"{len(problems)} things are"
     rest = f' <a href="#left-out">{some} missing or odd.</a>' if problems else ""
     return (
-        f"<p>{len(records.cells)} runs ({told}) of {len(variants)} recipes, {spread} each. Every "
+        f"<p>{len(records.cells)} runs ({counts}) of {len(variants)} recipes, {spread} each. Every "
         f"number has its 95 % interval and n; NA has a reason.{rest}</p>"
     )
 
@@ -99,46 +109,41 @@ def _claims(findings: Sequence[Finding]) -> str:
 def _claim(f: Finding) -> str:
     effect = f.effect
     if math.isnan(effect.value):
-        told = f"no value: {_esc(effect.note)}"
+        result = f"no value: {escape(effect.note)}"
     else:
-        note = f"; {_esc(effect.note)}" if effect.note else ""
+        note = f"; {escape(effect.note)}" if effect.note else ""
         n = counted(effect).replace("x", " seeds x ") + (" prompts" if effect.n_prompts else " seeds")
         n = n.replace("1 seeds", "1 seed") if effect.n_seeds == 1 else n
         value = f"{effect.value:.2f}" if f.unit.startswith("x") else f"{effect.value:+.2f}"
-        told = f"{value}{render.interval(effect, 2)} {_esc(f.unit)}, n = {n}{note}"
+        result = f"{value}{interval(effect, 2)} {escape(f.unit)}, n = {n}{note}"
     return (
         f'<div class="claim {f.verdict}"><span class=verdict>{MARKS[f.verdict]} {f.verdict}</span> &middot; '
-        f"{_esc(f.claim)}<br><span class=small>{_esc(f.where)}: {told}. Paper: {_esc(f.paper)}.</span></div>"
+        f"{escape(f.claim)}<br><span class=small>{escape(f.where)}: {result}. Paper: {escape(f.paper)}."
+        "</span></div>"
     )
 
 
 def _figure(picture: Picture, data: bytes) -> str:
     source = base64.b64encode(data).decode()
     return (
-        f'<figure id="{picture.id}"><figcaption><b>{_esc(picture.title)}.</b> {_esc(picture.caption)}'
-        f'</figcaption><img alt="{_esc(picture.title)}" src="data:image/png;base64,{source}"></figure>'
+        f'<figure id="{picture.id}"><figcaption><b>{escape(picture.title)}.</b> {escape(picture.caption)}'
+        f'</figcaption><img alt="{escape(picture.title)}" src="data:image/png;base64,{source}"></figure>'
     )
 
 
 def _problems(problems: Sequence[Problem]) -> str:
     if not problems:
         return "<p>Nothing.</p>"
-    return "<ul>" + "".join(f"<li><b>{_esc(p.where)}</b> {_esc(p.what)}</li>" for p in problems) + "</ul>"
+    return "<ul>" + "".join(f"<li><b>{escape(p.where)}</b> {escape(p.what)}</li>" for p in problems) + "</ul>"
 
 
 def _cells(records: Records) -> str:
-    columns = {
-        "seed": "seed",
-        "state": "state",
-        "step": "steps",
-        "hardware": "hardware",
-        "commit": "commit",
-        "requeues": "requeues",
-    }
-    head = "".join(f"<th>{_esc(title)}</th>" for title in ("cell", *columns.values()))
+    titles = ("cell", "seed", "state", "steps", "hardware", "commit", "requeues")
+    columns = ("seed", "state", "step", "hardware", "commit", "requeues")
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     rows = "".join(
-        f"<tr><td>{_esc(str(name))}</td>"
-        + "".join(f"<td>{_esc(_short(row[key]))}</td>" for key in columns)
+        f"<tr><td>{escape(str(name))}</td>"
+        + "".join(f"<td>{escape(_short(row[key]))}</td>" for key in columns)
         + "</tr>"
         for name, row in records.cells.iterrows()
     )
@@ -157,11 +162,53 @@ put together. Beside each table and figure lies a .json with its cells, their co
 
 
 def _how() -> str:
-    made = f"analysis code {trace.code_hash()[:12]}; " + ", ".join(
-        f"{name} {version(name)}" for name in trace.LIBRARIES
-    )
-    return f"<p>{HOW}</p><p class=small>{_esc(made)}. Paper: arXiv 2505.17218.</p>"
+    made = f"analysis code {code_hash()[:12]}; " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return f"<p>{HOW}</p><p class=small>{escape(made)}. Paper: arXiv 2505.17218.</p>"
 
 
-def _esc(text: str) -> str:
-    return html.escape(text)
+@cache
+def content_of(folder: str) -> str:
+    """One hash over what a cell's folder holds."""
+    digest = hashlib.sha256()
+    for name in READ:
+        path = Path(folder, name)
+        if path.is_file():
+            with path.open("rb") as stream:
+                digest.update(f"{name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+@cache
+def code_hash() -> str:
+    """SHA-256 over the analysis code and its data files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in HERE.rglob("*") if p.suffix in (".py", ".csv", ".mplstyle")):
+        digest.update(f"{path.relative_to(HERE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def sidecar(records: Records, title: str, cells: Sequence[str], files: Mapping[str, bytes]) -> str:
+    """The JSON beside a table or figure: its cells with code and content, and what it is made with."""
+    value: dict[str, Any] = {
+        "title": title,
+        "n_cells": len(set(cells)),
+        "cells": [_source(records, name) for name in sorted(set(cells))],
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
+        "analysis_code": code_hash(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def _source(records: Records, name: str) -> dict[str, Any]:
+    row = records.cells.loc[name]
+    return {
+        "cell": name,
+        "seed": int(row["seed"]),
+        "state": row["state"],
+        "step": int(row["step"]),
+        "commit": row["commit"],
+        "code_hash": row["code_hash"],
+        "hardware": row["hardware"],
+        "content": content_of(str(row["folder"])),
+    }

@@ -41,26 +41,6 @@ def test_students_interval_covers_what_it_says() -> None:
     assert 0.93 < hits / 4000 < 0.97  # 0.95, standard error 0.0034
 
 
-def test_iqm_drops_a_quarter_at_each_end() -> None:
-    assert est.iqm([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -100.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
-    assert est.iqm([1.0, 2.0, 6.0]) == pytest.approx(3.0)
-
-
-def test_interval_of_another_centre_is_wider_than_the_plain_percentiles() -> None:
-    values = np.array([0.2, 0.4, 0.5, 0.55, 0.7, 0.9])
-    found = est.centre_over_seeds(values, est.iqm, seed=3)
-    plain = stats.bootstrap(
-        (values,),
-        lambda x: est.iqm(x),
-        method="percentile",
-        vectorized=False,
-        n_resamples=4000,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    assert found.low < plain.low and found.high > plain.high
-    assert values.min() <= found.low and found.high <= values.max()
-
-
 def test_accuracy_resamples_seeds_and_prompts() -> None:
     """Seeds differ, prompts do not: all the noise is of seeds, and prompts alone would hide it."""
     scores = np.repeat(np.array([[0.2], [0.5], [0.8]]), 100, axis=1)

@@ -18,6 +18,7 @@ import yaml
 from analysis import quantities
 from analysis.__main__ import main
 from analysis.claims import findings
+from analysis.curves import asked
 from analysis.load import load
 from analysis.make import Report, differences, make, write
 from analysis.more_tables import reached_by_all, seconds_to
@@ -124,10 +125,10 @@ def test_what_sweeps_feed_is_made(report: Report) -> None:
 
 def test_claims_are_decided_by_intervals(outputs: Path) -> None:
     records = load([outputs])
-    told = {f.claim: f for f in findings(records, variants(records))}
-    faster = told["DASH needs less training time than GRPO."]
+    reported = {f.claim: f for f in findings(records, variants(records))}
+    faster = reported["DASH needs less training time than GRPO."]
     assert faster.verdict == "supported" and faster.effect.value == pytest.approx(4.0)
-    same = told["DASH loses no accuracy against GRPO."]
+    same = reported["DASH loses no accuracy against GRPO."]
     assert same.verdict != "supported"  # ten points better is not the same
 
 
@@ -135,9 +136,9 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     make_cell(tmp_path, "dash-m-d-s0-d0000000", config("dash"), after=verdicts(30))
     make_cell(tmp_path, "grpo-m-d-s0-e0000000", config("grpo"), step_s=40.0, after=verdicts(10))
     records = load([tmp_path])
-    told = findings(records, variants(records))
-    assert told and {f.verdict for f in told} == {"undecided"}
-    assert all("1 seed" in f.effect.note for f in told)
+    reported = findings(records, variants(records))
+    assert reported and {f.verdict for f in reported} == {"undecided"}
+    assert all("1 seed" in f.effect.note for f in reported)
 
 
 def test_times_of_different_hardware_are_not_mixed(outputs: Path) -> None:
@@ -257,7 +258,7 @@ def test_the_page_stands_alone(report: Report) -> None:
 
 
 @pytest.mark.parametrize("state", ["running", "failed", "interrupted"])
-def test_an_unfinished_cell_is_told_and_not_averaged(outputs: Path, state: str) -> None:
+def test_an_unfinished_cell_is_reported_and_not_averaged(outputs: Path, state: str) -> None:
     make_cell(
         outputs, "dash-smollm2_135m-arithmetic-s3-d0000003", config("dash", 3), rewards=(0.1,), state=state
     )
@@ -268,19 +269,19 @@ def test_an_unfinished_cell_is_told_and_not_averaged(outputs: Path, state: str) 
 
 
 @pytest.mark.parametrize(
-    ("make_place", "told"),
+    ("make_place", "reported"),
     [(lambda p: p / "nowhere", "is not a folder"), (lambda p: p, "holds no cells")],
 )
 def test_a_place_without_cells_is_refused(
-    tmp_path: Path, make_place: object, told: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, make_place: object, reported: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = make_place(tmp_path)  # type: ignore[operator]
     assert main([str(place), "--out", str(tmp_path / "report")]) == 2
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
 
 
-def test_a_reward_that_is_no_number_is_told_and_left_out(outputs: Path) -> None:
+def test_a_reward_that_is_no_number_is_reported_and_left_out(outputs: Path) -> None:
     """Of three, the mean over what is there; the step itself is left out of means over seeds."""
     folder = outputs / "cells" / "dash-smollm2_135m-arithmetic-s0-d0000000"
     rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
@@ -303,16 +304,16 @@ def test_a_metric_no_cell_has_is_refused_with_the_nearest(
     out = tmp_path / "report"
     asked = ["--metric", "reward/meen", "--metric", "lenght/mean_tokens", "--metric", "reward/mean"]
     assert main([str(outputs), "--out", str(out), *asked]) == 2
-    told = capsys.readouterr().err
-    assert "2 problems" in told and "'reward/mean'" in told and "'length/mean_tokens'" in told
+    reported = capsys.readouterr().err
+    assert "2 problems" in reported and "'reward/mean'" in reported and "'length/mean_tokens'" in reported
     assert not out.exists()
 
 
-def test_any_metric_is_drawn_when_asked_for(outputs: Path) -> None:
-    records = load([outputs])
-    report = make(records, metrics=["reward/mean", "reward/mean"])
-    name = "figures/metric-reward-mean-smollm2_135m-arithmetic.png"
-    assert name in report.files and name not in make(records).files
+def test_any_metric_is_drawn_when_asked_for(report: Report, pair: Path) -> None:
+    records = load([pair])
+    (drawn,) = asked(records, variants(records), ["reward/mean", "reward/mean"])
+    assert drawn.id == "metric-reward-mean-smollm2_135m-arithmetic"
+    assert f"figures/{drawn.id}.png" not in report.files
 
 
 def test_different_hardware_is_a_thing_left_out(outputs: Path, tmp_path: Path) -> None:
@@ -324,8 +325,8 @@ def test_different_hardware_is_a_thing_left_out(outputs: Path, tmp_path: Path) -
         after=verdicts(30),
         hardware={**CPU, "cpu": "Faster CPU"},
     )
-    told = make(load([outputs]), pictures=False).problems
-    assert any(p.where == "table3-arithmetic, training time" and "DASH" in p.what for p in told)
+    reported = make(load([outputs]), pictures=False).problems
+    assert any(p.where == "table3-arithmetic, training time" and "DASH" in p.what for p in reported)
     assert main([str(outputs), "--out", str(tmp_path / "report")]) == 1
 
 

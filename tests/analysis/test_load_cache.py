@@ -30,7 +30,7 @@ def same(one: Records, other: Records) -> bool:
     return bool((one.cells.index == other.cells.index).all())
 
 
-def test_remembered_equals_read(outputs: Path, tmp_path: Path) -> None:
+def test_the_cache_equals_a_fresh_reading(outputs: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert same(load([outputs], cache), load([outputs]))
     assert same(load([outputs], cache), load([outputs]))
@@ -49,7 +49,7 @@ def test_a_step_more_is_noticed(outputs: Path, tmp_path: Path) -> None:
     assert same(found, load([outputs]))
 
 
-def test_a_torn_line_is_told_every_time(outputs: Path, tmp_path: Path) -> None:
+def test_a_torn_line_is_reported_every_time(outputs: Path, tmp_path: Path) -> None:
     with (outputs / "cells" / "dash-m-d-s1-d0000001" / "steps.jsonl").open("a") as stream:
         stream.write('{"step": 5, "rew\n')
     for _ in range(3):
@@ -64,7 +64,7 @@ def test_fewer_places_give_fewer_rows(outputs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["signatures.json", "steps"])
-def test_a_broken_cache_is_read_past(outputs: Path, tmp_path: Path, spoil: str) -> None:
+def test_a_broken_cache_is_ignored(outputs: Path, tmp_path: Path, spoil: str) -> None:
     cache = tmp_path / "cache"
     load([outputs], cache)
     victim = next(cache.glob(f"{spoil}*"))
