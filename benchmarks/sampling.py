@@ -83,11 +83,12 @@ def settings_of(ours: Any, calls: Any, threads: int) -> dict[str, Any]:
     """What the bare engine is given: the settings that shape its work, and no processor of ours."""
     import torch
 
-    from dash_exp.sampling.vllm.parts import scheduling
+    from dash_exp.sampling.vllm.engine import unsplit_prompts
 
     s, decoding = ours.config.sampler, ours.machine.parts.decoding
     longest = ours.machine.parts.sampler.llm.llm_engine.model_config.max_model_len
-    gpu = {"gpu_memory_utilization": s.gpu_memory_utilization} if torch.cuda.is_available() else {}
+    on_gpu = torch.cuda.is_available()
+    more = {"gpu_memory_utilization": s.gpu_memory_utilization} if on_gpu else unsplit_prompts(longest)
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "both engines run within their process"
     return {
         "threads": threads,
@@ -101,8 +102,7 @@ def settings_of(ours: Any, calls: Any, threads: int) -> dict[str, Any]:
             "enable_prefix_caching": True,
             "generation_config": "vllm",
             "disable_log_stats": True,
-            **scheduling(longest),
-            **gpu,
+            **more,
         },
         "sampling": {
             "max_tokens": decoding.max_new_tokens,

@@ -30,9 +30,8 @@ from dash_exp.config.overrides import own_settings, split_off
 from dash_exp.config.schema import Config, dataset_places
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.record.folder import disk_fault
-from dash_exp.sampling.fleet.member import KEY_VARIABLE
-from dash_exp.sampling.fleet.server_process import LAUNCH, ServerProcess, ServerSettings
-from dash_exp.sampling.transfer.base import ENGINES
+from dash_exp.sampling.fleet.member import KEY_VARIABLE, LAUNCH, Launch, ServerProcess, ServerSettings
+from dash_exp.sampling.transfer import ENGINES
 from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.text import format_path
 
@@ -184,7 +183,7 @@ def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
     refuse_taken(command.serve.host, command.serve.port)
     key, file = key_of(folder)
     settings = settings_of(command, root / "cache")
-    process = ServerProcess(settings, key, folder, f"serve-{settings.port or os.getpid()}", launch)
+    process = ServerProcess(settings, Launch(key, folder, launch), f"serve-{settings.port or os.getpid()}")
     try:
         print(f"starting, this takes a while; log  {format_path(process.log)}", flush=True)
         if answers(process):

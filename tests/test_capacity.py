@@ -24,7 +24,7 @@ from dash_exp.capacity.model import (
 )
 from dash_exp.capacity.sampling import Decode, sample
 from dash_exp.learning.packing import pieces_of
-from dash_exp.sampling.fleet.waves import groups_at_once
+from dash_exp.sampling.protocol import groups_at_once
 from tests.conftest import make_groups
 
 SHARED = Decode.of_rates([(1, 100.0), (64, 100.0)])

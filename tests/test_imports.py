@@ -32,7 +32,8 @@ NEEDS_TORCH = {
     "record.checksums",
     "sampling.hf",
     "sampling.vllm",
-    "sampling.transfer",
+    "sampling.transfer.device",
+    "sampling.transfer.path",
     "sampling.fleet.sampler",
     "tasks.demonstrations",
     "train",
@@ -47,12 +48,11 @@ TORCH_FREE = {
     "train.budget",
     "train.display",
     "train.build_tasks",
-    "sampling.transfer.base",
 }
 """Exceptions from `NEEDS_TORCH`. All modules but those named there are imported without torch."""
 
 ONE_PLACE = {
-    "vllm": "sampling/vllm/",
+    "vllm": ("sampling/vllm/", "sampling/transfer/device.py"),
     "peft": "learning/adapters.py",
     "reasoning_gym": ("tasks/gym.py", "config/environment.py", "verifiers/gym.py"),
     "submitit": "sweep/slurm/",

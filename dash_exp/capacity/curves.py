@@ -17,7 +17,7 @@ from dash_exp.capacity.model import Curves, Setting, of_two
 from dash_exp.capacity.sampling import Decode, Lengths, sample
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_rows
-from dash_exp.sampling.fleet.waves import groups_at_once
+from dash_exp.sampling.protocol import groups_at_once
 
 UNIT = Decode(((1.0, 1.0),))
 """A decode step takes 1: times count decode steps."""

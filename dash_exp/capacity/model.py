@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dash_exp.capacity.sampling import Decode, Lengths, Sampled, sample
-from dash_exp.sampling.fleet.waves import groups_at_once
+from dash_exp.sampling.protocol import groups_at_once
 
 DRAWS = 8
 """Batches of lengths that a prediction is the mean of."""

@@ -29,7 +29,7 @@ from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, locate, position_limit
 from dash_exp.record.provenance import packages
 from dash_exp.sampling.hf import HFSampler
-from dash_exp.sampling.protocol import Sampler
+from dash_exp.sampling.protocol import EngineSettings, Sampler
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_traces
 from dash_exp.train.build_servers import make_servers, overlapped, split
@@ -199,19 +199,19 @@ def make_sampler(
     of their faults; `release`: of a learner's memory on its GPUs, None where nothing learns."""
     s, vocabulary = config.sampler, len(tokenizer)
     if s.name == "vllm":
-        from dash_exp.sampling.vllm.engine import VLLMSampler
+        from dash_exp.sampling.vllm.sampler import VLLMSampler
 
-        return VLLMSampler(
-            folder,
-            weights,
+        settings = EngineSettings(
+            model=str(folder),
             vocabulary=vocabulary,
             max_model_len=longest,
             max_sequences=s.max_sequences,
             dtype=s.dtype,
+            enforce_eager=s.enforce_eager,
             kv_cache_gb=s.kv_cache_gb,
             gpu_memory_utilization=s.gpu_memory_utilization,
-            enforce_eager=s.enforce_eager,
         )
+        return VLLMSampler(settings, weights)
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     if s.name == "vllm_servers":
         return make_servers(

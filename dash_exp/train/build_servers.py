@@ -16,13 +16,18 @@ from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.distributed.member import device_of
 from dash_exp.learning.distributed.world import local_ranks
-from dash_exp.sampling.fleet.member import KEY_VARIABLE, Member, Needs, Patience
-from dash_exp.sampling.fleet.sampler import ServerSampler
-from dash_exp.sampling.fleet.server_process import ServerSettings
-from dash_exp.sampling.placement import Processors, gpus, processors
-from dash_exp.sampling.transfer.base import Transfer
-from dash_exp.sampling.transfer.path import FileWeights, PathTransfer
-from dash_exp.sampling.transfer.shared_weights import SharedWeights
+from dash_exp.sampling.fleet.fleet import FleetSettings
+from dash_exp.sampling.fleet.member import (
+    KEY_VARIABLE,
+    Launch,
+    Member,
+    Needs,
+    RestartPolicy,
+    ServerSettings,
+)
+from dash_exp.sampling.fleet.sampler import Processors, ServerSampler, gpus, processors
+from dash_exp.sampling.transfer import Transfer
+from dash_exp.sampling.transfer.path import FileWeights, PathTransfer, SharedWeights
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -72,18 +77,18 @@ def make_servers(
         make_members(config, model, vocabulary, longest, transfer.engine, release is not None),
         or_of_folder(weights, model),
         transfer,
-        key=key,
-        folder=folder,
-        vocabulary=vocabulary,
-        max_sequences=s.max_sequences,
-        decode=decode,
-        restarts=s.restarts,
-        patience=Patience(stall_s=s.stall_s),
-        in_order=config.learner.deterministic,
-        colocated=s.colocated,
-        event=event,
-        tag=f"-{secrets.token_hex(4)}" if named else "",
-        release=release or (lambda: None),
+        FleetSettings(
+            vocabulary=vocabulary,
+            max_sequences=s.max_sequences,
+            decode=decode,
+            launch=Launch(key, folder),
+            policy=RestartPolicy(s.restarts, stall_s=s.stall_s),
+            in_order=config.learner.deterministic,
+            colocated=s.colocated,
+            tag=f"-{secrets.token_hex(4)}" if named else "",
+        ),
+        event,
+        release or (lambda: None),
     )
     if named:  # whatever a run before this one has left in them
         try:
@@ -109,8 +114,13 @@ def make_transfer(config: Config) -> Transfer:
             return PathTransfer(FileWeights(place, dtype))
         except OSError as error:
             raise UserError(Fault("cluster.weights_dir", f"cannot be used: {error}")) from error
-    from dash_exp.sampling.transfer.device import BroadcastTransfer, HandleTransfer, Staged
-    from dash_exp.sampling.vllm.link import connector, exporter
+    from dash_exp.sampling.transfer.device import (
+        BroadcastTransfer,
+        HandleTransfer,
+        Staged,
+        connector,
+        exporter,
+    )
 
     if device.type != "cuda":
         raise UserError(Fault("cluster.transfer", f"{kind} is between GPUs, but the learner has none"))

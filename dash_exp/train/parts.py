@@ -10,8 +10,7 @@ from dash_exp.learning.distributed.parallel import ParallelLearner
 from dash_exp.learning.filters import Filter
 from dash_exp.learning.packing import Packer
 from dash_exp.record.folder import Row
-from dash_exp.sampling.fleet.waves import groups_at_once
-from dash_exp.sampling.protocol import Sampler
+from dash_exp.sampling.protocol import Sampler, groups_at_once
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Completion, Decoding
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dash_exp.sampling.transfer.base import Transfer
+from dash_exp.sampling.transfer import Transfer
 from tests.sampling.server_rig import Rig
 
 

@@ -72,13 +72,13 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
     from vllm.config import WeightTransferConfig
 
     from dash_exp.record.checksums import checksum
-    from dash_exp.sampling.vllm import device as vllm_device
+    from dash_exp.sampling.vllm import weights as receivers
 
     found: list[str] = []
     for name, seed in ((NCCL, 3), (IPC, 4)):
-        own = getattr(vllm_device, f"{name}Transfer")
+        own = getattr(receivers, f"{name}Receiver")
         sent = perturbed(named, seed)
-        own.__base__.receive_weights = lambda self, info, sent=sent: self.model.load_weights(sent.items())
+        own.__bases__[1].receive_weights = lambda self, info, sent=sent: self.model.load_weights(sent.items())
         made = own(WeightTransferConfig(backend=name.lower()), vllm_config, torch.device("cpu"), model)
         told = {
             "names": list(sent),
@@ -90,7 +90,7 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
             told["ipc_handles"] = [{"gpu": (1,)}] * len(sent)
         for _ in range(2):
             made.start_weight_update()
-            made.receive_weights(getattr(vllm_device, f"{name}Update")(**told))
+            made.receive_weights(getattr(receivers, f"{name}Update")(**told))
             made.finish_weight_update()
         after = outputs(model)
         loader.reload(sent.items())
@@ -111,7 +111,7 @@ def main(folder: str, dtype: str) -> None:
     import vllm
     from safetensors.torch import load_file
 
-    from dash_exp.sampling.vllm.load import Loader
+    from dash_exp.sampling.vllm.weights import Loader
 
     named = {n: t.to(getattr(torch, dtype)) for n, t in load_file(f"{folder}/model.safetensors").items()}
     llm = vllm.LLM(model=folder, dtype=dtype, max_model_len=32, enforce_eager=True, skip_tokenizer_init=True)

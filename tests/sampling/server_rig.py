@@ -9,28 +9,46 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dash_exp.sampling.fleet.member import Member, Patience
+from dash_exp.sampling.fleet.fleet import FleetSettings
+from dash_exp.sampling.fleet.member import Launch, Member, RestartPolicy, ServerSettings
 from dash_exp.sampling.fleet.sampler import ServerSampler
-from dash_exp.sampling.fleet.server_process import ServerSettings
-from dash_exp.sampling.transfer.base import Transfer
-from dash_exp.sampling.transfer.path import PathTransfer
-from dash_exp.sampling.transfer.shared_weights import SharedWeights
+from dash_exp.sampling.transfer import PATH, Transfer
+from dash_exp.sampling.transfer.path import PathTransfer, SharedWeights
 from dash_exp.types import Decoding, Group, Prompt, Request
 from tests.sampling.fake_server import tokens_of
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_server.py")))
 DECODING = Decoding(max_new_tokens=6, temperature=1.0, stop_ids=(1,))
-PATIENCE = Patience(start_s=30, found_s=1.0, stall_s=60, health_s=0.1, answer_s=0.5)
+POLICY = RestartPolicy(0, start_s=30, connect_s=1.0, stall_s=60, health_s=0.1, answer_s=0.5)
 NAMED = [("weight", torch.arange(8.0)), ("bias", torch.ones(2, 3))]
 
 
 def shared() -> Transfer:
     return PathTransfer(SharedWeights(torch.float32))
+
+
+def server_settings(delay: float = 0.0, transfer: str = PATH, port: int = 0) -> ServerSettings:
+    return ServerSettings(
+        model=f"fake delay={delay}",
+        vocabulary=100,
+        max_model_len=64,
+        max_sequences=16,
+        dtype="float32",
+        transfer=transfer,
+        port=port,
+    )
+
+
+def fleet_settings(launch: Launch, policy: RestartPolicy = POLICY, **more: Any) -> FleetSettings:
+    return FleetSettings(
+        vocabulary=100, max_sequences=16, decode=lambda ids: str(ids), launch=launch, policy=policy, **more
+    )
 
 
 class Rig:
@@ -41,29 +59,13 @@ class Rig:
     ):
         self.events: list[dict[str, Any]] = []
         transfer = transfer or shared()
-        settings = ServerSettings(
-            f"fake delay={delay}",
-            vocabulary=100,
-            max_model_len=64,
-            max_sequences=16,
-            dtype="float32",
-            enforce_eager=True,
-            transfer=transfer.engine,
-        )
+        settings = server_settings(delay, transfer.engine)
         self.members = [Member(f"server-{n}", settings) for n in range(servers)]
-        options = {"patience": PATIENCE, "in_order": False, "colocated": False, "max_sequences": 16} | more
+        release = more.pop("release", lambda: None)
+        policy = replace(more.pop("policy", POLICY), restarts=restarts)
+        fleet = fleet_settings(Launch("secret", folder, FAKE), policy=policy, **more)
         self.sampler = ServerSampler(
-            self.members,
-            lambda: NAMED,
-            transfer,
-            key="secret",
-            folder=folder,
-            vocabulary=100,
-            decode=lambda ids: str(ids),
-            restarts=restarts,
-            event=self.event,
-            command=FAKE,
-            **options,
+            self.members, lambda: NAMED, transfer, fleet, event=self.event, release=release
         )
 
     def event(self, kind: str, start: float, end: float, **more: Any) -> None:

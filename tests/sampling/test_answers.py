@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dash_exp.sampling.fleet.answers import Answer, GarbageError, question, read_answer
+from dash_exp.sampling.fleet.client import InvalidResponseError, Sampled, completion_request, parse_completion
 from dash_exp.types import Decoding
 
 DECODING = Decoding(max_new_tokens=4, temperature=0.7, stop_ids=(1, 9), top_p=0.9)
@@ -21,7 +21,7 @@ def reply(ids: list[int], version: str = "3", **changes: Any) -> dict[str, Any]:
 
 
 def test_the_question_holds_tokens_and_a_seed_and_ends_where_we_say() -> None:
-    asked = question((5, 6), 77, DECODING)
+    asked = completion_request((5, 6), 77, DECODING)
     assert asked["token_ids"] == [5, 6]
     params = asked["sampling_params"]
     assert (params["seed"], params["max_tokens"], params["temperature"], params["top_p"]) == (77, 4, 0.7, 0.9)
@@ -29,10 +29,10 @@ def test_the_question_holds_tokens_and_a_seed_and_ends_where_we_say() -> None:
 
 
 def test_a_completion_stops_at_a_stop_token_or_is_cut() -> None:
-    assert read_answer(reply([5, 6, 9]), DECODING, 100, "3") == Answer((5, 6, 9), (-0.5,) * 3, "stop")
-    assert read_answer(reply([5, 6, 7, 8]), DECODING, 100, "3").finish_reason == "length"
-    assert read_answer(reply([5, 6, 7, 1]), DECODING, 100, "3").finish_reason == "stop"
-    assert read_answer(reply([1], version="default"), DECODING, 100, "default").token_ids == (1,)
+    assert parse_completion(reply([5, 6, 9]), DECODING, 100, "3") == Sampled((5, 6, 9), (-0.5,) * 3, "stop")
+    assert parse_completion(reply([5, 6, 7, 8]), DECODING, 100, "3").finish_reason == "length"
+    assert parse_completion(reply([5, 6, 7, 1]), DECODING, 100, "3").finish_reason == "stop"
+    assert parse_completion(reply([1], version="default"), DECODING, 100, "default").token_ids == (1,)
 
 
 def broken(**entry: Any) -> dict[str, Any]:
@@ -63,5 +63,5 @@ def broken(**entry: Any) -> dict[str, Any]:
     ],
 )
 def test_garbage(given: Any, why: str) -> None:
-    with pytest.raises(GarbageError, match=why):
-        read_answer(given, DECODING, 100, "3")
+    with pytest.raises(InvalidResponseError, match=why):
+        parse_completion(given, DECODING, 100, "3")

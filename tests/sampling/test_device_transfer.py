@@ -19,9 +19,14 @@ import pytest
 import torch
 
 from dash_exp.sampling.protocol import arrived
-from dash_exp.sampling.transfer.base import OutdatedError
-from dash_exp.sampling.transfer.device import BroadcastTransfer, HandleTransfer, Staged, address_towards
-from dash_exp.sampling.vllm.link import NCCLLink
+from dash_exp.sampling.transfer import OutdatedError
+from dash_exp.sampling.transfer.device import (
+    BroadcastTransfer,
+    HandleTransfer,
+    NCCLLink,
+    Staged,
+    address_towards,
+)
 from tests.sampling.server_rig import DECODING, Rig, ask, check, until
 
 UPDATE = ["start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache"]
@@ -88,7 +93,7 @@ def test_what_arrives_is_checked(rig: Callable[..., Rig]) -> None:
     check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "2")
 
 
-def test_a_server_that_dies_in_a_broadcast_is_let_go_and_joined_anew(rig: Callable[..., Rig]) -> None:
+def test_a_server_that_dies_in_a_broadcast_is_disconnected_and_joined_again(rig: Callable[..., Rig]) -> None:
     transfer, wires = broadcast()
     one = rig(restarts=1, transfer=transfer)
     one.sampler.load_weights(1)
@@ -176,14 +181,14 @@ def test_a_server_is_told_to_update_when_it_is_its_turn(rig: Callable[..., Rig])
     assert [calls(one, n) for n in range(2)] == [[*JOIN, *UPDATE, *UPDATE]] * 2
 
 
-def test_nothing_is_sent_after_a_link_is_let_go() -> None:
+def test_nothing_is_sent_after_a_link_is_aborted() -> None:
     """Aborting NCCL's communicator lets a sender that waits in it go on: it must not touch it again."""
     done: list[str] = []
     link = NCCLLink(SimpleNamespace(destroy=lambda: done.append("destroyed")), torch.device("cpu"), 8)
     tensors = link._until_aborted({"a": torch.ones(1), "b": torch.ones(1)})
     assert next(tensors)[0] == "a"
     link.abort()
-    with pytest.raises(RuntimeError, match="let go"):
+    with pytest.raises(RuntimeError, match="aborted"):
         next(tensors)
     assert done == ["destroyed"]
 

@@ -6,8 +6,8 @@ import pytest
 
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
-from dash_exp.sampling.fleet.server_process import visible_gpu
-from dash_exp.sampling.placement import gpus, processors
+from dash_exp.sampling.fleet.member import visible_gpu
+from dash_exp.sampling.fleet.sampler import gpus, processors
 from dash_exp.train.build_servers import learner_gpus
 
 

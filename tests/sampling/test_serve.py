@@ -236,7 +236,7 @@ def test_servers_that_die_fail_the_run_and_the_same_command_resumes(
         options = [*FP32, "sampler.restarts=0", "checkpoint.every=1"]
         process = start(root, *options, urls(others))
         wait_for_steps(root, 2, process, 400)
-        (server,) = [c for c in others.children if "vllm_server" in " ".join(c.cmdline())]
+        (server,) = [c for c in others.children if "vllm.server" in " ".join(c.cmdline())]
         os.killpg(server.pid, signal.SIGKILL)
         output = finish(process, 120)
         assert process.returncode == 2 and "Traceback" not in output, output

@@ -6,7 +6,8 @@ import asyncio
 import time
 
 from dash_exp.sampling.fleet.client import KEEP_S, ServerClient
-from dash_exp.sampling.fleet.server_process import ServerSettings, environment
+from dash_exp.sampling.fleet.member import environment
+from tests.sampling.server_rig import server_settings
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 PATIENCE_S = KEEP_S + 0.2
@@ -52,5 +53,5 @@ def test_no_question_meets_a_server_that_is_closing_the_connection() -> None:
 
 
 def test_our_own_servers_keep_connections_longer_than_we_do() -> None:
-    settings = ServerSettings("model", 100, 64, 16, "float32", True, "dash_shared")
+    settings = server_settings()
     assert int(environment(settings, {})["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) >= 10 * KEEP_S

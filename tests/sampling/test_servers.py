@@ -20,13 +20,22 @@ import pytest
 
 from dash_exp.errors import UserError
 from dash_exp.sampling.fleet.fleet import Fleet
-from dash_exp.sampling.fleet.member import Member
+from dash_exp.sampling.fleet.member import Launch, Member
 from dash_exp.sampling.fleet.sampler import ServerSampler
-from dash_exp.sampling.fleet.server_process import ServerSettings
 from dash_exp.sampling.protocol import arrived
-from dash_exp.sampling.transfer.base import Weights
+from dash_exp.sampling.transfer import Weights
 from dash_exp.types import Group, Prompt, Request
-from tests.sampling.server_rig import DECODING, PATIENCE, Rig, ask, check, shared, until
+from tests.sampling.server_rig import (
+    DECODING,
+    POLICY,
+    Rig,
+    ask,
+    check,
+    fleet_settings,
+    server_settings,
+    shared,
+    until,
+)
 
 
 def test_every_group_once_from_every_server(rig: Callable[..., Rig]) -> None:
@@ -58,7 +67,7 @@ def test_a_batch_asked_for_in_parts_comes_bit_by_bit(rig: Callable[..., Rig]) ->
     groups_on_way = []
     for group in stream:
         assert sum(m.completions for m in one.members) <= 3 * each
-        groups_on_way.append(sum(len(m.owed) for m in one.members))
+        groups_on_way.append(sum(len(m.pending) for m in one.members))
         if group is not None:
             seen.append(group)
     assert max(groups_on_way) > 3
@@ -79,9 +88,9 @@ def test_work_is_spread_by_what_it_is_expected_to_cost(rig: Callable[..., Rig]) 
     workers = {g.position: g.origin.worker for g in groups if g.origin}
     assert {workers[n] for n in range(1, 5)} == {"server-0", "server-1"} - {workers[0]}
     lengths = one.sampler.lengths
-    before = lengths.work(ask(1)[0])
+    before = lengths.expected_tokens(ask(1)[0])
     lengths.add(Group(0, ask(1)[0].prompt, (groups[0].completions[0],) * 4))
-    assert lengths.work(ask(1)[0]) == 3 + 4 * len(groups[0].completions[0].token_ids) != before
+    assert lengths.expected_tokens(ask(1)[0]) == 3 + 4 * len(groups[0].completions[0].token_ids) != before
 
 
 def test_the_caller_is_not_held_up_while_nothing_is_there(rig: Callable[..., Rig]) -> None:
@@ -93,18 +102,18 @@ def test_the_caller_is_not_held_up_while_nothing_is_there(rig: Callable[..., Rig
 @pytest.mark.parametrize(
     ("mode", "reason"),
     [
-        ("garbage", "something else than JSON"),
-        ("short", "no completion in its reply"),
+        ("garbage", "answers no JSON"),
+        ("short", "no completion in the response"),
         ("old", "tokens of weights"),
         ("dead", "EngineDeadError"),
-        ("hang", "no sign of life"),
-        ("stuck", "no token in"),
+        ("hang", "health checks failed"),
+        ("stuck", "no token for 1.5 s"),
     ],
 )
 def test_a_broken_server_is_noticed_and_the_others_do_its_work(
     rig: Callable[..., Rig], mode: str, reason: str
 ) -> None:
-    one = rig(patience=replace(PATIENCE, stall_s=1.5 if mode == "stuck" else 60))
+    one = rig(policy=replace(POLICY, stall_s=1.5 if mode == "stuck" else 60))
     if mode == "hang":
         one.kill(0, signal.SIGSTOP)
     else:
@@ -139,7 +148,7 @@ def test_a_server_that_takes_no_weights_is_not_asked(rig: Callable[..., Rig]) ->
     groups = list(arrived(one.sampler.stream(asked, DECODING)))
     check(groups, asked, "1")
     assert {g.origin.worker for g in groups if g.origin} == {"server-0"}
-    assert "took no weights" in one.of("fault")[0]["reason"]
+    assert "failed to load weights" in one.of("fault")[0]["reason"]
 
 
 def test_ends_are_not_told_of_a_group_that_another_server_was_asked_for(rig: Callable[..., Rig]) -> None:
@@ -223,18 +232,8 @@ def test_what_changes_while_a_server_starts_reaches_it(
 
     made = {label: Weights(1, label, {}) for label in ("one", "two")}
     talk = Talk({what: partial(becomes, *to) for what, to in meanwhile.items()})
-    fleet = Fleet(
-        [],
-        cast(Any, talk),
-        key="",
-        folder=Path(),
-        vocabulary=1,
-        max_sequences=1,
-        decode=str,
-        event=lambda *what, **more: None,
-        restarts=0,
-        patience=PATIENCE,
-    )
+    settings = fleet_settings(Launch("", Path()))
+    fleet = Fleet([], cast(Any, talk), settings, lambda *what, **more: None)
     becomes(asleep, "one")
     asyncio.run(ready())
     assert talk.told == told
@@ -270,24 +269,14 @@ def test_a_prompt_that_a_server_refuses_fails_the_run_and_no_server(rig: Callabl
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
-    settings = ServerSettings("fake delay=0", 100, 64, 16, "float32", True, "dash_shared")
     command = (sys.executable, "-c", "import sys; sys.exit('no such model')")
     with pytest.raises(RuntimeError, match=r"server-0 ended with code 1.*no such model"):
         ServerSampler(
-            [Member("server-0", settings)],
+            [Member("server-0", server_settings())],
             list,
             shared(),
-            key="k",
-            folder=tmp_path,
-            vocabulary=100,
-            max_sequences=16,
-            decode=str,
-            restarts=0,
-            patience=PATIENCE,
-            in_order=False,
-            colocated=False,
-            event=lambda *what, **more: None,
-            command=command,
+            fleet_settings(Launch("k", tmp_path, command)),
+            lambda *what, **more: None,
         )
 
 

@@ -14,16 +14,25 @@ import pytest
 import torch
 
 from dash_exp.errors import UserError
-from dash_exp.sampling.fleet.member import Member, Needs
+from dash_exp.sampling.fleet.member import Launch, Member, Needs, ServerProcess
 from dash_exp.sampling.fleet.sampler import ServerSampler
-from dash_exp.sampling.fleet.server_process import ServerProcess, ServerSettings
 from dash_exp.sampling.protocol import arrived
-from dash_exp.sampling.transfer.base import PATH, Transfer
+from dash_exp.sampling.transfer import PATH, Transfer
 from dash_exp.sampling.transfer.path import FileWeights, PathTransfer
-from tests.sampling.server_rig import DECODING, FAKE, NAMED, PATIENCE, ask, check, shared, until
+from tests.sampling.server_rig import (
+    DECODING,
+    FAKE,
+    NAMED,
+    POLICY,
+    ask,
+    check,
+    fleet_settings,
+    server_settings,
+    shared,
+    until,
+)
 
 NEEDS = Needs(vocabulary=100, longest=64, dtype="float32", transfer=PATH)
-SETTINGS = ServerSettings("fake delay=0.01", 100, 64, 16, "float32", True, PATH)
 
 
 class Town:
@@ -36,9 +45,8 @@ class Town:
         self.events: list[dict[str, Any]] = []
 
     def server(self, port: int = 0) -> ServerProcess:
-        one = ServerProcess(
-            replace(SETTINGS, port=port), "secret", self.folder, f"serve-{len(self.servers)}", FAKE
-        )
+        launch = Launch("secret", self.folder, FAKE)
+        one = ServerProcess(server_settings(0.01, port=port), launch, f"serve-{len(self.servers)}")
         self.servers.append(one)
         until(lambda: one.url is not None)
         return one
@@ -51,23 +59,16 @@ class Town:
         transfer: Transfer | None = None,
         needs: Needs = NEEDS,
         urls: list[str] | None = None,
+        connect_s: float = 1.0,
     ) -> ServerSampler:
+        policy = replace(POLICY, restarts=restarts, connect_s=connect_s)
         urls = urls or [str(s.url) for s in self.servers]
         made = ServerSampler(
             [Member(f"server-{n}", None, url, needs) for n, url in enumerate(urls)],
             lambda: NAMED,
             transfer or shared(),
-            key=key,
-            folder=self.folder,
-            vocabulary=100,
-            max_sequences=16,
-            decode=str,
-            restarts=restarts,
-            patience=PATIENCE,
-            in_order=False,
-            colocated=False,
-            event=self.event,
-            tag=tag,
+            fleet_settings(Launch(key, self.folder), policy, tag=tag),
+            self.event,
         )
         self.guests.append(made)
         return made
@@ -131,14 +132,14 @@ def test_a_wrong_key_and_no_server_are_told(town: Town) -> None:
     town.server()
     with pytest.raises(UserError, match="DASH_SERVER_KEY: is not the key of http"):
         town.guest(key="wrong")
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 does not answer, 1 s long\n.*dash_exp\.serve"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 did not answer within 1 s\n.*dash_exp\.serve"):
         town.guest(urls=["http://127.0.0.1:9"])
 
 
 def test_one_that_is_lost_is_waited_for_and_gets_its_weights_again(town: Town) -> None:
     first = town.server()
     port = int(str(first.url).rpartition(":")[2])
-    guest = town.guest(restarts=1)
+    guest = town.guest(restarts=1, connect_s=30)
     guest.load_weights(3)
     os.killpg(first.process.pid, signal.SIGKILL)
     until(lambda: guest.fleet.members[0].state == "starting")
@@ -153,7 +154,7 @@ def test_one_that_does_not_come_back_is_told_once(town: Town, restarts: int) -> 
     """Nobody here can start it: it is waited for once, not as often as one of our own."""
     guest = town.guest(restarts=restarts, urls=[str(town.server().url)])
     os.killpg(town.servers[0].process.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"every server is lost: server-0 at http.*(no sign of life|Client)"):
+    with pytest.raises(UserError, match=r"every server is lost: server-0 at http.*(health checks|Client)"):
         list(guest.stream(ask(2), DECODING))
     guest.close()
     assert len([e for e in town.events if e["what"] == "server did not start again"]) == min(restarts, 1)

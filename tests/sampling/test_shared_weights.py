@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dash_exp.record.checksums import checksum
-from dash_exp.sampling.transfer.shared_weights import (
+from dash_exp.sampling.transfer.path import (
     PREFIX,
     SHARED_MEMORY,
     SharedReader,
     SharedWeights,
-    locked,
-    remove_left_behind,
+    lock_folder,
+    remove_abandoned,
 )
 
 
@@ -111,10 +111,10 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> N
     left, used, new, other = (tmp_path / name for name in (f"{PREFIX}a", f"{PREFIX}b", f"{PREFIX}c", "mine"))
     for folder in (left, used, new, other):
         folder.mkdir()
-    lock = locked(used)
+    lock = lock_folder(used)
     for folder in (left, used, other):
         os.utime(folder, (0, 0))
-    remove_left_behind(tmp_path)
+    remove_abandoned(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{PREFIX}b", f"{PREFIX}c", "mine"]
     assert lock is not None
-    os.close(lock)
+    lock.release()

@@ -33,10 +33,10 @@ def queues() -> Iterator[tuple[Any, Any]]:
     writer.shutdown()
 
 
-def made_patient(reader: Any) -> None:
-    from dash_exp.sampling.vllm.executor import PatientExecutor
+def without_polling(reader: Any) -> None:
+    from dash_exp.sampling.vllm.engine import SleepingExecutor
 
-    executor = object.__new__(PatientExecutor)  # without the processes that it would start
+    executor = object.__new__(SleepingExecutor)  # without the processes that it would start
     executor.response_mqs = [reader]
     executor._post_init_executor()
 
@@ -44,7 +44,7 @@ def made_patient(reader: Any) -> None:
 def test_an_answer_is_seen_although_nobody_is_woken(queues: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM drops the message where another one is still on its way."""
     writer, reader = queues
-    made_patient(reader)
+    without_polling(reader)
     monkeypatch.setattr(writer._spin_condition, "notify", lambda: None)
     for number in range(3):
         later = threading.Timer(0.05, writer.enqueue, (number,))
@@ -55,7 +55,7 @@ def test_an_answer_is_seen_although_nobody_is_woken(queues: Any, monkeypatch: py
 
 def test_many_answers_at_once_are_all_seen(queues: Any) -> None:
     writer, reader = queues
-    made_patient(reader)
+    without_polling(reader)
     writing = threading.Thread(target=lambda: [writer.enqueue(n) for n in range(3000)])
     writing.start()
     assert [reader.dequeue(timeout=2) for _ in range(3000)] == list(range(3000))
@@ -68,17 +68,17 @@ def test_the_engine_does_not_spin_for_its_workers(
 ) -> None:
     from vllm.distributed.device_communicators import shm_broadcast
 
-    from dash_exp.sampling.vllm.executor import PatientExecutor, patient
+    from dash_exp.sampling.vllm.engine import SleepingExecutor, executor_arguments
 
     writer, reader = queues
     looked: list[None] = []
     monkeypatch.setattr(shm_broadcast, "sched_yield", lambda: looked.append(None))
     if ours:
-        made_patient(reader)
+        without_polling(reader)
     for number in range(3):
         later = threading.Timer(0.1, writer.enqueue, (number,))
         later.start()
         assert reader.dequeue(timeout=10) == number
         later.join()
     assert bool(looked) != ours
-    assert patient()["distributed_executor_backend"].endswith(PatientExecutor.__name__)
+    assert executor_arguments()["distributed_executor_backend"].endswith(SleepingExecutor.__name__)

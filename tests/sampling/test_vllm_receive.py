@@ -37,7 +37,7 @@ class Model:
 
 def received(*parts: dict[str, torch.Tensor]) -> Model:
     """A model after these parts have come, one after the other."""
-    from dash_exp.sampling.vllm.receive import checking
+    from dash_exp.sampling.vllm.weights import checking
 
     model = Model()
     engine = SimpleNamespace(model=model)
@@ -71,12 +71,12 @@ def test_what_was_not_sent_is_refused(parts: list[dict[str, torch.Tensor]], what
 
 def test_the_transfers_between_gpus_take_checksums() -> None:
     """The fields of vLLM's own, and ours; more cannot be tried without a GPU."""
-    from dash_exp.sampling.vllm.device import IPCTransfer, IPCUpdate, NCCLTransfer, NCCLUpdate
+    from dash_exp.sampling.vllm.weights import IPCReceiver, IPCUpdate, NCCLReceiver, NCCLUpdate
 
     told = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[4]], "checksums": SUMS}
     assert NCCLUpdate(**told).checksums == SUMS
     assert IPCUpdate(**told, ipc_handles=[{"gpu": (1,)}]).checksums == SUMS
-    assert NCCLTransfer.update_info_cls is NCCLUpdate and IPCTransfer.update_info_cls is IPCUpdate
+    assert NCCLReceiver.update_info_cls is NCCLUpdate and IPCReceiver.update_info_cls is IPCUpdate
 
 
 def test_the_mask_fits_both_model_runners() -> None:
@@ -84,9 +84,9 @@ def test_the_mask_fits_both_model_runners() -> None:
     from vllm.v1.sample.logits_processor import LogitsProcessor
     from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs
 
-    from dash_exp.sampling.vllm.parts import MaskPadding
+    from dash_exp.sampling.vllm.engine import MaskPadding
 
-    (found,) = _load_v2_logitsprocs(["dash_exp.sampling.vllm.parts:MaskPadding"])
+    (found,) = _load_v2_logitsprocs(["dash_exp.sampling.vllm.engine:MaskPadding"])
     assert found is MaskPadding and issubclass(found, LogitsProcessor)
     config = SimpleNamespace(additional_config={"dash_vocabulary": 3})
     first, second = found(config, torch.device("cpu"), False), found(config, SimpleNamespace())
@@ -100,7 +100,7 @@ def test_the_mask_fits_both_model_runners() -> None:
 
 
 def test_a_file_of_another_machine_is_waited_for(tmp_path: Path) -> None:
-    from dash_exp.sampling.vllm.receive import arrived
+    from dash_exp.sampling.vllm.weights import wait_for_file
 
     path = tmp_path / "folder" / "weights-1.safetensors"
 
@@ -111,7 +111,7 @@ def test_a_file_of_another_machine_is_waited_for(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=write)
     thread.start()
-    assert arrived(path, 10) == path
+    assert wait_for_file(path, 10) == path
     thread.join()
-    with pytest.raises(FileNotFoundError, match=r"weights-2\.safetensors is not seen by this server"):
-        arrived(path.with_name("weights-2.safetensors"), 0)
+    with pytest.raises(FileNotFoundError, match=r"weights-2\.safetensors is not visible to this server"):
+        wait_for_file(path.with_name("weights-2.safetensors"), 0)

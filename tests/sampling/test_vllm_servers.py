@@ -20,13 +20,12 @@ import torch
 from safetensors.torch import save_file
 
 from dash_exp.record.checksums import checksum
-from dash_exp.sampling.fleet.member import Member, Patience
+from dash_exp.sampling.fleet.fleet import FleetSettings
+from dash_exp.sampling.fleet.member import Launch, Member, RestartPolicy, ServerSettings
 from dash_exp.sampling.fleet.sampler import ServerSampler
-from dash_exp.sampling.fleet.server_process import ServerSettings
 from dash_exp.sampling.protocol import arrived
-from dash_exp.sampling.transfer.base import PATH
-from dash_exp.sampling.transfer.path import PathTransfer
-from dash_exp.sampling.transfer.shared_weights import SharedWeights
+from dash_exp.sampling.transfer import PATH
+from dash_exp.sampling.transfer.path import PathTransfer, SharedWeights
 from tests.sampling.test_hf import ask, by_position, sampler_of
 from tests.sampling.test_vllm import FREE, GREEDY, SEEN, learner_gap
 
@@ -52,7 +51,7 @@ def rig(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
     model = load_model(tiny_folder, torch.float32, ATTENTION)
     settings = ServerSettings(
-        str(tiny_folder),
+        model=str(tiny_folder),
         vocabulary=SEEN,
         max_model_len=64,
         max_sequences=64,
@@ -62,20 +61,19 @@ def rig(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     )
     events: list[dict[str, Any]] = []
     members = [Member(f"server-{n}", dataclasses.replace(settings, cores=(n,))) for n in range(2)]
+    fleet = FleetSettings(
+        vocabulary=SEEN,
+        max_sequences=64,
+        decode=str,
+        launch=Launch("secret", tmp_path_factory.mktemp("logs")),
+        policy=RestartPolicy(2),
+    )
     sampler = ServerSampler(
         members,
         model.named_parameters,
         PathTransfer(SharedWeights(torch.float32)),
-        key="secret",
-        folder=tmp_path_factory.mktemp("logs"),
-        vocabulary=SEEN,
-        max_sequences=64,
-        decode=str,
-        restarts=2,
-        patience=Patience(),
-        in_order=False,
-        colocated=False,
-        event=lambda kind, start, end, **more: events.append({"kind": kind, **more}),
+        fleet,
+        lambda kind, start, end, **more: events.append({"kind": kind, **more}),
     )
     yield Rig(sampler, members, model, events)
     sampler.close()

@@ -1,34 +1,109 @@
-"""HTTP to one server: questions, weights, health. Torch-free."""
+"""HTTP to one server: completions, weights, health. Every response is checked."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from dash_exp.sampling.fleet.answers import FACTS, GENERATE, GarbageError
+from dash_exp.types import Decoding, FinishReason
 
+GENERATE = "/inference/v1/generate"
+FACTS = "/dash_exp/facts"
+"""Our own route: what the server was started with."""
+BASE_LABEL = "default"
+"""vLLM's name for the weights that it read from the model's folder."""
 CONTROL_TIMEOUT_S = 300.0
 KEEP_S = 2.0
-"""How long an unused connection is kept. vLLM closes one after 5 s: a question sent at that very moment would
+"""How long an unused connection is kept. vLLM closes one after 5 s; a request sent at that very moment would
 look like the end of the server."""
 TOKENS_METRIC = "vllm:generation_tokens_total"
 
 
+class InvalidResponseError(ValueError):
+    """A server answered, but not with what it was asked for."""
+
+
 class RefusedError(RuntimeError):
-    """The server says that the question itself is wrong: another one would say the same."""
+    """The server says that the request itself is wrong; any other server would say the same."""
+
+
+CALL_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, InvalidResponseError)
+"""What a call of a broken server raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The tokens of one completion, with their log-probabilities."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+def completion_request(prompt: Sequence[int], seed: int, decoding: Decoding) -> dict[str, Any]:
+    """The body of a request for one completion of these tokens."""
+    return {
+        "token_ids": list(prompt),
+        "sampling_params": {
+            "max_tokens": decoding.max_new_tokens,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "seed": seed,
+            "logprobs": 0,
+            "stop_token_ids": list(decoding.stop_ids),
+            "ignore_eos": True,  # only the stop tokens above end a completion
+            "detokenize": False,
+        },
+    }
+
+
+def parse_completion(body: Any, decoding: Decoding, vocabulary: int, label: str) -> Sampled:
+    """The completion in a response. Raises InvalidResponseError where it is not one: sampled with other
+    weights than those named `label`, too long, with unknown tokens, or with impossible log-probabilities."""
+    try:
+        (choice,) = body["choices"]
+        ids = tuple(choice["token_ids"])
+        entries = choice["logprobs"]["content"]
+        logprobs = tuple(float(entry["logprob"]) for entry in entries)
+        same = all(entry["token_id"] == token for entry, token in zip(entries, ids, strict=True))
+        versions = {str(span["version"]) for span in choice["weight_versions"]}
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"no completion in the response: {type(error).__name__} {error}"
+        raise InvalidResponseError(what) from error
+    stopped = bool(ids) and ids[-1] in decoding.stop_ids
+    unknown = any(type(token) is not int or not 0 <= token < vocabulary for token in ids)
+    impossible = any(not math.isfinite(value) or value > 1e-3 for value in logprobs)
+    for wrong, what in (
+        (
+            not ids or len(ids) > decoding.max_new_tokens or not same,
+            f"{len(ids)} tokens where 1 to {decoding.max_new_tokens} were requested",
+        ),
+        (unknown, "tokens that the tokenizer does not have"),
+        (impossible, "impossible log-probabilities"),
+        (versions != {label}, f"tokens of weights {sorted(versions)} where {label} was current"),
+        (
+            not stopped and len(ids) < decoding.max_new_tokens,
+            f"it stopped after {len(ids)} tokens without a stop token",
+        ),
+    ):
+        if wrong:
+            raise InvalidResponseError(what)
+    return Sampled(ids, logprobs, "stop" if stopped else "length")
 
 
 class ServerClient:
-    """Calls of one server, from within an event loop. Raises OSError or aiohttp.ClientError where it
-    cannot be reached, TimeoutError where it does not answer, GarbageError where it answers nonsense."""
+    """Calls of one server, from within an event loop. Raises OSError or aiohttp.ClientError where it cannot
+    be reached, TimeoutError where it does not answer, InvalidResponseError where the response is not valid,
+    and RefusedError where it refuses the request."""
 
-    def __init__(self, url: str, key: str, answer_s: float):
-        """`answer_s`: seconds in which it says whether it is well."""
-        self.url, self.answer_s = url.rstrip("/"), answer_s
+    def __init__(self, url: str, key: str, health_timeout_s: float):
+        self.url, self.health_timeout_s = url.rstrip("/"), health_timeout_s
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {key}"},
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S),
@@ -38,76 +113,65 @@ class ServerClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def generate(self, question: Mapping[str, Any]) -> Any:
-        """The reply to a question, as long as it takes."""
-        return await self._post(GENERATE, question, None)
+    async def generate(self, body: Mapping[str, Any]) -> Any:
+        """The response to a completion request, without a time limit."""
+        return await self.call(GENERATE, body, None)
 
     async def load(
-        self,
-        update: Mapping[str, Any],
-        label: str,
-        beside: Callable[[], Awaitable[None]] | None = None,
-        timeout_s: float = CONTROL_TIMEOUT_S,
+        self, update: Mapping[str, Any], label: str, beside: Callable[[], Awaitable[None]] | None = None
     ) -> None:
-        """Put weights in, give them their name, and forget all that was computed with earlier ones.
-        `beside`: what is to be done while the server takes them."""
+        """Load weights, name them, and drop everything cached with earlier ones. `beside`: runs while the
+        server loads them."""
         try:
-            await self._post("/start_weight_update", None, timeout_s)
-        except GarbageError:  # who began an update before was killed in the middle of it
-            await self._post("/finish_weight_update", None, timeout_s)
-            await self._post("/start_weight_update", None, timeout_s)
-        await _together(
-            self._post("/update_weights", {"update_info": update}, timeout_s),
+            await self.call("/start_weight_update")
+        except InvalidResponseError:  # the process that began an earlier update was killed before its end
+            await self.call("/finish_weight_update")
+            await self.call("/start_weight_update")
+        await _gather(
+            self.call("/update_weights", {"update_info": update}),
             *([] if beside is None else [beside()]),
         )
-        await self._post("/finish_weight_update", {"weight_version": label}, timeout_s)
-        reply = await self._post("/reset_prefix_cache", None, timeout_s)
+        await self.call("/finish_weight_update", {"weight_version": label})
+        reply = await self.call("/reset_prefix_cache")
         if not reply.get("success"):
-            raise GarbageError("it kept its prefix cache")
+            raise InvalidResponseError("it did not reset its prefix cache")
 
     async def facts(self) -> dict[str, Any]:
         """What it was started with."""
-        facts = await self._get(FACTS, self.answer_s)
+        async with asyncio.timeout(self.health_timeout_s), self._session.get(f"{self.url}{FACTS}") as reply:
+            facts = await _parse(reply)
         if not isinstance(facts, dict):
-            raise GarbageError(f"{FACTS} answers {str(facts)[:80]!r}")
+            raise InvalidResponseError(f"{FACTS} answers {str(facts)[:80]!r}")
         return facts
 
-    async def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Any other route that takes a POST."""
-        return await self._post(path, body, CONTROL_TIMEOUT_S)
-
-    async def version(self) -> str:
-        """Of the weights that it holds."""
-        return str((await self._get("/weight_info", CONTROL_TIMEOUT_S))["weight_version"])
-
     async def healthy(self) -> bool:
-        """Whether it is up. An engine that has died makes it say no."""
-        timeout = aiohttp.ClientTimeout(total=self.answer_s)
+        """Whether it is up and its engine is running."""
+        timeout = aiohttp.ClientTimeout(total=self.health_timeout_s)
         async with self._session.get(f"{self.url}/health", timeout=timeout) as reply:
             return reply.status == 200
 
     async def tokens(self) -> float:
-        """How many it has sampled since it was started."""
-        timeout = aiohttp.ClientTimeout(total=self.answer_s)
+        """How many tokens it has sampled since its start."""
+        timeout = aiohttp.ClientTimeout(total=self.health_timeout_s)
         async with self._session.get(f"{self.url}/metrics", timeout=timeout) as reply:
             lines = (await reply.text()).splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(TOKENS_METRIC))
 
-    async def _get(self, path: str, timeout_s: float) -> Any:
-        async with asyncio.timeout(timeout_s), self._session.get(f"{self.url}{path}") as reply:
-            return await _content(reply)
+    async def call(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        timeout_s: float | None = CONTROL_TIMEOUT_S,
+    ) -> Any:
+        """POST to a route."""
+        request = self._session.post(f"{self.url}{path}", json=body)
+        async with asyncio.timeout(timeout_s), request as reply:
+            return await _parse(reply)
 
-    async def _post(self, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> Any:
-        async with (
-            asyncio.timeout(timeout_s),
-            self._session.post(f"{self.url}{path}", json=body) as reply,
-        ):
-            return await _content(reply)
 
-
-async def _together(*work: Awaitable[Any]) -> None:
-    """All of it; the first failure ends the rest."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+async def _gather(*coroutines: Awaitable[Any]) -> None:
+    """Run all of them; the first failure cancels the rest."""
+    tasks = [asyncio.ensure_future(one) for one in coroutines]
     try:
         await asyncio.gather(*tasks)
     finally:
@@ -115,13 +179,13 @@ async def _together(*work: Awaitable[Any]) -> None:
             task.cancel()
 
 
-async def _content(reply: aiohttp.ClientResponse) -> Any:
+async def _parse(reply: aiohttp.ClientResponse) -> Any:
     text = await reply.text(errors="replace")
     if reply.status in (400, 401, 404, 413, 422):
         raise RefusedError(f"{reply.url.path} answers {reply.status}: {text[:500]}")
     if reply.status != 200:
-        raise GarbageError(f"{reply.url.path} answers {reply.status}: {text[:500]}")
+        raise InvalidResponseError(f"{reply.url.path} answers {reply.status}: {text[:500]}")
     try:
         return json.loads(text)
     except ValueError as error:
-        raise GarbageError(f"{reply.url.path} answers something else than JSON: {text[:80]!r}") from error
+        raise InvalidResponseError(f"{reply.url.path} answers no JSON: {text[:80]!r}") from error

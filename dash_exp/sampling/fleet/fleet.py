@@ -1,8 +1,8 @@
-"""Several servers as one: who answers what, who is alive, who holds which weights. Torch-free.
+"""Several servers as one: which requests go where, which servers are up, which weights they hold.
 
-Everything here runs in one event loop, in a thread of its own, beside the learner. A server that dies,
-hangs or answers nonsense is *lost*: its unfinished completions go back to the others at once, and it is
-started again, within a budget, and gets the current weights before it is asked anything.
+Everything here runs in one event loop, in a thread of its own, beside the learner. A server that ends, hangs
+or sends invalid responses is *lost*: its unfinished completions go back to the others at once, and it is
+restarted, within a budget, and gets the current weights before it is asked anything.
 """
 
 from __future__ import annotations
@@ -11,72 +11,99 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.sampling.fleet.answers import BASE_LABEL, question, read_answer
-from dash_exp.sampling.fleet.client import RefusedError, ServerClient
-from dash_exp.sampling.fleet.delivery import Delivery
-from dash_exp.sampling.fleet.member import FAULTS, POLL_S, Member, Patience
-from dash_exp.sampling.fleet.server_process import LAUNCH
-from dash_exp.sampling.fleet.work import Batch, Owed
-from dash_exp.sampling.transfer.base import OutdatedError, Transfer, Weights
+from dash_exp.sampling.fleet.client import (
+    BASE_LABEL,
+    CALL_ERRORS,
+    RefusedError,
+    ServerClient,
+    completion_request,
+    parse_completion,
+)
+from dash_exp.sampling.fleet.member import POLL_S, Launch, Member, Pending, RestartPolicy
+from dash_exp.sampling.transfer import OutdatedError, Transfer, Weights
 from dash_exp.types import Completion, Decoding, Group, Origin, Request
 
-Event = Callable[..., None]
+Finished = SimpleQueue[Group | Exception]
+"""Groups in the order in which they finish; an exception means that no more will come."""
 SLEEP, WAKE = "/sleep?level=1", "/wake_up"
-"""Level 1: weights go to CPU memory, the cache is given up."""
+"""Level 1: weights move to CPU memory, the cache is dropped."""
+KEPT = "what was recorded is kept"
+GONE = "the events of this cell say more; the same command resumes from the last checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """How a fleet samples. `max_sequences`: completions that a server decodes at once. `in_order`: groups are
+    started in the batch's order, else the most expensive first. `colocated`: servers sleep while they have
+    nothing to sample. `tag`: appended to the names of weights, where other runs may use the same servers."""
+
+    vocabulary: int
+    max_sequences: int
+    decode: Callable[[Sequence[int]], str]
+    launch: Launch
+    policy: RestartPolicy
+    in_order: bool = False
+    colocated: bool = False
+    tag: str = ""
+
+
+@dataclass(eq=False)
+class Batch:
+    """What is being sampled now. `label`: the servers' name for the weights of `version`. `limit`: at most
+    the completions of this many groups are in flight, over all servers."""
+
+    decoding: Decoding
+    version: int
+    label: str
+    finished: Finished
+    queue: deque[Pending]
+    limit: int | None
 
 
 class Fleet:
-    """All methods are coroutines or are called within the loop; `servers.py` is the door for others."""
+    """All methods run within the event loop; `ServerSampler` is the interface for other threads."""
 
     def __init__(
         self,
         members: Sequence[Member],
         transfer: Transfer,
-        *,
-        key: str,
-        folder: Path,
-        vocabulary: int,
-        max_sequences: int,
-        decode: Callable[[Sequence[int]], str],
-        event: Event,
-        restarts: int,
-        patience: Patience,
-        command: Sequence[str] = LAUNCH,
+        settings: FleetSettings,
+        event: Callable[..., None],
     ):
         self.members, self.transfer = list(members), transfer
-        self.key, self.folder, self.vocabulary = key, folder, vocabulary
-        self.max_sequences, self.decode, self.event = max_sequences, decode, event
-        self.restarts_left, self.patience, self.command = restarts, patience, command
+        self.settings, self.event = settings, event
+        self.restarts_left = settings.policy.restarts
         self.weights: Weights | None = None
         self.asleep = False
         self.batch: Batch | None = None
         self.changed = asyncio.Condition()
         self.background: set[asyncio.Task[None]] = set()
 
-    # --- members: start, watch, lose, start again ---
+    # --- members: start, watch, lose, restart ---
 
     async def start(self) -> None:
-        """Start every server, or find it where it is named, and wait until all serve. Raises RuntimeError if
-        one cannot be started, UserError if one that is named is not there or does not fit."""
-        await asyncio.gather(*(self._begin(m) for m in self.members))
+        """Start or reach every server, and wait until all serve. Raises RuntimeError if one cannot be
+        started, UserError if one that is named cannot be reached or does not fit."""
+        await asyncio.gather(*(self._start(m) for m in self.members))
 
-    async def _begin(self, member: Member) -> None:
+    async def _start(self, member: Member) -> None:
         try:
-            await member.begin(self.key, self.folder, self.command, self.patience)
+            await member.start(self.settings.launch, self.settings.policy)
             await self._until_ready(member)
         except BaseException:
-            await self._put_away(member)
+            await self._stop(member)
             raise
         member.state, member.last_token = "serving", time.monotonic()
         member.watch = asyncio.create_task(self._watch(member))
-        await self._tell()
+        await self._notify()
 
     async def _until_ready(self, member: Member) -> None:
-        """Until it holds the weights and sleeps if all do. Both may change meanwhile: then once more."""
+        """Until it holds the current weights, and sleeps if the fleet does; both may change meanwhile."""
         assert member.client is not None
         held: Weights | None = None
         asleep = False
@@ -85,13 +112,13 @@ class Fleet:
                 asleep = False
                 await member.client.call(WAKE)
             elif held is not self.weights:
-                held = await self._sent(member.client)
+                held = await self._send_weights(member.client)
             else:
                 asleep = True
                 await member.client.call(SLEEP)
 
-    async def _sent(self, client: ServerClient) -> Weights | None:
-        """Send the weights; None if newer ones are on their way here."""
+    async def _send_weights(self, client: ServerClient) -> Weights | None:
+        """The weights that were sent; None if newer ones are being staged."""
         weights = self.weights
         assert weights is not None
         try:
@@ -101,74 +128,68 @@ class Fleet:
             return None
         return weights
 
-    async def _put_away(self, member: Member) -> None:
+    async def _stop(self, member: Member) -> None:
         if member.client is not None:
-            self.transfer.forget(member.client)
-        await member.put_away()
+            self.transfer.disconnect(member.client)
+        await member.stop()
 
     async def _watch(self, member: Member) -> None:
-        if reason := await member.trouble(self.patience):
+        if reason := await member.wait_for_failure(self.settings.policy):
             await self.lose(member, reason)
 
     async def lose(self, member: Member, reason: str) -> None:
-        """Give its unfinished groups to the others, end it, and start it again if that is allowed."""
+        """Give its unfinished groups to the others, end it, and restart it if that is allowed."""
         if member.state != "serving":
             return
         member.state, member.reason = "lost", reason
-        back = sorted(member.owed)
-        now = time.time()
-        self.event(
-            "fault",
-            now,
-            now,
-            what="server lost",
-            worker=member.name,
+        groups = sorted(member.pending)
+        self._record_fault(
+            member,
+            "server lost",
+            time.time(),
             reason=reason,
-            groups=back,
+            groups=groups,
             log=member.log_tail(),
             restarts_left=self.restarts_left,
         )
         if self.batch is not None:
-            self.batch.queue.extendleft(member.owed[p] for p in reversed(back))
-        member.owed = {}
-        me = asyncio.current_task()
-        for task in [t for t in member.tasks if t is not me]:
-            task.cancel()
-        member.tasks = set()
-        self._in_background(self._again(member))
-        await self._tell()
+            self.batch.queue.extendleft(member.pending[p] for p in reversed(groups))
+        self._cancel_requests(member)
+        restart = asyncio.create_task(self._restart(member))
+        self.background.add(restart)
+        restart.add_done_callback(self.background.discard)
+        await self._notify()
 
-    async def _again(self, member: Member) -> None:
-        """Start a lost server again, or wait for one that was started by hand, as often as is allowed."""
-        await self._put_away(member)
+    def _record_fault(self, member: Member, what: str, start: float, **more: Any) -> None:
+        self.event("fault", start, time.time(), what=what, worker=member.name, **more)
+
+    @staticmethod
+    def _cancel_requests(member: Member) -> None:
+        current = asyncio.current_task()
+        for task in member.tasks:
+            if task is not current:
+                task.cancel()
+        member.tasks, member.pending = set(), {}
+
+    async def _restart(self, member: Member) -> None:
+        """Restart a lost server as often as is allowed; one that was started by hand is waited for once."""
+        await self._stop(member)
         while self.restarts_left > 0:
             self.restarts_left -= 1
             start = time.time()
             member.state = "starting"
             try:
-                await self._begin(member)
-            except (RuntimeError, UserError, *FAULTS) as error:
+                await self._start(member)
+            except (RuntimeError, UserError, *CALL_ERRORS) as error:
                 member.state = "lost"
-                self.event(
-                    "fault",
-                    start,
-                    time.time(),
-                    what="server did not start again",
-                    worker=member.name,
-                    reason=str(error),
-                )
+                self._record_fault(member, "server did not start again", start, reason=str(error))
                 if member.settings is not None:
                     continue
                 break
             self.event("restart", start, time.time(), worker=member.name, version=self._version)
             return
         member.state = "gone"
-        await self._tell()
-
-    def _in_background(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self.background.add(task)
-        task.add_done_callback(self.background.discard)
+        await self._notify()
 
     @property
     def serving(self) -> list[Member]:
@@ -181,11 +202,11 @@ class Fleet:
         reasons = "; ".join(f"{m.name} at {m.url}: {m.reason}" for m in self.members)
         return UserError(Fault("sampler.restarts", f"every server is lost: {reasons}", GONE), KEPT)
 
-    async def _tell(self) -> None:
-        """Something changed: whoever waits may look again, and free servers get work."""
+    async def _notify(self) -> None:
+        """The state of a server changed: assign requests, and wake the tasks that wait for it."""
         self._assign()
         if self.batch is not None and self.all_gone():
-            self.batch.delivery.fail(self._gone())
+            self.batch.finished.put(self._gone())
         async with self.changed:
             self.changed.notify_all()
 
@@ -196,125 +217,124 @@ class Fleet:
         return 0 if self.weights is None else self.weights.version
 
     async def load(self, weights: Weights) -> int:
-        """Every serving server gets these weights, all at once; one that cannot take them is lost. Returns
-        how many hold them. Raises UserError when none is left."""
+        """Load these weights into every serving server, all at once; one that fails is lost. Returns how many
+        hold them. Raises UserError when none is left."""
         await self.wake()
         self.weights = weights
-        await self._all(lambda client: self.transfer.send(client, weights), "took no weights")
+        await self._call_all(lambda client: self.transfer.send(client, weights), "failed to load weights")
         async with self.changed:
             await self.changed.wait_for(lambda: self.serving or self.all_gone())
         if not self.serving:
             raise self._gone()
         return len(self.serving)
 
-    async def _all(self, call: Callable[[ServerClient], Awaitable[Any]], trouble: str) -> None:
-        """The same of every serving server at once; one that fails is lost."""
+    async def _call_all(self, call: Callable[[ServerClient], Awaitable[Any]], failure: str) -> None:
+        """The same call of every serving server at once; one that fails is lost."""
 
         async def one(member: Member) -> None:
             assert member.client is not None
             try:
                 await call(member.client)
-            except (RefusedError, *FAULTS) as error:
-                await self.lose(member, f"{trouble}: {type(error).__name__} {error}")
+            except (RefusedError, *CALL_ERRORS) as error:
+                await self.lose(member, f"{failure}: {type(error).__name__} {error}")
 
         await asyncio.gather(*(one(m) for m in self.serving))
 
     async def sleep(self) -> None:
-        """Give the GPU's memory to the learner, until `wake`."""
+        """Free the GPU's memory for the learner, until `wake`."""
         if not self.asleep:
             self.asleep = True
-            await self._all(lambda client: client.call(SLEEP), "did not go to sleep")
+            await self._call_all(lambda client: client.call(SLEEP), "failed to go to sleep")
 
     async def wake(self) -> None:
         if self.asleep:
             self.asleep = False
-            await self._all(lambda client: client.call(WAKE), "did not wake up")
+            await self._call_all(lambda client: client.call(WAKE), "failed to wake up")
 
     # --- sampling ---
 
     async def sample(
         self,
         requests: Sequence[Request],
-        work: Sequence[float],
+        costs: Sequence[float],
         decoding: Decoding,
-        delivery: Delivery,
+        finished: Finished,
         limit: int | None,
     ) -> None:
-        """Begin with a batch; its groups come through `delivery`. `work`: what each is expected to cost."""
+        """Start a batch; its groups are put into `finished`. `costs`: tokens that each is expected to
+        take."""
         await self.wake()
-        owed = [Owed(r, [None] * len(r.seeds), w) for r, w in zip(requests, work, strict=True)]
-        queue = deque(sorted(owed, key=lambda one: -one.work))
+        pending = [Pending(r, [None] * len(r.seeds), cost) for r, cost in zip(requests, costs, strict=True)]
+        queue = deque(sorted(pending, key=lambda one: -one.cost))
         label = BASE_LABEL if self.weights is None else self.weights.label
-        self.batch = Batch(decoding, self._version, label, delivery, queue, limit)
-        await self._tell()
+        self.batch = Batch(decoding, self._version, label, finished, queue, limit)
+        await self._notify()
 
     async def abandon(self) -> None:
-        """Nobody waits for the rest of this batch."""
+        """Cancel the rest of this batch."""
         self.batch = None
         for member in self.members:
-            for task in member.tasks:
-                task.cancel()
-            member.tasks, member.owed = set(), {}
+            self._cancel_requests(member)
 
     def _assign(self) -> None:
-        """Hand groups to servers, the largest first, each to the one with the least work. A limit of groups
-        means their completions: whichever are done make room for the next group's."""
+        """Send groups to servers, each to the one with the lowest cost pending. A limit of groups counts
+        their completions: a new group starts as soon as enough of any have finished."""
         batch, now = self.batch, time.time()
         if batch is None:
             return
         while batch.queue:
-            size, whole = len(batch.queue[0].missing), len(batch.queue[0].answers)
-            on_way = sum(m.completions for m in self.members)
-            if batch.limit is not None and on_way + size > batch.limit * whole:
+            size, full = len(batch.queue[0].missing), len(batch.queue[0].sampled)
+            in_flight = sum(m.completions for m in self.members)
+            if batch.limit is not None and in_flight + size > batch.limit * full:
                 return
-            room = [m for m in self.serving if not m.owed or m.completions + size <= self.max_sequences]
-            if not room:
+            most = self.settings.max_sequences
+            free = [m for m in self.serving if not m.pending or m.completions + size <= most]
+            if not free:
                 return
-            self._ask(min(room, key=lambda m: m.work), batch.queue.popleft(), batch, now)
+            self._submit(min(free, key=lambda m: m.cost), batch.queue.popleft(), batch, now)
 
-    def _ask(self, member: Member, owed: Owed, batch: Batch, now: float) -> None:
-        owed.start, owed.asked = now, owed.asked + 1
-        if not member.owed:
+    def _submit(self, member: Member, pending: Pending, batch: Batch, now: float) -> None:
+        pending.start, pending.attempts = now, pending.attempts + 1
+        if not member.pending:
             member.last_token = time.monotonic()
-        member.owed[owed.request.position] = owed
-        for index in owed.missing:
-            task = asyncio.create_task(self._complete(member, owed, index, batch))
+        member.pending[pending.request.position] = pending
+        for index in pending.missing:
+            task = asyncio.create_task(self._complete(member, pending, index, batch))
             member.tasks.add(task)
             task.add_done_callback(member.tasks.discard)
 
-    async def _complete(self, member: Member, owed: Owed, index: int, batch: Batch) -> None:
+    async def _complete(self, member: Member, pending: Pending, index: int, batch: Batch) -> None:
         assert member.client is not None
-        request = owed.request
-        asked = question(request.prompt.token_ids, request.seeds[index], batch.decoding)
+        request = pending.request
+        body = completion_request(request.prompt.token_ids, request.seeds[index], batch.decoding)
         try:
-            reply = await member.client.generate(asked)
-            answer = read_answer(reply, batch.decoding, self.vocabulary, batch.label)
+            reply = await member.client.generate(body)
+            sampled = parse_completion(reply, batch.decoding, self.settings.vocabulary, batch.label)
         except RefusedError as error:
-            batch.delivery.fail(
-                RuntimeError(f"{member.name} refuses the prompt {request.prompt.id}: {error}")
-            )
+            batch.finished.put(RuntimeError(f"{member.name} refuses the prompt {request.prompt.id}: {error}"))
             return
-        except FAULTS as error:
+        except CALL_ERRORS as error:
             await self.lose(member, f"{type(error).__name__} {error}")
             return
-        if batch is not self.batch or member.owed.get(request.position) is not owed:
-            return  # it was thought lost, and somebody else was asked
-        owed.answers[index], owed.ends[index] = answer, time.time()
+        if batch is not self.batch or member.pending.get(request.position) is not pending:
+            return  # the server was taken for lost, and the request went to another one
+        pending.sampled[index], pending.ends[index] = sampled, time.time()
         member.last_token = time.monotonic()
-        if not owed.missing:
-            del member.owed[request.position]
-            batch.delivery.put(self._group(member, owed, batch.version))
+        if not pending.missing:
+            del member.pending[request.position]
+            batch.finished.put(self._group(member, pending, batch.version))
         self._assign()
 
-    def _group(self, member: Member, owed: Owed, version: int) -> Group:
+    def _group(self, member: Member, pending: Pending, version: int) -> Group:
+        decode = self.settings.decode
         completions = tuple(
-            Completion(a.token_ids, a.logprobs, self.decode(a.token_ids), a.finish_reason, version)
-            for a in owed.answers
-            if a is not None
+            Completion(s.token_ids, s.logprobs, decode(s.token_ids), s.finish_reason, version)
+            for s in pending.sampled
+            if s is not None
         )
-        ends = tuple(owed.ends[index] for index in range(len(completions)))
-        origin = Origin(member.name, owed.start, max(ends), ends if owed.asked == 1 else ())
-        return Group(owed.request.position, owed.request.prompt, completions, origin)
+        ends = tuple(pending.ends[index] for index in range(len(completions)))
+        origin = Origin(member.name, pending.start, max(ends), ends if pending.attempts == 1 else ())
+        return Group(pending.request.position, pending.request.prompt, completions, origin)
 
     async def close(self) -> None:
         await self.abandon()
@@ -323,8 +343,4 @@ class Fleet:
         await asyncio.gather(*self.background, return_exceptions=True)
         for member in self.members:
             member.state = "gone"
-            await self._put_away(member)
-
-
-KEPT = "what was recorded is kept"
-GONE = "the events of this cell tell more; the same command goes on from the last checkpoint"
+            await self._stop(member)

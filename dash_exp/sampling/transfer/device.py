@@ -1,14 +1,17 @@
-"""Weights from GPU to GPU, by vLLM's own transfer engines: NCCL between two GPUs, CUDA IPC on one.
+"""Weights from GPU to GPU by vLLM's own transfer engines: NCCL between two GPUs, CUDA IPC on one.
 
-The learner keeps a copy of its weights in the servers' type on its GPU, and sends that: so a server that
-is started again gets whole weights while the learner goes on. What connects to a server is a group of two,
-this process and the server: one that dies takes nothing with it. The servers compare the checksum of every
-tensor that arrives (vllm_device.py). Not run on a GPU yet: see docs/engine.md.
+The learner keeps a copy of its weights in the servers' type on its GPU and sends that, so a restarted server
+gets complete weights while the learner goes on. Each server has a group of two, itself and this process, so
+one that dies affects no other. Servers compare the checksum of every tensor on arrival (vllm/weights.py). Not
+run on a GPU yet: see docs/engine.md.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import os
+import pickle
 import socket
 import threading
 import time
@@ -22,18 +25,17 @@ import torch
 from torch import Tensor
 
 from dash_exp.record.checksums import checksum
-from dash_exp.sampling.fleet.answers import GarbageError
-from dash_exp.sampling.fleet.client import RefusedError, ServerClient
-from dash_exp.sampling.transfer.base import IPC, NCCL, OutdatedError, Weights
+from dash_exp.sampling.fleet.client import InvalidResponseError, RefusedError, ServerClient
+from dash_exp.sampling.transfer import IPC, NCCL, OutdatedError, Weights
 
 Result = TypeVar("Result")
 INIT, SHUTDOWN = "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine"
-BUFFER_BYTES = 256 << 20
-"""What is broadcast at a time, at least: two such buffers lie on each GPU meanwhile."""
+BUFFER_BYTES, BUFFERS = 256 << 20, 2
+"""Bytes per broadcast, at least, and how many such buffers lie on each GPU meanwhile."""
 
 
 class Staged:
-    """The weights to be sent, on the learner's device. Written while nobody sends."""
+    """The weights to be sent, on the learner's device. Written only while none are being sent."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
@@ -43,7 +45,7 @@ class Staged:
         self._changed = threading.Condition()
 
     def write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """From here on nothing is current, until the caller says what is."""
+        """From here on nothing is current, until the caller sets it."""
         with self._changed:
             self._changed.wait_for(lambda: self._senders == 0)
             self.current = None
@@ -61,7 +63,7 @@ class Staged:
 
     @contextmanager
     def borrowed(self, weights: Weights) -> Iterator[Mapping[str, Tensor]]:
-        """The tensors of these weights, which stay as they are meanwhile."""
+        """The tensors of these weights, which are not overwritten meanwhile."""
         with self._changed:
             if self.current is not weights:
                 raise OutdatedError
@@ -75,7 +77,7 @@ class Staged:
 
 
 class DeviceTransfer:
-    """What both ways have in common."""
+    """What both transfers between GPUs have in common."""
 
     def __init__(self, staged: Staged):
         self.staged = staged
@@ -93,9 +95,9 @@ class DeviceTransfer:
             "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
         }
         self.seconds = {"write": written - start, "checksum": time.perf_counter() - written}
-        made = Weights(version, label, update)
-        self.staged.current = made
-        return made
+        staged = Weights(version, label, update)
+        self.staged.current = staged
+        return staged
 
     def close(self) -> None:
         self.staged.tensors = {}
@@ -105,21 +107,21 @@ class Link(Protocol):
     """The learner's end of a group of two."""
 
     def send(self, tensors: Mapping[str, Tensor]) -> None:
-        """All of them, in this order; returns when they have left. May block as long as the server."""
+        """Send all of them, in this order; may block as long as the server does."""
         ...
 
     def abort(self) -> None:
-        """Let go of it, also while `send` waits in another thread."""
+        """Close it, also while `send` blocks in another thread."""
         ...
 
 
 Connect = Callable[[socket.socket, int], Link]
-"""Wait at a listening socket for the server to come, and join it. Second: bytes sent at a time."""
+"""Wait at a listening socket for the server, and join it. Second: bytes per broadcast."""
 
 
 class BroadcastTransfer(DeviceTransfer):
-    """`NCCL`: the server joins a group with this process, then takes one broadcast after the other while
-    its route for updates is held open."""
+    """`NCCL`: the server joins a group with this process, then receives one broadcast after the other while
+    the request that updates its weights is open."""
 
     engine = NCCL
 
@@ -132,16 +134,16 @@ class BroadcastTransfer(DeviceTransfer):
     async def send(self, client: ServerClient, weights: Weights) -> None:
         with self.staged.borrowed(weights) as tensors:
             if client not in self._links:
-                self._links[client] = await self._linked(client, tensors)
+                self._links[client] = await self._join(client, tensors)
             link = self._links[client]
             try:
-                async with self._one_at_a_time:  # NCCL groups on one GPU must not get in each other's way
-                    await client.load(weights.update, weights.label, beside=lambda: sending(link, tensors))
+                async with self._one_at_a_time:  # NCCL groups on one GPU must not run at the same time
+                    await client.load(weights.update, weights.label, beside=lambda: _send(link, tensors))
             except BaseException:
-                self.forget(client)  # the two ends no longer agree on what comes next
+                self.disconnect(client)  # the two ends no longer agree on what comes next
                 raise
 
-    async def _linked(self, client: ServerClient, tensors: Mapping[str, Tensor]) -> Link:
+    async def _join(self, client: ServerClient, tensors: Mapping[str, Tensor]) -> Link:
         size = max(BUFFER_BYTES, *(t.nbytes for t in tensors.values()))
         listener = socket.create_server((address_towards(client.url), 0))
         host, port = listener.getsockname()[:2]
@@ -152,12 +154,12 @@ class BroadcastTransfer(DeviceTransfer):
             "world_size": 2,
             "packed": True,
             "packed_buffer_size_bytes": size,
-            "packed_num_buffers": 2,
+            "packed_num_buffers": BUFFERS,
         }
-        with suppress(GarbageError, RefusedError):  # a group with a run before this one, or none
+        with suppress(InvalidResponseError, RefusedError):  # a group with an earlier run, or none
             await client.call(SHUTDOWN)
         joining = asyncio.ensure_future(
-            _carried_out("joining the server", lambda: self._connect(listener, size))
+            _in_thread("joining the server", lambda: self._connect(listener, size))
         )
         try:
             _, link = await asyncio.gather(client.call(INIT, {"init_info": info}), joining)
@@ -166,19 +168,19 @@ class BroadcastTransfer(DeviceTransfer):
             raise
         return link
 
-    def forget(self, client: ServerClient) -> None:
+    def disconnect(self, client: ServerClient) -> None:
         link = self._links.pop(client, None)
         if link is not None:
             link.abort()
 
     def close(self) -> None:
         for client in list(self._links):
-            self.forget(client)
+            self.disconnect(client)
         super().close()
 
 
 class HandleTransfer(DeviceTransfer):
-    """`IPC`: the server opens the learner's copy where it lies, on the GPU that both use."""
+    """`IPC`: the server opens the learner's copy on the GPU that both use."""
 
     engine = IPC
 
@@ -196,36 +198,36 @@ class HandleTransfer(DeviceTransfer):
             update: dict[str, Any] = {**weights.update, "ipc_handles_pickled": self._export(tensors)}
             await client.load(update, weights.label)
 
-    def forget(self, client: ServerClient) -> None:
+    def disconnect(self, client: ServerClient) -> None:
         self._known.discard(client)
 
 
-async def sending(link: Link, tensors: Mapping[str, Tensor]) -> None:
-    await _carried_out("sending weights", lambda: link.send(tensors))
+async def _send(link: Link, tensors: Mapping[str, Tensor]) -> None:
+    await _in_thread("sending weights", lambda: link.send(tensors))
 
 
-async def _carried_out(what: str, work: Callable[[], Result]) -> Result:
-    """What `work` gives, from a thread that nobody waits for when this process ends. Raises GarbageError
-    for whatever goes wrong there: the server is lost then."""
+async def _in_thread(what: str, function: Callable[[], Result]) -> Result:
+    """The function's result, from a daemon thread, which does not hold up the end of this process. Raises
+    InvalidResponseError for any error: the server is lost then."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
 
-    def tell(result: Result | None, error: BaseException | None) -> None:
+    def finish(result: Result | None, error: Exception | None) -> None:
         if future.done():
             return
         if error is None:
             future.set_result(result)  # type: ignore[arg-type]
         else:
-            future.set_exception(GarbageError(f"{what} failed: {type(error).__name__} {error}"))
+            future.set_exception(InvalidResponseError(f"{what} failed: {type(error).__name__} {error}"))
 
     def run() -> None:
         result, error = None, None
         try:
-            result = work()
-        except Exception as raised:  # noqa: BLE001  told to whoever waits
+            result = function()
+        except Exception as raised:  # noqa: BLE001  passed to the waiting coroutine
             error = raised
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(tell, result, error)
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, result, error)
 
     threading.Thread(target=run, daemon=True, name=what).start()
     return await future
@@ -237,3 +239,73 @@ def address_towards(url: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # no packet is sent
         probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
         return str(probe.getsockname()[0])
+
+
+class NCCLLink:
+    """Rank 0 of an NCCL group; the server's worker is rank 1."""
+
+    def __init__(self, communicator: Any, device: torch.device, size: int):
+        """`size`: bytes per broadcast, as the server was told."""
+        self.communicator, self.device, self.size = communicator, device, size
+        self._aborted = threading.Event()
+
+    def send(self, tensors: Mapping[str, Tensor]) -> None:
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        torch.cuda.set_device(self.device)  # of this thread
+        packed_nccl_broadcast_producer(
+            iterator=self._until_aborted(tensors),
+            group=self.communicator,
+            src=0,
+            post_iter_func=lambda item: item[1],
+            buffer_size_bytes=self.size,
+            num_buffers=BUFFERS,
+        )
+
+    def _until_aborted(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Raises RuntimeError once aborted: that lets a blocked sender go on, and it must not use the
+        communicator then."""
+        for item in tensors.items():
+            if self._aborted.is_set():
+                raise RuntimeError("the link was aborted")
+            yield item
+
+    def abort(self) -> None:
+        self._aborted.set()
+        self.communicator.destroy()
+
+
+def connector(device: torch.device) -> Connect:
+    """A function that makes links from this GPU."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+    def connect(listener: socket.socket, size: int) -> NCCLLink:
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+        from vllm.utils.nccl import unpinned_nccl_env
+
+        torch.cuda.set_device(device)  # of this thread
+        host, port = listener.getsockname()[:2]
+        group = StatelessProcessGroup.create(host, port, rank=0, world_size=2, listen_socket=listener)
+        with unpinned_nccl_env():
+            communicator = PyNcclCommunicator(group, device=device)
+        if not communicator.available or communicator.disabled:  # its broadcasts would do nothing
+            raise RuntimeError("vLLM finds no NCCL library (VLLM_NCCL_SO_PATH names one)")
+        return NCCLLink(communicator, device, size)
+
+    return connect
+
+
+def exporter(device: torch.device) -> Callable[[Mapping[str, Tensor]], str]:
+    """A function that makes handles of tensors on this GPU, one each, under the GPU's global name."""
+    gpu = str(torch.cuda.get_device_properties(device).uuid)
+
+    def export(tensors: Mapping[str, Tensor]) -> str:
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        torch.cuda.ipc_collect()  # what the server has closed since
+        handles = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors.values()]
+        return base64.b64encode(pickle.dumps(handles)).decode()
+
+    return export
