@@ -3,7 +3,7 @@
     python -m benchmarks.verifiers [--data FOLDER] [--answers 400] [--repeats 3] [--json FILE]
 
 Maths: MATH-500's reference solutions, and the same with their answer changed. Code: HumanEval's reference
-solutions with their tests, once in this process, already warm, and through `PooledCodeVerifier` with one
+solutions with their tests, once in this process, already warm, and through `code_judge` with one
 worker, at once after another verdict and after a pause; the difference is what a verdict costs beyond the
 program's own run.
 """
@@ -21,11 +21,10 @@ from typing import Any
 
 from benchmarks.report import describe, machine, print_table, write
 from dash_exp.types import Score
-from dash_exp.verifiers.code.gold import CodeGold
-from dash_exp.verifiers.judges import PooledCodeVerifier
-from dash_exp.verifiers.math.extraction import extract
+from dash_exp.verifiers.judges import code_judge
+from dash_exp.verifiers.math.extract import extract
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.types import VerifyTask
+from dash_exp.verifiers.types import CodeGold, VerifyTask
 
 GENEROUS_S = 120.0
 PAUSE_S = 0.02
@@ -55,16 +54,16 @@ def maths_pairs(folder: Path, count: int) -> list[Pair]:
 
 def measure_maths(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Seconds a verdict: in this process, and through a pool of one worker, one after the other."""
-    from dash_exp.verifiers.math.verdict import judge_candidate
+    from dash_exp.verifiers.math.compare import judge_candidate
 
     for text, gold in pairs[:20]:
         judge_candidate(text, gold)
     here = [seconds(lambda: [judge_candidate(*pair) for pair in pairs]) / len(pairs)]  # once: sympy remembers
-    tasks = [VerifyTask("", "math", "whole", text, gold) for text, gold in pairs]
+    tasks = [VerifyTask(text, gold) for text, gold in pairs]
     with VerifierPool(1, 30.0, 4096) as pool:
         pool.submit(tasks[0]).result(GENEROUS_S)
         one_by_one = [seconds(lambda: [pool.submit(task).result(GENEROUS_S) for task in tasks]) / len(tasks)]
-        trivial = VerifyTask("", "integer", "first_integer", "5", "5")
+        trivial = VerifyTask("5", "5")
         crossing = [seconds(lambda: pool.submit(trivial).result(GENEROUS_S)) for _ in range(500)]
     return {
         "verdicts_per_s": 1 / statistics.median(here),
@@ -86,7 +85,7 @@ def measure_code(folder: Path, repeats: int, wanted: Any) -> dict[str, Any]:
     here: dict[str, list[float]] = {r["id"]: [] for r in rows}
     there: dict[str, list[float]] = {r["id"]: [] for r in rows}
     idle: dict[str, list[float]] = {r["id"]: [] for r in rows}
-    verifier = PooledCodeVerifier(1, 30.0, 2048, wanted)
+    verifier = code_judge(1, 30.0, 2048, wanted)
     verifier.submit("def f(): 0", CodeGold("f()", "f").to_text()).result(GENEROUS_S)
     for turn in range(repeats + 1):  # the first is not counted: imports
         for row, gold in zip(rows, golds, strict=True):
@@ -123,7 +122,7 @@ def median_of(times: dict[str, list[float]]) -> float:
 
 def throughput(rows: Sequence[dict[str, Any]], golds: Sequence[str], wanted: Any) -> float:
     """Verdicts a second with two workers and everything submitted at once."""
-    verifier = PooledCodeVerifier(2, 30.0, 2048, wanted)
+    verifier = code_judge(2, 30.0, 2048, wanted)
     for _ in range(2):
         verifier.submit("def f(): 0", CodeGold("f()", "f").to_text()).result(GENEROUS_S)
 

@@ -31,8 +31,7 @@ def take_turns(
     from benchmarks.peer import Rewards, Seen, Turns, integer_rewards, make_trainer
     from benchmarks.rewards import SetJudge, SetRewards, marked
     from dash_exp.tasks.prompts import batch
-    from dash_exp.verifiers.judges import InlineVerifier
-    from dash_exp.verifiers.math.integer import judge_integer
+    from dash_exp.verifiers.judges import InlineJudge, judge_integer
 
     ours = Ours(config, cache, scratch / "ours")
     plan, count = ours.machine.plan, updates + WARM_UP
@@ -64,7 +63,7 @@ def take_turns(
     checks |= agreement.listed_texts() if share is None else {}
     print(", ".join(f"{n} {what}" for what, n in checks.items()), flush=True)
     trainer.train()
-    judge = InlineVerifier(judge_integer) if share is None else SetJudge(plan.group_size)
+    judge = InlineJudge(judge_integer) if share is None else SetJudge(plan.group_size)
     checks |= agreement.after(seen, judge)
     ours.close()
     return {

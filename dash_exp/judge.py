@@ -20,16 +20,17 @@ from pathlib import Path
 
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
-from dash_exp.config.schema import Config, DatasetConfig
+from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.evaluation.metrics import Judge
 from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example
 from dash_exp.text import format_seconds
-from dash_exp.train.build_tasks import Judges, load_examples, parts_of
+from dash_exp.train.build_tasks import load_examples
 from dash_exp.types import Score
-from dash_exp.verifiers.math.extraction import extract
+from dash_exp.verifiers.judges import Judges
+from dash_exp.verifiers.math.extract import extract
 
 USAGE = "python -m dash_exp.judge dataset=<option> [completions=<jsonl>] [key=value ...]"
 OK, USER_ERROR, INTERRUPTED = 0, 2, 130

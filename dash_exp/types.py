@@ -23,7 +23,7 @@ demonstration, which nobody judges."""
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A question as the model sees it. `task` names its dataset. `answer` is gold, for the verifier
-    alone: the answer's text, or a JSON document where more is needed (`verifiers/code/gold.py`)."""
+    alone: the answer's text, or a JSON document where more is needed (`verifiers/types.py`)."""
 
     id: str
     task: str

@@ -54,7 +54,7 @@ TORCH_FREE = {
 ONE_PLACE = {
     "vllm": ("sampling/vllm/", "sampling/transfer/device.py"),
     "peft": "learning/adapters.py",
-    "reasoning_gym": ("tasks/gym.py", "config/environment.py", "verifiers/gym.py"),
+    "reasoning_gym": ("tasks/generated.py", "config/environment.py", "verifiers/gym.py"),
     "submitit": "sweep/slurm/",
     "mlflow": "mirror/mlflow.py",
 }

@@ -393,11 +393,11 @@ def test_two_processes_cannot_run_or_archive_one_cell(whole: Path) -> None:
 
 
 def test_a_verifier_that_always_fails_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dash_exp.train import build_tasks as build_task
     from dash_exp.types import Score
+    from dash_exp.verifiers import judges
 
     failed = Score(float("nan"), "verifier_error", "no worker")
-    monkeypatch.setattr(build_task, "judge_integer", lambda text, answer: failed)
+    monkeypatch.setattr(judges, "judge_integer", lambda text, answer: failed)
     with pytest.raises(UserError, match="every verdict of step 1 failed: no worker"):
         run_here(tmp_path)
     (folder,) = (tmp_path / "cells").iterdir()

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.tasks.examples import Example, ExampleSet
-from dash_exp.tasks.rows import Layout, to_example
+from dash_exp.tasks.examples import Example, ExampleSet, Layout, to_example
 
 MAX_FAULTS = 20
 

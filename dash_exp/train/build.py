@@ -33,8 +33,9 @@ from dash_exp.sampling.protocol import EngineSettings, Sampler
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.demonstrations import Demonstrations, demonstrate, read_traces
 from dash_exp.train.build_servers import make_servers, overlapped, split
-from dash_exp.train.build_tasks import Judges, Task, build_task, load_examples, note_prompts, tokenize
+from dash_exp.train.build_tasks import Task, build_task, load_examples, note_prompts, tokenize
 from dash_exp.train.parts import Parts, Plan
+from dash_exp.verifiers.judges import Judges
 
 ENGINE_PACKAGES = {
     "hf": ("torch", "transformers"),

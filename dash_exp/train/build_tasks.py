@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from dash_exp.config.schema import Config, DatasetConfig
-from dash_exp.config.schema import parts_of as parts_of
+from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import EvalSet
-from dash_exp.tasks.examples import ExampleSet
-from dash_exp.tasks.generated import arithmetic, functions
-from dash_exp.tasks.gym import gym_examples
+from dash_exp.tasks.examples import ExampleSet, Layout
+from dash_exp.tasks.generated import arithmetic, functions, gym_examples
 from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture
-from dash_exp.tasks.rows import Layout
-from dash_exp.tasks.sources import read_hub, read_jsonl
 from dash_exp.tasks.templates import CHATS, Chat, Style, renderer
 from dash_exp.types import Decoding
-from dash_exp.verifiers.judges import (
-    InlineVerifier,
-    PooledCodeVerifier,
-    PooledGymVerifier,
-    PooledMathVerifier,
-)
-from dash_exp.verifiers.math.integer import judge_integer
-from dash_exp.verifiers.pool import VerifierPool
+from dash_exp.verifiers.judges import Judges
 from dash_exp.verifiers.types import Judge
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """What is asked and judged: the training prompts and the held-out sets. `judges`: by the name of a
-    prompt's task (a mixture has several). `warnings`: what the judges want known."""
+    prompt's task (a mixture has several). `warnings`: what the judges report."""
 
     prompts: PromptSet
     decoding: Decoding
     judges: Mapping[str, Judge]
     sets: tuple[EvalSet, ...]
     warnings: tuple[str, ...] = ()
+
+
+def build_task(config: Config, tokenizer: Any, positions: int, judges: Judges) -> Task:
+    """Prompts and judges. Reads the data; UserError with all that is wrong with them."""
+    ask = Questions(config, tokenizer, positions, judges)
+    data = config.dataset
+    wanted = config.evaluation.before or config.evaluation.after or config.evaluation.every
+    train, sets = _collect([ask.training, ask.held_out if wanted else tuple])
+    judged = {one.name: judges.get(one.verifier, one.extraction) for one in parts_of(data).values()}
+    decoding = ask.decoding(data, config.sampler.temperature)
+    return Task(train, decoding, judged, sets, judges.warnings)
 
 
 def load_examples(one: DatasetConfig) -> ExampleSet:
@@ -53,13 +53,10 @@ def load_examples(one: DatasetConfig) -> ExampleSet:
     if one.kind == "reasoning_gym":
         assert one.task is not None and one.size is not None
         return gym_examples(
-            one.name,
-            one.task,
-            one.task_options,
-            split=one.split,
-            size=one.size,
-            extraction=one.extraction,
+            one.name, one.task, one.task_options, split=one.split, size=one.size, extraction=one.extraction
         )
+    from dash_exp.tasks.sources import read_hub, read_jsonl  # not loaded for generated data
+
     if one.path:
         return read_jsonl(Path(one.path), one.name, layout(one))
     if one.hub:
@@ -87,79 +84,16 @@ def stop_ids(tokenizer: Any, stops: list[str]) -> tuple[int, ...]:
     for text in stops:
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         if len(tokens) != 1:
-            raise UserError(
-                Fault(
-                    "stop",
-                    f"{text!r} is {len(tokens)} tokens of this tokenizer, not one",
-                    "choose a text that is one token, or []",
-                )
-            )
+            what = f"{text!r} is {len(tokens)} tokens of this tokenizer, not one"
+            raise UserError(Fault("stop", what, "choose a text that is one token, or []"))
         ids.append(tokens[0])
     return tuple(dict.fromkeys(ids))
 
 
-class Judges:
-    """Verifiers by name, each made on first use. Extractions of maths share a pool. `warnings`: what the
-    ones in use want known, such as a sandbox that the system lacks."""
-
-    def __init__(self, workers: int, timeout_s: float, memory_mb: int):
-        self.workers, self.timeout_s, self.memory_mb = workers, timeout_s, memory_mb
-        self._made: dict[tuple[str, str], Judge] = {}
-        self._pool: VerifierPool | None = None
-
-    def get(self, verifier: str, extraction: str) -> Judge:
-        """Raises UserError where programs cannot be confined at all."""
-        key = (verifier, extraction)
-        if key not in self._made:
-            try:
-                self._made[key] = self._make(verifier, extraction)
-            except RuntimeError as error:
-                raise UserError(Fault("verifier", f"{verifier} cannot be used here: {error}")) from error
-        return self._made[key]
-
-    def limits(self, verifier: str) -> str:
-        """What may turn a verdict into a timeout or a crash."""
-        return "" if verifier == "integer" else f"{self.timeout_s:g} s, {self.memory_mb} MB"
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        found = [warning for made in self._made.values() for warning in getattr(made, "warnings", ())]
-        return tuple(dict.fromkeys(found))
-
-    def _make(self, verifier: str, extraction: str) -> Judge:
-        if verifier == "integer":
-            return InlineVerifier(judge_integer, "integer")
-        if verifier == "code":
-            return PooledCodeVerifier(self.workers, self.timeout_s, self.memory_mb)
-        if verifier == "reasoning_gym":
-            return PooledGymVerifier(self.workers, self.timeout_s, self.memory_mb, extraction)
-        if self._pool is None:
-            self._pool = VerifierPool(self.workers, self.timeout_s, self.memory_mb)
-        return PooledMathVerifier(self._pool, extraction)
-
-    def close(self) -> None:
-        for made in self._made.values():
-            made.close()
-
-
-def build_task(config: Config, tokenizer: Any, positions: int, judges: Judges) -> Task:
-    """Prompts and judges. Reads the data; UserError for whatever is wrong with them."""
-    ask = Questions(config, tokenizer, positions, judges)
-    data, faults = config.dataset, list[Fault]()
-    train = _collecting(faults, ask.training)
-    wanted = config.evaluation.before or config.evaluation.after or config.evaluation.every
-    sets = _collecting(faults, ask.held_out) if wanted else ()
-    if faults or train is None or sets is None:
-        raise UserError(faults)
-    judged = {one.name: judges.get(one.verifier, one.extraction) for one in parts_of(data).values()}
-    decoding = ask.decoding(data, config.sampler.temperature)
-    return Task(train, decoding, judged, sets, judges.warnings)
-
-
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """Turns the datasets of a config into prompts for one model, and says how they are decoded and
-    judged. `positions`: tokens that the model can take."""
+    """Turns the datasets of a config into prompts for one model, with how they are decoded and judged.
+    `positions`: tokens that the model can take. Methods raise UserError with all faults of the data."""
 
     config: Config
     tokenizer: Any
@@ -167,15 +101,15 @@ class Questions:
     judges: Judges
 
     def training(self) -> PromptSet:
-        """The prompts of the dataset and of what is mixed into it. Raises UserError with all faults."""
-        faults: list[Fault] = []
-        parts = []
-        for place, one in parts_of(self.config.dataset).items():
-            made = _collecting(faults, partial(self.prompts, one, one.limit, place))
-            parts += [(made, one.weight)] if made is not None else []
-        if faults:
-            raise UserError(faults)
-        return mixture(parts)
+        """The prompts of the dataset and of what is mixed into it."""
+        parts = parts_of(self.config.dataset)
+        sets = _collect(partial(self.prompts, one, one.limit, place) for place, one in parts.items())
+        return mixture([(made, one.weight) for made, one in zip(sets, parts.values(), strict=True)])
+
+    def held_out(self) -> tuple[EvalSet, ...]:
+        """The sets to evaluate on."""
+        sets = self.config.evaluation.sets.items()
+        return tuple(_collect(partial(self._held_out, label, one) for label, one in sets))
 
     def prompts(self, one: DatasetConfig, limit: int | None, place: str = "dataset") -> PromptSet:
         """The prompts of one dataset, whose key is `place`."""
@@ -197,17 +131,6 @@ class Questions:
         with placed(place):
             return Decoding(self._length(one), temperature, stop_ids(self.tokenizer, one.stop), top_p)
 
-    def held_out(self) -> tuple[EvalSet, ...]:
-        """The sets to evaluate on. Raises UserError with the faults of all of them."""
-        faults: list[Fault] = []
-        sets = [
-            _collecting(faults, lambda label=label, one=one: self._held_out(label, one))  # type: ignore[misc]
-            for label, one in self.config.evaluation.sets.items()
-        ]
-        if faults:
-            raise UserError(faults)
-        return tuple(one for one in sets if one is not None)
-
     def _held_out(self, label: str, one: DatasetConfig) -> EvalSet:
         asked, place = self.config.evaluation, f"evaluation.sets.{label}"
         return EvalSet(
@@ -224,16 +147,17 @@ class Questions:
         return one.max_new_tokens or self.config.sampler.max_new_tokens
 
 
-Made = TypeVar("Made")
-
-
-def _collecting(faults: list[Fault], make: Callable[[], Made]) -> Made | None:
-    """What `make` gives, or None after adding its faults."""
-    try:
-        return make()
-    except UserError as error:
-        faults.extend(error.faults)
-        return None
+def _collect(makers: Iterable[Callable[[], Any]]) -> list[Any]:
+    """What each of them makes. Raises UserError with the faults of all."""
+    made, faults = [], list[Fault]()
+    for make in makers:
+        try:
+            made.append(make())
+        except UserError as error:
+            faults.extend(error.faults)
+    if faults:
+        raise UserError(faults)
+    return made
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from dash_exp.record.provenance import hardware
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.train.build import engine_facts, find_model, make_sampler, thread_count
-from dash_exp.train.build_tasks import Judges, Questions
+from dash_exp.train.build_tasks import Questions
 from dash_exp.types import Decoding
+from dash_exp.verifiers.judges import Judges
 
 __all__ = ["Answerer", "engine_facts", "hardware_facts"]
 

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dash_exp.types import Score
-from dash_exp.verifiers.code.gold import GymGold
-from dash_exp.verifiers.types import score
+from dash_exp.verifiers.types import GymGold, score
 
 EVALUATE_ANSWERS = (
     "algorithmic.string_insertion",

@@ -1,41 +1,110 @@
-"""The verifiers a run uses: in place, or in a pool of processes (maths, programs, reasoning-gym)."""
+"""The judges of a run by name: in the caller's thread, or in a pool of worker processes.
+
+What a judge needs is imported when it is made: a run on integers starts no process and imports no sandbox.
+"""
 
 from __future__ import annotations
 
 import functools
 import platform
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from importlib.metadata import version as installed_version
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from dash_exp.errors import Fault, UserError
 from dash_exp.types import Score
 from dash_exp.verifiers import CODE_VERSION, VERIFIER_VERSION
-from dash_exp.verifiers.code.gold import CodeGold
-from dash_exp.verifiers.code.program import complete, find_program
-from dash_exp.verifiers.code.sandbox import Confinement, confinement
-from dash_exp.verifiers.math.extraction import boxed_or_last, extract
-from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.types import VerifyTask, score
+from dash_exp.verifiers.types import CodeGold, Judge, VerifyTask, score
+
+if TYPE_CHECKING:
+    from dash_exp.verifiers.code.sandbox import Confinement
+    from dash_exp.verifiers.pool import VerifierPool
 
 Wanted = Literal["auto", "bwrap", "limits"]
+Prepare = Callable[[str, str], VerifyTask | Score]
+"""From a completion and its gold answer: what a pool has to judge, or the verdict where that is known."""
 
+CACHE_SIZE = 50_000
+"""Verdicts that a judge remembers."""
 _LASTING = ("correct", "wrong", "unparsed")
-"""Outcomes that depend on the answer alone and may be remembered."""
+"""Outcomes that depend on the answer alone; a timeout or a crash may be the machine's fault."""
+_INTEGER = re.compile(r"-?[0-9]+")
+_MAX_DIGITS = 1_000
 
 
-class InlineVerifier:
+class Judges:
+    """Judges by the names of verifier and extraction, each made on first use. `warnings`: what the ones in
+    use report, such as a sandbox that the system lacks."""
+
+    def __init__(self, workers: int, timeout_s: float, memory_mb: int):
+        self.workers, self.timeout_s, self.memory_mb = workers, timeout_s, memory_mb
+        self._made: dict[tuple[str, str], Judge] = {}
+        self._math_pool: VerifierPool | None = None
+
+    def get(self, verifier: str, extraction: str) -> Judge:
+        """Raises UserError where programs cannot be confined at all."""
+        key = (verifier, extraction)
+        if key not in self._made:
+            try:
+                self._made[key] = self._make(verifier, extraction)
+            except RuntimeError as error:
+                raise UserError(Fault("verifier", f"{verifier} cannot be used here: {error}")) from error
+        return self._made[key]
+
+    def limits(self, verifier: str) -> str:
+        """What may turn a verdict into a timeout or a crash."""
+        return "" if verifier == "integer" else f"{self.timeout_s:g} s, {self.memory_mb} MB"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        found = [warning for made in self._made.values() for warning in getattr(made, "warnings", ())]
+        return tuple(dict.fromkeys(found))
+
+    def close(self) -> None:
+        for made in self._made.values():
+            made.close()
+
+    def _make(self, verifier: str, extraction: str) -> Judge:
+        if verifier == "integer":
+            return InlineJudge(judge_integer)
+        if verifier == "code":
+            return code_judge(self.workers, self.timeout_s, self.memory_mb)
+        if verifier == "reasoning_gym":
+            return gym_judge(self.workers, self.timeout_s, self.memory_mb, extraction)
+        from dash_exp.verifiers.pool import VerifierPool
+
+        if self._math_pool is None:  # shared by all extractions
+            self._math_pool = VerifierPool(self.workers, self.timeout_s, self.memory_mb)
+        return math_judge(self._math_pool, extraction)
+
+
+def judge_integer(text: str, answer: str) -> Score:
+    """Correct when the first match of `-?[0-9]+` in `text` is the integer `answer`.
+
+    Leading zeros do not matter. A number longer than 1,000 digits is wrong without being read. An
+    `answer` that is no integer is a fault of the data: `verifier_error`.
+    """
+    if not _INTEGER.fullmatch(answer.strip()):
+        return score("verifier_error", f"the gold answer {answer[:40]!r} is not an integer")
+    match = _INTEGER.search(text)
+    if match is None:
+        return score("no_answer", "no integer in the text")
+    found = match.group()
+    if len(found) <= _MAX_DIGITS and int(found) == int(answer):
+        return score("correct")
+    return score("wrong", f"found {found[:40]}, expected {answer[:40]}")
+
+
+class InlineJudge:
     """Judges at once in the caller's thread: for judges that cannot hang, such as integers."""
 
     def __init__(self, judge: Callable[[str, str], Score], name: str = "integer"):
         self._judge = judge
-        self._name = name
-
-    @property
-    def version(self) -> str:
-        return f"{self._name}-{VERIFIER_VERSION}"
+        self.version = f"{name}-{VERIFIER_VERSION}"
 
     def submit(self, text: str, answer: str) -> Future[Score]:
         """A future that is done already."""
@@ -45,157 +114,93 @@ class InlineVerifier:
         """Nothing to stop."""
 
 
-class Remembered:
-    """Verdicts by key: equal questions are asked once, even while the first is still being judged.
+class PooledJudge:
+    """Judges in a pool of processes that it owns, and remembers verdicts.
 
-    Only outcomes that depend on the answer alone are kept: a timeout, a crash or a fault of ours may be
-    the machine's doing. `size` bounds how many are kept.
+    `prepare` finds the answer in the completion here, so equal answers of a group are judged once.
     """
 
-    def __init__(self, size: int):
-        self._size = size
-        self._kept: OrderedDict[Hashable, Future[Score]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, ask: Callable[[], Future[Score]]) -> Future[Score]:
-        """A future of the caller's own on the verdict for `key`, asked for where it is not known."""
-        with self._lock:
-            shared = self._kept.get(key)
-            if shared is None:
-                shared = ask()
-                self._kept[key] = shared
-                while len(self._kept) > self._size:
-                    self._kept.popitem(last=False)
-            else:
-                self._kept.move_to_end(key)
-        shared.add_done_callback(lambda done: self._forget_passing(key, done))
-        return _copy(shared)
-
-    def _forget_passing(self, key: Hashable, done: Future[Score]) -> None:
-        if done.cancelled() or done.result().outcome not in _LASTING:
-            with self._lock:
-                if self._kept.get(key) is done:
-                    del self._kept[key]
-
-
-class PooledMathVerifier:
-    """Judges maths answers in a pool of processes that it owns, and remembers verdicts.
-
-    The answer is found here and judged there, so equal answers of a group are judged once.
-    `cache_size` bounds the verdicts remembered.
-    """
-
-    def __init__(self, pool: VerifierPool, extraction: str, cache_size: int = 50_000):
-        extract("", extraction)  # an unknown mode fails here, not on the first completion
+    def __init__(
+        self,
+        pool: VerifierPool,
+        prepare: Prepare,
+        version: str,
+        warnings: tuple[str, ...] = (),
+        cache_size: int = CACHE_SIZE,
+    ):
         self._pool = pool
-        self._extraction = extraction
-        self._known = Remembered(cache_size)
-
-    @property
-    def version(self) -> str:
-        library = installed_version("math-verify")
-        return f"math-{VERIFIER_VERSION}+math-verify-{library}+{self._extraction}"
+        self._prepare = prepare
+        self.version, self.warnings = version, warnings
+        self._cache = VerdictCache(cache_size)
 
     def submit(self, text: str, answer: str) -> Future[Score]:
-        """A verdict to come on the answer found in `text`."""
-        candidate = extract(text, self._extraction)
-        if candidate is None:
-            return _done(score("no_answer", f"nothing found by {self._extraction}"))
-        task = VerifyTask("", "math", "whole", candidate, answer)
-        return self._known.get((answer, candidate), lambda: self._pool.submit(task))
+        """The future verdict on the answer found in `text`."""
+        task = self._prepare(text, answer)
+        if isinstance(task, Score):
+            return _done(task)
+        return self._cache.get((answer, task.text), lambda: self._pool.submit(task))
 
     def close(self) -> None:
         """Close the pool."""
         self._pool.close()
 
 
-class PooledCodeVerifier:
-    """Judges programs by the tests of a `CodeGold`, in sandboxed processes that it owns.
+def math_judge(pool: VerifierPool, extraction: str, cache_size: int = CACHE_SIZE) -> PooledJudge:
+    """Judges answers to maths problems. Raises ValueError for an unknown extraction."""
+    from dash_exp.verifiers.math.extract import extract
 
-    Raises RuntimeError where no confinement is possible at all. `warnings` says what the machine's best
-    confinement leaves open. `wanted` names one: `bwrap` or `limits`.
+    extract("", extraction)  # an unknown mode fails here, not on the first completion
+    prepare = _extracting(extraction, lambda text: extract(text, extraction))
+    library = installed_version("math-verify")
+    version = f"math-{VERIFIER_VERSION}+math-verify-{library}+{extraction}"
+    return PooledJudge(pool, prepare, version, cache_size=cache_size)
+
+
+def code_judge(workers: int, timeout_s: float, memory_mb: int, wanted: Wanted = "auto") -> PooledJudge:
+    """Judges programs by the tests of a `CodeGold`, in sandboxed processes.
+
+    Raises RuntimeError where no confinement is possible at all. The judge's `warnings` say what the
+    machine's best confinement leaves open. `wanted` names one: `bwrap` or `limits`.
     """
+    from dash_exp.verifiers.code.program import complete, find_program
+    from dash_exp.verifiers.code.sandbox import confinement
 
-    def __init__(
-        self,
-        workers: int,
-        timeout_s: float,
-        memory_mb: int,
-        wanted: Wanted = "auto",
-        cache_size: int = 50_000,
-    ):
-        self._sandbox = confinement(wanted)
-        self._pool = _host_pool(workers, timeout_s, memory_mb, self._sandbox, "code")
-        self._known = Remembered(cache_size)
-        self._golds = functools.lru_cache(maxsize=4096)(CodeGold.from_text)
+    read_gold = functools.lru_cache(maxsize=4096)(CodeGold.from_text)
 
-    @property
-    def version(self) -> str:
-        python = ".".join(platform.python_version_tuple()[:2])
-        return f"code-{CODE_VERSION}+python-{python}+{self._sandbox.kind}"
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return self._sandbox.warnings
-
-    def submit(self, text: str, answer: str) -> Future[Score]:
-        """A verdict to come on the program found in `text`."""
+    def prepare(text: str, answer: str) -> VerifyTask | Score:
         found = find_program(text)
         if not found.strip():
-            return _done(score("no_answer", "no program"))
+            return score("no_answer", "no program")
         try:
-            gold = self._golds(answer)
-            program = complete(found, gold)
+            gold = read_gold(answer)
+            return VerifyTask(complete(found, gold), answer, gold.timeout_s)
         except (ValueError, TypeError, AttributeError) as error:
-            return _done(score("verifier_error", f"the gold is broken: {error}"))
-        task = VerifyTask("", "code", "", program, answer, gold.timeout_s)
-        return self._known.get((answer, program), lambda: self._pool.submit(task))
+            return score("verifier_error", f"the gold is broken: {error}")
 
-    def close(self) -> None:
-        """Close the pool."""
-        self._pool.close()
+    sandbox = confinement(wanted)
+    python = ".".join(platform.python_version_tuple()[:2])
+    pool = _sandboxed_pool("code", sandbox, workers, timeout_s, memory_mb)
+    return PooledJudge(pool, prepare, f"code-{CODE_VERSION}+python-{python}+{sandbox.kind}", sandbox.warnings)
 
 
-class PooledGymVerifier:
+def gym_judge(
+    workers: int, timeout_s: float, memory_mb: int, extraction: str, wanted: Wanted = "auto"
+) -> PooledJudge:
     """Scores answers by reasoning-gym's own scorers, in the same sandbox as programs: some of those
     scorers evaluate the answer. `extraction`: `answer_tag`, `boxed_or_last` or `whole`."""
+    from dash_exp.verifiers.code.sandbox import confinement
+    from dash_exp.verifiers.math.extract import boxed_or_last
 
-    def __init__(
-        self,
-        workers: int,
-        timeout_s: float,
-        memory_mb: int,
-        extraction: str,
-        wanted: Wanted = "auto",
-        cache_size: int = 50_000,
-    ):
-        if extraction not in _GYM_EXTRACTIONS:
-            raise ValueError(f"extraction {extraction!r} is not one of {', '.join(_GYM_EXTRACTIONS)}")
-        self._extraction = extraction
-        self._sandbox = confinement(wanted).with_scratch()
-        self._pool = _host_pool(workers, timeout_s, memory_mb, self._sandbox, "reasoning_gym")
-        self._known = Remembered(cache_size)
-
-    @property
-    def version(self) -> str:
-        library = installed_version("reasoning-gym")
-        return f"gym-{CODE_VERSION}+reasoning-gym-{library}+{self._extraction}"
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return self._sandbox.warnings
-
-    def submit(self, text: str, answer: str) -> Future[Score]:
-        """A verdict to come on the answer found in `text`; its value is the library's score."""
-        found = _GYM_EXTRACTIONS[self._extraction](text)
-        if not found:
-            return _done(score("no_answer", f"nothing found by {self._extraction}"))
-        task = VerifyTask("", "reasoning_gym", "whole", found, answer)
-        return self._known.get((answer, found), lambda: self._pool.submit(task))
-
-    def close(self) -> None:
-        """Close the pool."""
-        self._pool.close()
+    finders: Mapping[str, Callable[[str], str | None]]
+    finders = {"answer_tag": answer_tag, "boxed_or_last": boxed_or_last, "whole": str.strip}
+    if extraction not in finders:
+        raise ValueError(f"extraction {extraction!r} is not one of {', '.join(finders)}")
+    prepare = _extracting(extraction, lambda text: finders[extraction](text) or None)
+    sandbox = confinement(wanted).with_scratch()
+    pool = _sandboxed_pool("reasoning_gym", sandbox, workers, timeout_s, memory_mb)
+    library = installed_version("reasoning-gym")
+    version = f"gym-{CODE_VERSION}+reasoning-gym-{library}+{extraction}"
+    return PooledJudge(pool, prepare, version, sandbox.warnings)
 
 
 def answer_tag(text: str) -> str | None:
@@ -205,24 +210,54 @@ def answer_tag(text: str) -> str | None:
     return text[start + len("<answer>") : end].strip() if start >= 0 else None
 
 
-_GYM_EXTRACTIONS: Mapping[str, Callable[[str], str | None]] = {
-    "answer_tag": answer_tag,
-    "boxed_or_last": boxed_or_last,
-    "whole": str.strip,
-}
+def _extracting(extraction: str, find: Callable[[str], str | None]) -> Prepare:
+    def prepare(text: str, answer: str) -> VerifyTask | Score:
+        found = find(text)
+        if found is None:
+            return score("no_answer", f"nothing found by {extraction}")
+        return VerifyTask(found, answer)
+
+    return prepare
 
 
-def _host_pool(
-    workers: int, timeout_s: float, memory_mb: int, sandbox: Confinement, judge: str
+def _sandboxed_pool(
+    judge: str, sandbox: Confinement, workers: int, timeout_s: float, memory_mb: int
 ) -> VerifierPool:
-    return VerifierPool(
-        workers,
-        timeout_s,
-        memory_mb,
-        module="dash_exp.verifiers.code.host",
-        sandbox=sandbox,
-        arguments=(f"--judge={judge}",),
-    )
+    from dash_exp.verifiers.pool import Program, VerifierPool
+
+    host = Program("dash_exp.verifiers.code.host", (f"--judge={judge}",), sandbox)
+    return VerifierPool(workers, timeout_s, memory_mb, host)
+
+
+class VerdictCache:
+    """Verdicts by key: equal questions are judged once, even while the first is still pending.
+
+    Only outcomes that depend on the answer alone are kept, the last `size` of them.
+    """
+
+    def __init__(self, size: int):
+        self._size = size
+        self._kept: OrderedDict[Hashable, Future[Score]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, submit: Callable[[], Future[Score]]) -> Future[Score]:
+        """The caller's own future of the verdict for `key`, submitted where it is not known."""
+        with self._lock:
+            shared = self._kept.get(key)
+            if shared is None:
+                shared = self._kept[key] = submit()
+                while len(self._kept) > self._size:
+                    self._kept.popitem(last=False)
+            else:
+                self._kept.move_to_end(key)
+        shared.add_done_callback(lambda done: self._forget_unless_lasting(key, done))
+        return _copy(shared)
+
+    def _forget_unless_lasting(self, key: Hashable, done: Future[Score]) -> None:
+        if done.cancelled() or done.result().outcome not in _LASTING:
+            with self._lock:
+                if self._kept.get(key) is done:
+                    del self._kept[key]
 
 
 def _done(verdict: Score) -> Future[Score]:
@@ -232,7 +267,7 @@ def _done(verdict: Score) -> Future[Score]:
 
 
 def _copy(shared: Future[Score]) -> Future[Score]:
-    """A future of its own for one caller: cancelling it leaves the shared one alone."""
+    """A future for one caller, who may cancel it without cancelling the shared one."""
     own: Future[Score] = Future()
 
     def pass_on(done: Future[Score]) -> None:

@@ -1,27 +1,14 @@
-"""The judge protocol, and the task that is sent to a worker process."""
+"""What judges exchange: their protocol, tasks, and the gold answers of programs and of reasoning-gym."""
 
 from __future__ import annotations
 
+import json
 import math
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, Self
 
 from dash_exp.types import Outcome, Score
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyTask:
-    """One verdict to reach. `verifier` names a judge (`math`, `integer`, `code`, `reasoning_gym`);
-    `extraction` names how that judge finds the answer inside `text`; `answer` is gold. `timeout_s`:
-    seconds for this task, where they are more than the pool's own limit."""
-
-    task_id: str | int
-    verifier: str
-    extraction: str
-    text: str
-    answer: str
-    timeout_s: float | None = None
 
 
 class Judge(Protocol):
@@ -39,6 +26,51 @@ class Judge(Protocol):
     def close(self) -> None:
         """Stop all work and cancel pending verdicts. May be called twice."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyTask:
+    """What a worker process judges: an answer or program, and its gold. `timeout_s`: the limit of this
+    task in seconds, where it is longer than the pool's own."""
+
+    text: str
+    answer: str
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Gold:
+    """A gold answer that needs more than a text: `Prompt.answer` holds it as a JSON document."""
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Raises ValueError or TypeError for text that `to_text` did not make."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
+class CodeGold(_Gold):
+    """What judges a program: `tests` is Python source that raises on failure.
+
+    `prefix` (HumanEval's function header) is put before a program that does not define `entry_point`
+    itself. `timeout_s`: as in `VerifyTask`.
+    """
+
+    tests: str
+    entry_point: str = ""
+    prefix: str = ""
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GymGold(_Gold):
+    """An entry of reasoning-gym: the task's name, and the entry its scorer wants."""
+
+    task: str
+    entry: dict[str, Any]
 
 
 def score(outcome: Outcome, detail: str = "") -> Score:

@@ -1,4 +1,4 @@
-"""A judging process: JSON requests on stdin, JSON verdicts on a private descriptor.
+"""The process that judges maths answers: JSON requests on stdin, JSON verdicts on a private descriptor.
 
 Started by the pool as `python -m dash_exp.verifiers.worker`. One request per line; the first line
 sent back says `ready`, every further line is one verdict. It may be killed at any moment.
@@ -26,7 +26,7 @@ from dash_exp.verifiers.types import VerifyTask, score
 _PR_SET_PDEATHSIG = 1
 _MAX_DETAIL_CHARS = 400
 
-Judge = Callable[[VerifyTask], Score]
+TaskJudge = Callable[[VerifyTask], Score]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,16 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     channel = private_channel()
     die_with(options.parent)
     _limit_memory(options.memory_mb)
-    judges = _judges()
-    _send(channel, {"ready": True})
-    _silence()
+    judge = load_judge()
+    send(channel, {"ready": True})
+    silence()
     for line in sys.stdin.buffer:
         # a C-level hang holds the interpreter lock: this watchdog does not need it
         faulthandler.dump_traceback_later(options.deadline_s, exit=True, file=2)
         request = json.loads(line)
-        verdict, retire = _verdict(judges, VerifyTask(**request["task"]))
+        verdict, retire = _verdict(judge, VerifyTask(**request["task"]))
         faulthandler.cancel_dump_traceback_later()
-        _send(channel, {"serial": request["serial"], "score": asdict(verdict), "retire": retire})
+        send(channel, {"serial": request["serial"], "score": asdict(verdict), "retire": retire})
     return 0
 
 
@@ -59,16 +59,16 @@ def private_channel() -> IO[bytes]:
     return channel
 
 
-def _silence() -> None:
-    """After the start nothing is printed any more: stdout and stderr go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+def silence() -> None:
+    """From now on stdout and stderr go nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     os.close(nowhere)
 
 
 def die_with(parent: int) -> None:
-    """Ask Linux to kill this process when the pool's thread that started it ends."""
+    """Have Linux kill this process when the pool's thread that started it ends."""
     if sys.platform != "linux" or not parent:
         return
     with contextlib.suppress(OSError, AttributeError):
@@ -83,22 +83,18 @@ def _limit_memory(megabytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _judges() -> Mapping[str, Judge]:
-    """Judges by name, warmed up: the first verdict should not pay for imports."""
-    from dash_exp.verifiers.math.integer import judge_integer
-    from dash_exp.verifiers.math.verdict import judge_candidate, judge_math
+def load_judge() -> TaskJudge:
+    """The judge of maths answers, warmed up: the first verdict should not pay for imports."""
+    from dash_exp.verifiers.math.compare import judge_candidate, judge_math
 
     judge_candidate("x + \\frac{1}{2}", "\\frac{1 + 2x}{2}")
-    return {
-        "math": lambda task: judge_math(task.text, task.answer, task.extraction),
-        "integer": lambda task: judge_integer(task.text, task.answer),
-    }
+    return lambda task: judge_math(task.text, task.answer, "whole")
 
 
-def _verdict(judges: Mapping[str, Judge], task: VerifyTask) -> tuple[Score, bool]:
+def _verdict(judge: TaskJudge, task: VerifyTask) -> tuple[Score, bool]:
     """The verdict, and whether this process should not be used again."""
     try:
-        return judges[task.verifier](task), False
+        return judge(task), False
     except RecursionError:
         return score("unparsed", "nested too deeply"), False
     except MemoryError:
@@ -114,7 +110,8 @@ def _last_line(error: Exception) -> str:
     return f"{message} ({place})"[:_MAX_DETAIL_CHARS]
 
 
-def _send(channel: IO[bytes], message: Mapping[str, Any]) -> None:
+def send(channel: IO[bytes], message: Mapping[str, Any]) -> None:
+    """Write a message as one line of JSON."""
     channel.write(json.dumps(message).encode() + b"\n")
     channel.flush()
 

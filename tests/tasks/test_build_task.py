@@ -16,11 +16,10 @@ from dash_exp.config.environment import GYM_PACKAGE, is_installed
 from dash_exp.config.schema import Config
 from dash_exp.errors import UserError
 from dash_exp.modeling.source import load_tokenizer
-from dash_exp.tasks.generated import HEADER, functions
-from dash_exp.tasks.gym import gym_examples
+from dash_exp.tasks.generated import HEADER, functions, gym_examples
 from dash_exp.tasks.prompts import batch
-from dash_exp.train.build_tasks import Judges, build_task, note_prompts
-from dash_exp.verifiers.judges import PooledMathVerifier
+from dash_exp.train.build_tasks import build_task, note_prompts
+from dash_exp.verifiers.judges import Judges, PooledJudge
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_a_mixture_has_the_parts_templates_and_judges(mixed: Config, tokenizer: 
     asked = [p for step in range(1, 5) for p in batch(task.prompts, 0, step, 16)]
     assert Counter(p.task for p in asked)["math"] in range(46, 51)  # 48 of 64
     assert set(task.judges) == {"math", "gsm8k"}
-    assert isinstance(task.judges["math"], PooledMathVerifier)
+    assert isinstance(task.judges["math"], PooledJudge)
     assert task.judges["gsm8k"].submit("It is 7.", "7").result().outcome == "correct"
     notes: list[str] = []
     note_prompts(task, notes.append)

@@ -9,10 +9,17 @@ import pytest
 
 from dash_exp.config.environment import GYM_PACKAGE, gym_setting_faults, is_installed
 from dash_exp.errors import UserError
-from dash_exp.tasks.generated import HEADER, arithmetic, functions
-from dash_exp.tasks.gym import gym_examples, split_of, to_gold, try_scoring
-from dash_exp.verifiers.code.gold import CodeGold, GymGold
-from dash_exp.verifiers.math.integer import judge_integer
+from dash_exp.tasks.generated import (
+    HEADER,
+    arithmetic,
+    functions,
+    gym_examples,
+    split_of,
+    to_gold,
+    try_scoring,
+)
+from dash_exp.verifiers.judges import judge_integer
+from dash_exp.verifiers.types import CodeGold, GymGold
 
 INPUTS = range(-20, 60)
 

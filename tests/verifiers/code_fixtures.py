@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from dash_exp.verifiers.code.sandbox import confinement
-from dash_exp.verifiers.judges import PooledCodeVerifier, Wanted
+from dash_exp.verifiers.judges import PooledJudge, Wanted, code_judge
 
 CONFINEMENTS: tuple[Wanted, ...] = ("bwrap", "limits")
 WORKERS = 2
@@ -24,9 +24,9 @@ def skip_without(wanted: Wanted) -> None:
 
 
 @contextlib.contextmanager
-def verifier_in(wanted: Wanted, timeout_s: float, memory_mb: int = 1024) -> Iterator[PooledCodeVerifier]:
+def verifier_in(wanted: Wanted, timeout_s: float, memory_mb: int = 1024) -> Iterator[PooledJudge]:
     skip_without(wanted)
-    verifier = PooledCodeVerifier(WORKERS, timeout_s, memory_mb, wanted)
+    verifier = code_judge(WORKERS, timeout_s, memory_mb, wanted)
     try:
         yield verifier
     finally:

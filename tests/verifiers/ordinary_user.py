@@ -9,8 +9,8 @@ import sys
 import time
 from dataclasses import asdict
 
-from dash_exp.verifiers.code.gold import CodeGold
-from dash_exp.verifiers.judges import PooledCodeVerifier
+from dash_exp.verifiers.judges import code_judge
+from dash_exp.verifiers.types import CodeGold
 
 OWNERS = (
     "fcntl.fcntl(r, fcntl.F_SETOWN, {pid})",
@@ -33,7 +33,7 @@ WAIT_S = 60
 
 def main() -> None:
     try:
-        verifier = PooledCodeVerifier(1, 10.0, 1024, sys.argv[1])  # type: ignore[arg-type]
+        verifier = code_judge(1, 10.0, 1024, sys.argv[1])  # type: ignore[arg-type]
     except RuntimeError as error:
         print(json.dumps({"skipped": str(error)}))
         return

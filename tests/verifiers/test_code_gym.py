@@ -11,18 +11,18 @@ import pytest
 from code_fixtures import CONFINEMENTS, verifier_in
 
 from dash_exp.verifiers import gym
-from dash_exp.verifiers.code.gold import GymGold
 from dash_exp.verifiers.gym import is_formula, read_literal
-from dash_exp.verifiers.judges import PooledGymVerifier, answer_tag
+from dash_exp.verifiers.judges import PooledJudge, answer_tag, gym_judge
+from dash_exp.verifiers.types import GymGold
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
 GENEROUS_S = 60.0
 
 
 @pytest.fixture(scope="module", params=CONFINEMENTS)
-def whole(request: pytest.FixtureRequest) -> Iterator[PooledGymVerifier]:
+def whole(request: pytest.FixtureRequest) -> Iterator[PooledJudge]:
     with verifier_in(request.param, 10.0):
-        shared = PooledGymVerifier(1, 10.0, 2048, "whole", request.param)
+        shared = gym_judge(1, 10.0, 2048, "whole", request.param)
     yield shared
     shared.close()
 
@@ -51,7 +51,7 @@ def gold_of(task: str) -> str:
         "bitwise_arithmetic",
     ],
 )
-def test_the_librarys_own_answer_is_correct(whole: PooledGymVerifier, task: str) -> None:
+def test_the_librarys_own_answer_is_correct(whole: PooledJudge, task: str) -> None:
     entry = entry_of(task)
     verdict = whole.submit(str(entry["answer"]), GymGold(task, entry).to_text()).result(GENEROUS_S)
     assert (verdict.value, verdict.outcome) == (1.0, "correct")
@@ -60,14 +60,14 @@ def test_the_librarys_own_answer_is_correct(whole: PooledGymVerifier, task: str)
     assert 0.0 <= off.value < 0.2
 
 
-def test_partial_scores_are_kept(whole: PooledGymVerifier) -> None:
+def test_partial_scores_are_kept(whole: PooledJudge) -> None:
     entry = entry_of("spiral_matrix")
     listed = str(entry["answer"].split())
     verdict = whole.submit(listed, GymGold("spiral_matrix", entry).to_text()).result(GENEROUS_S)
     assert (verdict.value, verdict.outcome) == (0.1, "wrong")
 
 
-def test_a_countdown_expression(whole: PooledGymVerifier) -> None:
+def test_a_countdown_expression(whole: PooledJudge) -> None:
     entry = entry_of("countdown")
     expression = entry["metadata"]["expression"]
     verdict = whole.submit(expression, GymGold("countdown", entry).to_text()).result(GENEROUS_S)
@@ -104,15 +104,15 @@ ATTACKS = (
     ],
 )
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda text: text[:30])
-def test_answers_that_are_programs(task: str, attack: str, attacked: PooledGymVerifier) -> None:
+def test_answers_that_are_programs(task: str, attack: str, attacked: PooledJudge) -> None:
     verdict = attacked.submit(attack, gold_of(task)).result(GENEROUS_S)
     assert verdict.value < 0.1
     assert verdict.outcome in ("wrong", "timeout", "crashed")
 
 
 @pytest.fixture(scope="module")
-def attacked() -> Iterator[PooledGymVerifier]:
-    shared = PooledGymVerifier(1, 2.0, 2048, "whole")
+def attacked() -> Iterator[PooledJudge]:
+    shared = gym_judge(1, 2.0, 2048, "whole")
     yield shared
     shared.close()
 
@@ -190,7 +190,7 @@ def test_the_answer_between_tags(text: str, answer: str | None) -> None:
     [("answer_tag", "so <answer>{}</answer>"), ("boxed_or_last", r"\boxed{{{}}}"), ("whole", "{} \n")],
 )
 def test_extractions(extraction: str, text: str) -> None:
-    verifier = PooledGymVerifier(1, 10.0, 2048, extraction)
+    verifier = gym_judge(1, 10.0, 2048, extraction)
     entry = entry_of("chain_sum")
     gold = GymGold("chain_sum", entry).to_text()
     assert verifier.submit(text.format(entry["answer"]), gold).result(GENEROUS_S).outcome == "correct"
@@ -201,11 +201,11 @@ def test_extractions(extraction: str, text: str) -> None:
 
 def test_an_unknown_extraction_fails_early() -> None:
     with pytest.raises(ValueError, match="answer_tag"):
-        PooledGymVerifier(1, 1.0, 512, "tag")
+        gym_judge(1, 1.0, 512, "tag")
 
 
 @pytest.mark.parametrize("gold", ["no JSON", '{"task": "chain_sum"}', GymGold("no such task", {}).to_text()])
-def test_a_broken_gold_is_our_fault(attacked: PooledGymVerifier, gold: str) -> None:
+def test_a_broken_gold_is_our_fault(attacked: PooledJudge, gold: str) -> None:
     verdict = attacked.submit("1", gold).result(GENEROUS_S)
     assert verdict.outcome == "verifier_error"
     assert math.isnan(verdict.value)

@@ -13,8 +13,8 @@ from code_fixtures import CONFINEMENTS, WORKERS, descendants, verifier_in
 from hostile_programs import HOSTILE, RIGHT, TESTS
 
 from dash_exp.verifiers.code.confine import filter_supported
-from dash_exp.verifiers.code.gold import CodeGold
-from dash_exp.verifiers.judges import PooledCodeVerifier, Wanted
+from dash_exp.verifiers.judges import PooledJudge, Wanted
+from dash_exp.verifiers.types import CodeGold
 
 TIMEOUT_S = 0.6
 GENEROUS_S = 60.0
@@ -35,7 +35,7 @@ def canary() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module", params=CONFINEMENTS)
-def judge(request: pytest.FixtureRequest) -> Iterator[tuple[Wanted, PooledCodeVerifier]]:
+def judge(request: pytest.FixtureRequest) -> Iterator[tuple[Wanted, PooledJudge]]:
     os.environ["DASH_SECRET"] = "hunter2"
     try:
         before = descendants()
@@ -61,14 +61,14 @@ def skip_unpromised(kind: Wanted, needs: str) -> None:
         pytest.skip("not promised without bubblewrap to an ordinary user: the program is that user")
 
 
-def the_right_one_passes(verifier: PooledCodeVerifier, name: str) -> bool:
+def the_right_one_passes(verifier: PooledJudge, name: str) -> bool:
     """On a busy machine perhaps not within the short limit at the first try."""
     tries = (verifier.submit(RIGHT + f"# after {name}, {i}", GOLD).result(GENEROUS_S) for i in range(3))
     return any(verdict.outcome == "correct" for verdict in tries)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs(judge: tuple[Wanted, PooledCodeVerifier], canary: Path, name: str) -> None:
+def test_hostile_programs(judge: tuple[Wanted, PooledJudge], canary: Path, name: str) -> None:
     kind, verifier = judge
     hostile = HOSTILE[name]
     skip_unpromised(kind, hostile.needs)
@@ -101,6 +101,6 @@ def test_there_are_more_than_forty_of_them() -> None:
     assert len({h.source for h in HOSTILE.values()}) == len(HOSTILE)
 
 
-def test_the_attacks_would_pay(judge: tuple[Wanted, PooledCodeVerifier]) -> None:
+def test_the_attacks_would_pay(judge: tuple[Wanted, PooledJudge]) -> None:
     """What every attack is after: the plain answer scores."""
     assert the_right_one_passes(judge[1], "all")

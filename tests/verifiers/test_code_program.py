@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from dash_exp.verifiers.code.gold import CodeGold
 from dash_exp.verifiers.code.program import complete, defines, find_program
+from dash_exp.verifiers.types import CodeGold
 
 HEADER = (
     "from typing import List\n\n\ndef helper(x):\n    return x\n\n\n"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dash_exp.verifiers.code.gold import CodeGold
-from dash_exp.verifiers.judges import PooledCodeVerifier
+from dash_exp.verifiers.judges import PooledJudge, code_judge
+from dash_exp.verifiers.types import CodeGold
 
 FILES = ("mbppplus_train.jsonl", "mbppplus_test.jsonl", "mbpp_sanitized.jsonl", "humaneval_test.jsonl")
 SAMPLE = 25
@@ -18,13 +18,13 @@ Rows = Callable[[str], list[dict[str, str]]]
 
 
 @pytest.fixture(scope="module")
-def verifier() -> Iterator[PooledCodeVerifier]:
-    shared = PooledCodeVerifier(2, 20.0, 2048)
+def verifier() -> Iterator[PooledJudge]:
+    shared = code_judge(2, 20.0, 2048)
     yield shared
     shared.close()
 
 
-def judge(verifier: PooledCodeVerifier, rows: list[dict[str, str]], name: str) -> None:
+def judge(verifier: PooledJudge, rows: list[dict[str, str]], name: str) -> None:
     header = name.startswith("humaneval")  # its solutions are bodies
     pairs = []
     for row in rows:
@@ -40,18 +40,18 @@ def judge(verifier: PooledCodeVerifier, rows: list[dict[str, str]], name: str) -
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_sample_of_reference_programs(verifier: PooledCodeVerifier, rows: Rows, name: str) -> None:
+def test_a_sample_of_reference_programs(verifier: PooledJudge, rows: Rows, name: str) -> None:
     every = [row for row in rows(name) if row["id"] not in SLOW]
     judge(verifier, every[:: max(1, len(every) // SAMPLE)][:SAMPLE], name)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
-def test_all_reference_programs(verifier: PooledCodeVerifier, rows: Rows, name: str) -> None:
+def test_all_reference_programs(verifier: PooledJudge, rows: Rows, name: str) -> None:
     judge(verifier, rows(name), name)
 
 
-def test_a_whole_function_beside_its_header(verifier: PooledCodeVerifier, rows: Rows) -> None:
+def test_a_whole_function_beside_its_header(verifier: PooledJudge, rows: Rows) -> None:
     """Chat models repeat the header: imports and helpers of the prompt still stand above it."""
     for row in rows("humaneval_test.jsonl")[:40]:
         start = row["prompt"].rindex(f"def {row['entry_point']}(")

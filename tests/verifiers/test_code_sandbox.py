@@ -17,11 +17,10 @@ from code_fixtures import skip_without
 import dash_exp
 from dash_exp.verifiers.code import sandbox
 from dash_exp.verifiers.code.confine import filter_supported
-from dash_exp.verifiers.code.gold import CodeGold
 from dash_exp.verifiers.code.sandbox import Confinement, confinement, spare_uid
-from dash_exp.verifiers.judges import PooledCodeVerifier
-from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.types import VerifyTask
+from dash_exp.verifiers.judges import code_judge
+from dash_exp.verifiers.pool import Program, VerifierPool
+from dash_exp.verifiers.types import CodeGold, VerifyTask
 
 
 @pytest.fixture
@@ -131,10 +130,9 @@ def test_the_sandbox_shows_little() -> None:
 
 def test_a_sandbox_that_cannot_start_is_our_fault() -> None:
     broken = Confinement("bwrap", ("sh", "-c", "echo out of namespaces >&2; exit 1"), (), (), False)
-    with VerifierPool(
-        1, 5.0, 512, max_starts=1, module="dash_exp.verifiers.code.host", sandbox=broken
-    ) as pool:
-        verdict = pool.submit(VerifyTask("", "code", "", "def f(): 0", CodeGold("f()").to_text())).result(60)
+    host = Program("dash_exp.verifiers.code.host", sandbox=broken)
+    with VerifierPool(1, 5.0, 512, max_starts=1, program=host) as pool:
+        verdict = pool.submit(VerifyTask("def f(): 0", CodeGold("f()").to_text())).result(60)
     assert verdict.outcome == "verifier_error"
     assert "out of namespaces" in verdict.detail
 
@@ -142,7 +140,7 @@ def test_a_sandbox_that_cannot_start_is_our_fault() -> None:
 def test_no_secret_reaches_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "x")
     program = "import os\ndef f(): return sorted(os.environ)"
-    verifier = PooledCodeVerifier(1, 10.0, 1024)
+    verifier = code_judge(1, 10.0, 1024)
     gold = CodeGold("raise ValueError(f())", "f").to_text()
     detail = verifier.submit(program, gold).result(60).detail
     verifier.close()
@@ -155,7 +153,7 @@ def test_no_secret_reaches_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_program_is_a_user_of_its_own() -> None:
     for wanted in ("bwrap", "limits"):
         skip_without(wanted)
-        verifier = PooledCodeVerifier(1, 10.0, 1024, wanted)
+        verifier = code_judge(1, 10.0, 1024, wanted)
         gold = CodeGold("assert f()[0] != 0 and f()[1] == ''", "f").to_text()
         program = (
             "import os\ndef f():\n    status = open('/proc/self/status').read()\n"

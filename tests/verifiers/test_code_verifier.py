@@ -12,9 +12,8 @@ import pytest
 from code_fixtures import CONFINEMENTS, descendants, verifier_in
 
 from dash_exp.types import Score
-from dash_exp.verifiers.code.gold import CodeGold
-from dash_exp.verifiers.judges import PooledCodeVerifier, Wanted
-from dash_exp.verifiers.types import Judge
+from dash_exp.verifiers.judges import PooledJudge, Wanted
+from dash_exp.verifiers.types import CodeGold, Judge
 
 GENEROUS_S = 60.0
 UNITTEST = (
@@ -26,7 +25,7 @@ HEADER = 'def helper(x):\n    return x * 2\n\n\ndef f(x):\n    """Twice helper."
 
 
 @pytest.fixture(scope="module", params=CONFINEMENTS)
-def verifier(request: pytest.FixtureRequest) -> Iterator[PooledCodeVerifier]:
+def verifier(request: pytest.FixtureRequest) -> Iterator[PooledJudge]:
     with verifier_in(request.param, 10.0) as shared:
         yield shared
 
@@ -54,7 +53,7 @@ def verdict(verifier: Judge, program: str, tests: str, **more: object) -> Score:
         ("x = bytearray(2**40)", "crashed", "out of memory"),
     ],
 )
-def test_outcomes(verifier: PooledCodeVerifier, program: str, outcome: str, detail: str) -> None:
+def test_outcomes(verifier: PooledJudge, program: str, outcome: str, detail: str) -> None:
     got = verdict(verifier, program, "assert f(1) == 2")
     assert (got.outcome, got.value) == (outcome, 1.0 if outcome == "correct" else 0.0)
     assert detail in got.detail
@@ -70,7 +69,7 @@ def test_outcomes(verifier: PooledCodeVerifier, program: str, outcome: str, deta
         (CodeGold("import nothing_at_all\nassert f(1)", "f").to_text(), "need what is not installed"),
     ],
 )
-def test_a_broken_gold_is_our_fault(verifier: PooledCodeVerifier, gold: str, detail: str) -> None:
+def test_a_broken_gold_is_our_fault(verifier: PooledJudge, gold: str, detail: str) -> None:
     got = verifier.submit("def f(x): return x", gold).result(GENEROUS_S)
     assert got.outcome == "verifier_error"
     assert math.isnan(got.value)
@@ -131,7 +130,7 @@ def test_a_broken_gold_is_our_fault(verifier: PooledCodeVerifier, gold: str, det
         ),
     ],
 )
-def test_what_tests_may_do(verifier: PooledCodeVerifier, program: str, tests: str) -> None:
+def test_what_tests_may_do(verifier: PooledJudge, program: str, tests: str) -> None:
     assert verdict(verifier, program, tests) == Score(1.0, "correct")
 
 
@@ -248,7 +247,7 @@ ZONE = "datetime.timezone(datetime.timedelta(hours=2), 'X')"
         ("\ufeffdef f(): return 1", "assert f() == 1"),
     ],
 )
-def test_what_tests_may_do_with_objects(verifier: PooledCodeVerifier, program: str, tests: str) -> None:
+def test_what_tests_may_do_with_objects(verifier: PooledJudge, program: str, tests: str) -> None:
     assert verdict(verifier, program, tests) == Score(1.0, "correct")
 
 
@@ -303,7 +302,7 @@ AGREES = (
         "assert round(f(1)) == 3",
     ],
 )
-def test_an_object_that_agrees_with_everything(verifier: PooledCodeVerifier, tests: str) -> None:
+def test_an_object_that_agrees_with_everything(verifier: PooledJudge, tests: str) -> None:
     assert verdict(verifier, AGREES, tests).outcome == "wrong"
 
 
@@ -332,7 +331,7 @@ ANYTHING = "def f(*a): return a[0](2) if callable(a[0]) else 3"
         ("import functools\nf(3)\nf(functools.partial(max, 1))", "partial"),
     ],
 )
-def test_what_tests_cannot_pass_is_their_fault(verifier: PooledCodeVerifier, tests: str, kind: str) -> None:
+def test_what_tests_cannot_pass_is_their_fault(verifier: PooledJudge, tests: str, kind: str) -> None:
     got = verdict(verifier, ANYTHING, tests)
     assert (got.outcome, math.isnan(got.value)) == ("verifier_error", True), got
     assert f"the tests pass a {kind}, which cannot cross to the program" in got.detail
@@ -374,7 +373,7 @@ SAYS_NOTHING = (
     ],
 )
 def test_no_program_makes_its_failure_the_tests_fault(
-    verifier: PooledCodeVerifier, program: str, tests: str
+    verifier: PooledJudge, program: str, tests: str
 ) -> None:
     assert verdict(verifier, program, tests).outcome == "wrong"
 
@@ -418,7 +417,7 @@ def test_no_program_makes_its_failure_the_tests_fault(
     ],
 )
 def test_modules_that_tests_use_without_import(
-    verifier: PooledCodeVerifier, program: str, tests: str, outcome: str
+    verifier: PooledJudge, program: str, tests: str, outcome: str
 ) -> None:
     assert verdict(verifier, program, tests).outcome == outcome
 
@@ -438,13 +437,11 @@ def test_modules_that_tests_use_without_import(
         ("def f(x): raise SystemExit(0)", "f(1)", "wrong"),
     ],
 )
-def test_what_a_program_cannot_change(
-    verifier: PooledCodeVerifier, program: str, tests: str, outcome: str
-) -> None:
+def test_what_a_program_cannot_change(verifier: PooledJudge, program: str, tests: str, outcome: str) -> None:
     assert verdict(verifier, program, tests, prefix=HEADER).outcome == outcome
 
 
-def test_a_request_of_many_kilobytes(verifier: PooledCodeVerifier) -> None:
+def test_a_request_of_many_kilobytes(verifier: PooledJudge) -> None:
     table = {i: str(i) * 20 for i in range(20_000)}
     program = f"TABLE = {table!r}\ndef f(x): return TABLE"
     assert verdict(verifier, program, f"assert f(1) == {table!r}").outcome == "correct"
@@ -471,7 +468,7 @@ def test_the_timer_starts_with_the_work() -> None:
         assert {future.result(GENEROUS_S).outcome for future in futures} == {"correct"}
 
 
-def test_equal_programs_are_judged_once(verifier: PooledCodeVerifier) -> None:
+def test_equal_programs_are_judged_once(verifier: PooledJudge) -> None:
     program = "import time\ntime.sleep(.3)\ndef f(x): return x"
     gold = CodeGold("assert f(1) == 1", "f").to_text()
     start = time.monotonic()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_exp.config.schema import MATH_EXTRACTIONS
-from dash_exp.verifiers.math.extraction import EXTRACTORS, MAX_CANDIDATE_CHARS, extract
+from dash_exp.verifiers.math.extract import EXTRACTORS, MAX_CANDIDATE_CHARS, extract
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from concurrent.futures import Future
 import pytest
 
 from dash_exp.types import Score
-from dash_exp.verifiers.judges import InlineVerifier, PooledMathVerifier
-from dash_exp.verifiers.math.integer import judge_integer
+from dash_exp.verifiers.judges import InlineJudge, judge_integer, math_judge
 from dash_exp.verifiers.pool import VerifierPool
 from dash_exp.verifiers.types import Judge, VerifyTask, score
 
@@ -38,13 +37,13 @@ def hand() -> HandPool:
 
 @pytest.fixture(scope="module")
 def maths() -> Iterator[Judge]:
-    verifier = PooledMathVerifier(VerifierPool(1, timeout_s=10.0), "boxed_or_last")
+    verifier = math_judge(VerifierPool(1, timeout_s=10.0), "boxed_or_last")
     yield verifier
     verifier.close()
 
 
 def test_inline_verdicts_are_there_at_once() -> None:
-    verifier: Judge = InlineVerifier(judge_integer)
+    verifier: Judge = InlineJudge(judge_integer)
     future = verifier.submit("7 or 8", "7")
     assert future.done()
     assert future.result() == Score(1.0, "correct")
@@ -71,7 +70,7 @@ def test_the_version_names_what_can_change_a_verdict(maths: Judge) -> None:
 
 
 def test_equal_answers_are_judged_once_even_while_in_flight(hand: HandPool) -> None:
-    verifier = PooledMathVerifier(hand, "boxed")
+    verifier = math_judge(hand, "boxed")
     futures = [verifier.submit(rf"way {i}: \boxed{{5}}", "5") for i in range(8)]
     assert len(hand.asked) == 1
     assert not any(future.done() for future in futures)
@@ -82,7 +81,7 @@ def test_equal_answers_are_judged_once_even_while_in_flight(hand: HandPool) -> N
 
 
 def test_the_gold_answer_is_part_of_the_key(hand: HandPool) -> None:
-    verifier = PooledMathVerifier(hand, "boxed")
+    verifier = math_judge(hand, "boxed")
     verifier.submit(r"\boxed{5}", "5")
     verifier.submit(r"\boxed{5}", "6")
     verifier.submit(r"\boxed{6}", "5")
@@ -91,7 +90,7 @@ def test_the_gold_answer_is_part_of_the_key(hand: HandPool) -> None:
 
 @pytest.mark.parametrize("outcome", ["timeout", "crashed", "verifier_error"])
 def test_passing_faults_are_not_remembered(hand: HandPool, outcome: str) -> None:
-    verifier = PooledMathVerifier(hand, "boxed")
+    verifier = math_judge(hand, "boxed")
     first = verifier.submit(r"\boxed{5}", "5")
     hand.asked[0][1].set_result(score(outcome))  # type: ignore[arg-type]
     assert first.result(1).outcome == outcome
@@ -100,14 +99,14 @@ def test_passing_faults_are_not_remembered(hand: HandPool, outcome: str) -> None
 
 
 def test_the_cache_is_bounded(hand: HandPool) -> None:
-    verifier = PooledMathVerifier(hand, "boxed", cache_size=2)
+    verifier = math_judge(hand, "boxed", cache_size=2)
     for number in (1, 2, 1, 3, 1, 2):
         verifier.submit(rf"\boxed{{{number}}}", "1")
     assert [task.text for task, _ in hand.asked] == ["1", "2", "3", "2"]
 
 
 def test_cancelling_one_copy_leaves_the_others(hand: HandPool) -> None:
-    verifier = PooledMathVerifier(hand, "boxed")
+    verifier = math_judge(hand, "boxed")
     first, second = (verifier.submit(r"\boxed{5}", "5") for _ in range(2))
     assert first.cancel()
     hand.asked[0][1].set_result(score("correct"))
@@ -116,7 +115,7 @@ def test_cancelling_one_copy_leaves_the_others(hand: HandPool) -> None:
 
 
 def test_closing_cancels_what_waits(hand: HandPool) -> None:
-    verifier = PooledMathVerifier(hand, "boxed")
+    verifier = math_judge(hand, "boxed")
     future = verifier.submit(r"\boxed{5}", "5")
     verifier.close()
     assert future.cancelled()
@@ -124,4 +123,4 @@ def test_closing_cancels_what_waits(hand: HandPool) -> None:
 
 def test_an_unknown_extraction_fails_early(hand: HandPool) -> None:
     with pytest.raises(ValueError, match="boxed"):
-        PooledMathVerifier(hand, "bxed")
+        math_judge(hand, "bxed")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp.verifiers.math.integer import judge_integer
+from dash_exp.verifiers.judges import judge_integer
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dash_exp.verifiers.math.forms import parse_form
+from dash_exp.verifiers.math.compare import MAX_JUDGED_CHARS, judge_candidate, judge_math
 from dash_exp.verifiers.math.normalise import normalise
-from dash_exp.verifiers.math.verdict import MAX_JUDGED_CHARS, judge_candidate, judge_math
+from dash_exp.verifiers.math.parse import parse_form
 
 SMALL = st.integers(-99, 99)
 

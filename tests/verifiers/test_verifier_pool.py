@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.verifiers.pool import VerifierPool
+from dash_exp.verifiers.pool import Program, VerifierPool
 from dash_exp.verifiers.types import VerifyTask
 
 WaitGone = Callable[[list[int]], list[int]]
@@ -72,8 +72,8 @@ POISON = (
 HANGS = ("9^{9^{9^9}}", "7^{7^{7^{7^7}}}", r"\log_{2}(3^{10^{10}})")
 
 
-def task(text: str, answer: str = r"\sqrt{3}", name: int = 0) -> VerifyTask:
-    return VerifyTask(name, "math", "whole", text, answer)
+def task(text: str, answer: str = r"\sqrt{3}") -> VerifyTask:
+    return VerifyTask(text, answer)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_good_answers_beside_twice_as_much_poison(wait_gone: WaitGone) -> None:
 
 def test_the_timer_starts_with_the_work_not_in_the_queue() -> None:
     """Five tasks of 0.5 s wait for one worker with a limit of 1.5 s: nobody runs out of time."""
-    with VerifierPool(1, timeout_s=1.5, module="odd_worker") as pool:
+    with VerifierPool(1, timeout_s=1.5, program=Program("odd_worker")) as pool:
         futures = [pool.submit(task("sleep 0.5")) for _ in range(5)]
         assert {f.result(GENEROUS_S).outcome for f in futures} == {"wrong"}
 
@@ -172,7 +172,7 @@ def test_limits_have_to_be_positive(value: dict[str, float]) -> None:
     [("no_such_module_anywhere", "No module named"), ("broken_worker", "no algebra today")],
 )
 def test_workers_that_cannot_start(module: str, reason: str) -> None:
-    with VerifierPool(2, module=module, max_starts=2) as pool:
+    with VerifierPool(2, program=Program(module), max_starts=2) as pool:
         futures = [pool.submit(task("1", "1")) for _ in range(5)]
         for future in futures:
             verdict = future.result(GENEROUS_S)
@@ -197,14 +197,14 @@ def test_a_slot_without_worker_leaves_tasks_to_the_others(
     marker = str(tmp_path / "marker")
     (tmp_path / "flaky_worker.py").write_text(FLAKY.format(marker=marker))
     monkeypatch.syspath_prepend(tmp_path)
-    with VerifierPool(2, module="flaky_worker", max_starts=1) as pool:
+    with VerifierPool(2, program=Program("flaky_worker"), max_starts=1) as pool:
         futures = [pool.submit(task("sleep 0.01")) for _ in range(20)]
         assert [f.result(GENEROUS_S).outcome for f in futures] == ["wrong"] * 20
         assert len(pool.worker_pids()) == 1
 
 
 def test_a_worker_that_never_gets_ready() -> None:
-    with VerifierPool(1, module="slow_worker", start_timeout_s=0.5, max_starts=1) as pool:
+    with VerifierPool(1, program=Program("slow_worker"), start_timeout_s=0.5, max_starts=1) as pool:
         verdict = pool.submit(task("1", "1")).result(GENEROUS_S)
     assert verdict.outcome == "verifier_error"
     assert "not ready" in verdict.detail
@@ -220,7 +220,7 @@ def test_too_little_memory_to_start_is_said() -> None:
 
 @pytest.fixture(scope="module")
 def odd() -> Iterator[VerifierPool]:
-    with VerifierPool(1, timeout_s=5.0, memory_mb=512, module="odd_worker") as shared:
+    with VerifierPool(1, timeout_s=5.0, memory_mb=512, program=Program("odd_worker")) as shared:
         yield shared
 
 
@@ -246,15 +246,9 @@ def test_misbehaving_judges(odd: VerifierPool, text: str, outcome: str, detail: 
     assert odd.submit(task("fine")).result(GENEROUS_S).outcome == "correct"
 
 
-def test_an_unknown_judge_is_our_fault(odd: VerifierPool) -> None:
-    verdict = odd.submit(VerifyTask(0, "chemistry", "whole", "1", "1")).result(GENEROUS_S)
-    assert verdict.outcome == "verifier_error"
-    assert "chemistry" in verdict.detail
-
-
 def test_a_hanging_judge_takes_its_children_along(wait_gone: WaitGone, tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    with VerifierPool(1, timeout_s=2.0, module="odd_worker") as pool:
+    with VerifierPool(1, timeout_s=2.0, program=Program("odd_worker")) as pool:
         verdict = pool.submit(task(f"hang with a child {note}")).result(GENEROUS_S)
         assert verdict.outcome == "timeout"
         assert wait_gone([int(note.read_text())]) == []
@@ -262,14 +256,15 @@ def test_a_hanging_judge_takes_its_children_along(wait_gone: WaitGone, tmp_path:
 
 def test_no_secret_reaches_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    with VerifierPool(1, module="odd_worker") as pool:
+    with VerifierPool(1, program=Program("odd_worker")) as pool:
         seen = pool.submit(task("environment")).result(GENEROUS_S).detail
     assert "HF_TOKEN" not in seen
     assert "PYTHONHASHSEED" in seen
 
 
-def test_spent_workers_are_replaced() -> None:
-    with VerifierPool(1, tasks_per_worker=2, module="odd_worker") as pool:
+def test_spent_workers_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dash_exp.verifiers.pool._TASKS_PER_WORKER", 2)
+    with VerifierPool(1, program=Program("odd_worker")) as pool:
         pids = [pool.submit(task("pid")).result(GENEROUS_S).detail for _ in range(5)]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 1]
 

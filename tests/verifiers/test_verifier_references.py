@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dash_exp.verifiers.math.compare import Match, compare
-from dash_exp.verifiers.math.forms import parse_form
+from dash_exp.verifiers.math.compare import Match, compare, judge_candidate, judge_math
 from dash_exp.verifiers.math.normalise import normalise
-from dash_exp.verifiers.math.verdict import judge_candidate, judge_math
+from dash_exp.verifiers.math.parse import parse_form
 
 Rows = Callable[[str], list[dict[str, str]]]
 

@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dash_exp.types import Score
-from dash_exp.verifiers.code.gold import CodeGold
 from dash_exp.verifiers.code.values import TESTS, Channel, ChannelClosedError, ModuleName, plain_error
-from dash_exp.verifiers.types import score
+from dash_exp.verifiers.types import CodeGold, score
 
 _MAX_DETAIL_CHARS = 300
 _PROMPT = "<prompt>"

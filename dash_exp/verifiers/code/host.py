@@ -41,10 +41,9 @@ from dash_exp.verifiers.code.confine import (
     hide,
 )
 from dash_exp.verifiers.code.examiner import Examiner
-from dash_exp.verifiers.code.gold import CodeGold
 from dash_exp.verifiers.code.values import Channel
-from dash_exp.verifiers.types import VerifyTask, score
-from dash_exp.verifiers.worker import die_with, private_channel
+from dash_exp.verifiers.types import CodeGold, VerifyTask, score
+from dash_exp.verifiers.worker import die_with, private_channel, send, silence
 
 _USUAL = (
     "abc",
@@ -127,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
         threads=64 if options.uid or options.own_namespace else 64 + _tasks_of_user(),
         keep_reading=bool(options.uid) and not can_read_library(options.uid),
     )
-    errors = _redirect()
+    errors = os.fdopen(os.dup(2), "w")
+    silence()  # stdin stays, for the examiners
     if limits.filtered:
         filter_host(options.read_only)
     try:
@@ -160,21 +160,11 @@ def _tasks_of_user() -> int:
     return count
 
 
-def _redirect() -> IO[str]:
-    """stdout and stderr go nowhere from here on; stdin stays, for the examiners. Returns the old stderr."""
-    errors = os.fdopen(os.dup(2), "w")
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
-    return errors
-
-
 def _serve(channel: IO[bytes], options: Options) -> None:
     examiner = _start_examiner(options)
     candidate = _start_candidate(options)
     _introduce(candidate, examiner)
-    _send(channel, {"ready": True})
+    send(channel, {"ready": True})
     while True:
         began = _line_of(examiner.end, None)
         if began is None:
@@ -193,15 +183,10 @@ def _serve(channel: IO[bytes], options: Options) -> None:
             _wait(examiner.pid)
             examiner.end.close()
             examiner = _start_examiner(options)
-        _send(channel, {"serial": began["serial"], "score": asdict(verdict), "retire": False})
+        send(channel, {"serial": began["serial"], "score": asdict(verdict), "retire": False})
         candidate, gone = _start_candidate(options), candidate.pid  # now: beside the tests it slows them
         _introduce(candidate, examiner)
         _wait(gone)
-
-
-def _send(channel: IO[bytes], message: dict[str, Any]) -> None:
-    channel.write(json.dumps(message).encode() + b"\n")
-    channel.flush()
 
 
 def _watch(examiner: Child, limit_s: float, deadline: float) -> tuple[Score, bool]:

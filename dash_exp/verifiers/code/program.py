@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from dash_exp.verifiers.code.gold import CodeGold
+from dash_exp.verifiers.types import CodeGold
 
 _BYTE_ORDER_MARK = "\ufeff"
 _PYTHON = ("python", "py", "python3")

@@ -1,33 +1,163 @@
-"""Compares two answer forms: gold against candidate."""
+"""Judges answers to maths problems: compares the parsed gold answer with the parsed candidate."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import Enum
-from fractions import Fraction
 
 import sympy
 
-from dash_exp.verifiers.math import symbolic
-from dash_exp.verifiers.math.forms import Form, Group, Relation, SetExpr, has_symbols
-from dash_exp.verifiers.math.leaves import Leaf, colon_parts, parse_leaf
-from dash_exp.verifiers.math.normalise import plain_words, squash
-from dash_exp.verifiers.math.units import is_time_of_day, units_clash
+from dash_exp.types import Score
+from dash_exp.verifiers.math.extract import extract
+from dash_exp.verifiers.math.leaves import (
+    Match,
+    all_of,
+    compare_leaves,
+    components,
+    expression,
+    interval,
+    points,
+    same_expression,
+    same_relation,
+    same_set,
+)
+from dash_exp.verifiers.math.normalise import normalise, plain_units, plain_words, squash, trim
+from dash_exp.verifiers.math.parse import (
+    Form,
+    Group,
+    Leaf,
+    Relation,
+    SetExpr,
+    has_symbols,
+    parse_form,
+    parse_leaf,
+)
+from dash_exp.verifiers.types import score
 
-_ROUNDED_DIGITS = 3
-"""A gold decimal with at least this many significant digits may be a rounded exact number."""
-_PRIMES = re.compile(r"(?<=[A-Za-z)}])'+|\\prime(?![A-Za-z])")
-_DATE = re.compile(r"\d{4}-(?:0\d|1[0-2])-(?:[0-2]\d|3[01])")
+MAX_JUDGED_CHARS = 1_000
+"""Longer candidates are only compared as strings: MATH's longest answer has 159 characters."""
+
+_CHOICE = re.compile(r"^\s*(?:\\text\{\s*\(([A-Z])\)\s*\}|\(([A-Z])\))\s*(\S.*)$", re.DOTALL)
+_DOTTED_CHOICE = re.compile(r"^(?:\\text\{\s*)?([A-J])\s*[.):]\s*\}?\s*([^\s}].*)$", re.DOTALL)
+_DOUBTS = (
+    r"[,;/&]"
+    r"|(?i:(?:or|and|not|are|isn'?t|cannot|but|nor|wrong|incorrect)\b)"
+    r"|(?i:is\b(?!\s+(?:the\s+)?(?:correct|right|answer|true)\b))"
+)
+_MORE_CHOICES = re.compile(
+    r"(?<![A-Za-z])\(\s*[A-J]\s*\)"  # another choice
+    rf"|^[\s{{}}\\]*(?:text\s*\{{\s*)?(?:{_DOUBTS})"
+    r"|^\W*(?:text\W+)?[A-J](?:\W+(?:text\W+)?[A-J])*\W*$"  # `B C`, `B, C`
+)
+_OPTION = re.compile(r"^\s*(?:\\text\{\s*)?(?:option|choice)\s*\}?:?\s*(?=\(?[A-J]\b)", re.IGNORECASE)
+_AMOUNT = re.compile(r"\d+\D*")
+"""One number and its unit, in which capitals count: `5 MW`."""
+_LETTERS = re.compile(r"[A-H]{2,8}")
+_QUALIFIED = re.compile(
+    r"(?<![A-Za-z\\])(?:not|wrong|incorrect|or (?:more|less|fewer|greater|higher|lower|above|below)"
+    r"|at (?:least|most)|(?:more|less|fewer|greater|other) than)(?![A-Za-z])",
+    re.IGNORECASE,
+)
+_CHOICE_ONLY = re.compile(r"^\(?([A-Z])\)?$")
+_GROUPED = re.compile(r"\d,\d{3}")
 
 
-class Match(Enum):
-    """How a candidate compares with gold."""
+def judge_math(text: str, answer: str, extraction: str) -> Score:
+    """The verdict on completion `text` for the gold `answer`; reward 1 for `correct` only.
 
-    SAME = "same"
-    DIFFERENT = "different"
-    UNREADABLE = "unreadable"
+    `extraction` names how the candidate is found (`extraction.EXTRACTIONS`). Outcomes: `correct`,
+    `wrong`, `no_answer` (no candidate), `unparsed` (a candidate that is unreadable and not equal
+    as a string). May run for ever or raise MemoryError on hostile input: call it in a worker.
+    """
+    candidate = extract(text, extraction)
+    if candidate is None:
+        return score("no_answer", f"nothing found by {extraction}")
+    return judge_candidate(candidate, answer)
+
+
+def judge_candidate(candidate: str, answer: str) -> Score:
+    """The verdict on an extracted answer."""
+    if candidate.strip() == answer.strip():
+        return score("correct")
+    if len(candidate) > MAX_JUDGED_CHARS:
+        return score("unparsed", f"{len(candidate)} characters are no answer")
+    match = _judge(candidate, answer)
+    if match is Match.SAME and _qualified_otherwise(candidate, answer):
+        match = Match.DIFFERENT
+    shown = f"found {candidate[:80]!r}, expected {answer[:80]!r}"
+    if match is Match.SAME:
+        return score("correct")
+    return score("wrong" if match is Match.DIFFERENT else "unparsed", shown)
+
+
+def _judge(candidate: str, answer: str) -> Match:
+    gold, found = normalise(answer), normalise(candidate)
+    if squash(gold) == squash(found):
+        return Match.SAME
+    choice, expected = _CHOICE.match(found), _CHOICE_ONLY.match(gold)
+    if expected:
+        found = _OPTION.sub("", found)
+        chosen = _chosen(found)
+        if chosen is not None:
+            return Match.of(chosen == expected.group(1))
+    if choice:
+        found = trim(choice.group(3))
+    words = [plain_units(plain_words(text)) for text in (gold, found)]
+    if words[0] and words[0] == words[1] and not _AMOUNT.fullmatch(words[0]):
+        return Match.SAME
+    if _same_letters(gold, found) or _same_letters(found, gold):
+        return Match.SAME
+    return _readings(gold, found)
+
+
+def _chosen(found: str) -> str | None:
+    """The letter of `(B) 12` or `B. 12`; empty when more letters or doubts follow it, as in a list
+    of guesses; None when there is no letter in front of something."""
+    choice = _CHOICE.match(found) or _DOTTED_CHOICE.match(found)
+    if choice is None:
+        return None
+    *letters, rest = choice.groups()
+    return "" if _MORE_CHOICES.search(rest) else next(letter for letter in letters if letter)
+
+
+def _same_letters(joined: str, listed: str) -> bool:
+    """Whether `ABD` are the choices that `A, B, D` lists."""
+    letters = re.sub(r"\\text|[\s,{}()]", "", listed)
+    return (
+        bool(_LETTERS.fullmatch(joined) and "," in listed)
+        and len(set(joined)) == len(joined)
+        and sorted(joined) == sorted(letters)
+    )
+
+
+def _qualified_otherwise(candidate: str, answer: str) -> bool:
+    """Whether words that make another answer of a number, such as `or more`, stand in one only. The
+    text after the letter of a choice may hold any."""
+    gold, found = normalise(answer), normalise(candidate)
+    if _CHOICE_ONLY.match(gold) or squash(gold) == squash(found):
+        return False
+    words = [{word.lower() for word in _QUALIFIED.findall(text)} for text in (answer, candidate)]
+    return words[0] != words[1]
+
+
+def _readings(gold: str, found: str) -> Match:
+    """`1,234` is one number or a list of two: any reading of both that agrees will do.
+
+    The form cannot tell. Of the golds written so in MATH, 8 are numbers and 1 is a list, and 39 of
+    its golds have six digits where none is a list of numbers of three.
+    """
+    first = compare(parse_form(gold), parse_form(found))
+    if first is Match.SAME or not (_GROUPED.search(gold) or _GROUPED.search(found)):
+        return first
+    for join_gold, join_found in ((False, False), (True, False), (False, True)):
+        match = compare(parse_form(gold, join_gold), parse_form(found, join_found))
+        if match is Match.SAME:
+            return match
+    return first
+
+
+# Forms
 
 
 def compare(gold: Form, candidate: Form) -> Match:
@@ -59,13 +189,12 @@ def _vectors(group: Group, leaf: Leaf) -> Match:
     half_open = (group.opening, group.closing) in (("(", "]"), ("[", ")"))
     if half_open or not re.search(r"[jk]", leaf.text):
         return Match.DIFFERENT
-    parts = symbolic.components(leaf.text, len(items))
-    found = [symbolic.expression(item.text) if isinstance(item, Leaf) else None for item in items]
+    parts = components(leaf.text, len(items))
+    found = [expression(item.text) if isinstance(item, Leaf) else None for item in items]
     same = parts is not None and all(
-        value is not None and symbolic.same_expression(value, part)
-        for value, part in zip(found, parts, strict=True)
+        value is not None and same_expression(value, part) for value, part in zip(found, parts, strict=True)
     )
-    return Match.SAME if same else Match.DIFFERENT
+    return Match.of(same)
 
 
 def _assigned_alike(group: Group) -> bool:
@@ -73,181 +202,6 @@ def _assigned_alike(group: Group) -> bool:
     leaves = [item for item in group.items if isinstance(item, Leaf)]
     names, texts = {leaf.name for leaf in leaves}, {leaf.text for leaf in leaves}
     return len(names - {""}) == len(group.items) > 1 and len(texts) == 1 and not group.opening
-
-
-def _all(matches: Sequence[Match]) -> Match:
-    if Match.DIFFERENT in matches:
-        return Match.DIFFERENT
-    return Match.UNREADABLE if Match.UNREADABLE in matches else Match.SAME
-
-
-# Leaves
-
-
-def compare_leaves(gold: Leaf, candidate: Leaf) -> Match:
-    """Whether two unstructured answers are the same. Of a gold chain (`2/3 = 0.667`) any member
-    will do; of a candidate's chain every member has to be right."""
-    if gold.name and candidate.name and _marks(gold.name) != _marks(candidate.name):
-        return Match.DIFFERENT  # math-verify drops primes
-    if _names_differ(gold, candidate):
-        return _relations(gold, candidate)
-    if units_clash(gold.unit, candidate.unit) or _percent_clash(gold, candidate):
-        return Match.DIFFERENT
-    if _tautology(gold) != _tautology(candidate) and (gold.name or candidate.name):
-        return Match.DIFFERENT
-    alternatives = (gold, *gold.chain)
-    found = []
-    for member in (candidate, *candidate.chain):
-        tried = [_leaf(alternative, member) for alternative in alternatives]
-        near = member.rounded and any(_rounds_near(other, member) for other in alternatives)
-        found.append(Match.SAME if near or Match.SAME in tried else _all(tried))
-    return _all(found)
-
-
-def _percent_clash(gold: Leaf, candidate: Leaf) -> bool:
-    """Whether one is a percentage and the other has a unit."""
-    return bool((gold.percent and candidate.unit) or (candidate.percent and gold.unit))
-
-
-def _tautology(leaf: Leaf) -> bool:
-    """Whether the leaf was written as `1 = 1`, which gives no name a value."""
-    return bool(leaf.chain) and not leaf.name and all(leaf.text == other.text for other in leaf.chain)
-
-
-def _rounds_near(exact: Leaf, shown: Leaf) -> bool:
-    """Whether `shown`, written after an approximation sign, is `exact` cut or rounded."""
-    if shown.value is None or shown.percent != exact.percent:
-        return False
-    unit = Fraction(1, 10 ** (shown.decimals or 0))
-    low, high = shown.value - unit, shown.value + unit
-    if exact.value is not None:
-        return low < exact.value < high
-    return symbolic.rounds_to(exact.text, *map(_rational, (low, high)))
-
-
-def _rational(value: Fraction) -> sympy.Rational:
-    return sympy.Rational(value.numerator, value.denominator)
-
-
-def _marks(name: str) -> list[str]:
-    """Primes, and the sign of an inverse."""
-    return re.findall(r"'|\^-1", name)
-
-
-def _names_differ(gold: Leaf, candidate: Leaf) -> bool:
-    names = gold.name, candidate.name
-    return all(0 < len(name) <= 4 for name in names) and names[0] != names[1]
-
-
-def _leaf(gold: Leaf, candidate: Leaf) -> Match:
-    dates = _date(gold.text), _date(candidate.text)
-    if dates != (None, None):
-        return Match.SAME if dates[0] == dates[1] else Match.DIFFERENT
-    if gold.base is not None or candidate.base is not None:
-        return _bases(gold, candidate)
-    if gold.value is not None and candidate.value is not None:
-        return Match.SAME if _same_number(gold, candidate) else Match.DIFFERENT
-    if squash(gold.text) == squash(candidate.text):
-        return Match.SAME if gold.percent == candidate.percent else Match.DIFFERENT
-    if ":" in gold.text or ":" in candidate.text:
-        return _ratios(gold, candidate)
-    words = plain_words(gold.text), plain_words(candidate.text)
-    if words[0] and words[0] == words[1]:
-        return Match.SAME
-    return _expressions(gold, candidate)
-
-
-def _expressions(gold: Leaf, candidate: Leaf) -> Match:
-    if _PRIMES.findall(gold.text) != _PRIMES.findall(candidate.text):
-        return Match.DIFFERENT  # math-verify drops them: `f'` would be `f`
-    parsed = symbolic.expression(candidate.text)
-    if parsed is None:
-        return Match.UNREADABLE
-    expected = symbolic.expression(gold.text)
-    if expected is None:
-        return Match.DIFFERENT
-    if symbolic.same_expression(expected, parsed):
-        return Match.SAME
-    if gold.percent != candidate.percent:
-        whole, percent = (parsed, expected) if gold.percent else (expected, parsed)
-        if symbolic.same_percentage(whole, percent):
-            return Match.SAME
-    return Match.SAME if _rounded(gold, candidate) else Match.DIFFERENT
-
-
-def _same_number(gold: Leaf, candidate: Leaf) -> bool:
-    expected, found = gold.value, candidate.value
-    if expected is None or found is None:
-        return False
-    if expected == found:
-        return True
-    if gold.percent != candidate.percent:
-        return expected / 100 == found if gold.percent else expected == found / 100
-    return _rounded(gold, candidate)
-
-
-def _rounded(gold: Leaf, candidate: Leaf) -> bool:
-    """Whether gold is a decimal that the exact candidate rounds to. A candidate that is itself a
-    decimal is no exact number, and a gold of one or two digits leaves too much room."""
-    if gold.value is None or gold.decimals is None or "." in candidate.text:
-        return False
-    if len(re.sub(r"\D", "", gold.text).lstrip("0")) < _ROUNDED_DIGITS:
-        return False
-    half = Fraction(1, 2 * 10**gold.decimals)
-    low, high = gold.value - half, gold.value + half
-    if candidate.value is not None:
-        return candidate.value.denominator > 1 and low <= candidate.value <= high
-    return symbolic.rounds_to(candidate.text, *map(_rational, (low, high)))
-
-
-def _date(text: str) -> tuple[int, ...] | None:
-    """Year, month and day of `2023-01-05`, which would else be a difference."""
-    return tuple(map(int, text.split("-"))) if _DATE.fullmatch(text) else None
-
-
-def _bases(gold: Leaf, candidate: Leaf) -> Match:
-    """Digits have to agree, and the bases where both are written."""
-    digits = [re.sub(r"\\text|[\s{}()]", "", leaf.text).upper() for leaf in (gold, candidate)]
-    same_base = gold.base is None or candidate.base is None or gold.base == candidate.base
-    return Match.SAME if digits[0] == digits[1] and same_base else Match.DIFFERENT
-
-
-def _ratios(gold: Leaf, candidate: Leaf) -> Match:
-    """`3:5` as a ratio or a time. A time (`9:24`) is compared part by part only."""
-    first, second = colon_parts(gold.text), colon_parts(candidate.text)
-    if first is None and second is None:
-        return Match.UNREADABLE
-    if is_time_of_day(gold.unit) or is_time_of_day(candidate.unit):  # 9 a.m. is 9:00
-        first, second = _clock(gold), _clock(candidate)
-    if first is not None and first == second:
-        return Match.SAME
-    if first and second and _afternoon(gold, first) == _afternoon(candidate, second):
-        return Match.SAME
-    looks_like_time = re.fullmatch(r"\d{1,2}(?:\s*:\s*\d\d){1,2}", gold.text) is not None
-    if first and second and len(first) == len(second) > 2 and not looks_like_time:
-        products = ((a * second[0], b * first[0]) for a, b in zip(first, second, strict=True))
-        return Match.SAME if all(a == b for a, b in products) else Match.DIFFERENT
-    values = [_ratio_value(leaf, parts) for leaf, parts in ((gold, first), (candidate, second))]
-    if looks_like_time or None in values:
-        return Match.DIFFERENT
-    return Match.SAME if values[0] == values[1] else Match.DIFFERENT
-
-
-def _clock(leaf: Leaf) -> tuple[Fraction, ...] | None:
-    parts = colon_parts(leaf.text)
-    return (leaf.value, Fraction(0)) if parts is None and leaf.value is not None else parts
-
-
-def _afternoon(leaf: Leaf, parts: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
-    """`5:05 p.m.` as 17:05."""
-    later = is_time_of_day(leaf.unit) and leaf.unit[0][0] == "pm" and parts[0] < 12
-    return (parts[0] + 12, *parts[1:]) if later else parts
-
-
-def _ratio_value(leaf: Leaf, parts: tuple[Fraction, ...] | None) -> Fraction | None:
-    if parts is None:
-        return leaf.value
-    return parts[0] / parts[1] if len(parts) == 2 and parts[1] else None
 
 
 # Relations
@@ -264,15 +218,15 @@ def _as_relation(form: Form) -> tuple[Sequence[str], Sequence[str]] | None:
 def _relations(gold: Form, candidate: Form) -> Match:
     first, second = _as_relation(gold), _as_relation(candidate)
     if first is not None and second is not None:
-        same = symbolic.same_relation(first, second)
-        return Match.UNREADABLE if same is None else Match.SAME if same else Match.DIFFERENT
+        same = same_relation(first, second)
+        return Match.of(same)
     if isinstance(candidate, Relation) and set(candidate.signs) == {"="}:
         # `a^2 + b^2 = 13` for gold `13`: every side that is a number has to be right
         values = [side for side in candidate.sides if not has_symbols(side)]
         shown = values or [candidate.sides[-1]]
         ends_in_value = not values or candidate.sides[-1] == values[-1] != "0"
         if isinstance(gold, Leaf) and ends_in_value:
-            return _all([compare_leaves(gold, parse_leaf(side)) for side in shown])
+            return all_of([compare_leaves(gold, parse_leaf(side)) for side in shown])
     return Match.DIFFERENT
 
 
@@ -294,7 +248,7 @@ def _groups(gold: Group, candidate: Group) -> Match:
         found.append(compare(expected, item))
         if found[-1] is Match.DIFFERENT:
             break
-    return _all(found)
+    return all_of(found)
 
 
 def _in_order(group: Group, other: Group) -> Group:
@@ -362,7 +316,7 @@ def _sets(gold: Form, candidate: Form) -> Match:
     parts = [form.parts if isinstance(form, SetExpr) else (form,) for form in (gold, candidate)]
     minus = [form.minus if isinstance(form, SetExpr) else () for form in (gold, candidate)]
     same_shape = len(parts[0]) == len(parts[1]) and len(minus[0]) == len(minus[1])
-    pieces = _all([_matched(parts[0], parts[1]), _matched(minus[0], minus[1])])
+    pieces = all_of([_matched(parts[0], parts[1]), _matched(minus[0], minus[1])])
     if same_shape and pieces is Match.SAME:
         return Match.SAME
     sides = []
@@ -371,13 +325,13 @@ def _sets(gold: Form, candidate: Form) -> Match:
         if any(item is None for item in sets):
             return Match.DIFFERENT
         sides.append((sets[: len(union)], sets[len(union) :]))
-    same = symbolic.same_set(sides[0], sides[1])
-    return Match.UNREADABLE if same is None else Match.SAME if same else Match.DIFFERENT
+    same = same_set(sides[0], sides[1])
+    return Match.of(same)
 
 
 def _as_set(form: Form) -> sympy.Set | None:
     if isinstance(form, Leaf):
-        return sympy.S.EmptySet if "\\emptyset" in form.text else symbolic.points([form.text])
+        return sympy.S.EmptySet if "\\emptyset" in form.text else points([form.text])
     if isinstance(form, SetExpr):
         sets = [_as_set(part) for part in form.parts]
         return None if form.minus or None in sets else sympy.Union(*sets)
@@ -385,7 +339,7 @@ def _as_set(form: Form) -> sympy.Set | None:
         return None
     texts = [item.text for item in form.items if isinstance(item, Leaf)]
     if form.unordered:
-        return symbolic.points(texts)
+        return points(texts)
     if len(texts) != 2 or form.opening not in ("(", "["):
         return None
-    return symbolic.interval(texts[0], texts[1], form.opening == "(", form.closing == ")")
+    return interval(texts[0], texts[1], form.opening == "(", form.closing == ")")

@@ -1,16 +1,35 @@
-"""The shape of an answer: leaves, bracketed groups, unions of sets, relations; and its parser."""
+"""Parses a normalised answer: leaves with value and unit, bracketed groups, unions of sets, relations."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import accumulate
 
-from dash_exp.verifiers.math.leaves import NAME, Leaf, parse_leaf
-from dash_exp.verifiers.math.normalise import closing, trim
+from dash_exp.verifiers.math.normalise import NO_UNIT, Unit, closing, split_unit, trim
 
 MAX_ITEMS = 64
 _MAX_DEPTH = 12
+_MAX_DIGITS = 400
 _INFINITY = "\\infty"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """`text` is what is left of the answer without its unit. `value` is set for plain numbers;
+    `decimals` counts digits after the point, None when there is none. `chain` holds earlier
+    members of `x = 6/2 = 3` or of `2/3 \\approx 0.67`, whose last is `rounded`."""
+
+    text: str
+    value: Fraction | None = None
+    decimals: int | None = None
+    percent: bool = False
+    unit: Unit = NO_UNIT
+    base: int | None = None
+    name: str = ""
+    chain: tuple[Leaf, ...] = ()
+    rounded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +65,9 @@ class Relation:
 
 Form = Leaf | Group | SetExpr | Relation
 
+_Matches = list[re.Match[str]]
+
+_COMMA = re.compile("[,;]")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _SIGN = re.compile(r"=|<|>|\\leq(?![A-Za-z])|\\geq(?![A-Za-z])|\\ne(?![A-Za-z])")
 _VARIABLE = re.compile(r"\s*[A-Za-df-hj-z](?:_\{?\w{1,4}\}?)?\s*")
@@ -73,7 +95,7 @@ def parse_form(text: str, join_thousands: bool = True, depth: int = 0) -> Form:
         return parse_leaf(text)
     if join_thousands:
         text = _join_thousands(text)
-    items = [part for part in split_top(text, ",;") if part.strip()]
+    items = [part for part in split_top(text, _COMMA) if part.strip()]
     if 1 < len(items) <= MAX_ITEMS:
         return _listed(items, depth)
     if len(items) == 1:
@@ -118,7 +140,7 @@ def _single(text: str, depth: int) -> Form:
     if related is not None:
         return related
     for pattern in (_MINUS, _UNION):
-        parts = _split_on(text, pattern)
+        parts = split_top(text, pattern)
         if len(parts) > 1:
             forms = tuple(parse_form(part, depth=depth + 1) for part in parts[:MAX_ITEMS])
             return SetExpr(forms[:1], forms[1:]) if pattern is _MINUS else SetExpr(forms)
@@ -137,8 +159,9 @@ def _both_signs(text: str, depth: int) -> Form:
 
 def _related(text: str, depth: int) -> Form | None:
     """A named value, an interval, or a relation, when the text has a relation sign."""
-    sides, signs = _split_relation(text)
-    if not signs or not all(side.strip() for side in sides):
+    signs = [match.group() for match in _outside(_SIGN, text)]
+    sides = [side.strip() for side in split_top(text, _SIGN)] if signs else []
+    if not all(sides) or not signs:
         return None
     if set(signs) == {"="}:
         return _equation(sides, depth)
@@ -204,7 +227,7 @@ def _bracketed(text: str, depth: int) -> Form | None:
     if not text or text[0] not in "([{" or closing(text, 0) != len(text) - 1:
         return None
     inner = text[1:-1]
-    if text[0] == "{" or not _has_comma(inner):
+    if text[0] == "{" or len(split_top(inner, _COMMA)) == 1:
         # braces only group in LaTeX; brackets around one thing say nothing either
         return parse_form(inner, depth=depth + 1) if inner.strip() else None
     return _group(text[0], text[-1], inner, depth)
@@ -224,7 +247,7 @@ def _built_set(inner: str, depth: int) -> Form | None:
 
 
 def _group(opening: str, close: str, inner: str, depth: int) -> Form:
-    items = [part for part in split_top(inner, ",;") if part.strip()]
+    items = [part for part in split_top(inner, _COMMA) if part.strip()]
     forms: list[Form] = []
     for item in items[: MAX_ITEMS + 1]:
         form = parse_form(item, join_thousands=False, depth=depth + 1)
@@ -266,63 +289,151 @@ def name_of(side: str) -> str:
     return re.sub(r"\\text|[\s{}\\]", "", side).lower()
 
 
-def split_top(text: str, separators: str) -> list[str]:
-    """Parts of the text between separators that lie outside all brackets."""
-    parts, depth, start = [], 0, 0
-    for index, character in enumerate(text):
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif depth == 0 and character in separators:
-            parts.append(text[start:index])
-            start = index + 1
-    return [*parts, text[start:]]
+def split_top(text: str, pattern: re.Pattern[str]) -> list[str]:
+    """Parts of the text between the matches that lie outside all brackets."""
+    matches = _outside(pattern, text)
+    starts = [0, *(match.end() for match in matches)]
+    ends = [*(match.start() for match in matches), len(text)]
+    return [text[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def _depths(text: str) -> list[int]:
-    depths, depth = [], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        depths.append(depth)
-    return depths
-
-
-def _split_on(text: str, pattern: re.Pattern[str]) -> list[str]:
+def _outside(pattern: re.Pattern[str], text: str, brackets: tuple[str, str] = ("([{", ")]}")) -> _Matches:
     matches = list(pattern.finditer(text))
-    depths = _depths(text) if matches else []
-    parts, start = [], 0
-    for match in matches:
-        if depths[match.start()] == 0:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [*parts, text[start:]]
-
-
-def _split_relation(text: str) -> tuple[list[str], list[str]]:
-    matches = list(_SIGN.finditer(text))
-    depths = _depths(text) if matches else []
-    kept = [match for match in matches if depths[match.start()] == 0]
-    bounds = [0, *(match.end() for match in kept)]
-    ends = [*(match.start() for match in kept), len(text)]
-    sides = [text[start:end].strip() for start, end in zip(bounds, ends, strict=True)]
-    return sides, [match.group() for match in kept]
+    if not matches:
+        return []
+    opening, closing = brackets
+    depths = list(accumulate((character in opening) - (character in closing) for character in text))
+    return [match for match in matches if depths[match.start()] == 0]
 
 
 def _join_thousands(text: str) -> str:
-    matches = list(_THOUSANDS.finditer(text))
-    if not matches:
-        return text
-    round_depth, depth = [], 0
-    for character in text:
-        depth += (character in "([") - (character in ")]")
-        round_depth.append(depth)
-    for match in reversed(matches):
-        if round_depth[match.start()] == 0:
-            joined = match.group().replace(",", "")
-            text = text[: match.start()] + joined + text[match.end() :]
+    for match in reversed(_outside(_THOUSANDS, text, ("([", ")]"))):
+        text = text[: match.start()] + match.group().replace(",", "") + text[match.end() :]
     return text
 
 
-def _has_comma(inner: str) -> bool:
-    return len(split_top(inner, ",;")) > 1
+# Leaves
+
+NAME = re.compile(
+    r"\s*(?:"
+    r"[A-Za-z](?:_\{?\w{1,4}\}?)?'{0,3}(?:\([a-z]\))?|[A-Z]{2,3}|[A-Za-z]\^\{?-1\}?\([a-z]\)|[A-Z]\^\{?-1\}?"
+    r"|\\(?:theta|alpha|beta|gamma|phi|lambda|omega|mu|sigma|rho)(?![A-Za-z])"
+    r"|\\text\{[^{}]*\}|\\angle\s*[A-Z]{1,3}|(?:area|volume|perimeter|total|answer|sum|[A-Za-z]{4,20})"
+    r")\s*"
+)
+"""Left sides that only name a value: `x`, `a_1`, `f(x)`, `AB`, `area`."""
+
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
+_TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_NUMBER_WORDS = {word: Fraction(value) for value, word in enumerate(f"{_WORDS} {_TEENS}".split())}
+_NUMBER_WORDS |= {
+    f"{tens}-{one}" if value else tens: Fraction(10 * ten + value)
+    for ten, tens in enumerate(_TENS.split(), 2)
+    for value, one in enumerate(_WORDS.split()[:10])
+} | {"hundred": Fraction(100), "one hundred": Fraction(100), "thousand": Fraction(1000)}
+_BASE_WORDS = {word: str(value) for value, word in enumerate(f"{_WORDS} {_TEENS}".split()) if 1 < value < 17}
+
+_TIME_SUFFIX = re.compile(r"\s*\b([ap])\s?\.?\s?m\b\.?\s*$", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*\\?%\s*$|\s*(?:\\text\{\s*percent\s*\}|\bpercent)\s*$")
+_BASE = re.compile(
+    r"(?:\\text\{|\()?(-?(?:[0-9A-Z]+|\d[0-9a-z]+)(?:\.[0-9A-Z]+)?)[})]?"
+    r"_\s*(?:\{?\s*(?:\\text\{)?(\d{1,2})\}?\}?)"
+)
+_BASE_WORD = re.compile(r"_\s*\{?\s*(?:\\text\{)?\s*(" + "|".join(_BASE_WORDS) + r")\s*\}{0,2}$")
+_MODULUS = re.compile(
+    r"\s*(?:\\pmod\s*\{?\s*(\w+)\s*\}?|\(?\s*(?:\\text\{\s*\(?)?(?<![A-Za-z\\])mod\s*\}?\s*\{?(\d+)\}?\s*\)?\}?)\s*$"
+)
+_PLAIN = re.compile(r"([-+]?)\s*(\d+(?:\.\d*)?)")
+_FRAC = re.compile(r"([-+]?)\s*(\d+)?\s*\\frac\s*(?:\{\s*(-?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))")
+_SLASH = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
+_REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d*)\\overline\{(\d+)\}")
+_SPACED = re.compile(r"\d{1,3}(?: \d{3})+")
+
+
+def parse_leaf(text: str) -> Leaf:
+    """Read one unstructured, normalised answer."""
+    sides = [side for side in text.split("\\approx") if side.strip()]
+    if len(sides) > 1:
+        leaves = [parse_leaf(side) for side in sides[:4]]
+        named = NAME.fullmatch(sides[0]) is not None
+        kept = leaves[1:] if named else leaves
+        kept = [kept[0], *(replace(leaf, rounded=True) for leaf in kept[1:])]
+        return replace(kept[-1], chain=tuple(kept[:-1]))
+    text = sides[0].strip() if sides else text.strip()
+    base = _BASE.fullmatch(_BASE_WORD.sub(lambda word: "_" + _BASE_WORDS[word.group(1)], text))
+    if base:
+        return Leaf(base.group(1), base=int(base.group(2)))
+    text, percent, unit = strip_unit(text)
+    value, decimals = plain_value(text)
+    return Leaf(text, value, decimals, percent, unit)
+
+
+def strip_unit(text: str) -> tuple[str, bool, Unit]:
+    """The text without percent sign and unit; whether there was a percent sign; the unit, known
+    units in one spelling."""
+    time = _TIME_SUFFIX.search(re.sub(r"\\text\{([^{}]*)\}\s*$", r" \1", text))
+    if time and re.match(r"\s*\d", text):
+        bare = re.sub(r"\\text\{([^{}]*)\}\s*$", r" \1", text)
+        return _TIME_SUFFIX.sub("", bare).strip(), False, ((time.group(1).lower() + "m", 1),)
+    percent = _PERCENT.search(text)
+    if percent and percent.start() > 0:
+        return text[: percent.start()].strip(), True, NO_UNIT
+    modulus = _MODULUS.search(text)
+    if modulus and modulus.start() > 0:
+        return text[: modulus.start()].strip(), False, ((f"mod {modulus.group(1) or modulus.group(2)}", 1),)
+    before, unit = split_unit(text)
+    return before, False, unit
+
+
+def plain_value(text: str) -> tuple[Fraction | None, int | None]:
+    """Exact value of a plain number, fraction, mixed number or repeating decimal, and how many
+    digits follow its decimal point."""
+    text = text.strip()
+    if len(text) > _MAX_DIGITS:
+        return None, None
+    while len(text) > 1 and text[0] == "{" and text[-1] == "}" and "}" not in text[:-1]:
+        text = text[1:-1].strip()
+    if _SPACED.fullmatch(text):
+        text = text.replace(" ", "")
+    plain = _PLAIN.fullmatch(text)
+    if plain:
+        value = _decimal(plain.group(2))
+        point = plain.group(2).find(".")
+        decimals = None if point < 0 else len(plain.group(2)) - point - 1
+        return (-value if plain.group(1) == "-" and value is not None else value), decimals
+    word = _NUMBER_WORDS.get(re.sub(r"(?<=ty)\s+", "-", text.lower()))
+    return (word if word is not None else _fraction(text)), None
+
+
+def _fraction(text: str) -> Fraction | None:
+    frac = _FRAC.fullmatch(text)
+    if frac:
+        sign, whole, top, top_digit, bottom, bottom_digit = frac.groups()
+        return _mixed(sign, whole, top or top_digit, bottom or bottom_digit)
+    slash = _SLASH.fullmatch(text)
+    if slash:
+        return _mixed(*slash.groups())
+    repeating = _REPEATING.fullmatch(text)
+    if repeating:
+        sign, whole, fixed, cycle = repeating.groups()
+        shift = 10 ** len(fixed)
+        tail = Fraction(int(cycle), shift * (10 ** len(cycle) - 1))
+        value = Fraction(int((whole or "0") + fixed), shift) + tail
+        return -value if sign == "-" else value
+    return None
+
+
+def _mixed(sign: str, whole: str | None, top: str, bottom: str) -> Fraction | None:
+    denominator = int(bottom)
+    if denominator == 0:
+        return None
+    value = Fraction(int(whole or 0)) + Fraction(int(top.replace(" ", "")), denominator)
+    return -value if sign == "-" else value
+
+
+def _decimal(digits: str) -> Fraction | None:
+    try:
+        return Fraction(digits.rstrip("."))
+    except ValueError:
+        return None
