@@ -11,6 +11,7 @@ import shlex
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,10 @@ from dash_exp import PACKAGE
 from dash_exp.config.checks import check
 from dash_exp.config.compose import VERSION_BASE, conf_dir, find_faults, register
 from dash_exp.config.schema import to_config
-from dash_exp.errors import Fault, UserError, nearest
+from dash_exp.errors import ExitCode, Fault, UserError, nearest, print_error, run_command
 
 COMMANDS = ("capacity", "cell", "evaluate", "judge", "mirror", "report", "serve", "sweep", "traces")
 """What `dash-exp <command>` runs: `python -m dash_exp.<command>`, and for `report` the analysis."""
-INTERRUPTED = 128
-"""Exit codes from here on say that a signal ended the cell."""
 
 
 class CellFailedError(Exception):
@@ -49,7 +48,8 @@ def console() -> int:
         runpy.run_module(f"dash_exp.{command}", run_name="__main__", alter_sys=True)
         return 0
     if command.isidentifier():
-        return refuse(UserError(Fault(command, "unknown command", nearest(command, COMMANDS))))
+        print_error(str(UserError(Fault(command, "unknown command", nearest(command, COMMANDS)))))
+        return ExitCode.USER_ERROR
     return main()
 
 
@@ -69,6 +69,11 @@ def report(arguments: list[str]) -> int:
 
 def main() -> int:
     """Run the command line. Returns the exit code: 0, 1 (a cell failed), 2 (the user can fix)."""
+    return run_command(run_hydra, sys.argv[1:])
+
+
+def run_hydra(_: Sequence[str]) -> int:
+    """Let Hydra, which reads sys.argv itself, run one cell or a sweep."""
     # Hydra would print a cell's failure, and its own hints, on top of what a run has said already.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register()
@@ -80,17 +85,13 @@ def main() -> int:
             raise UserError(faults)
         hydra.main(str(conf_dir()), "config", VERSION_BASE)(run_job)()
     except CellFailedError:
-        return 1
-    except UserError as error:
-        return refuse(error)
+        return ExitCode.FAILED
     except (HydraException, OmegaConfBaseException) as error:
-        return refuse(UserError(Fault("config", str(error))))
+        raise UserError(Fault("config", str(error))) from error
     except OSError as error:  # Hydra's own files; what a cell meets is told by the cell
         what = f"cannot write {error.filename}: {error.strerror or error}"
-        return refuse(UserError(Fault("run.dir", what, "set run.dir=<folder>")))
-    except KeyboardInterrupt:
-        return INTERRUPTED + 2
-    return 0
+        raise UserError(Fault("run.dir", what, "set run.dir=<folder>")) from error
+    return ExitCode.OK
 
 
 def register_launcher() -> None:
@@ -139,15 +140,13 @@ def run_job(composed: Any) -> None:
     """What Hydra calls for a cell: the only one, or, by another launcher than ours, each of a sweep, which
     only a cell that a signal ended stops."""
     try:
-        code = run_cell(composed)
-    except UserError as error:
-        code = refuse(error)
+        code = run_command(lambda _: run_cell(composed), [])
     except Exception:  # noqa: BLE001  a bug in one cell, told in full; a sweep goes on
         traceback.print_exc()
-        code = 1
-    if code == 0:
+        code = ExitCode.FAILED
+    if code == ExitCode.OK:
         return
-    if code < INTERRUPTED and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if code < ExitCode.SIGNALLED and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise CellFailedError(code)
     sys.exit(code)
 
@@ -168,11 +167,6 @@ def run_cell(composed: Any) -> int:
     config.run.partner = shlex.join(["python", "-m", "dash_exp", *partner]) if partner else None
 
     return run_config(config, apart=HydraConfig.get().mode == RunMode.MULTIRUN)
-
-
-def refuse(error: UserError) -> int:
-    print(error, file=sys.stderr, flush=True)
-    return 2
 
 
 if __name__ == "__main__":

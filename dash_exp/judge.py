@@ -21,7 +21,7 @@ from pathlib import Path
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
-from dash_exp.errors import Fault, UserError, print_error
+from dash_exp.errors import ExitCode, Fault, UserError, run_command
 from dash_exp.evaluation.metrics import Judge
 from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
@@ -33,7 +33,6 @@ from dash_exp.verifiers.judges import Judges
 from dash_exp.verifiers.math.extract import extract
 
 USAGE = "python -m dash_exp.judge dataset=<option> [completions=<jsonl>] [key=value ...]"
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 ID_FIELDS = ("id", "prompt")
 TEXT_FIELDS = ("completion", "text", "solution")
 USED = ("dataset", "verifier", "paths", "config", "hydra")
@@ -215,8 +214,10 @@ def report(name: str, verdicts: Sequence[tuple[Answer, Score]]) -> list[str]:
     return [*lines, "", json.dumps(summary)]
 
 
-def run(overrides: Sequence[str], completions: str | None) -> int:
-    config = config_of(overrides)
+def run(arguments: Sequence[str]) -> int:
+    own = [text.partition("=")[2] for text in arguments if text.startswith("completions=")]
+    completions = own[-1] if own else None
+    config = config_of([text for text in arguments if not text.startswith("completions=")])
     v = config.verifier
     judges = Judges(v.workers, v.timeout_s, v.memory_mb)
     start = time.monotonic()
@@ -240,23 +241,11 @@ def run(overrides: Sequence[str], completions: str | None) -> int:
     lines = report(config.dataset.name, verdicts)
     lines[-1:] = [f"  in {format_seconds(time.monotonic() - start)}", "", lines[-1]]
     print("\n".join(lines), flush=True)
-    return OK
+    return ExitCode.OK
 
 
 def main(arguments: Sequence[str]) -> int:
-    if any(text in ("-h", "--help") for text in arguments):
-        print(f"usage: {USAGE}\n\n{__doc__}")
-        return OK
-    own = [text.partition("=")[2] for text in arguments if text.startswith("completions=")]
-    rest = [text for text in arguments if not text.startswith("completions=")]
-    try:
-        return run(rest, own[-1] if own else None)
-    except UserError as error:
-        print_error(str(error))
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print_error("Interrupted; nothing was kept.")
-        return INTERRUPTED
+    return run_command(run, arguments, f"usage: {USAGE}\n\n{__doc__}", "nothing was kept.")
 
 
 if __name__ == "__main__":

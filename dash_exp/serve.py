@@ -22,21 +22,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 from dash_exp.config.checks import check, is_loopback
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.overrides import own_settings, split_off
 from dash_exp.config.schema import Config, dataset_places
-from dash_exp.errors import Fault, UserError, print_error
-from dash_exp.record.folder import disk_fault
+from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, print_error, run_command
 from dash_exp.sampling.fleet.member import KEY_VARIABLE, LAUNCH, Launch, ServerProcess, ServerSettings
 from dash_exp.sampling.transfer import ENGINES
 from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.text import format_path
 
 USAGE = "python -m dash_exp.serve [model=<option>] [serve.port=8000] [key=value ...]"
-OK, FAILED, USER_ERROR = 0, 1, 2
 USED = ("model", "sampler", "paths", "run", "config")
 """Where a fault of the whole config matters: nothing is asked or learned here."""
 POLL_S = 0.2
@@ -195,7 +194,7 @@ def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
         f"dash_exp: the server ended with code {process.exit_code}; the end of {format_path(process.log)}:"
     )
     print_error(process.log_tail())
-    return FAILED
+    return ExitCode.FAILED
 
 
 def answers(process: ServerProcess) -> bool:
@@ -232,24 +231,21 @@ def told(command: Command, settings: ServerSettings, process: ServerProcess, fil
 
 
 def main(arguments: Sequence[str], launch: Sequence[str] = LAUNCH) -> int:
-    if any(text in ("-h", "--help") for text in arguments):
-        keys = "\n".join(f"    serve.{f.name}" for f in fields(ServeConfig))
-        print(f"usage: {USAGE}\n\n{__doc__}\nIts own keys:\n{keys}")
-        return OK
-    root = Path("outputs")
+    keys = "\n".join(f"    serve.{f.name}" for f in fields(ServeConfig))
+    usage = f"usage: {USAGE}\n\n{__doc__}\nIts own keys:\n{keys}"
+    return run_command(partial(start, launch=launch), arguments, usage)
+
+
+def start(arguments: Sequence[str], launch: Sequence[str]) -> int:
+    """Parse the command line and serve until a signal ends it."""
     try:
         with handling(Stop()):
             command = parse(arguments)
-            root = Path(command.config.run.dir)
-            return run(command, launch)
+            with disk_errors_below(Path(command.config.run.dir)):
+                return run(command, launch)
     except (Interrupted, KeyboardInterrupt):
         print("ended", flush=True)
-        return OK
-    except UserError as error:
-        print_error(str(error))
-    except OSError as error:
-        print_error(str(UserError(disk_fault(error, root))))
-    return USER_ERROR
+        return ExitCode.OK
 
 
 if __name__ == "__main__":

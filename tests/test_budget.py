@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.cell.run import BLOCKED, OK, run_config
+from dash_exp.cell.run import run_config
 from dash_exp.config.compose import compose, find_faults, partner_overrides, without_budget
 from dash_exp.config.schema import Config
-from dash_exp.errors import UserError
+from dash_exp.errors import ExitCode, UserError
 from dash_exp.record.folder import Row, read_final, read_json, write_json
 from dash_exp.record.identity import cell_id, make_cell
 from dash_exp.train.budget import Blocked, check_equal, find_partner, resolve_match, spent_seconds
@@ -73,18 +73,18 @@ def test_blocked_until_the_partner_is_finished_then_cut_at_its_time(
     match = 'budget.match="algorithm=dash algorithm.steps=6"'
     multi = composed(tmp_path, *MULTI, match, "run.progress=plain")
     folder = folder_of(multi, tmp_path)
-    assert run_config(multi) == BLOCKED
+    assert run_config(multi) == ExitCode.BLOCKED
     status = read_json(folder / "status.json")
     assert status["state"] == "blocked" and "has not been started" in status["reason"]
     assert f"the cell with the id {multi.budget.match}" in capsys.readouterr().out
     multi.run.partner = "python -m dash_exp algorithm=dash"
-    assert run_config(multi) == BLOCKED
+    assert run_config(multi) == ExitCode.BLOCKED
     assert "this command again:\n    python -m dash_exp algorithm=dash" in capsys.readouterr().out
 
     dash = composed(tmp_path)
-    assert run_config(dash) == OK
+    assert run_config(dash) == ExitCode.OK
     seconds = spent_seconds(read_final(folder_of(dash, tmp_path), "steps"))
-    assert run_config(composed(tmp_path, *MULTI, match)) == OK
+    assert run_config(composed(tmp_path, *MULTI, match)) == ExitCode.OK
     status, steps = read_json(folder / "status.json"), read_final(folder, "steps")
     budget = read_json(folder / "provenance.json")["budget"]
     assert budget["seconds"] == pytest.approx(seconds) and multi.budget.match in budget["match"]
@@ -105,7 +105,7 @@ def _linear(updates: int, total: int) -> float:
 
 def test_the_machine_of_the_partner_counts_and_what_was_read_once_stays(tmp_path: Path) -> None:
     dash = composed(tmp_path)
-    assert run_config(dash) == OK
+    assert run_config(dash) == ExitCode.OK
     path = folder_of(dash, tmp_path) / "provenance.json"
     match = 'budget.match="algorithm=dash algorithm.steps=6"'
     facts = read_json(path)
@@ -121,7 +121,7 @@ def test_the_machine_of_the_partner_counts_and_what_was_read_once_stays(tmp_path
     folder = folder_of(multi, tmp_path)
     assert read_json(folder / "status.json")["state"] == "failed"
     write_json(folder / "provenance.json", {"budget": {"match": "dash-0", "seconds": 1e-6}, "attempts": []})
-    assert run_config(multi) == OK  # its first attempt knew the seconds already
+    assert run_config(multi) == ExitCode.OK  # its first attempt knew the seconds already
     assert len(read_final(folder, "steps")) == 1
 
 
@@ -180,7 +180,7 @@ def test_a_budget_once_read_needs_its_partner_no_more(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     budget = {"match": "dash-0", "seconds": 1e-6}
     write_json(folder / "provenance.json", {"budget": budget, "attempts": []})
-    assert run_config(config) == OK
+    assert run_config(config) == ExitCode.OK
     assert read_json(folder / "provenance.json")["budget"] == budget
 
 
@@ -220,7 +220,7 @@ def test_redone_steps_and_evaluations_are_not_counted() -> None:
 
 def test_an_arm_with_several_updates_is_cut_between_them(tmp_path: Path) -> None:
     config = composed(tmp_path, *MULTI, "algorithm.passes=50", "budget.seconds=1e-6", "algorithm=ppo_multi")
-    assert run_config(config) == OK
+    assert run_config(config) == ExitCode.OK
     folder = folder_of(config, tmp_path)
     (row,) = read_final(folder, "steps")
     assert row["updates/total"] == row["updates"] + row["updates/skipped"] == 1

@@ -30,9 +30,8 @@ from typing import Any
 
 from dash_exp.capacity.curves import Measured, read_cells, read_curves
 from dash_exp.capacity.model import Curves, Prediction, Setting, best_waves, predict, splits, wave_choices
-from dash_exp.errors import Fault, UserError, nearest, print_error
+from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 
-OK, USER_ERROR = 0, 2
 SOURCES = ("curves", "cell")
 LEAST = {
     "servers": 1,
@@ -225,7 +224,7 @@ def run(arguments: Sequence[str]) -> int:
             }
         )
     )
-    return OK
+    return ExitCode.OK
 
 
 def rounded(prediction: Prediction) -> dict[str, float]:
@@ -240,14 +239,7 @@ def _one_file(places: Sequence[Path]) -> Measured:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if any(text in ("-h", "--help") for text in arguments):
-        print(__doc__)
-        return OK
-    try:
-        return run(arguments)
-    except UserError as error:
-        print_error(str(error))
-        return USER_ERROR
+    return run_command(run, arguments, usage=str(__doc__))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,16 +22,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp.config.checks import check
 from dash_exp.config.schema import Config
-from dash_exp.errors import Fault, UserError, print_error
+from dash_exp.errors import (
+    DISK_ERRORS,
+    ExitCode,
+    Fault,
+    UserError,
+    disk_errors_below,
+    disk_fault,
+    print_error,
+    run_command,
+)
 from dash_exp.learning.distributed.world import placed
 from dash_exp.mirror.follow import Follower
 from dash_exp.record import provenance
 from dash_exp.record.folder import (
-    DISK_TROUBLE,
     CellBusy,
     Recorder,
     archive,
-    disk_fault,
     read_final,
     read_json,
 )
@@ -43,8 +50,6 @@ from dash_exp.train.display import Display
 
 if TYPE_CHECKING:
     from dash_exp.learning.distributed.links import Links
-
-OK, FAILED, USER_ERROR, BLOCKED, BUSY, SIGNALLED = 0, 1, 2, 3, 4, 128
 
 
 def run_config(config: Config, apart: bool = False) -> int:
@@ -63,25 +68,24 @@ def run_config(config: Config, apart: bool = False) -> int:
 
 def freeze_and_run(config: Config, apart: bool, links: Links | None) -> int:
     root = Path(config.run.dir)
-    try:
-        cache = root / "cache"
+    cache = root / "cache"
+    with disk_errors_below(root):
         cache.mkdir(parents=True, exist_ok=True)
         cell = make_cell(config, cache)
         folder = cell.folder(root)
-        if config.run.force:
-            archive(folder)
+        try:
+            if config.run.force:
+                archive(folder)
+        except CellBusy as error:
+            raise UserError(Fault("run.force", str(error), "wait for it, or stop it first")) from error
         freeze(cell.frozen, folder)
-    except OSError as error:
-        raise UserError(disk_fault(error, root)) from error
-    except CellBusy as error:
-        raise UserError(Fault("run.force", str(error), "wait for it, or stop it first")) from error
     if not apart:
         return run(folder, config, links)
     actions = [f"run.progress={config.run.progress}", f"cluster.threads={config.cluster.threads or 'null'}"]
     actions += [f"run.partner={config.run.partner}"] if config.run.partner else []
     command = [sys.executable, "-m", "dash_exp.cell", str(folder.resolve()), *actions]
     code, handed = run_forwarding(command)
-    return SIGNALLED + (handed or -code) if handed or code < 0 else code
+    return ExitCode.SIGNALLED + (handed or -code) if handed or code < 0 else code
 
 
 def together(config: Config, cell: Callable[[Links | None], int]) -> int:
@@ -126,9 +130,9 @@ def run(folder: Path, config: Config, links: Links | None = None) -> int:
             Fault(format_path(folder), "is being run by another process", "see its log.txt")
         ) from error
     except Interrupted as error:  # before or after the record could say so
-        return SIGNALLED + error.number
+        return ExitCode.SIGNALLED + error.number
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        if error.errno not in DISK_ERRORS:
             raise
         raise UserError(disk_fault(error, folder), "what was recorded is kept") from error
     finally:
@@ -145,7 +149,7 @@ def tell_finished(folder: Path, display: Display) -> int:
         display.note("It is stale: it was recorded by other code than this.")
     reason = str(read_json(folder / "status.json").get("reason"))
     display.summary(folder, read_final(folder, "steps"), read_final(folder, "evals"), reason)
-    return OK
+    return ExitCode.OK
 
 
 def run_locked(
@@ -166,7 +170,7 @@ def run_locked(
         recorder.log(f"blocked: {reason}")
         display.note(f"Blocked: {format_path(folder)} {reason}. Run the partner, then this command again:")
         display.note(f"    {config.run.partner or f'the cell with the id {config.budget.match}'}")
-        return BLOCKED
+        return ExitCode.BLOCKED
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
         return tell_interrupted(recorder, display, number)
@@ -178,7 +182,7 @@ def run_locked(
             return tell_interrupted(recorder, display, stop.asked, f"{failure}\n{trace}")
         say_last(recorder, "failed", failure, trace)
         raise
-    return OK
+    return ExitCode.OK
 
 
 def tell_interrupted(recorder: Recorder, display: Display, number: int, trace: str = "") -> int:
@@ -186,7 +190,7 @@ def tell_interrupted(recorder: Recorder, display: Display, number: int, trace: s
     say_last(recorder, "interrupted", name, trace)
     display.stop()
     display.note(f"Interrupted by {name}; the same command goes on from the last checkpoint.")
-    return SIGNALLED + number
+    return ExitCode.SIGNALLED + number
 
 
 def say_last(recorder: Recorder, state: str, failure: str, trace: str = "") -> None:
@@ -199,22 +203,28 @@ def say_last(recorder: Recorder, state: str, failure: str, trace: str = "") -> N
         print_error(f"dash_exp: the status could not be written: {error}")
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    return run_command(run_unless_busy, arguments, usage=str(__doc__))
+
+
+def run_unless_busy(arguments: Sequence[str]) -> int:
     try:
         return run_folder(arguments)
     except UserError as error:
+        if not isinstance(error.__cause__, CellBusy):
+            raise
         print_error(str(error))
-        return BUSY if isinstance(error.__cause__, CellBusy) else USER_ERROR
+        return ExitCode.BUSY
 
 
-def run_folder(arguments: list[str]) -> int:
+def run_folder(arguments: Sequence[str]) -> int:
     """Run a frozen cell: a folder, then actions as key=value."""
     if not arguments or any("=" not in text for text in arguments[1:]):
         raise UserError(Fault("usage", "python -m dash_exp.cell <folder of a frozen cell> [key=value ...]"))
     folder = Path(arguments[0]).resolve()
     path = folder / "config.yaml"
     try:
-        config = read_frozen(folder, arguments[1:])
+        config = read_frozen(folder, list(arguments[1:]))
     except FileNotFoundError as error:
         raise UserError(Fault(str(folder), "holds no config.yaml, so it is not a cell")) from error
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:

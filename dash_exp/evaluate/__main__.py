@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_exp.config.schema import ACTIONS
-from dash_exp.errors import Fault, UserError, print_error
+from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, run_command
 from dash_exp.evaluate.target import USAGE, Subject, parse, subject_of
 from dash_exp.evaluation.metrics import EvalSet, base_key, evaluate, shared
 from dash_exp.record import provenance
@@ -32,7 +32,6 @@ from dash_exp.record.folder import (
     Recorder,
     Row,
     archive,
-    disk_fault,
     read_final,
     read_json,
     write_json,
@@ -45,8 +44,6 @@ from dash_exp.train.display import Display
 
 if TYPE_CHECKING:
     from dash_exp.train.engine import Answerer
-
-OK, USER_ERROR, SIGNALLED = 0, 2, 128
 
 
 def run(subject: Subject) -> int:
@@ -77,10 +74,10 @@ def run(subject: Subject) -> int:
             else:
                 job = Job(subject, answerer, sets, keys, cache, recorder, display)
                 code = job.run()
-                if code != OK:
+                if code != ExitCode.OK:
                     return code
         display.console.print("\n".join(table(subject, folder)), markup=False, soft_wrap=True)
-    return OK
+    return ExitCode.OK
 
 
 def _key(answerer: Answerer, one: EvalSet, cache: Path) -> dict[str, Any]:
@@ -135,12 +132,12 @@ class Job:
             name = signal.Signals(code).name
             recorder.status("interrupted", step, failure=name)
             self.say(f"Interrupted by {name}; the same command goes on with the next set.")
-            return SIGNALLED + code
+            return ExitCode.SIGNALLED + code
         except Exception as error:
             recorder.status("failed", step, failure=f"{type(error).__name__}: {error}")
             recorder.log(traceback.format_exc())
             raise
-        return OK
+        return ExitCode.OK
 
     def ask(self, one: EvalSet, step: int) -> None:
         """One set. A base model's result comes from the cache that all cells share, or goes there; unless it
@@ -207,23 +204,20 @@ def _value(row: Row) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if any(text in ("-h", "--help") for text in arguments):
-        print(f"usage: {USAGE}\n\n{__doc__}")
-        return OK
-    try:
-        with handling(Stop()):
-            return run(subject_of(parse(arguments)))
-    except (Interrupted, KeyboardInterrupt) as error:
-        code = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        print_error(f"Interrupted by {signal.Signals(code).name}; the same command goes on from here.")
-        return SIGNALLED + code
-    except UserError as error:
-        print_error(str(error))
-    except CellBusy as error:
-        print_error(str(UserError(Fault("evaluation", str(error), "wait for it, or stop it first"))))
-    except OSError as error:
-        print_error(str(UserError(disk_fault(error, Path("outputs")))))
-    return USER_ERROR
+    usage = f"usage: {USAGE}\n\n{__doc__}"
+    return run_command(start, arguments, usage, "the same command continues from here.")
+
+
+def start(arguments: Sequence[str]) -> int:
+    """Parse the command line and run the evaluation."""
+    with handling(Stop()):
+        subject = subject_of(parse(arguments))
+        with disk_errors_below(Path(subject.config.run.dir)):
+            try:
+                return run(subject)
+            except CellBusy as error:
+                fault = Fault("evaluation", str(error), "wait for it, or stop it first")
+                raise UserError(fault) from error
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ from pathlib import Path
 from dash_exp.config.environment import is_installed
 from dash_exp.config.schema import TrackingConfig
 from dash_exp.config.tracking import URI, VARIABLE, Place, place_of, tracking_faults
-from dash_exp.errors import Fault, UserError, nearest, print_error
+from dash_exp.errors import ExitCode, Fault, UserError, nearest, print_error, run_command
 from dash_exp.mirror.cell import BusyError, CellMirror, alone, sweep_run, tell_sweep
 from dash_exp.mirror.mlflow import Store, StoreError
 from dash_exp.mirror.points import milliseconds
 from dash_exp.mirror.sweeps import Sweep, sweep_in, sweeps_below
 from dash_exp.record.manifest import NAME as MANIFEST
 
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 NAME_WIDTH = 52
 SENT = "brought up to date"
 EVERY = "tracking.every_s"
@@ -164,6 +163,8 @@ def parse(arguments: Sequence[str]) -> tuple[list[str], TrackingConfig]:
 
 
 def run(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["--follow"]:
+        return run_beside(arguments[1:])
     folders, tracking = parse(arguments)
     faults: list[Fault] = []
     for work in works_of(folders):
@@ -184,7 +185,7 @@ def run(arguments: Sequence[str]) -> int:
             print(f"to look at it: mlflow ui --backend-store-uri {place.shown}")
     if faults:
         raise UserError(faults, "the others were mirrored")
-    return OK
+    return ExitCode.OK
 
 
 def run_beside(arguments: Sequence[str]) -> int:
@@ -197,16 +198,7 @@ def run_beside(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if any(text in ("-h", "--help") for text in arguments):
-        print(__doc__)
-        return OK
-    try:
-        return run_beside(arguments[1:]) if arguments[:1] == ["--follow"] else run(arguments)
-    except UserError as error:
-        print_error(str(error))
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_command(run, arguments, usage=str(__doc__))
 
 
 if __name__ == "__main__":

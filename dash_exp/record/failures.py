@@ -20,11 +20,11 @@ import re
 import signal
 from collections.abc import Iterable, Mapping
 
+from dash_exp.errors import ExitCode
 from dash_exp.record import journal
 from dash_exp.record.folder import Row
 
 CLASSES = ("out_of_memory", "timeout", "preemption", "node", "nccl", "nan", "config", "verifier", "unknown")
-SIGNALLED, USER_ERROR = 128, 2
 BY_SCHEDULER = {
     "TIMEOUT": "timeout",
     "DEADLINE": "timeout",
@@ -87,14 +87,14 @@ def classify(exit_code: int, status: Row, output_tail: str, scheduler_state: str
         for name, pattern in BY_TEXT:
             if re.search(pattern, text):
                 return name
-    if exit_code == USER_ERROR:
+    if exit_code == ExitCode.USER_ERROR:
         return "config"
     return BY_SIGNAL.get(number, "unknown") if number else "unknown"
 
 
 def signal_of(exit_code: int) -> signal.Signals | None:
     """The signal that an exit code tells of."""
-    number = -exit_code if exit_code < 0 else exit_code - SIGNALLED
+    number = -exit_code if exit_code < 0 else exit_code - ExitCode.SIGNALLED
     try:
         return signal.Signals(number)
     except ValueError:

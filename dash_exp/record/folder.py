@@ -13,7 +13,6 @@ rows of the last attempt. A line torn by a crash is left in place and counted.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
@@ -25,8 +24,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-
-from dash_exp.errors import Fault
 
 Row = dict[str, Any]
 
@@ -243,9 +240,6 @@ def differences(first: Path, second: Path, limit: int = 20) -> list[str]:
     return found
 
 
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-
-
 def archive(folder: Path) -> None:
     """Move a record aside; nothing recorded is ever deleted. Raises CellBusy while it is being run."""
     if not folder.exists():
@@ -258,14 +252,3 @@ def archive(folder: Path) -> None:
         folder.rename(target)
     finally:
         os.close(held)
-
-
-def disk_fault(error: OSError, root: Path) -> Fault:
-    """What the user can do about an error of the disk below the outputs, or of another file."""
-    place = Path(error.filename or root)
-    hint = "set run.dir=<folder>"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Fault("run.dir", f"no space left on the disk of {place}", f"free some, or {hint}")
-    if not place.absolute().is_relative_to(root.absolute()):
-        return Fault(str(place), f"cannot be used: {error.strerror or error}")
-    return Fault("run.dir", f"cannot write {place}: {error.strerror or error}", hint)

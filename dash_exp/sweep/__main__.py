@@ -23,9 +23,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dash_exp.errors import Fault, UserError, nearest, print_error
+from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 
-OK, USER_ERROR, INTERRUPTED = 0, 2, 130
 COMMANDS = {
     "list": "what each sweep asks, and how far it is here",
     "plan": "a dry run that tells everything and writes nothing",
@@ -93,26 +92,20 @@ def _add_own(parser: Parser, command: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0; 1, a cell failed; 2, the user can mend it."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run a command. Returns the exit code: 0; 1, a cell failed; 2, the user can fix it."""
+    return run_command(run, sys.argv[1:] if arguments is None else arguments)
+
+
+def run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__.rstrip())
-        return OK if words else USER_ERROR
-    try:
-        if words[0] not in COMMANDS:
-            raise UserError(Fault(words[0], "is no command", nearest(words[0], COMMANDS)))
-        args = parser_of(words[0]).parse_intermixed_args(words[1:])
-        from dash_exp.sweep import commands
+        return ExitCode.OK if words else ExitCode.USER_ERROR
+    if words[0] not in COMMANDS:
+        raise UserError(Fault(words[0], "is no command", nearest(words[0], COMMANDS)))
+    args = parser_of(words[0]).parse_intermixed_args(words[1:])
+    from dash_exp.sweep import commands
 
-        return int(getattr(commands, f"{words[0]}_command")(args))
-    except UserError as error:
-        print_error(str(error))
-        return USER_ERROR
-    except BrokenPipeError:  # a reader such as head has seen enough
-        sys.stderr.close()
-        return OK
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return int(getattr(commands, f"{words[0]}_command")(args))
 
 
 if __name__ == "__main__":

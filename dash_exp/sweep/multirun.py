@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dash_exp.config.compose import compose
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, UserError, disk_errors_below
 from dash_exp.learning.distributed.world import placed
-from dash_exp.record.folder import disk_fault, read_json
+from dash_exp.record.folder import read_json
 from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import NAME, sweep_folder
 from dash_exp.sweep.actions import part_of_machine
@@ -40,11 +40,9 @@ def launch_sweep(
     name = base.run.sweep or ad_hoc_name(combinations)
     name = f"{name}-{first}" if first else name
     part = part_of_machine(base.cluster, jobs)
-    try:
+    with disk_errors_below(root):
         root.joinpath("cache").mkdir(parents=True, exist_ok=True)  # hashes are remembered there
         plan = make_plan(name, combinations, root=root, actions=part)
-    except OSError as error:
-        raise UserError(disk_fault(error, root)) from error
     if base.run.sweep is None:
         plan = replace(plan, name=unlike_others(plan, root))
     return launch(LaunchRequest(plan, root, base.cluster, jobs, base.run.force), wait=waits)

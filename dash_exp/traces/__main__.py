@@ -14,7 +14,6 @@ again: with the `hf` sampler on CPU a resumed file equals that of an undisturbed
 from __future__ import annotations
 
 import hashlib
-import signal
 import sys
 import time
 import typing
@@ -29,15 +28,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dash_exp.errors import UserError, print_error
+from dash_exp.errors import ExitCode, disk_errors_below, run_command
 from dash_exp.evaluation.metrics import Judge
 from dash_exp.record import provenance
-from dash_exp.record.folder import Row, disk_fault
+from dash_exp.record.folder import Row
 from dash_exp.record.hashing import model_hash, weights_hash
 from dash_exp.record.identity import resolve_paths
 from dash_exp.sampling.protocol import arrived
 from dash_exp.seeding import seed_for
-from dash_exp.signals import Interrupted, Stop, handling, share_cores
+from dash_exp.signals import Stop, handling, share_cores
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.text import format_path, format_seconds
 from dash_exp.traces.file import TraceFile, prompt_line, totals
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from dash_exp.train.engine import Answerer
 
 USAGE = "python -m dash_exp.traces [dataset=<option>] [model=<option>] [traces.samples=10] [key=value ...]"
-OK, USER_ERROR, SIGNALLED = 0, 2, 128
 EVERY_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -73,13 +71,13 @@ def run(command: Command) -> int:
                 file.partial.unlink(missing_ok=True)
                 progress.say(f"{format_path(file.out)} is there, made with these settings.")
                 progress.say(told(facts["counts"]))
-                return OK
+                return ExitCode.OK
             done = work.sample(file, progress)
             counts = {**totals(done.values()), "dropped_prompts": work.prompts.dropped}
             file.finish(done, [p.id for p in work.prompts.prompts], {**work.facts(cache), "counts": counts})
     progress.say(told(counts))
     progress.say(f"traces  {format_path(file.out)}")
-    return OK
+    return ExitCode.OK
 
 
 def told(counts: Mapping[str, int]) -> str:
@@ -246,25 +244,16 @@ class Progress:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if any(text in ("-h", "--help") for text in arguments):
-        keys = "\n".join(f"    traces.{f.name}={f.default}" for f in fields(TracesConfig))
-        print(f"usage: {USAGE}\n\n{__doc__}\nIts own keys, with their defaults:\n{keys}")
-        return OK
-    root = Path("outputs")
-    try:
-        command = parse(arguments)
-        root = Path(command.config.run.dir)
-        with handling(Stop()):
-            return run(command)
-    except UserError as error:
-        print_error(str(error))
-    except OSError as error:
-        print_error(str(UserError(disk_fault(error, root), "what was sampled is kept")))
-    except (Interrupted, KeyboardInterrupt) as error:
-        number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        print_error(f"Interrupted by {signal.Signals(number).name}; the same command goes on from here.")
-        return SIGNALLED + number
-    return USER_ERROR
+    keys = "\n".join(f"    traces.{f.name}={f.default}" for f in fields(TracesConfig))
+    usage = f"usage: {USAGE}\n\n{__doc__}\nIts own keys, with their defaults:\n{keys}"
+    return run_command(start, arguments, usage, "the same command continues from here.")
+
+
+def start(arguments: Sequence[str]) -> int:
+    """Parse the command line and sample the teacher."""
+    command = parse(arguments)
+    with disk_errors_below(Path(command.config.run.dir), "what was sampled is kept"), handling(Stop()):
+        return run(command)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Shell:
         self.folder = folder
         (folder / "here").mkdir()
         (folder / "stand_in.py").write_text(STAND_IN)
-        (folder / "sweep/__main__.py").write_text(STAND_IN.replace('sys.modules["dash_exp.cell"] = cell', ""))
+        (folder / "sweep.py").write_text(STAND_IN.replace('sys.modules["dash_exp.cell"] = cell', ""))
         (folder / "started").mkdir()
         (folder / "started" / "sitecustomize.py").write_text(SWEEP_STAND_IN)
 
@@ -86,7 +86,7 @@ class Shell:
     def sweep(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """A sweep, with the process of each cell replaced."""
         path = os.pathsep.join([str(self.folder / "started"), str(ROOT)])
-        command = [sys.executable, str(self.folder / "sweep/__main__.py"), "-m", *arguments]
+        command = [sys.executable, str(self.folder / "sweep.py"), "-m", *arguments]
         return self._run(command, {"PYTHONPATH": path, **variables})
 
     def said(self) -> list[str]:
