@@ -4,7 +4,7 @@ VENV := .venv
 WORKERS ?= 2
 PY := $(VENV)/bin/python
 TORCH := $(shell sed -n 's/^\#   pip install \(torch==.*\)/\1/p' requirements/lock.txt)
-# Processes that run tests side by side, a file each at a time; make test WORKERS=0 runs one after the other.
+# Processes that run tests side by side; make test WORKERS=0 runs one after the other.
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup run check test test-long bench clean
@@ -30,10 +30,10 @@ check: setup ## ruff and mypy
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: setup ## the tests: seven to ten minutes on two cores, by how fast they are
+test: setup ## the tests: about five minutes on two cores
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not long and not gpu"
 
-test-long: setup ## the longer tests: about forty minutes on two slow cores
+test-long: setup ## the longer tests: about twenty-five minutes on two cores
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "long and not gpu"
 
 bench: setup ## measure every row beside its rival or limit, start-up, and memory (an hour and a half)
