@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dash_exp import PACKAGE
 from dash_exp.config.checks import check
 from dash_exp.config.overrides import Options, composition_fault, override_faults
-from dash_exp.config.schema import BudgetConfig, Config, to_config
+from dash_exp.config.schema import BudgetConfig, Config
 from dash_exp.errors import Fault, UserError
 
 VERSION_BASE = "1.3"
@@ -186,11 +188,60 @@ def raw(overrides: Sequence[str]) -> DictConfig:
 
 def composed_config(overrides: Sequence[str]) -> Config:
     """The config of these overrides. Within `opened`; raises COMPOSITION_ERRORS or UserError."""
-    composed = raw(overrides)
+    return _typed(raw(overrides))
+
+
+def _typed(composed: DictConfig) -> Config:
+    """What Hydra composed, as a `Config`, every interpolation resolved."""
     absent = [Fault(key, "has no value", f"set {key}=") for key in absent_keys(composed)]
     if absent:
         raise UserError(absent)
-    return to_config(composed)
+    config = OmegaConf.to_object(composed)  # its nodes are those of the schema, so its values have its types
+    assert isinstance(config, Config)
+    return config
+
+
+class CachingComposer:
+    """Composes many configs, within `opened`. What Hydra makes of a choice of options is kept; a cell's
+    values are set in a copy of it by Hydra's own function, since Hydra too sets values last, in their order.
+
+    `searchpath`: overrides of hydra.searchpath that any cell has, for the names of options.
+    """
+
+    def __init__(self, searchpath: Sequence[str] = ()):
+        self.options = options_in(search_dirs(parse(searchpath)[0]))
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def faults_of(self, text: str) -> list[Fault]:
+        """What is wrong with an override by itself."""
+        parsed, faults = parse([text])
+        for override in parsed:
+            variants, several = variants_of(override, sweep=False)
+            faults += several + [fault for one in variants for fault in override_faults(one, self.options)]
+        return faults
+
+    def compose(self, overrides: Sequence[str]) -> Config:
+        """Raises UserError with everything that is wrong with these overrides together."""
+        parsed, faults = parse(overrides)
+        if faults:
+            raise UserError(faults)
+        choices = [override for override in parsed if self._is_choice(override)]
+        texts = tuple(override.input_line or "" for override in choices)
+        try:
+            if texts not in self._composed:
+                self._composed[texts] = raw(texts)
+            config = copy.deepcopy(self._composed[texts])
+            values = [override for override in parsed if override not in choices]
+            ConfigLoaderImpl._apply_overrides_to_config(values, config)
+            return _typed(config)
+        except COMPOSITION_ERRORS as error:
+            faults = find_faults(overrides, checked=False)
+            raise UserError(faults or Fault("config", str(error))) from None
+
+    def _is_choice(self, override: Override) -> bool:
+        """Whether Hydra chooses an option by it, or looks for options by it."""
+        key = override.key_or_group
+        return key.startswith("hydra.") or (key in self.options and not isinstance(override.value(), dict))
 
 
 def absent_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -12,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 from hydra.core.override_parser.types import Override
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp.config.schema import Config
@@ -68,7 +70,7 @@ def _type_faults(key: str, value: Any, options: Options) -> list[Fault]:
             nested = _nested(key.removeprefix(f"{parent}."), value)
             holder = parent
     try:
-        OmegaConf.update(OmegaConf.structured(Config), holder, nested, merge=True)
+        OmegaConf.update(copy.deepcopy(_schema()), holder, nested, merge=True)
     except OmegaConfBaseException as error:
         inner = error.full_key or key
         if type_of(inner) is None:
@@ -77,6 +79,13 @@ def _type_faults(key: str, value: Any, options: Options) -> list[Fault]:
             return [Fault(inner, _headline(str(error), inner))]
         return [Fault(key, f"got {shown(value)}, expected {describe(type_of(key))}")]
     return []
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    """The config's types, built once; a copy takes a third of the time."""
+    schema: DictConfig = OmegaConf.structured(Config)
+    return schema
 
 
 def _parents(key: str) -> list[str]:

@@ -19,9 +19,15 @@ from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import NAME, sweep_folder
 from dash_exp.sweep.actions import part_of_machine
 from dash_exp.sweep.dispatch import LaunchRequest, launch
-from dash_exp.sweep.plan import ad_hoc_name, make_plan
+from dash_exp.sweep.expand import key_of
+from dash_exp.sweep.hardware import slug
+from dash_exp.sweep.plan import make_plan
+from dash_exp.sweep.settings import split
 
 N_JOBS, WAIT = "hydra.launcher.n_jobs", "hydra.launcher.wait"
+SHOWN_VALUES, NAME_LENGTH = 4, 80
+SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe", "sampler")
+"""Keys whose options speak for themselves."""
 
 
 def launch_sweep(
@@ -96,3 +102,25 @@ def search_path(config: DictConfig) -> tuple[str, ...]:
     ]
     quoted = ("'" + place.replace("\\", "\\\\").replace("'", "\\'") + "'" for place in found)
     return (f"hydra.searchpath=[{','.join(quoted)}]",) if found else ()
+
+
+def ad_hoc_name(combinations: Sequence[Sequence[str]]) -> str:
+    """A name for combinations from a command line: what varies, and a hash of them, in whatever order and
+    however they are launched."""
+    cells = [split(combination)[0] for combination in combinations]
+    lines = sorted({" ".join(sorted(cell)) for cell in cells})
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+    values: dict[str, list[str]] = {}
+    for text in dict.fromkeys(text for cell in cells for text in cell):
+        values.setdefault(key_of(text), []).append(text.partition("=")[2])
+    varied = {key: found for key, found in values.items() if len(found) > 1} or values
+    name = slug("-".join(_shown(key, found) for key, found in varied.items()) or "sweep")[:NAME_LENGTH]
+    return f"{name.rstrip('-_.+')}-{digest}"
+
+
+def _shown(key: str, values: Sequence[str]) -> str:
+    last = key.rpartition(".")[2]
+    if len(values) > SHOWN_VALUES:
+        return f"{len(values)}x{last}"
+    short = "+".join(value.rpartition("/")[2] for value in values)
+    return short if key in SPEAKING else f"{last}{short}"

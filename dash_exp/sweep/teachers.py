@@ -49,15 +49,14 @@ def plan_waiting(manifest: Manifest) -> Manifest:
     ready = [one for one in manifest.waiting if one.traces.path.exists()]
     if not ready:
         return manifest
-    from dash_exp.sweep.plan import make_plan
+    from dash_exp.sweep.plan import SweepOptions, make_plan
 
     fresh = make_plan(
         manifest.name,
         [one.overrides for one in ready],
         root=manifest.root,
         actions=manifest.actions,
-        about=manifest.about,
-        times=_are_times(manifest),
+        options=SweepOptions(times=_are_times(manifest), about=manifest.about),
     )
     known = {entry.id for entry in manifest.entries}
     cells = [*map(planned, manifest.entries), *(cell for cell in fresh.cells if cell.id not in known)]

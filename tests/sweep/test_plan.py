@@ -6,17 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dash_exp.config.compose import compose
+from dash_exp.config.compose import CachingComposer, compose, opened
 from dash_exp.errors import UserError
 from dash_exp.record.folder import write_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen
 from dash_exp.record.jobs import Plan
 from dash_exp.sweep import hardware
 from dash_exp.sweep.expand import products
-from dash_exp.sweep.plan import ad_hoc_name, make_plan, plan_spec
+from dash_exp.sweep.multirun import ad_hoc_name
+from dash_exp.sweep.plan import SweepOptions, make_plan, plan_spec
 from dash_exp.sweep.resources import resource_faults, resources_of
 from dash_exp.sweep.settings import split
 from dash_exp.sweep.spec import load
@@ -34,14 +36,13 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     hardware.gpus_here.cache_clear()
 
 
-def planned(root: Path, *overrides: str, **more: object) -> Plan:
-    combinations = products([*TINY, *overrides])
-    return make_plan("mine", combinations, root=root, **more)  # type: ignore[arg-type]
+def planned(root: Path, *overrides: str, **options: Any) -> Plan:
+    return make_plan("mine", products([*TINY, *overrides]), root=root, options=SweepOptions(**options))
 
 
-def refused(root: Path, *overrides: str, **more: object) -> str:
+def refused(root: Path, *overrides: str, **options: Any) -> str:
     with pytest.raises(UserError) as error:
-        planned(root, *overrides, **more)
+        planned(root, *overrides, **options)
     return str(error.value)
 
 
@@ -66,6 +67,40 @@ def test_cells_are_those_of_single_runs_and_nothing_is_written(tmp_path: Path) -
     ]
     assert plan.cells[1].overrides == ("debug=fast", "algorithm=dash", "seed=1")
     assert (plan.duplicates, plan.waiting, plan.actions) == (0, (), ("cluster.threads=1",))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model=tiny", "seed=3", "learner.lr=1e-3", "hardware=mine"],
+        ["algorithm=sft_h", "algorithm.steps=2", "recipe.sft_batch=4", "budget.seconds=9"],
+        ["dataset=math_gsm8k", "model=tiny", "sampler.max_new_tokens=${dataset.completion_tokens}"],
+        ["learner={lr: 0.25}", "learner.lr=2", "experiment=demo/math_ppo_multi", "seed=${algorithm.steps}"],
+        ["learner.lr=2", "learner={lr: 0.25}", "cluster.retries.nan=3", "algorithm=ppo_mini"],
+    ],
+)
+def test_a_config_composed_with_others_equals_hydras_own(overrides: list[str]) -> None:
+    with opened():
+        composer = CachingComposer()
+        composer.compose([text for text in overrides if "seed" not in text])  # the options are kept from here
+        assert composer.compose(overrides) == compose(overrides)
+        assert composer.compose([]) == compose()
+
+
+def test_what_cannot_be_composed_is_reported_every_time() -> None:
+    with opened():
+        composer = CachingComposer()
+        for overrides, why in (
+            (["algorithm=das"], "did you mean 'dash'"),
+            (["algorithm.steps=${nowhere}"], "'nowhere' not found"),
+            (["seed=[1"], "cannot read"),
+        ):
+            for _ in range(2):
+                with pytest.raises(UserError, match=why):
+                    composer.compose(overrides)
+        assert composer.faults_of("seed=1,2")[0].what == "got several values: seed=1,2"
+        assert "did you mean 'filter.threshold'" in composer.faults_of("filter.treshold=1")[0].hint
+        assert composer.faults_of("filter.threshold=1") == []
 
 
 def test_the_same_cell_named_twice_is_planned_once(tmp_path: Path) -> None:

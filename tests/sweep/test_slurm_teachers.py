@@ -12,7 +12,7 @@ from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import read
 from dash_exp.sweep.actions import cluster_of
 from dash_exp.sweep.dispatch import LaunchRequest, launch
-from dash_exp.sweep.plan import make_plan
+from dash_exp.sweep.plan import SweepOptions, make_plan
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.job import TeacherJob
 from tests.sweep.slurm_helpers import FakeSlurm
@@ -33,7 +33,9 @@ def plan_of(root: Path, traces: Path, *teacher: str) -> Plan:
     arms = [("algorithm=dash",), ("algorithm=sft_m", f"dataset.traces={traces}")]
     (root / "cache").mkdir(parents=True, exist_ok=True)
     command = (*DIGITS, "traces.samples=16", f"traces.out={traces}", *teacher)
-    return make_plan("mine", [(*CELL, *arm, *SLURM) for arm in arms], root=root, traces=[command])
+    return make_plan(
+        "mine", [(*CELL, *arm, *SLURM) for arm in arms], root=root, options=SweepOptions(traces=[command])
+    )
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import pytest
 from dash_exp.config.compose import conf_dir
 from dash_exp.sweep import spec as specs
 from dash_exp.sweep.expand import combinations, key_of
-from dash_exp.sweep.plan import make_plan, plan_spec
+from dash_exp.sweep.plan import SweepOptions, make_plan, plan_spec
 from tests.conftest import REPOSITORY
 
 NAMES = specs.names()
@@ -48,7 +48,9 @@ def test_all_cells_compose_and_are_sound(names: list[str], tmp_path: Path) -> No
     whole = [specs.load(name) for name in names]
     cells = [combination for spec in whole for combination in combinations(spec)]
     traces = [line for spec in whole for line in spec.traces]
-    plan = make_plan("all", cells, root=tmp_path, traces=traces, installed=lambda package: True)
+    plan = make_plan(
+        "all", cells, root=tmp_path, options=SweepOptions(traces=traces), installed=lambda package: True
+    )
     assert len(plan.cells) + len(plan.waiting) + plan.duplicates == len(cells)
     arms = {c.cell.name.partition("-")[0] for c in plan.cells}
     assert arms == {path.stem for path in (conf_dir() / "algorithm").iterdir()} - {"sft_m"}

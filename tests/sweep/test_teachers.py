@@ -10,7 +10,7 @@ from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import read
 from dash_exp.sweep.actions import cluster_of
 from dash_exp.sweep.dispatch import LaunchRequest, launch
-from dash_exp.sweep.plan import make_plan
+from dash_exp.sweep.plan import SweepOptions, make_plan
 from tests.conftest import REPOSITORY
 
 DIGITS = [
@@ -38,7 +38,7 @@ def test_traces_are_made_first_and_their_cells_join_the_sweep(
     def start(*extra: str, expected: int) -> list[str]:
         said: list[str] = []
         combinations = [(*CELL, *arm, *extra) for arm in arms]
-        plan = make_plan("mine", combinations, root=root, traces=[teacher])
+        plan = make_plan("mine", combinations, root=root, options=SweepOptions(traces=[teacher]))
         code = launch(LaunchRequest(plan, root, cluster_of(plan.actions)), log=said.append)
         assert code == expected, said
         return said
@@ -66,7 +66,9 @@ def test_a_teacher_that_fails_leaves_its_cells_waiting_and_the_others_finished(
     (tmp_path / "absent").write_text("a file where a folder should be")
     arms = [("algorithm=dash",), ("algorithm=sft_m", f"dataset.traces={traces}")]
     teacher = (*DIGITS, "cluster.threads=1", f"traces.out={traces}")
-    plan = make_plan("mine", [(*CELL, *arm) for arm in arms], root=root, traces=[teacher])
+    plan = make_plan(
+        "mine", [(*CELL, *arm) for arm in arms], root=root, options=SweepOptions(traces=[teacher])
+    )
     said: list[str] = []
     assert launch(LaunchRequest(plan, root, cluster_of(plan.actions)), log=said.append) == 1
     assert any("failed with exit code 2; their cells go on waiting" in line for line in said)
