@@ -30,13 +30,14 @@ from dash_exp.sweep.actions import tracking_of
 from dash_exp.sweep.pool import Log, Relay
 from dash_exp.sweep.report import closing_lines, closing_table, count_of, status_command
 from dash_exp.sweep.slurm import queue
+from dash_exp.sweep.slurm import submit as slurm
+from dash_exp.sweep.slurm.arrays import find_faults
 from dash_exp.sweep.states import ACTIVE, is_stale
 from dash_exp.sweep.status import OPEN, SweepCell, SweepState, counts_of, read_sweep
 from dash_exp.text import format_path
 
 FOLLOW_S, CANCEL_S, CHECK_S = 2.0, 10.0, 0.3
-"""Seconds between two looks at a sweep that is waited for; how long `cancel` waits for cells to end, and
-between two checks."""
+"""Seconds between two checks of a launched sweep; that `cancel` waits for cells, and between its checks."""
 NOTHING_CANCELLED = "nothing was cancelled"
 
 
@@ -124,9 +125,6 @@ def refusals(request: LaunchRequest) -> list[Fault]:
     """What SLURM would refuse. Finished cells count only if they are run again."""
     if request.cluster.name != "slurm":
         return []
-    from dash_exp.sweep.slurm import submit as slurm
-    from dash_exp.sweep.slurm.arrays import find_faults
-
     plan = request.plan
     entries = slurm.entries_of(plan) if request.force else slurm.open_entries(plan, request.root)
     return find_faults((*entries, *slurm.teacher_entries(plan.waiting)), request.cluster)
@@ -176,8 +174,6 @@ def renew_budgets(manifest: Manifest, entries: Sequence[Entry]) -> None:
 
 
 def _submit(manifest: Manifest, entries: Sequence[Entry], cluster: ClusterConfig, log: Log) -> None:
-    from dash_exp.sweep.slurm import submit as slurm
-
     jobs = slurm.submit(manifest, entries, cluster)
     log(f"{count_of(len(jobs), 'job')} queued" + (f": {jobs[0]} to {jobs[-1]}" if len(jobs) > 1 else ""))
     teacher = slurm.submit_teachers(manifest, cluster)
@@ -197,17 +193,9 @@ def _follow(manifest: Manifest, cluster: ClusterConfig, log: Log) -> None:
             before = state.counts
             counts = ", ".join(f"{count} {name}" for name, count in before.items())
             log(f"{time.strftime('%H:%M:%S')} {counts}")
-        if not state.is_moving and not _traces_in_progress(manifest, cluster):
+        if not state.is_moving and not (cluster.name == "slurm" and slurm.teachers_active(manifest)):
             return
         time.sleep(FOLLOW_S)
-
-
-def _traces_in_progress(manifest: Manifest, cluster: ClusterConfig) -> bool:
-    if cluster.name != "slurm" or not manifest.waiting:
-        return False
-    from dash_exp.sweep.slurm import submit as slurm
-
-    return slurm.teachers_active(manifest)
 
 
 def _conclude(request: LaunchRequest, manifest: Manifest, relay: Relay, log: Log) -> int:
@@ -252,11 +240,9 @@ def cancel(
         state = read_sweep(manifest)
         chosen = [one for one in state.cells if one.entry.id in ids and one.cell.state in OPEN]
         if entire:
-            others = {one.entry.id: name for one in chosen if (name := _run_by_other(one, manifest))}
-            done.skipped = [
-                (one, f"run by the sweep {others[one.entry.id]}") for one in chosen if one.entry.id in others
-            ]
-            chosen = [one for one in chosen if one.entry.id not in others]
+            others = [(one, name) for one in chosen if (name := _run_by_other(one, manifest))]
+            done.skipped = [(one, f"run by the sweep {name}") for one, name in others]
+            chosen = [one for one in chosen if one not in [other for other, _ in others]]
         jobs = _jobs_of(chosen, state)
         fresh = [one for one in chosen if not is_cancelled(journal.read(one.cell.folder))]
         for one in fresh:

@@ -29,7 +29,7 @@ from dash_exp.record.locks import HERE, Locks
 from dash_exp.record.manifest import Entry, Manifest, held
 from dash_exp.signals import handling
 from dash_exp.sweep.actions import cluster_of
-from dash_exp.sweep.pool import Log, Relay, Terms, run_pool
+from dash_exp.sweep.pool import Log, Relay, Terms, print_log, run_pool
 from dash_exp.sweep.states import last_lines
 from dash_exp.sweep.status import CONTROLLER
 from dash_exp.sweep.teachers import make_traces
@@ -101,9 +101,6 @@ def detach(manifest: Manifest, n_jobs: int, cells: Sequence[str] | None, log: Lo
         log(f"run by process {process.pid}, {n_jobs} at once; it needs no terminal")
 
 
-# Orders -------------------------------------------------------------------------------------------
-
-
 def place_order(folder: Path, n_jobs: int, cells: Sequence[str] | None) -> Order:
     """Write down what to run, joined with an order that no controller has taken yet."""
     with held(folder):
@@ -166,9 +163,6 @@ def unsettled(manifest: Manifest, order: Order) -> tuple[str, ...]:
     return tuple(f.name for f in folders if read_json(f / "status.json").get("state") not in settled)
 
 
-# The controller -----------------------------------------------------------------------------------
-
-
 class ControllerLock:
     """Makes this process the controller of a sweep, until it is released or the process ends. Raises Timeout
     if another process holds it."""
@@ -205,21 +199,17 @@ def main(arguments: Sequence[str]) -> int:
     """The detached controller. Its exit code is about itself, not about the cells."""
     folder, relay = Path(arguments[0]), Relay()
 
-    def log(text: str) -> None:
-        with suppress(OSError):
-            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {text}", flush=True)
-
     with handling(relay):
         try:
             lock = ControllerLock(folder)
         except Timeout:
             return OTHER_CONTROLLER
-        log(f"controller of {folder}")
+        print_log(f"controller of {folder}")
         try:
-            run_orders(lock, log, False, relay)
+            run_orders(lock, print_log, False, relay)
         finally:
             lock.release()
-    log("done" if relay.first is None else f"ended by {signal.Signals(relay.first).name}")
+    print_log("done" if relay.first is None else f"ended by {signal.Signals(relay.first).name}")
     return 0
 
 

@@ -6,6 +6,7 @@ waits for them, skips what is finished and runs the rest. Two pools may run the 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,12 @@ POLL_S, LOOK_S, BUSY_S = 0.05, 1.0, 10.0
 """Seconds between two checks of the pool's own processes, of other cells, and of a cell that was busy."""
 
 Log = Callable[[str], None]
+
+
+def print_log(text: str) -> None:
+    """A line of a process without a terminal."""
+    with suppress(OSError):
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {text}", flush=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,10 +143,6 @@ class Evidence:
         return max(0.0, self.now - heard) if heard else None
 
     @property
-    def may_run(self) -> bool:
-        return self.recorded == "running" or bool(self.open_start)
-
-    @property
     def recorded_nothing(self) -> bool:
         """Whether the last start is newer than the status."""
         return self.time_of("start") > self.heartbeat
@@ -260,7 +256,9 @@ def states_of(
         Locks.now()
     )  # after the statuses: a run that recorded "running" and holds no lock now has ended since
     pids = [one.process(locks) for one in seen]
-    doubtful = [n for n, one in enumerate(seen) if pids[n] is None and one.may_run]
+    doubtful = [
+        n for n, one in enumerate(seen) if pids[n] is None and (one.recorded == "running" or one.open_start)
+    ]
     if doubtful:  # it may have recorded its end meanwhile; and the kernel's table is not read atomically
         seen = [Evidence.read(one.folder) if n in doubtful else one for n, one in enumerate(seen)]
         locks = Locks.now()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,18 +124,11 @@ class Worker:
         self._output_start = self._output.stat().st_size if self._output and self._output.exists() else 0
         self.started = time.time()
         command = [sys.executable, "-m", "dash_exp.cell", str(job.folder.resolve()), *actions]
-        environment = {**os.environ, **variables}
-        if self._output is None:
-            self.process = subprocess.Popen(command, start_new_session=True, env=environment)
-            return
-        with self._output.open("ab") as output:
+        environment = {**os.environ, **variables, **({} if live else {"PYTHONUNBUFFERED": "1"})}
+        stdin = None if live else subprocess.DEVNULL
+        with self._output.open("ab") if self._output else nullcontext() as out:
             self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env={**environment, "PYTHONUNBUFFERED": "1"},
+                command, stdin=stdin, stdout=out, stderr=out, start_new_session=True, env=environment
             )
 
     @property

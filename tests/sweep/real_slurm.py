@@ -15,7 +15,7 @@ from dash_exp.record.folder import Row, read_json, read_rows
 from tests.conftest import REPOSITORY
 
 SCRIPTS = REPOSITORY.parent / "shared" / "slurm"
-LARGEST_ARRAY = 4
+LARGEST_ARRAY = 3
 
 
 class Cluster:
@@ -25,7 +25,7 @@ class Cluster:
         self.home = Path("/nowhere")
 
     def start(self) -> None:
-        """Start whatever of it does not run."""
+        """Start those of its daemons that do not run."""
         done = subprocess.run([SCRIPTS / "start"], stdout=subprocess.PIPE, text=True, timeout=600, check=True)
         for name, value in re.findall(r"^export (\w+)=(\S+)$", done.stdout, re.MULTILINE):
             os.environ[name] = value
@@ -38,7 +38,7 @@ class Cluster:
             os.environ.pop(name, None)
 
     def kill_controller(self) -> None:
-        """SLURM's own, as by a crash of its machine."""
+        """Kill slurmctld, as a crash of its machine would."""
         pid = int((self.home / "run" / "slurmctld.pid").read_text())
         os.kill(pid, 9)
         wait_for(lambda: not Path(f"/proc/{pid}/exe").exists(), 10, "slurmctld to die")
@@ -53,7 +53,7 @@ class Cluster:
         self.start()
 
 
-def wait_for(is_so: Callable[[], object], timeout_s: float, what: str, every_s: float = 0.2) -> None:
+def wait_for(is_so: Callable[[], object], timeout_s: float, what: str, every_s: float = 0.1) -> None:
     deadline = time.time() + timeout_s
     while not is_so():
         assert time.time() < deadline, f"waited {timeout_s} s for {what}"
@@ -77,17 +77,17 @@ def requeues(folder: Path) -> list[Row]:
 
 
 def accounted(job: str, wanted: str = "State,ExitCode", timeout_s: float = 30) -> str:
-    """What sacct says of a job's last run once that has ended; it lags behind."""
+    """The last run of a job in sacct, once that has ended; sacct lags behind."""
     command = ["sacct", "-nPX", "-j", job, f"--format={wanted},End"]
 
     def read() -> str:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        return said.splitlines()[-1] if said else "|Unknown"
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return text.splitlines()[-1] if text else "|Unknown"
 
     wait_for(lambda: not read().endswith("Unknown"), timeout_s, f"the end of {job} in sacct")
     return read().rpartition("|")[0]
 
 
 def output_of(sweep_folder: Path) -> str:
-    """All that the jobs of a sweep have said, for the message of a failed test."""
+    """Everything that the jobs of a sweep have printed, for the message of a failed test."""
     return "\n".join(f"--- {p.name}\n{p.read_text()}" for p in sorted(sweep_folder.glob("jobs/*_log.out")))

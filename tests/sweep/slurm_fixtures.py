@@ -1,4 +1,4 @@
-"""Two clusters for tests: a pretended SLURM on PATH, and a real one on this machine."""
+"""Two clusters for tests: fake SLURM commands on PATH, and a real SLURM on this machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from tests.sweep.real_slurm import LARGEST_ARRAY, SCRIPTS, Cluster
 from tests.sweep.slurm_helpers import FakeSlurm
 
 FAKE = Path(__file__).parent / "fake_slurm" / "fake.py"
+SCHEDULER = "batch_sched_delay=0,bf_interval=1,sched_interval=1"
+"""Schedule every second."""
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo", "sacctmgr")
 
 
 @pytest.fixture
 def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """A cluster that answers; it takes jobs and never starts one."""
+    """A cluster that answers, accepts jobs and never starts one."""
     home = tmp_path / "slurm"
     (home / "bin").mkdir(parents=True)
     for name in COMMANDS:
@@ -42,7 +44,7 @@ def real_cluster() -> Iterator[Cluster]:
     try:
         cluster.start()
     except subprocess.CalledProcessError:
-        pytest.skip("no real SLURM: it does not start here (see its messages)")
-    cluster.configure(MaxArraySize=str(LARGEST_ARRAY), KillWait="30")  # the latter is SLURM's default
+        pytest.skip("no real SLURM: it does not start here (see its output)")
+    cluster.configure(MaxArraySize=str(LARGEST_ARRAY), KillWait="30", SchedulerParameters=SCHEDULER)
     yield cluster
     cluster.stop()

@@ -17,6 +17,7 @@ import pytest
 
 from dash_exp.record import journal
 from dash_exp.record.folder import Row, read_json, read_rows, write_json
+from dash_exp.sweep import pool
 from dash_exp.sweep.pool import Relay, Terms, run_pool
 from dash_exp.sweep.worker import (
     OUTPUT,
@@ -60,6 +61,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     path = [str(Path(__file__).parent / "stand_in"), str(REPOSITORY)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pool, "LOOK_S", 0.1)
+    monkeypatch.setattr(pool, "BUSY_S", 0.2)
     return Bench(tmp_path)
 
 
@@ -95,7 +98,7 @@ def test_one_after_the_other_each_with_output_and_journal(bench: Bench) -> None:
 
 
 def test_as_many_at_once_as_there_are_slots_with_equal_parts_of_the_machine(bench: Bench) -> None:
-    jobs = [bench.job(name, {"wait": 0.6}) for name in "abcd"]
+    jobs = [bench.job(name, {"wait": 0.4}) for name in "abcd"]
     assert set(bench.run(*jobs, slots=2).values()) == {"finished"}
     spans = [row for job in jobs for row in bench.seen(job)]
     together = [sum(b["begun"] <= a["begun"] < b["ended"] for b in spans) for a in spans]
@@ -189,7 +192,7 @@ def test_a_failure_is_reported_in_a_line() -> None:
 
 
 def test_a_cell_that_another_process_runs_is_waited_for(bench: Bench) -> None:
-    job, other = bench.job("a", {"wait": 1.2}), bench.job("b")
+    job, other = bench.job("a", {"wait": 0.6}), bench.job("b")
     process = subprocess.Popen([sys.executable, "-m", "dash_exp.cell", str(job.folder)])
     until(lambda: read_json(job.folder / "status.json").get("state") == "running")
     assert bench.run(job, other) == {"a": "finished", "b": "finished"}
@@ -203,11 +206,8 @@ def test_a_cell_that_is_found_busy_is_tried_again_later(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a file system that shows no locks of other machines: only the start finds out."""
-    from dash_exp.sweep import pool
-
-    monkeypatch.setattr(pool, "BUSY_S", 0.5)
     monkeypatch.setattr(pool.Locks, "now", classmethod(lambda cls: cls({})))
-    job = bench.job("a", {"wait": 1.0})
+    job = bench.job("a", {"wait": 0.5})
     process = subprocess.Popen([sys.executable, "-m", "dash_exp.cell", str(job.folder)])
     until(lambda: read_json(job.folder / "status.json").get("state") == "running")
     assert bench.run(job) == {"a": "finished"}
@@ -215,7 +215,7 @@ def test_a_cell_that_is_found_busy_is_tried_again_later(
     assert {r.get("failure_class") for r in journal.read(job.folder)} == {None}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_is_forwarded_once_and_nothing_is_started_after_it(bench: Bench, number: int) -> None:
     jobs = [bench.job("a", {"wait": 20}), bench.job("b", {"wait": 20}), bench.job("c")]
     relay, before = Relay(), signal.getsignal(number)
@@ -266,7 +266,7 @@ def test_cells_are_cancelled_by_a_row_in_their_journals(bench: Bench) -> None:
 
 
 def test_a_killed_pool_leaves_its_cells_running_and_the_next_waits_for_them(bench: Bench) -> None:
-    jobs = [bench.job("a", {"wait": 2}), bench.job("b", {"wait": 0.1})]
+    jobs = [bench.job("a", {"wait": 1}), bench.job("b", {"wait": 0.1})]
     code = (
         "from dash_exp.sweep.pool import Job, Terms, run_pool; from pathlib import Path; import sys; "
         "run_pool([Job(Path(p)) for p in sys.argv[1:]], Terms())"
@@ -281,7 +281,7 @@ def test_a_killed_pool_leaves_its_cells_running_and_the_next_waits_for_them(benc
 
 
 def test_a_cell_that_a_killed_controller_left_running_keeps_its_slot(bench: Bench) -> None:
-    jobs = [bench.job("a", {"wait": 1.5}), bench.job("b")]
+    jobs = [bench.job("a", {"wait": 0.6}), bench.job("b")]
     process = subprocess.Popen([sys.executable, "-m", "dash_exp.cell", str(jobs[0].folder)])
     until(lambda: read_json(jobs[0].folder / "status.json").get("state") == "running")
     journal.note(jobs[0].folder, "start", host="here", pid=process.pid, job=None, sweep="mine")

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, to cells and to what starts them: nothing is lost, nothing done twice."""
+"""SIGKILL at random moments, to cells and to what starts them: nothing is lost, nothing is done twice."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tests.sweep.test_multirun import STAND_IN, TINY
 from tests.test_run import SMALL
 
 SWEEP = ["hydra.launcher.n_jobs=2", "cluster.retries.node=1000", "run.sweep=killed"]
-CONTROLLER_SHARE = 0.15
-STEPS = 160
-"""Of a cell: so many that two hundred kills come before the end."""
+CONTROLLER_SHARE = 0.2
+KILLS, STEPS = 40, 40
+"""A cell has so many steps that the kills come before its end."""
 KEYS = {
     "steps": ("step",),
     "samples": ("step", "prompt", "index"),
     "evals": ("step", "dataset", "metric", "k"),
     "eval_samples": ("step", "dataset", "prompt", "index"),
 }
-"""What tells the rows of an attempt apart."""
+"""Keys that identify a row of an attempt."""
 
 
 class Killer:
@@ -56,7 +56,7 @@ class Killer:
         )
 
     def cells(self) -> list[psutil.Process]:
-        """Processes that run cells of this sweep, whoever started them."""
+        """Processes that run cells of this sweep, whichever process started them."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -66,7 +66,7 @@ class Killer:
         return found
 
     def strike(self, longest_s: float) -> None:
-        """Kill the controller, or some of the cells that run, at a moment of its own."""
+        """Kill the controller, or some of the running cells, at a random moment."""
         if self.controller.poll() is not None:
             self.controller = self.launch()
         if self.rng.random() < CONTROLLER_SHARE:
@@ -88,7 +88,7 @@ class Killer:
                 self.killed["cell"] += 1
 
     def finish(self, timeout_s: float) -> int:
-        """Leave it in peace."""
+        """Wait for the end of the sweep, undisturbed."""
         if self.controller.poll() is None:
             return self.controller.wait(timeout_s)
         self.controller = self.launch()
@@ -116,7 +116,7 @@ def _written(folder: Path, name: str, keys: Sequence[str]) -> list[tuple[str, in
 
 
 def check_ends(root: Path) -> None:
-    """Every cell is finished, and nobody is left over."""
+    """Every cell is finished, and no process is left over."""
     for folder in folders(root).values():
         status = read_json(folder / "status.json")
         assert status["state"] == "finished", (folder, status)
@@ -134,7 +134,7 @@ def test_killed_many_times_each_cell_is_finished_once(tmp_path: Path) -> None:
     finally:
         for seed in range(3):
             del os.environ[f"PLAY_{seed}"]
-    for _ in range(12):
+    for _ in range(8):
         killer.strike(0.8)
     assert killer.finish(60) == 0
     check_ends(tmp_path / "out")
@@ -143,7 +143,7 @@ def test_killed_many_times_each_cell_is_finished_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_two_hundred_kills_leave_the_records_of_an_undisturbed_sweep(tmp_path: Path) -> None:
+def test_kills_leave_the_records_of_an_undisturbed_sweep(tmp_path: Path) -> None:
     """Real cells, killed while they start, evaluate, train, save and end; the seed is printed on failure."""
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 100_000))
     print(f"KILL_SEED={seed}")
@@ -154,17 +154,17 @@ def test_two_hundred_kills_leave_the_records_of_an_undisturbed_sweep(tmp_path: P
     killed: Counter[str] = Counter()
     attempts = 0
     rng = random.Random(seed)
-    while killed.total() < 200:  # usually one round
+    while killed.total() < KILLS:  # usually one round
         root = tmp_path / f"killed-{killed.total()}"
         killer = Killer(root, settings, str(REPOSITORY), rng)
-        while killed.total() + killer.killed.total() < 200 and not is_finished(root):
+        while killed.total() + killer.killed.total() < KILLS and not is_finished(root):
             killer.strike(longest_s)
         assert killer.finish(600) == 0
         killed += killer.killed
         attempts += check_records(tmp_path / "calm", root)
     print(killed, attempts)
-    assert killed["controller"] >= 10 and killed["cell"] >= 100
-    assert attempts > 20  # many of the kills hit a cell that had begun to record
+    assert killed["controller"] >= 2 and killed["cell"] >= KILLS // 2
+    assert attempts > 8  # many of the kills hit a cell that had begun to record
 
 
 def start_s(folder: Path) -> float:

@@ -166,7 +166,8 @@ def test_status_of_one_sweep_of_some_cells_and_of_all(root: Path, capsys: Captur
     assert "grpo (0000002c), failed: unknown: boom" in text and "| " in text
 
 
-def test_logs_show_the_end_and_follow(root: Path, capsys: Capture) -> None:
+def test_logs_show_the_end_and_follow(root: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dash_exp.sweep.watch.FOLLOW_S", 0.1)
     manifest = sweep_of(root, [cell_of("dash", 0, 1), cell_of("grpo", 0, 2)], name="mine")
     folder = manifest.cell(manifest.entries[0])
     output = folder / "output.txt"
@@ -182,10 +183,10 @@ def test_logs_show_the_end_and_follow(root: Path, capsys: Capture) -> None:
         args = parser_of("logs").parse_intermixed_args(["mine", "algorithm=dash", where, "-f"])
         follower = threading.Thread(target=logs_command, args=(args,))
         follower.start()
-        time.sleep(0.5)
+        time.sleep(0.3)
         with output.open("a") as stream:
             stream.write("said later\n")
-        time.sleep(1.5)
+        time.sleep(0.5)
         process.terminate()
         process.wait()
     follower.join(timeout=20)

@@ -14,13 +14,14 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from graphlib import TopologicalSorter
 from typing import Any
 
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, nearest
 from dash_exp.record.jobs import Resources
 from dash_exp.record.manifest import Entry
-from dash_exp.sweep.slurm.queue import run, setting
+from dash_exp.sweep.slurm.queue import chunks, run, setting
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 NAME_LENGTH, SHOWN_NAMES = 60, 3
@@ -92,24 +93,22 @@ def plan_arrays(
             groups.setdefault((entry.resources, waited[entry.id]), []).append(entry)
         for (resources, needs), group in groups.items():
             demand = demand_of(resources, cluster, len(group))
-            tasks = [tuple(group[i : i + demand.slots]) for i in range(0, len(group), demand.slots)]
-            for start in range(0, len(tasks), largest):
-                piece = tuple(tasks[start : start + largest])
-                array = Array(job_name(sweep, piece), demand, piece, needs, parallel=len(piece))
+            for tasks in chunks([tuple(cells) for cells in chunks(group, demand.slots)], largest):
+                array = Array(job_name(sweep, tasks), demand, tuple(tasks), needs, parallel=len(tasks))
                 found.append((depth, array))
     return _limited(found, cluster.max_parallel)
 
 
 def _levels(entries: Sequence[Entry], waited: Mapping[str, tuple[str, ...]]) -> Iterator[list[Entry]]:
-    """The cells that wait for none of the others, then those that wait only for these, and so on."""
-    left = {entry.id: entry for entry in entries}
-    while left:
-        free = [e for e in left.values() if not any(need in left for need in waited[e.id])]
-        if not free:
-            raise ValueError(f"cells wait for each other: {', '.join(sorted(left))}")
-        yield free
-        for entry in free:
-            del left[entry.id]
+    """The cells that wait for none of the others, then those that wait only for these, and so on. Raises
+    CycleError if cells wait for each other."""
+    known = {entry.id for entry in entries}
+    order = TopologicalSorter({one: known.intersection(needs) for one, needs in waited.items()})
+    order.prepare()
+    while order.is_active():
+        ready = order.get_ready()
+        yield [entry for entry in entries if entry.id in ready]
+        order.done(*ready)
 
 
 def _limited(found: Sequence[tuple[int, Array]], limit: int | None) -> list[Array]:

@@ -24,7 +24,7 @@ from dash_exp.record.failures import BY_SCHEDULER, may_retry
 from dash_exp.record.folder import Row, read_json
 from dash_exp.signals import handling, run_forwarding
 from dash_exp.sweep.actions import cluster_of
-from dash_exp.sweep.pool import Relay, Terms, run_pool
+from dash_exp.sweep.pool import Relay, Terms, print_log, run_pool
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.states import last_lines
 from dash_exp.sweep.teachers import make_traces
@@ -117,14 +117,14 @@ class SlurmJob:
                 continue
             states[name], reason = obstacle
             if reason:
-                log(f"{name}: {reason}")
+                print_log(f"{name}: {reason}")
                 more = {"reason": reason} if states[name] == "blocked" else {"failure": reason}
                 say_state(self.folder(name), states[name], **more)
         # the ranks of a cell must start together, so rank 0 does not retry by itself
         retries = self.retries if place.tasks == 1 else {}
         actions = tuple(cell_actions(self.actions, threads(place.cpus, self.slots)))
         terms = Terms(self.slots, actions, retries, self.slots, False, self.sweep, place.job)
-        states |= run_pool([Job(self.folder(name), (), self.gpus) for name in able], terms, log, relay)
+        states |= run_pool([Job(self.folder(name), (), self.gpus) for name in able], terms, print_log, relay)
         for name in able:
             if states[name] == "failed":
                 print(*last_lines(self.folder(name) / OUTPUT, SHOWN_LINES), sep="\n", flush=True)
@@ -167,7 +167,7 @@ class SlurmJob:
         for name in set(wanted) - set(able):
             why = f"{reason}; was requeued as often as cluster.requeues={self.requeues} allows"
             say_state(self.folder(name), "interrupted", failure=why)
-            log(f"{name}: {why}")
+            print_log(f"{name}: {why}")
         if able and requeue(place.job):
             for name in able:
                 journal.note(self.folder(name), "requeue", reason=reason, job=place.job)
@@ -186,21 +186,17 @@ class TeacherJob:
 
         relay, place = Relay(), Place.here(os.environ)
         with handling(relay):
-            manifest = make_traces(manifests.read(Path(self.folder)), log, relay, live=True)
+            manifest = make_traces(manifests.read(Path(self.folder)), print_log, relay, live=True)
         cluster = cluster_of(manifest.actions)
         if relay.first is not None:
             if out_of_time(relay, place.job) and place.restarts < cluster.requeues:
                 requeue(place.job)
             raise SystemExit(ExitCode.SIGNALLED + relay.first)
         jobs = submit(manifest, manifest.entries, cluster)
-        log(f"{len(jobs)} jobs queued, {len(manifest.waiting)} cells still wait")
+        print_log(f"{len(jobs)} jobs queued, {len(manifest.waiting)} cells still wait")
         if manifest.waiting:
             raise SystemExit(ExitCode.FAILED)
         return 0
-
-
-def log(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
 def recorded_state(folder: Path) -> str:
@@ -262,8 +258,8 @@ def requeue(job: str) -> bool:
         time.sleep(PAUSE_S if attempt else 0.0)
         succeeded, text = queue.call(["scontrol", "requeue", job])
         if succeeded:
-            log(f"job {job} is requeued and goes on from the last checkpoint")
+            print_log(f"job {job} is requeued and goes on from the last checkpoint")
             return True
-        log(f"scontrol requeue {job}: {text}")
-    log("not requeued: launch the sweep again, and it goes on from the last checkpoint")
+        print_log(f"scontrol requeue {job}: {text}")
+    print_log("not requeued: launch the sweep again, and it goes on from the last checkpoint")
     return False

@@ -10,6 +10,9 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 TIMEOUT_S = 20.0
 """For one command; a busy controller takes seconds."""
@@ -18,16 +21,8 @@ AT_ONCE = 1000
 DEFAULT_ARRAY_SIZE = 1001
 
 JOB_ID = re.compile(r"\d+(_\d+)?")
-QUEUED = [
-    "PENDING",
-    "CONFIGURING",
-    "REQUEUED",
-    "REQUEUE_HOLD",
-    "REQUEUE_FED",
-    "SPECIAL_EXIT",
-    "RESV_DEL_HOLD",
-]
-RUNNING = ["RUNNING", "SUSPENDED", "SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING"]
+QUEUED = re.compile("PENDING|CONFIGURING|REQUEUED|REQUEUE_HOLD|REQUEUE_FED|SPECIAL_EXIT|RESV_DEL_HOLD")
+RUNNING = re.compile("RUNNING|SUSPENDED|SIGNALING|STAGE_OUT|STOPPED|RESIZING")
 SQUEUE = ["squeue", "--noheader", "--array", "--all", "--states=all", "--format=%i|%T|%r|%N"]
 SACCT = ["sacct", "--noheader", "--parsable2", "--allocations"]
 
@@ -90,8 +85,8 @@ def cancel(ids: Sequence[str], now: bool = False) -> bool:
         return False
     open_ones = [one for one in wanted if one in listed and listed[one].active]
     queued = [one for one in open_ones if listed[one].state == "queued"]
-    answered = [run(["scancel", "--quiet", *piece]) is not None for piece in _pieces(queued)]
-    for piece in _pieces([one for one in open_ones if one not in queued]):
+    answered = [run(["scancel", "--quiet", *piece]) is not None for piece in chunks(queued, AT_ONCE)]
+    for piece in chunks([one for one in open_ones if one not in queued], AT_ONCE):
         text = run(["scancel", "--quiet", *([] if now else ["--signal=TERM"]), *piece])
         answered += [text is not None] if now else []  # signalling a job that has ended fails
     return all(answered)
@@ -191,9 +186,9 @@ def tasks_in(name: str) -> list[str]:
 
 
 def _state(word: str) -> str:
-    if word in QUEUED:
+    if QUEUED.fullmatch(word):
         return "queued"
-    return "running" if word in RUNNING else "completing" if word == "COMPLETING" else "ended"
+    return "running" if RUNNING.fullmatch(word) else "completing" if word == "COMPLETING" else "ended"
 
 
 def _given(text: str) -> str | None:
@@ -210,8 +205,8 @@ def _parent(job: str) -> str:
 
 def _parents(wanted: Sequence[str]) -> list[str]:
     """The ids of jobs and whole arrays, joined by commas, in pieces for one command line each."""
-    return [",".join(piece) for piece in _pieces(list(dict.fromkeys(map(_parent, wanted))))]
+    return [",".join(piece) for piece in chunks(list(dict.fromkeys(map(_parent, wanted))), AT_ONCE)]
 
 
-def _pieces(ids: Sequence[str]) -> list[Sequence[str]]:
-    return [ids[i : i + AT_ONCE] for i in range(0, len(ids), AT_ONCE)]
+def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,10 +1,10 @@
-"""A cell's process without its training: the real lock, record and signals, and what a test wants of it.
+"""A cell's process without its training: the real lock, record and signals, and what a test asks for.
 
 `play.json` in the folder, or the variable PLAY_<seed>, lists what each start does, the last one again and
 again: `step` (reached), `wait` (seconds; a stopping signal ends it as it ends a step), `say` (printed),
 `failure` (recorded, and the exit code is 1), `die` (a signal it sends itself; `die_late`: once it is
 finished), `exit` (a code, with nothing recorded).
-`seen.jsonl` tells what it was given.
+`seen.jsonl` records what it was given.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def play(arguments: list[str]) -> NoReturn:
 
 
 def tidy(folder: Path) -> int:
-    """What is left to do for a finished cell."""
+    """Clean up after a finished cell."""
     for left in folder.glob("checkpoints/*/resume"):
         shutil.rmtree(left)
     return 0
@@ -62,7 +62,7 @@ def perform(folder: Path, recorder: Recorder, actions: list[str]) -> int:
         print(act["say"], flush=True)
     while time.time() < begun + act.get("wait", 0) and not came:
         time.sleep(0.01)
-    time.sleep(0.2 if came else 0)  # for a second one
+    time.sleep(0.15 if came else 0)  # for a second one
     seen = {
         "pid": os.getpid(),
         "begun": begun,
