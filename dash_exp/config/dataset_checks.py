@@ -31,6 +31,7 @@ EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
 VERIFIERS_OF: dict[str, tuple[str, ...]] = {
     "jsonl": ("math", "integer", "code"),
     "arithmetic": ("integer", "math"),
+    "digits": ("integer", "math"),
     "functions": ("code",),
     "reasoning_gym": ("reasoning_gym",),
 }

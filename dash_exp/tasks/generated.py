@@ -32,6 +32,16 @@ def arithmetic(split: str) -> ExampleSet:
     return ExampleSet("arithmetic", tuple(rows), f"generated:arithmetic/{split}")
 
 
+def digits(split: str) -> ExampleSet:
+    """Sums below ten, 45 to train on and 10 held out: one-digit answers, so that a random model is sometimes
+    right and every arm has something to learn from."""
+    pairs = [(x, y) for x in range(10) for y in range(10 - x)]
+    order = permutation(SPLIT_SEED, len(pairs)).tolist()
+    chosen = [pairs[i] for i in (order[:10] if split == "test" else order[10:])]
+    rows = [Example(f"{x}+{y}", f"{x}+{y}=", str(x + y), f"{x + y}\n") for x, y in chosen]
+    return ExampleSet("digits", tuple(rows), f"generated:digits/{split}")
+
+
 FORMS: tuple[tuple[str, str, Callable[[int, int, int], int]], ...] = (
     ("x times {a} plus {b}", "x * {a} + {b}", lambda x, a, b: x * a + b),
     ("{a} times x minus {b}", "{a} * x - {b}", lambda x, a, b: a * x - b),
@@ -74,6 +84,14 @@ def _function(words: str, python: str, values: Sequence[tuple[int, int]]) -> Exa
     tests = [f"assert f({x}) == {y}" for x, y in values]
     gold = CodeGold("\n".join(tests) + "\n", "f", f"{HEADER} ")
     return Example(words, f"{worked}# {words}\n{HEADER}", gold.to_text(), f" {python}\n", tests[0])
+
+
+GENERATED: Mapping[str, Callable[[str], ExampleSet]] = {
+    "arithmetic": arithmetic,
+    "digits": digits,
+    "functions": functions,
+}
+"""By `dataset.kind`: from a split's name to its examples."""
 
 
 # reasoning-gym

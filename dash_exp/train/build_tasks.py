@@ -13,7 +13,7 @@ from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import EvalSet
 from dash_exp.tasks.examples import ExampleSet, Layout
-from dash_exp.tasks.generated import arithmetic, functions, gym_examples
+from dash_exp.tasks.generated import GENERATED, gym_examples
 from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture
 from dash_exp.tasks.templates import CHATS, Chat, Style, renderer
 from dash_exp.types import Decoding
@@ -46,10 +46,8 @@ def build_task(config: Config, tokenizer: Any, positions: int, judges: Judges) -
 
 def load_examples(one: DatasetConfig) -> ExampleSet:
     """The examples of a dataset whose path has been resolved."""
-    if one.kind == "arithmetic":
-        return replace(arithmetic(one.split), name=one.name)
-    if one.kind == "functions":
-        return replace(functions(one.split), name=one.name)
+    if one.kind in GENERATED:
+        return replace(GENERATED[one.kind](one.split), name=one.name)
     if one.kind == "reasoning_gym":
         assert one.task is not None and one.size is not None
         return gym_examples(
