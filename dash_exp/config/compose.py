@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp import PACKAGE
 from dash_exp.config.checks import check
-from dash_exp.config.overrides import Options, composition_fault, override_faults
+from dash_exp.config.overrides import Options, common_keys, composition_fault, override_faults
 from dash_exp.config.schema import BudgetConfig, Config
 from dash_exp.errors import Fault, UserError
 
@@ -63,6 +63,7 @@ def register() -> None:
     for name in OPEN_MAPPINGS:
         OmegaConf.set_struct(schema.dataset[name], False)
     ConfigStore.instance().store(name="schema", node=schema)
+    OmegaConf.register_new_resolver("common_keys", common_keys, replace=True)  # for --help
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

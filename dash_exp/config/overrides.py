@@ -1,4 +1,8 @@
-"""What is wrong with one override (`key=value`) taken alone: its key, its option, its type."""
+"""Keys as they are written on the command line: what is wrong with one override (its key, its option, its
+type), the settings that a command adds, and the lists of keys in the help and in `docs/config.md`.
+
+`python -m dash_exp.config.overrides` prints that page.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +22,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, Key
 from dash_exp.errors import Fault, nearest
 
 Settings = TypeVar("Settings")
@@ -25,6 +30,14 @@ Options = Mapping[str, Sequence[str]]
 """Config group to the names of its options."""
 
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+HELP_WIDTH = 78
+PAGE_HEADER = """# Every config key
+
+What a key means and what it may be, made from `dash_exp/config/schema.py`
+(`python -m dash_exp.config.overrides > docs/config.md`). Values are in `conf/`;
+`python -m dash_exp --cfg job --resolve` prints those of a run.
+"""
+TABLE_HEADER = "| key | value | meaning |\n|---|---|---|"
 KINDS = {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}
 
 
@@ -140,13 +153,48 @@ def type_of(key: str) -> Any:
     return hint
 
 
-def leaf_keys(kind: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema that holds a value."""
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from leaf_keys(hint, f"{prefix}{name}.")
+def leaf_keys(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """Every dotted key of the schema that holds a value, with what is declared of it."""
+    hints = typing.get_type_hints(kind)
+    for one in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[one.name]):
+            yield from leaf_keys(hints[one.name], f"{prefix}{one.name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{one.name}", one.metadata["key"]
+
+
+def common_keys() -> str:
+    """The keys that have an example, one a line, for `--help`."""
+    margin = " " * 30
+    rows = [(f"{key}={declared.example}", declared) for key, declared in leaf_keys() if declared.example]
+    return "\n".join(
+        textwrap.fill(declared.meaning, HELP_WIDTH, initial_indent=f"{text:29} ", subsequent_indent=margin)
+        for text, declared in rows
+    )
+
+
+def page() -> str:
+    """`docs/config.md`: every key, one table for each group."""
+    groups: dict[str, list[str]] = {}
+    for key, declared in leaf_keys():
+        meaning = declared.meaning.replace("|", "\\|")
+        row = f"| `{key}` | {_value(key, declared)} | {meaning} |"
+        groups.setdefault(key.rpartition(".")[0], []).append(row)
+    parts = [PAGE_HEADER]
+    for group, rows in sorted(groups.items()):
+        about = " ".join(type_of(group).__doc__.split())
+        parts.append("\n".join([f"## {group or 'A run'}\n\n{about}\n", TABLE_HEADER, *rows, ""]))
+    return "\n".join(parts)
+
+
+def _value(key: str, declared: Key) -> str:
+    hint = type_of(key)
+    optional = isinstance(hint, types.UnionType)
+    if declared.allowed:
+        kind = ", ".join(f"`{name}`" for name in declared.allowed)
+        return f"a list of {kind}" if typing.get_origin(hint) is list else kind + optional * ", null"
+    kind = describe(hint).replace(" or null", "")
+    return f"{kind}{f', {declared.range}' if declared.range else ''}{optional * ', or null'}"
 
 
 def unknown_key(key: str, options: Options) -> Fault:
@@ -155,7 +203,7 @@ def unknown_key(key: str, options: Options) -> Fault:
     while type_of(parent) is None:
         parent = parent.rpartition(".")[0]
     inside = _names_in(parent) if parent else sorted({*_names_in(parent), *options})
-    leaves = {leaf: leaf.rpartition(".")[2] for leaf in leaf_keys()}
+    leaves = {leaf: leaf.rpartition(".")[2] for leaf, _ in leaf_keys()}
     meant = [leaf for leaf, name in leaves.items() if name == last]
     if not meant:
         close = difflib.get_close_matches(last, inside, n=1, cutoff=0.6)
@@ -240,3 +288,7 @@ def own_settings(schema: type[Settings], prefix: str, texts: Sequence[str]) -> t
     made: Any = OmegaConf.to_object(settings)
     assert isinstance(made, schema)
     return made, faults
+
+
+if __name__ == "__main__":
+    print(page(), end="")
