@@ -54,7 +54,7 @@ class Sweeps:
     def cells(self) -> dict[str, Path]:
         """Folders of cells by what comes before their ids, without the model and dataset."""
         names = sorted((self.root / "cells").iterdir())
-        return {f.name.rpartition("-")[0].replace("tiny-arithmetic-", ""): f for f in names}
+        return {f.name.rpartition("-")[0].replace("tiny-digits-", ""): f for f in names}
 
     def states(self) -> dict[str, str]:
         return {name: read_json(folder / "status.json")["state"] for name, folder in self.cells().items()}

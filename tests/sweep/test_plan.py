@@ -55,10 +55,10 @@ def test_cells_are_those_of_single_runs_and_nothing_is_written(tmp_path: Path) -
     root = tmp_path / "new"
     plan = planned(root, "algorithm=dash,grpo", "seed=0,1", "hydra.launcher.n_jobs=2", "run.force=true")
     assert [c.folder_name.rpartition("-")[0] for c in plan.cells] == [
-        "dash-tiny-arithmetic-s0",
-        "dash-tiny-arithmetic-s1",
-        "grpo-tiny-arithmetic-s0",
-        "grpo-tiny-arithmetic-s1",
+        "dash-tiny-digits-s0",
+        "dash-tiny-digits-s1",
+        "grpo-tiny-digits-s0",
+        "grpo-tiny-digits-s1",
     ]
     assert not root.exists()
     assert [c.id for c in plan.cells[1:3]] == [
@@ -211,12 +211,10 @@ def test_an_id_that_another_cell_of_the_pool_has(tmp_path: Path) -> None:
 def test_cells_wait_for_traces_that_can_be_made(tmp_path: Path) -> None:
     arm = ("algorithm=dash,sft_m", "seed=0,1")
     told = refused(tmp_path, *arm)
-    assert (
-        "arithmetic-qwen7b_instruct.jsonl is not a file (in 2 of 4 cells, all with algorithm=sft_m)" in told
-    )
-    traces = [("dataset=arithmetic", "traces.limit=4")]
+    assert "digits-qwen7b_instruct.jsonl is not a file (in 2 of 4 cells, all with algorithm=sft_m)" in told
+    traces = [("dataset=digits", "traces.limit=4")]
     plan = planned(tmp_path, *arm, traces=traces)
-    path = tmp_path / "traces" / "arithmetic-qwen7b_instruct.jsonl"
+    path = tmp_path / "traces" / "digits-qwen7b_instruct.jsonl"
     assert len(plan.cells) == 2
     assert [w.overrides[-1] for w in plan.waiting] == ["seed=0", "seed=1"]
     assert {w.traces.path for w in plan.waiting} == {path}
