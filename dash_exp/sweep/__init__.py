@@ -1,16 +1,11 @@
-"""From many overrides to many cells: expand, plan, freeze, run here or on SLURM, watch. Torch-free.
+"""From many overrides to many cells: expand, plan, freeze, run here or on SLURM, watch.
 
-    sweeps/x.yaml ─ spec ─┐
-    -m key=a,b ─ multirun ┴► expand ─ combinations ─► plan ─ Plan ─► manifest ─ frozen cells ─► dispatch
-                                                       │                                           │
-          composer, drafts, pairing, resources, settings, hardware, told                           │
-                                                                                                   ▼
-    here:   local (controller) ─► pool ─► worker ─► python -m dash_exp.cell <folder>  ◄─ slurm_job ◄─ slurm
-                 teachers, shares, failures, endings               slurm_arrays, slurm_faults, slurm_teachers
-                                                     │ records, journal
-                                                     ▼
-    sweep:  commands ─► planning, preview, estimate │ watching ─ status ─ states ─ verdict │ cancel, lookup
-            report, summary: what is printed          tails, processes, queue: what is looked at
-
-`jobs` has the types that travel down; `journal` is what launchers write about a cell.
+spec (sweeps/x.yaml) or multirun (-m key=a,b) -> combinations of overrides
+plan       every combination composed, checked and given its id, with resources and partners
+dispatch   the plan is written to its manifest, every cell is frozen, and its cells are started:
+local      here: a controller -> pool -> worker -> `python -m dash_exp.cell <folder>`
+slurm/     on SLURM: jobs that run such a pool
+teachers   traces that cells wait for are made first, then these cells get their ids
+__main__   the commands: lookup finds sweeps, status and states read their cells, preview is a dry run,
+           watch and report print
 """

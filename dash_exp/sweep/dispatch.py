@@ -26,9 +26,9 @@ from dash_exp.record.jobs import Plan
 from dash_exp.record.locks import Locks, ask_to_end
 from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest, held
 from dash_exp.sweep import local
-from dash_exp.sweep.actions import tracking_of
 from dash_exp.sweep.pool import Log, Relay
 from dash_exp.sweep.report import closing_lines, closing_table, count_of, status_command
+from dash_exp.sweep.resources import tracking_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.arrays import find_faults

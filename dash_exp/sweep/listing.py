@@ -13,9 +13,9 @@ from rich.text import Text
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.sweep import spec as specs
-from dash_exp.sweep.expand import combinations
 from dash_exp.sweep.lookup import launched
 from dash_exp.sweep.report import counts_text
+from dash_exp.sweep.spec import combinations
 from dash_exp.sweep.status import SweepState, read_sweeps
 
 

@@ -28,8 +28,8 @@ from dash_exp.record.folder import read_json, write_json
 from dash_exp.record.locks import HERE, Locks
 from dash_exp.record.manifest import Entry, Manifest, held
 from dash_exp.signals import handling
-from dash_exp.sweep.actions import cluster_of
 from dash_exp.sweep.pool import Log, Relay, Terms, print_log, run_pool
+from dash_exp.sweep.resources import cluster_of
 from dash_exp.sweep.states import last_lines
 from dash_exp.sweep.status import CONTROLLER
 from dash_exp.sweep.teachers import make_traces

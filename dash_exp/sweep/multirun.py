@@ -17,12 +17,10 @@ from dash_exp.learning.distributed.world import placed
 from dash_exp.record.folder import read_json
 from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import NAME, sweep_folder
-from dash_exp.sweep.actions import part_of_machine
 from dash_exp.sweep.dispatch import LaunchRequest, launch
-from dash_exp.sweep.expand import key_of
-from dash_exp.sweep.hardware import slug
 from dash_exp.sweep.plan import make_plan
-from dash_exp.sweep.settings import split
+from dash_exp.sweep.resources import part_of_machine, slug, split
+from dash_exp.sweep.spec import key_of
 
 N_JOBS, WAIT = "hydra.launcher.n_jobs", "hydra.launcher.wait"
 SHOWN_VALUES, NAME_LENGTH = 4, 80

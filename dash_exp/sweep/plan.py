@@ -31,20 +31,20 @@ from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.record.identity import Cell, make_cell
 from dash_exp.record.jobs import Plan, PlannedCell, Traces, Waiting
-from dash_exp.sweep.expand import Combination, combinations, key_of, quoted
-from dash_exp.sweep.hardware import hardware_label
-from dash_exp.sweep.resources import resource_faults, resources_of
-from dash_exp.sweep.settings import (
+from dash_exp.sweep.resources import (
     NOT_REPEATED,
     OF_A_CELL,
     Settings,
     common_actions,
     differing_faults,
+    hardware_label,
     is_setting,
+    resource_faults,
+    resources_of,
     settings_of,
     split,
 )
-from dash_exp.sweep.spec import Spec
+from dash_exp.sweep.spec import Combination, Spec, combinations, key_of, quoted
 from dash_exp.traces.settings import out_of
 
 TRACES = "dataset.traces"

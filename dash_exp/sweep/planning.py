@@ -14,16 +14,22 @@ from dash_exp.errors import Fault, UserError
 from dash_exp.record.identity import read_frozen
 from dash_exp.record.jobs import Plan, PlannedCell
 from dash_exp.record.manifest import Manifest
-from dash_exp.sweep.actions import cluster_of, part_of_machine
 from dash_exp.sweep.dispatch import LaunchRequest, launch, refusals
 from dash_exp.sweep.estimate import LOADER
-from dash_exp.sweep.expand import key_of
 from dash_exp.sweep.local import read_order
 from dash_exp.sweep.lookup import find
 from dash_exp.sweep.plan import plan_spec
-from dash_exp.sweep.resources import resources_of
-from dash_exp.sweep.settings import NOT_REPEATED, OF_A_CELL, common_actions, settings_of, split
-from dash_exp.sweep.spec import Spec
+from dash_exp.sweep.resources import (
+    NOT_REPEATED,
+    OF_A_CELL,
+    cluster_of,
+    common_actions,
+    part_of_machine,
+    resources_of,
+    settings_of,
+    split,
+)
+from dash_exp.sweep.spec import Spec, key_of
 from dash_exp.sweep.teachers import planned
 from dash_exp.text import format_path
 

@@ -1,45 +1,76 @@
-"""Sweeps as files: `sweeps/<name>.yaml`, what each asks and which cells answer it. Torch-free.
+"""Sweeps as files, `sweeps/<name>.yaml`, and the combinations of overrides that they, or `-m`, expand to.
 
 claim      what is tested, a sentence
 question   what is looked at to test it
 feeds      the tables and figures its cells are in, as table_3 or figure_1
-times      true: its result is a time, so its cells belong to a kind of machine (`hardware`) and do one
-           thing after the other (sampler.streaming=false, where nothing else is said)
+times      true: results are times, so its cells are labelled with their kind of machine (`hardware`) and
+           do not overlap phases (sampler.streaming=false, unless it is set)
 overrides  of every cell
 seeds      of every combination
 traces     arguments of `python -m dash_exp.traces`, a line each, for cells that learn from a teacher
 grid       blocks, all of whose combinations are taken. In a block:
     <key>    an axis: a list of values, or one; axes are multiplied
-    zip      a list of mappings from keys to equally long lists that run together
+    zip      a list of mappings from keys to equally long lists whose values are used together
     exclude  combinations that are left out, each named by some of its values
     include  combinations that are added to the block's, each a mapping from keys to values
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
 
 from dash_exp import PACKAGE
-from dash_exp.config.compose import find_faults
+from dash_exp.config.compose import find_faults, opened, parse, variants_of
 from dash_exp.errors import Fault, UserError, nearest
-from dash_exp.sweep.expand import Axis, Block, Combination, chosen_of, key_of, override_of
+
+Combination = tuple[str, ...]
+"""Overrides (`key=value`, in Hydra's grammar) that together make a cell."""
+
+Axis = tuple[Combination, ...]
+"""What an axis chooses from; with `zip`, a choice has several overrides."""
 
 KEYS = ("claim", "question", "feeds", "times", "overrides", "seeds", "traces", "grid")
 NEEDED = ("claim", "question", "feeds", "seeds", "grid")
 IN_BLOCK = ("zip", "exclude", "include")
 FEED = re.compile(r"(table|figure)_[a-z0-9_]+")
-NAMED = "write it as a mapping, name: value"
+STREAMING = "sampler.streaming"
+UNQUOTED = re.compile(r"[A-Za-z0-9_./@+-]+")
+OTHER_TYPE = re.compile(r"null|true|false|[+-]?(inf|nan|[\d_]*\.?[\d_]*(e[+-]?[\d_]+)?)", re.IGNORECASE)
+FLOAT_WITHOUT_DOT = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A grid: axes that are multiplied. `exclude`: combinations with all overrides of one of these are left
+    out; `include`: these are added."""
+
+    axes: tuple[Axis, ...]
+    exclude: tuple[frozenset[str], ...] = ()
+    include: tuple[Combination, ...] = ()
+
+    def combinations(self, seed: int) -> Iterator[Combination]:
+        last = f"seed={seed}"
+        for parts in itertools.product(*self.axes):
+            combination = (*itertools.chain(*parts), last)
+            if not any(one <= set(combination) for one in self.exclude):
+                yield combination
+        for one in self.include:
+            yield one if "seed" in map(key_of, one) else (*one, last)
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A sweep's file, read and found sound. What its keys and options mean is asked when it is planned."""
+    """A sweep's file without faults of its own. Whether its keys and options exist is checked when it is
+    planned."""
 
     name: str
     claim: str
@@ -53,7 +84,7 @@ class Spec:
     source: Path
 
     def about(self) -> dict[str, object]:
-        """What a manifest says of where it comes from."""
+        """What a manifest records of the file."""
         return {
             "claim": self.claim,
             "question": self.question,
@@ -61,6 +92,88 @@ class Spec:
             "times": self.times,
             "source": str(self.source),
         }
+
+
+# Combinations -------------------------------------------------------------------------------------
+
+
+def combinations(spec: Spec, extra: Sequence[str] = ()) -> list[Combination]:
+    """The combinations of a sweep, all of the first seed first, so that a part of it is a complete table.
+
+    `extra`: overrides from a command line, several values allowed; they replace the sweep's own for the same
+    keys. Raises UserError where these cannot be read.
+    """
+    added = products(extra)
+    replaced = {key_of(text) for text in extra}
+    found = []
+    for seed, block in itertools.product(spec.seeds, spec.blocks):
+        for chosen, more in itertools.product(block.combinations(seed), added):
+            common = _without(spec.overrides, map(key_of, chosen))
+            cell = (*_without((*common, *chosen), replaced), *more)
+            sequential = spec.times and STREAMING not in map(key_of, cell)
+            found.append((*cell, f"{STREAMING}=false") if sequential else cell)
+    return list(dict.fromkeys(found))
+
+
+def _without(texts: Iterable[str], keys: Iterable[str]) -> Combination:
+    left_out = set(keys)
+    return tuple(text for text in texts if key_of(text) not in left_out)
+
+
+def products(overrides: Sequence[str]) -> list[Combination]:
+    """All combinations of overrides that may have several values, in the order of Hydra's own sweeper.
+
+    Raises UserError with every override that cannot be read.
+    """
+    if not overrides:
+        return [()]
+    with opened():
+        parsed, faults = parse(overrides)
+        axes = []
+        for override in parsed:
+            variants, wrong = variants_of(override, sweep=True)
+            faults += wrong
+            axes.append([variant.input_line or "" for variant in variants])
+    if faults:
+        raise UserError(faults)
+    return list(itertools.product(*axes))
+
+
+def key_of(text: str) -> str:
+    """The key of an override."""
+    return text.lstrip("+~").partition("=")[0]
+
+
+def override_of(key: str, value: object) -> str:
+    """A key and a value of yaml as an override."""
+    return f"{key}={text_of(value)}"
+
+
+def text_of(value: object) -> str:
+    """A value of yaml in Hydra's grammar. (Yaml reads 1e-4 as text, since it has no dot.)"""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{text_of(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(text_of, value)) + "]"
+    return quoted(str(value)) if isinstance(value, str) else str(value)
+
+
+def quoted(text: str) -> str:
+    """Text in Hydra's grammar, in quotes where it would be read as something else."""
+    if FLOAT_WITHOUT_DOT.fullmatch(text):
+        return repr(float(text))
+    if UNQUOTED.fullmatch(text) and not OTHER_TYPE.fullmatch(text):
+        return text
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+# Files --------------------------------------------------------------------------------------------
 
 
 def sweeps_dir() -> Path:
@@ -83,8 +196,20 @@ def load(name_or_path: str) -> Spec:
     return Reader(path).spec()
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice: only the last of two equal axes would be run."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                mark = node.value[position][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", mark)
+        return super().construct_mapping(node, deep)
+
+
 class Reader:
-    """Reads one file; `faults` are collected, and raised together."""
+    """Reads one file; `faults` are collected and raised together."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -92,32 +217,34 @@ class Reader:
 
     def spec(self) -> Spec:
         value = self._loaded()
-        self._known(value, KEYS, "")
+        for key in value:
+            if key not in KEYS:
+                self._fault(f"{key}", "unknown key", nearest(str(key), KEYS))
         for key in NEEDED:
             if value.get(key) in (None, "", []):
                 self._fault(key, "is missing", f"a sweep has {', '.join(NEEDED)}")
-        texts = {key: str(value.get(key) or "").strip() for key in ("claim", "question")}
-        overrides = self._combination("overrides", value.get("overrides") or {})
+        times = value.get("times", False)
+        if not isinstance(times, bool):
+            self._fault("times", f"got {times!r}, expected true or false")
         seeds = self._seeds(value.get("seeds"))
-        blocks = self._blocks(value.get("grid"), seeds)
         spec = Spec(
-            self.path.stem,
-            texts["claim"],
-            texts["question"],
-            self._feeds(value.get("feeds")),
-            overrides,
-            seeds,
-            blocks,
-            self._flag("times", value.get("times", False)),
-            self._traces(value.get("traces")),
-            self.path,
+            name=self.path.stem,
+            claim=str(value.get("claim") or "").strip(),
+            question=str(value.get("question") or "").strip(),
+            feeds=self._feeds(value.get("feeds")),
+            overrides=self._combination("overrides", value.get("overrides") or {}),
+            seeds=seeds,
+            blocks=self._blocks(value.get("grid"), seeds),
+            times=times is True,
+            traces=self._traces(value.get("traces")),
+            source=self.path,
         )
-        if self.faults:  # planning would find what else is wrong, but it is not come to
-            raise UserError([*self.faults, *faults_of_each(spec)])
+        if self.faults:  # it will not be planned, so faults of its keys and options are found here
+            raise UserError([*self.faults, *_faults_of_each(spec)])
         return spec
 
     def _fault(self, place: str, what: str, hint: str = "") -> None:
-        self.faults.append(Fault(f"{self.path}: {place}" if place else str(self.path), what, hint))
+        self.faults.append(Fault(f"{self.path}: {place}", what, hint))
 
     def _loaded(self) -> dict[str, Any]:
         """The file as a mapping. Raises UserError where it is none."""
@@ -133,16 +260,6 @@ class Reader:
             raise UserError(Fault(str(self.path), "is not a sweep", f"it has {', '.join(NEEDED)}"))
         return value
 
-    def _known(self, value: Mapping[Any, Any], allowed: Sequence[str], place: str) -> None:
-        for key in value:
-            if key not in allowed:
-                self._fault(f"{place}{key}", "unknown key", nearest(str(key), allowed))
-
-    def _flag(self, place: str, value: object) -> bool:
-        if not isinstance(value, bool):
-            self._fault(place, f"got {value!r}, expected true or false")
-        return value is True
-
     def _list(self, place: str, value: object) -> list[Any]:
         if isinstance(value, list):
             return value
@@ -154,9 +271,8 @@ class Reader:
         feeds = [str(name) for name in self._list("feeds", value)]
         for name in feeds:
             if not FEED.fullmatch(name):
-                self._fault(
-                    "feeds", f"got {name!r}", "write table_3, figure_1, or one's own, as table_filter"
-                )
+                hint = "write table_3, figure_1, or one's own, as table_filter"
+                self._fault("feeds", f"got {name!r}", hint)
         return tuple(feeds)
 
     def _seeds(self, value: object) -> tuple[int, ...]:
@@ -178,19 +294,23 @@ class Reader:
     def _combination(self, place: str, value: object) -> Combination:
         """A mapping from keys to values as overrides."""
         if not isinstance(value, dict):
-            self._fault(place, f"got {value!r}, expected a mapping", NAMED)
+            self._fault(place, f"got {value!r}, expected a mapping", "write it as a mapping, name: value")
             return ()
         return tuple(override_of(str(key), one) for key, one in value.items())
 
+    def _combinations(self, place: str, value: object) -> list[Combination]:
+        rows = self._list(place, value)
+        return [self._combination(f"{place}[{number}]", one) for number, one in enumerate(rows)]
+
     def _blocks(self, value: object, seeds: Sequence[int]) -> tuple[Block, ...]:
-        blocks = [value] if isinstance(value, dict) else self._list("grid", value)
+        if isinstance(value, dict):
+            return (self._block("grid", value, seeds),)
         read = []
-        for number, block in enumerate(blocks):
-            place = f"grid[{number}]" if isinstance(value, list) else "grid"
+        for number, block in enumerate(self._list("grid", value)):
             if isinstance(block, dict):
-                read.append(self._block(place, block, seeds))
+                read.append(self._block(f"grid[{number}]", block, seeds))
             else:
-                self._fault(place, f"got {block!r}, expected a mapping", NAMED)
+                self._combination(f"grid[{number}]", block)
         return tuple(read)
 
     def _block(self, place: str, value: dict[str, Any], seeds: Sequence[int]) -> Block:
@@ -201,17 +321,15 @@ class Reader:
         keys = [key_of(text) for axis in axes if axis for text in axis[0]]
         for key in sorted({key for key in keys if keys.count(key) > 1}):
             self._fault(f"{place}.{key}", "is on two axes")
-        include = tuple(
-            self._combination(f"{place}.include[{number}]", one)
-            for number, one in enumerate(self._list(f"{place}.include", value.get("include")))
-        )
-        left_out = self._list(f"{place}.exclude", value.get("exclude"))
-        exclude = [self._combination(f"{place}.exclude[{n}]", one) for n, one in enumerate(left_out)]
+        include = self._combinations(f"{place}.include", value.get("include"))
+        exclude = self._combinations(f"{place}.exclude", value.get("exclude"))
         if not axes and not include:
             self._fault(place, "names no axis, so it has no cells", "give it one, e.g. algorithm: [dash]")
-        block = Block(tuple(axes) or ((),), tuple(map(frozenset, exclude)), include)
+        block = Block(tuple(axes) or ((),), tuple(map(frozenset, exclude)), tuple(include))
         if len(self.faults) == before:
-            self._check_cells(place, block, exclude, seeds)
+            self._check_excluded(place, block, exclude, seeds)
+        if len(self.faults) == before and not any(any(block.combinations(seed)) for seed in seeds):
+            self._fault(place, "has no cells: all of its combinations are excluded")
         return block
 
     def _axis(self, place: str, key: str, value: object) -> Axis:
@@ -236,15 +354,12 @@ class Reader:
         if 0 in lengths.values():
             self._fault(place, "has no values, so the grid has no cells")
         rows = zip(*value.values(), strict=True)
-        return tuple(
-            tuple(override_of(key, one) for key, one in zip(value, row, strict=True)) for row in rows
-        )
+        return tuple(tuple(map(override_of, value, row)) for row in rows)
 
-    def _check_cells(
+    def _check_excluded(
         self, place: str, block: Block, exclude: Sequence[Combination], seeds: Sequence[int]
     ) -> None:
-        """Whether what is left out was there, and anything remains."""
-        before = len(self.faults)
+        """Whether what is left out is on the axes."""
         on_axes: dict[str, list[str]] = {"seed": [str(seed) for seed in seeds]}
         for text in (text for axis in block.axes for choice in axis for text in choice):
             on_axes.setdefault(key_of(text), []).append(text.partition("=")[2])
@@ -257,26 +372,11 @@ class Reader:
                     self._fault(f"{where}.{key}", "is no axis of this block", nearest(key, on_axes))
                 elif text not in on_axes[key]:
                     self._fault(f"{where}.{key}", f"got {text}", nearest(text, on_axes[key]))
-        empty = not any(True for seed in seeds for _ in chosen_of(block, seed))
-        if empty and len(self.faults) == before:
-            self._fault(place, "has no cells: all of its combinations are excluded")
 
 
-def faults_of_each(spec: Spec) -> list[Fault]:
-    """What is wrong with the keys and options of a sweep, each taken alone."""
+def _faults_of_each(spec: Spec) -> list[Fault]:
+    """What is wrong with each key and option of a sweep by itself."""
     chosen = (text for block in spec.blocks for axis in block.axes for texts in axis for text in texts)
     added = (text for block in spec.blocks for texts in block.include for text in texts)
     texts = dict.fromkeys((*spec.overrides, *chosen, *added))
     return list(dict.fromkeys(fault for text in texts for fault in find_faults([text], checked=False)))
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """Yaml that names no key twice: of two equal axes only the last one would be run."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                mark = node.value[position][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", mark)
-        return super().construct_mapping(node, deep)

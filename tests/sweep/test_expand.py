@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from dash_exp.config.compose import opened, parse
 from dash_exp.errors import UserError
-from dash_exp.sweep.expand import Block, combinations, key_of, products, quoted, text_of
-from dash_exp.sweep.spec import Spec
+from dash_exp.sweep.spec import Block, Spec, combinations, key_of, products, quoted, text_of
 
 
 def spec(

@@ -20,9 +20,9 @@ from dash_exp.record.folder import Row, differences, read_json, read_rows
 from dash_exp.record.locks import Locks
 from dash_exp.record.manifest import read
 from dash_exp.sweep import local
-from dash_exp.sweep.actions import cluster_of
 from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import make_plan
+from dash_exp.sweep.resources import cluster_of
 from tests.conftest import REPOSITORY
 
 TINY = ["model=tiny", "debug=fast", "cluster.threads=1", "evaluation=none"]

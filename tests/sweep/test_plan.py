@@ -15,13 +15,11 @@ from dash_exp.errors import UserError
 from dash_exp.record.folder import write_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen
 from dash_exp.record.jobs import Plan
-from dash_exp.sweep import hardware
-from dash_exp.sweep.expand import products
+from dash_exp.sweep import resources
 from dash_exp.sweep.multirun import ad_hoc_name
 from dash_exp.sweep.plan import SweepOptions, make_plan, plan_spec
-from dash_exp.sweep.resources import resource_faults, resources_of
-from dash_exp.sweep.settings import split
-from dash_exp.sweep.spec import load
+from dash_exp.sweep.resources import resource_faults, resources_of, split
+from dash_exp.sweep.spec import load, products
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("plain_machine")
@@ -33,7 +31,7 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """No data folder, and no GPU that a plan could see."""
     monkeypatch.delenv("DASH_DATA", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    hardware.gpus_here.cache_clear()
+    resources.gpus_here.cache_clear()
 
 
 def planned(root: Path, *overrides: str, **options: Any) -> Plan:
@@ -139,7 +137,7 @@ def test_partners_are_cells_of_the_sweep_and_come_with_their_machine(tmp_path: P
     assert (multi0.needs, multi1.needs, dash0.needs) == ((dash0.id,), (dash1.id,), ())
     assert multi0.cell.frozen["budget"]["match"] == dash0.id
     assert dash0.cell.frozen["budget"] == {"seconds": None, "match": None}
-    label = hardware.hardware_label(compose(TINY))
+    label = resources.hardware_label(compose(TINY))
     assert {c.cell.frozen["hardware"] for c in plan.cells} == {label} and label.endswith("-1cores")
     steps = ["algorithm.steps=4", f"hardware={label}"]
     assert dash0.id == single_id(tmp_path, "algorithm=dash", *steps)
@@ -230,7 +228,7 @@ def test_cells_wait_for_traces_that_can_be_made(tmp_path: Path) -> None:
 
 
 def test_where_times_count_cells_belong_to_a_machine(tmp_path: Path) -> None:
-    here = hardware.hardware_label(compose(TINY))
+    here = resources.hardware_label(compose(TINY))
     assert {c.cell.frozen["hardware"] for c in planned(tmp_path, "seed=0,1", times=True).cells} == {here}
     there = planned(
         tmp_path, "cluster=slurm", "cluster.partition=gpu", "cluster.constraint='a100|h100'", times=True
@@ -244,20 +242,20 @@ def test_where_times_count_cells_belong_to_a_machine(tmp_path: Path) -> None:
 def test_the_names_of_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("vendor_id : x\nmodel name\t: Quick(R) CPU @ 2.0GHz \nmodel name: other\n")
-    assert hardware.slug(hardware.processor(cpuinfo)) == "Quick_R_CPU_2.0GHz"
+    assert resources.slug(resources.processor(cpuinfo)) == "Quick_R_CPU_2.0GHz"
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB'\necho 'NVIDIA H100 80GB'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     config = compose(TINY)
     for visible, count in ((None, 2), ("0", 1), ("", 0)):
-        hardware.gpus_here.cache_clear()
+        resources.gpus_here.cache_clear()
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert len(hardware.gpus_here()) == count
-        assert (hardware.hardware_label(config) == "NVIDIA_H100_80GB") == (count > 0)
+        assert len(resources.gpus_here()) == count
+        assert (resources.hardware_label(config) == "NVIDIA_H100_80GB") == (count > 0)
         assert resources_of(config).gpus == min(count, 1)
-    hardware.gpus_here.cache_clear()
+    resources.gpus_here.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from dash_exp.errors import UserError
 from dash_exp.record.jobs import Plan
 from dash_exp.record.manifest import read
-from dash_exp.sweep.actions import cluster_of
 from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import SweepOptions, make_plan
+from dash_exp.sweep.resources import cluster_of
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.job import TeacherJob
 from tests.sweep.slurm_helpers import FakeSlurm

@@ -8,7 +8,7 @@ import pytest
 
 from dash_exp.errors import UserError
 from dash_exp.sweep import spec as specs
-from dash_exp.sweep.expand import combinations
+from dash_exp.sweep.spec import combinations
 
 WHOLE = """
 claim: DASH is faster.

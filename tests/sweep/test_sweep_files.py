@@ -8,8 +8,8 @@ import pytest
 
 from dash_exp.config.compose import conf_dir
 from dash_exp.sweep import spec as specs
-from dash_exp.sweep.expand import combinations, key_of
 from dash_exp.sweep.plan import SweepOptions, make_plan, plan_spec
+from dash_exp.sweep.spec import combinations, key_of
 from tests.conftest import REPOSITORY
 
 NAMES = specs.names()

@@ -8,9 +8,9 @@ import pytest
 
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import read
-from dash_exp.sweep.actions import cluster_of
 from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import SweepOptions, make_plan
+from dash_exp.sweep.resources import cluster_of
 from tests.conftest import REPOSITORY
 
 DIGITS = [

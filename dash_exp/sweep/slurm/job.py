@@ -23,8 +23,8 @@ from dash_exp.record.endings import is_cancelled, say_state
 from dash_exp.record.failures import BY_SCHEDULER, may_retry
 from dash_exp.record.folder import Row, read_json
 from dash_exp.signals import handling, run_forwarding
-from dash_exp.sweep.actions import cluster_of
 from dash_exp.sweep.pool import Relay, Terms, print_log, run_pool
+from dash_exp.sweep.resources import cluster_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.states import last_lines
 from dash_exp.sweep.teachers import make_traces
