@@ -74,7 +74,7 @@ class CellState:
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """What is known about a cell's last run: its status and journal and, once they were looked up, its
-    process on this machine (`pid`), what the queue says about its newest job (`job`), its pace, and the time
+    process on this machine (`pid`), what SLURM reports about its newest job (`job`), its pace, and the time
     `now`."""
 
     folder: Path
@@ -247,7 +247,7 @@ def states_of(
     jobs: Mapping[str, JobState] | None = None,
     code: str | None = None,
 ) -> list[CellState]:
-    """The states of many cells, in their order. `jobs`: what the queue says about their jobs; None: SLURM is
+    """The states of many cells, in their order. `jobs`: what SLURM reports about their jobs; None: SLURM is
     asked, once for all of them. `code`: the code's hash, to mark finished cells of other code as stale."""
     seen = [Evidence.read(folder) for folder in folders]
     if jobs is None:

@@ -86,7 +86,7 @@ def ran(folder: Path, state: str, step: int, code: str = "now", **more: Any) -> 
     """A cell that a process ran and left: its steps, its status, its provenance."""
     with Recorder(folder) as recorder:
         recorder.append("steps", steps_rows(step))
-        recorder.log("said last")
+        recorder.log("last line")
         write_json(
             folder / "provenance.json",
             {
@@ -99,14 +99,15 @@ def ran(folder: Path, state: str, step: int, code: str = "now", **more: Any) -> 
 
 
 def rewrite(folder: Path, **more: Any) -> None:
-    """Change what a status says, as another machine or an earlier time would have written it."""
+    """Change a status, as another machine or an earlier time would have written it."""
     path = folder / "status.json"
     write_json(path, {**json.loads(path.read_text()), **more})
 
 
 @contextmanager
 def running(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A process that says `running` once it is, and is ended with this context; it looks like a cell's."""
+    """A process that prints `running` once it is, and is killed at the end of this context; its command line
+    looks like a cell's."""
     command = [sys.executable, "-c", script, *map(str, arguments), "dash_exp.cell"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
@@ -119,7 +120,7 @@ def running(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def held_by_a_process(folder: Path, step: int = 3) -> AbstractContextManager[subprocess.Popen[str]]:
-    """A process that runs the cell, until it is told to end."""
+    """A process that runs the cell, until it is signalled."""
     return running(HOLDER, folder, step)
 
 
@@ -129,9 +130,9 @@ def command(*words: object) -> int:
 
 def refused(capsys: Capture, *words: object) -> str:
     assert command(*words) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    return told.err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
 
 
 def states(manifest: Manifest) -> list[str]:

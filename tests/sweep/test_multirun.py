@@ -145,7 +145,7 @@ def test_force_archives_and_runs_anew(sweeps: Sweeps) -> None:
     assert len(list((sweeps.root / "archive").iterdir())) == 4
 
 
-def test_everything_wrong_is_said_at_once_and_nothing_is_written(sweeps: Sweeps) -> None:
+def test_all_errors_are_reported_at_once_and_nothing_is_written(sweeps: Sweeps) -> None:
     done = sweeps.run("seed=0,1", "hydra.launcher.n_jobs=0", "hydra.launcher.wait=maybe")
     assert (done.returncode, done.stdout) == (2, "")
     assert "2 problems, nothing was started" in done.stderr
@@ -170,7 +170,7 @@ def test_a_sweep_grows_but_never_loses_a_cell(sweeps: Sweeps, monkeypatch: pytes
 
 
 @pytest.mark.long
-def test_the_same_words_for_other_cells_are_another_sweep(sweeps: Sweeps, tmp_path: Path) -> None:
+def test_the_same_command_with_other_data_is_another_sweep(sweeps: Sweeps, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     words = [
         "seed=0,1",
@@ -187,7 +187,7 @@ def test_the_same_words_for_other_cells_are_another_sweep(sweeps: Sweeps, tmp_pa
 
 
 @pytest.mark.long
-def test_a_place_that_cannot_be_written_is_said_plainly(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
@@ -265,7 +265,7 @@ def test_only_the_cells_that_were_named_are_run(sweeps: Sweeps, monkeypatch: pyt
 
 
 @pytest.mark.long
-def test_a_killed_controller_is_made_good_by_the_next(
+def test_the_next_controller_waits_for_the_cells_of_a_killed_one(
     sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", STAND_IN)
@@ -281,7 +281,7 @@ def test_a_killed_controller_is_made_good_by_the_next(
     assert sweeps.starts() == {"dash-s0": 1, "dash-s1": 1}
 
 
-def test_a_controller_that_cannot_start_is_said(sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controller_that_cannot_start_is_reported(sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="the sweep's controller could not be started"):
         detached(sweeps.root)
@@ -306,10 +306,10 @@ def test_the_plugin_is_found_from_anywhere_and_hydras_own_launchers_stay(sweeps:
 def test_real_cells_two_at_once_give_the_records_of_one_after_the_other(sweeps: Sweeps) -> None:
     done = sweeps.run("seed=0,1", "algorithm=dash,pg", "hydra.launcher.n_jobs=2", real=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    alone = Sweeps(sweeps.root.with_name("alone"))
-    assert alone.run("seed=0,1", "algorithm=dash,pg", real=True).returncode == 0
+    single = Sweeps(sweeps.root.with_name("single"))
+    assert single.run("seed=0,1", "algorithm=dash,pg", real=True).returncode == 0
     for name, folder in sweeps.cells().items():
-        assert differences(folder, alone.cells()[name]) == []
+        assert differences(folder, single.cells()[name]) == []
 
 
 @pytest.mark.long

@@ -28,7 +28,7 @@ def rows_of(manifest: Manifest, entry: slurm.Entry, kind: str = "queued") -> lis
     return [str(r["job"]) for r in journal.read(manifest.cell(entry)) if r["kind"] == kind]
 
 
-# What squeue and sacct say ------------------------------------------------------------------------
+# What squeue and sacct report ------------------------------------------------------------------------
 
 
 def test_states_of_jobs_come_from_one_squeue_and_one_sacct(fake_slurm: FakeSlurm) -> None:

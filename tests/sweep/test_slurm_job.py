@@ -88,8 +88,8 @@ def test_a_warned_cell_saves_is_requeued_and_goes_on(fake_slurm: FakeSlurm, tmp_
         assert time.time() < deadline and first.poll() is None, first.communicate()[0]
         time.sleep(0.02)
     first.send_signal(signal.SIGUSR2)
-    said = first.communicate(timeout=60)[0]
-    assert first.returncode == 128 + signal.SIGUSR2, said
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 128 + signal.SIGUSR2, output
     status = read_json(folder / "status.json")
     assert status["state"] == "interrupted" and 2 <= status["step"] < 40
     assert fake_slurm.calls("scontrol")[-1] == "scontrol requeue 101"
@@ -97,8 +97,8 @@ def test_a_warned_cell_saves_is_requeued_and_goes_on(fake_slurm: FakeSlurm, tmp_
     assert journal.read(folder)[-1] | {"reason": "timeout", "job": "101"} == journal.read(folder)[-1]
 
     second = start_task(sweep, "101", restarts=1)
-    said = second.communicate(timeout=60)[0]
-    assert second.returncode == 0, said
+    output = second.communicate(timeout=60)[0]
+    assert second.returncode == 0, output
     finished = read_json(folder / "status.json")
     assert finished["state"] == "finished" and finished["attempt"] == 2
     assert f"resuming after step {status['step']}" in (folder / "log.txt").read_text()
@@ -209,8 +209,8 @@ def test_a_controller_that_refuses_to_requeue(
     sweep = write_made_up(tmp_path, made_up(1))
     job_of(sweep, requeues=1)._requeue([sweep.entries[0].folder], "timeout", Place("7_3"))
     assert kinds(sweep.cell(sweep.entries[0])) == []
-    said = capsys.readouterr().out
-    assert said.count("Unable to contact slurm controller") == 3 and "launch the sweep again" in said
+    output = capsys.readouterr().out
+    assert output.count("Unable to contact slurm controller") == 3 and "launch the sweep again" in output
 
 
 def test_ranks_on_several_nodes_start_again_together(in_job: FakeSlurm, tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ def test_what_the_cluster_does_not_have(tmp_path: Path) -> None:
 
 
 def test_without_accounting(tmp_path: Path, real_cluster: Cluster) -> None:
-    """Last, as it restarts the cluster: the same sweep, states from squeue and the folders alone."""
+    """Last, as it restarts the cluster: the same sweep, states from squeue and the folders only."""
     before = os.environ["SLURM_CONF"]
     real_cluster.configure(AccountingStorageType="accounting_storage/none", AccountingStorageTRES=None)
     try:

@@ -42,7 +42,7 @@ def row(kind: str, at: float, **facts: Any) -> dict[str, Any]:
     return {"kind": kind, "time": at, **facts}
 
 
-def said(state: str, heartbeat: float, **facts: Any) -> dict[str, Any]:
+def record(state: str, heartbeat: float, **facts: Any) -> dict[str, Any]:
     return {"state": state, "attempt": 1, "step": 3, "heartbeat": heartbeat, "failure": None, **facts}
 
 
@@ -56,117 +56,132 @@ def end(code: int, kind: str | None, at: float = 40) -> dict[str, Any]:
 
 
 CASES = {
-    "nothing was started": (said("pending", 5), [], {}, "pending"),
-    "finished stays so while its process tidies up": (said("finished", 30), [LOCAL], {"pid": 5}, "finished"),
-    "a process holds it, whatever was recorded": (said("interrupted", 15), [LOCAL], {"pid": 5}, "running"),
-    "it recorded running and nobody holds it": (said("running", 30), [LOCAL], {}, "interrupted"),
+    "nothing was started": (record("pending", 5), [], {}, "pending"),
+    "finished stays so while its process tidies up": (
+        record("finished", 30),
+        [LOCAL],
+        {"pid": 5},
+        "finished",
+    ),
+    "a process holds it, whatever was recorded": (
+        record("interrupted", 15),
+        [LOCAL],
+        {"pid": 5},
+        "running",
+    ),
+    "it recorded running and nobody holds it": (record("running", 30), [LOCAL], {}, "interrupted"),
     "killed, and the launcher saw a lost machine": (
-        said("running", 30),
+        record("running", 30),
         [LOCAL, end(-9, "node")],
         {},
         "interrupted",
     ),
-    "killed for its memory": (said("running", 30), [LOCAL, end(-9, "out_of_memory")], {}, "failed"),
-    "refused before it had its lock": (said("pending", 5), [LOCAL, end(2, "config")], {}, "failed"),
+    "killed for its memory": (record("running", 30), [LOCAL, end(-9, "out_of_memory")], {}, "failed"),
+    "refused before it had its lock": (record("pending", 5), [LOCAL, end(2, "config")], {}, "failed"),
     "asked to end before it had its lock": (
-        said("pending", 5),
+        record("pending", 5),
         [LOCAL, end(143, "preemption")],
         {},
         "interrupted",
     ),
-    "its partner is not ready: exit code 3": (said("blocked", 5), [LOCAL, end(3, None)], {}, "blocked"),
-    "failed": (said("failed", 30, failure="boom"), [LOCAL, end(1, "unknown")], {}, "failed"),
+    "its partner is not ready: exit code 3": (record("blocked", 5), [LOCAL, end(3, None)], {}, "blocked"),
+    "failed": (record("failed", 30, failure="boom"), [LOCAL, end(1, "unknown")], {}, "failed"),
     "failed, then a person asked again": (
-        said("failed", 30),
+        record("failed", 30),
         [LOCAL, end(1, "nan"), row("retry", 50)],
         {},
         "pending",
     ),
-    "waits in the queue": (said("pending", 5), [QUEUED], {"job": JobState("queued", "PENDING")}, "queued"),
+    "waits in the queue": (
+        record("pending", 5),
+        [QUEUED],
+        {"job": JobState("queued", "PENDING")},
+        "queued",
+    ),
     "queued anew after a lost node": (
-        said("running", 30),
+        record("running", 30),
         [QUEUED, START],
         {"job": JobState("queued", "PENDING")},
         "queued",
     ),
-    "its job has begun, itself not yet": (said("pending", 5), [QUEUED], {"job": RUNS}, "running"),
+    "its job has begun, itself not yet": (record("pending", 5), [QUEUED], {"job": RUNS}, "running"),
     "runs in a job elsewhere": (
-        said("running", 30),
+        record("running", 30),
         [QUEUED, START],
         {"job": RUNS},
         "running",
     ),
     "its process ended in a job that goes on": (
-        said("running", 30),
+        record("running", 30),
         [QUEUED, START, end(-9, "node")],
         {"job": RUNS},
         "interrupted",
     ),
     "its job was queued anew and runs again": (
-        said("interrupted", 30),
+        record("interrupted", 30),
         [QUEUED, START, end(140, "timeout"), row("requeue", 50, job="7")],
         {"job": RUNS},
         "running",
     ),
     "its job was killed, queued anew, and has just begun again": (
-        said("interrupted", 30),
+        record("interrupted", 30),
         [QUEUED, START],
         {"job": RUNS},
         "running",
     ),
-    "its job is over": (said("running", 30), [QUEUED, START], {"job": ENDED}, "interrupted"),
+    "its job is over": (record("running", 30), [QUEUED, START], {"job": ENDED}, "interrupted"),
     "its job ran out of memory": (
-        said("running", 30),
+        record("running", 30),
         [QUEUED, START],
         {"job": JobState("ended", "OUT_OF_MEMORY")},
         "failed",
     ),
     "scancel, while it waited": (
-        said("pending", 5),
+        record("pending", 5),
         [QUEUED],
         {"job": JobState("ended", "CANCELLED")},
         "cancelled",
     ),
     "scancel, then a retry": (
-        said("interrupted", 30),
+        record("interrupted", 30),
         [QUEUED, START, row("retry", 60)],
         {"job": JobState("ended", "CANCELLED")},
         "interrupted",
     ),
     "cancelled while it ran": (
-        said("interrupted", 31),
+        record("interrupted", 31),
         [LOCAL, row("cancel", 30), end(143, "preemption")],
         {},
         "cancelled",
     ),
-    "cancelled, not ended yet": (said("running", 30), [LOCAL, row("cancel", 31)], {"pid": 5}, "running"),
-    "cancelled before it began": (said("pending", 5), [row("cancel", 30)], {}, "cancelled"),
-    "cancelled, then a retry": (said("cancelled", 30), [row("retry", 50)], {}, "pending"),
+    "cancelled, not ended yet": (record("running", 30), [LOCAL, row("cancel", 31)], {"pid": 5}, "running"),
+    "cancelled before it began": (record("pending", 5), [row("cancel", 30)], {}, "cancelled"),
+    "cancelled, then a retry": (record("cancelled", 30), [row("retry", 50)], {}, "pending"),
     "elsewhere, heard a minute ago": (
-        said("running", 30, host="node7"),
+        record("running", 30, host="node7"),
         [],
         {"now": 90.0, "step_s": 2.0},
         "running",
     ),
     "elsewhere, silent for twenty minutes at 2 s a step": (
-        said("running", 30, host="node7"),
+        record("running", 30, host="node7"),
         [],
         {"now": 1230.0, "step_s": 2.0},
         "interrupted",
     ),
     "elsewhere, silent for twenty minutes at 5 minutes a step": (
-        said("running", 30, host="node7"),
+        record("running", 30, host="node7"),
         [],
         {"now": 1230.0, "step_s": 300.0},
         "running",
     ),
     "elsewhere, evaluating before its first step": (
-        said("running", 30, host="node7"),
+        record("running", 30, host="node7"),
         [],
         {"now": 1230.0, "step_s": None},
         "running",
     ),
-    "queued, and squeue does not answer": (said("pending", 5), [QUEUED], {}, "queued"),
+    "queued, and squeue does not answer": (record("pending", 5), [QUEUED], {}, "queued"),
 }
 
 
@@ -180,14 +195,14 @@ def test_a_state_has_a_note() -> None:
     def derived(status: Row, rows: list[Row], **more: Any) -> CellState:
         return derive_state(Evidence(Path(), status, rows, **more))
 
-    assert derived(said("running", 30), [LOCAL, row("cancel", 31)], pid=5).note == "asked to end"
+    assert derived(record("running", 30), [LOCAL, row("cancel", 31)], pid=5).note == "asked to end"
     waits = JobState("queued", "PENDING", reason="Priority")
-    assert derived(said("pending", 5), [QUEUED], job=waits).note == "Priority"
-    dead = derived(said("running", 30), [LOCAL], now=120.0)
+    assert derived(record("pending", 5), [QUEUED], job=waits).note == "Priority"
+    dead = derived(record("running", 30), [LOCAL], now=120.0)
     assert dead.note == "exited without recording a status, last seen 1m30s ago"
-    lost = derived(said("running", 30), [QUEUED, START], job=JobState("ended", "NODE_FAIL"))
+    lost = derived(record("running", 30), [QUEUED, START], job=JobState("ended", "NODE_FAIL"))
     assert (lost.note, lost.failure_class) == ("job 7: NODE_FAIL", "node")
-    refused = derived(said("pending", 5), [LOCAL, end(2, "config")])
+    refused = derived(record("pending", 5), [LOCAL, end(2, "config")])
     assert (refused.failure, refused.failure_class) == ("ended with exit code 2", "config")
 
 

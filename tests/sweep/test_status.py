@@ -55,7 +55,7 @@ def test_cells_are_counted_by_what_they_do(tmp_path: Path) -> None:
         "running",
         "pending",
     ]
-    assert state.cells[1].cell.failure_class == "nan"  # from what it said: no launcher watched it
+    assert state.cells[1].cell.failure_class == "nan"  # from its record: no launcher watched it
     assert not state.cells[0].cell.stale
     json.dumps(state.as_json())
 
@@ -87,7 +87,7 @@ def watched(state: str, step: int, steps: int | None, step_s: float | None, eta_
 def test_a_sweep_is_done_when_its_open_cells_are() -> None:
     running = [watched("running", 10, 20, 2.0, 20.0), watched("running", 0, 20, 3.0, 60.0)]
     # Two run: 20 + 60 s are left of them, one waits with 20 steps at the median pace of 2.5 s: 130 s in all,
-    # 65 s for two at once, which is more than any of them takes alone.
+    # 65 s for two at once, which is more than any of them takes by itself.
     assert sweep_eta_s([*running, watched("pending", 0, 20, None, None)]) == pytest.approx(65.0)
     assert sweep_eta_s(running) == pytest.approx(60.0)
     assert sweep_eta_s([watched("pending", 0, 20, None, None)]) is None  # nothing runs

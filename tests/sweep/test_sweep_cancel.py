@@ -200,14 +200,14 @@ def test_a_real_sweep_is_shown_as_it_is_through_kills_and_a_cancel(tmp_path: Pat
 
 
 def running_past(manifest: Manifest, step: int, patience_s: float = 120.0) -> CellState:
-    """A cell that runs and has made some steps. At every look, what is said to run does."""
+    """A cell that runs and has made some steps. Whenever a cell is shown as running, its process exists."""
     until = time.monotonic() + patience_s
     while time.monotonic() < until:
         for one in read_sweep(manifest).cells:
             cell = one.cell
             if cell.state == "running":
-                said = read_json(cell.folder / "status.json")["state"]
-                assert cell.pid is not None and (is_alive(cell.pid) or said != "running")
+                recorded = read_json(cell.folder / "status.json")["state"]
+                assert cell.pid is not None and (is_alive(cell.pid) or recorded != "running")
                 if cell.step >= step:
                     return cell
         time.sleep(0.1)

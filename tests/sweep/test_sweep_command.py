@@ -47,7 +47,7 @@ def test_help_names_every_command(capsys: Capture) -> None:
         assert end.value.code == 0
 
 
-def test_what_the_user_can_mend_is_told_with_exit_code_2(root: Path, capsys: Capture) -> None:
+def test_user_errors_have_exit_code_2(root: Path, capsys: Capture) -> None:
     sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
     where = f"run.dir={root}"
     assert "did you mean 'status'" in refused(capsys, "statsu", "mine")
@@ -67,9 +67,9 @@ def test_what_the_user_can_mend_is_told_with_exit_code_2(root: Path, capsys: Cap
 def test_a_plan_has_all_faults_at_once_and_writes_nothing(tmp_path: Path, capsys: Capture) -> None:
     path = write_yaml(tmp_path, algorithm=["dash", "dahs"])
     where = f"run.dir={tmp_path / 'outputs'}"
-    told = refused(capsys, "plan", path, where, "learner.lrr=1")
-    assert "2 problems" in told and "did you mean 'dash'" in told and "learner.lrr" in told
-    assert refused(capsys, "launch", path, where, "learner.lrr=1") == told
+    printed = refused(capsys, "plan", path, where, "learner.lrr=1")
+    assert "2 problems" in printed and "did you mean 'dash'" in printed and "learner.lrr" in printed
+    assert refused(capsys, "launch", path, where, "learner.lrr=1") == printed
     assert not (tmp_path / "outputs").exists()
 
 
@@ -96,8 +96,8 @@ def test_two_sweeps_under_one_name_are_refused_before_anything_starts(
     path = write_yaml(tmp_path, algorithm=["dash"])
     root = tmp_path / "outputs"
     manifest = sweep_of(root, [cell_of("dash", 0, 1)], name="tried")
-    told = refused(capsys, "launch", path, f"run.dir={root}")
-    assert "is another sweep: 1 of its 1 cells are not in this one" in told
+    printed = refused(capsys, "launch", path, f"run.dir={root}")
+    assert "is another sweep: 1 of its 1 cells are not in this one" in printed
     assert sorted(file.name for file in manifest.folder.iterdir() if file.name[0] != ".") == ["manifest.json"]
     assert len(list((root / "cells").iterdir())) == 1
 
@@ -123,8 +123,8 @@ def test_a_broken_manifest_hides_no_other_sweep(root: Path, capsys: Capture) -> 
     broken = sweep_of(root, [cell_of("dash", 0, 1)], name="torn").folder / "manifest.json"
     broken.write_text(broken.read_text()[:100])
     assert command("status", f"run.dir={root}") == 0
-    told = capsys.readouterr()
-    assert "mine" in told.out and "torn: holds no manifest.json" in told.err
+    printed = capsys.readouterr()
+    assert "mine" in printed.out and "torn: holds no manifest.json" in printed.err
     assert "torn: holds no manifest.json" in refused_after(capsys, "list", f"run.dir={root}")
 
 
@@ -134,7 +134,7 @@ def refused_after(capsys: Capture, *words: object) -> str:
     return capsys.readouterr().err
 
 
-def test_list_tells_claims_and_how_far_each_is(root: Path, capsys: Capture) -> None:
+def test_list_shows_claims_and_progress(root: Path, capsys: Capture) -> None:
     manifest = sweep_of(root, [cell_of("dash", 0, 1), cell_of("dash", 1, 2)], name="mine")
     ran(manifest.cell(manifest.entries[0]), "finished", 20)
     assert command("list", "--json", f"run.dir={root}") == 0
@@ -185,13 +185,13 @@ def test_logs_show_the_end_and_follow(root: Path, capsys: Capture, monkeypatch: 
         follower.start()
         time.sleep(0.3)
         with output.open("a") as stream:
-            stream.write("said later\n")
+            stream.write("printed later\n")
         time.sleep(0.5)
         process.terminate()
         process.wait()
     follower.join(timeout=20)
     assert not follower.is_alive()
-    assert "said later\n" in capsys.readouterr().out
+    assert "printed later\n" in capsys.readouterr().out
 
 
 def test_a_job_that_waits_is_shown_with_its_reason(

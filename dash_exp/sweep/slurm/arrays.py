@@ -27,7 +27,7 @@ COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 NAME_LENGTH, SHOWN_NAMES = 60, 3
 """Characters of a job's name; arms or models named in it, more are counted."""
 UNKNOWN_MEMORY_MB = 1
-"""The memory of a node that SLURM was not told about."""
+"""The memory of a node that SLURM does not know."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

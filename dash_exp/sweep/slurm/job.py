@@ -1,6 +1,6 @@
 """What a SLURM job runs: cells, or the sampling of a sweep's teachers.
 
-submitit pickles a job object and calls it, again after every requeue, whoever caused that: the job itself
+submitit pickles a job object and calls it, again after every requeue, whether it was caused by the job itself
 before its time limit, a preemption, a lost node, a person. All it knows of a cell's progress comes from the
 cell's folder. The job replaces submitit's signal handlers while cells run: those would requeue by the pickle,
 count every early warning as a timeout, and ignore SIGTERM.
@@ -213,7 +213,7 @@ def unmet(pool: Path, need: str) -> str | None:
 
 
 def out_of_time(relay: Relay, job: str) -> bool:
-    """Whether the signals mean a time limit: its warning alone, or an end that SLURM attributes to the limit.
+    """Whether the signals mean a time limit: only its warning, or an end that SLURM attributes to the limit.
     SLURM itself requeues preempted jobs, and a cancelled job must not come back."""
     if all(number == WARNING for number in relay.numbers):
         return True

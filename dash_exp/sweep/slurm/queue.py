@@ -204,7 +204,7 @@ def _parent(job: str) -> str:
 
 
 def _parents(wanted: Sequence[str]) -> list[str]:
-    """The ids of jobs and whole arrays, joined by commas, in pieces for one command line each."""
+    """The ids of jobs and entire arrays, joined by commas, in pieces for one command line each."""
     return [",".join(piece) for piece in chunks(list(dict.fromkeys(map(_parent, wanted))), AT_ONCE)]
 
 
