@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.report import describe, machine, print_table, write
 from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.mirror.follow import Follower
-from dash_exp.mirror.points import final_points
+from dash_exp.mirror.sync import record_points
 from dash_exp.record.folder import Recorder, write_json
 from dash_exp.record.identity import freeze
 
@@ -88,7 +88,7 @@ def lost(root: Path, names: list[str]) -> tuple[int, int]:
         held = connection.execute(query, (name,)).fetchall()
         wanted = [
             (k, p.step, p.time_ms, v)
-            for p in final_points(root / "cells" / name)
+            for p in record_points(root / "cells" / name)
             for k, v in p.values.items()
         ]
         count += len(wanted)

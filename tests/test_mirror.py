@@ -13,8 +13,8 @@ import pytest
 from dash_exp.config.environment import is_installed
 from dash_exp.config.tracking import Place
 from dash_exp.mirror import __main__ as mirror
-from dash_exp.mirror.cell import BusyError, CellMirror, alone
 from dash_exp.mirror.mlflow import Store, StoreError
+from dash_exp.mirror.sync import BusyError, CellSync, cell_lock, prepare_sweep
 from dash_exp.record.folder import Recorder
 from tests.mirror_fixtures import (
     BORN,
@@ -62,8 +62,8 @@ def store_in(root: Path) -> Store:
     return Store(Place(f"sqlite:///{root / 'mlflow.db'}", "dash_exp"))
 
 
-def whole(folder: Path, gone: int | None = None) -> int | None:
-    return CellMirror(folder, store_in(folder.parents[1])).whole(gone)
+def sync(folder: Path, ended: int | None = None) -> int | None:
+    return CellSync(folder, store_in(folder.parents[1])).sync(ended)
 
 
 EXPECTED = {
@@ -88,26 +88,26 @@ EXPECTED = {
 def test_everything_arrives_and_a_second_time_changes_nothing(root: Path, database: Database) -> None:
     folder = finished(root)
     set_status(folder, heartbeat=BORN + 500)
-    assert whole(folder) == len(EXPECTED)
+    assert sync(folder) == len(EXPECTED)
     assert database.metrics() == EXPECTED
     assert database.runs() == [(NAME, "FINISHED", MS, MS + 500_000)]
     params, tags = database.words("params"), database.words("tags")
     assert params["algorithm.name"] == "dash" and params["algorithm.mini_batch"] == "null"
     assert tags["dash_exp.state"] == "finished" and tags["dash_exp.attempts"] == "1"
     before = database.everything()
-    assert whole(folder) is None
+    assert sync(folder) is None
     assert database.everything() == before
     database.change("delete from tags where key = 'dash_exp.mirrored'")
-    assert whole(folder) == 0  # it asks what is there, value by value
+    assert sync(folder) == 0  # it asks what is there, value by value
     assert database.everything() == before
 
 
 def test_what_was_lost_is_sent_again_and_nothing_else(root: Path, database: Database) -> None:
     folder = finished(root)
-    whole(folder)
+    sync(folder)
     database.change("delete from metrics where step = 2 or key = 'eval/sums/accuracy'")
     database.change("delete from tags where key = 'dash_exp.mirrored'")
-    assert whole(folder) == 4
+    assert sync(folder) == 4
     assert database.metrics() == EXPECTED
 
 
@@ -117,30 +117,30 @@ def test_a_run_is_followed_through_attempts_and_equals_one_built_later(
     """Step 3 is redone by the second attempt: both values are there, the later one counts."""
     folder = begin(root)
     with Recorder(folder) as recorder:
-        following = CellMirror(folder, store_in(root))
-        following.beat()  # nothing is known yet
+        following = CellSync(folder, store_in(root))
+        following.sync()  # nothing is known yet
         assert database.runs() == []
         attempt(recorder)
         for number in (1, 2):
             step(recorder, number, 0.1 * number)
-        following.beat()
+        following.sync()
         step(recorder, 3, 0.3)
-        following.beat()
-        following.beat()
+        following.sync()
+        following.sync()
         assert len(database.metrics()) == 6
         assert database.runs()[0][1] == "RUNNING"
     set_status(folder, state="interrupted", failure="SIGTERM")
-    following.whole(gone=1)
+    following.sync(ended=1)
     assert database.runs()[0][1] == "KILLED" and database.words("tags")["dash_exp.failure"] == "SIGTERM"
     with Recorder(folder) as recorder:
-        following = CellMirror(folder, store_in(root))
+        following = CellSync(folder, store_in(root))
         attempt(recorder)
         step(recorder, 3, 0.35)
-        following.beat()
+        following.sync()
         assert database.runs()[0][1] == "RUNNING"
         assert "dash_exp.failure" not in database.words("tags")
         recorder.status("finished", 3, reason="planned")
-    following.whole(gone=2)
+    following.sync(ended=2)
     ((name, status, start, _),) = database.runs()
     assert (name, status, start) == (NAME, "FINISHED", MS)
     threes = {
@@ -154,7 +154,7 @@ def test_a_run_is_followed_through_attempts_and_equals_one_built_later(
 
     later = tmp_path_factory.mktemp("later") / "mlflow.db"
     shutil.copy(empty, later)
-    CellMirror(folder, Store(Place(f"sqlite:///{later}", "dash_exp"))).whole()
+    CellSync(folder, Store(Place(f"sqlite:///{later}", "dash_exp"))).sync()
     rebuilt = Database(later)
     assert counting(rebuilt.metrics()) == counting(database.metrics())
     assert len(rebuilt.metrics()) == 6 and len(database.metrics()) == 8
@@ -162,15 +162,15 @@ def test_a_run_is_followed_through_attempts_and_equals_one_built_later(
         assert rebuilt.words(table) == database.words(table)
     assert [run[:3] for run in rebuilt.runs()] == [run[:3] for run in database.runs()]
     before = database.everything()
-    assert whole(folder) is None and database.everything() == before
+    assert sync(folder) is None and database.everything() == before
 
 
 def test_a_parameter_that_differs_is_kept_and_named(root: Path, database: Database) -> None:
     folder = finished(root)
-    whole(folder)
+    sync(folder)
     database.change("update params set value = 'sgd' where key = 'algorithm.name'")
     database.change("delete from tags where key = 'dash_exp.mirrored'")
-    assert whole(folder) == 0
+    assert sync(folder) == 0
     assert database.words("params")["algorithm.name"] == "sgd"
     assert database.words("tags")["dash_exp.params_differ"] == "algorithm.name"
 
@@ -180,7 +180,7 @@ def test_a_long_parameter_is_cut_visibly(root: Path, database: Database) -> None
     with Recorder(folder) as recorder:
         attempt(recorder)
         recorder.status("failed", 0, failure="RuntimeError: " + "x" * 9000)
-    whole(folder)
+    sync(folder)
     shots = database.words("params")["shots"]
     assert len(shots) == 6000 and "[cut: 7000 characters" in shots
     assert "[cut: 9014 characters" in database.words("tags")["dash_exp.failure"]
@@ -189,18 +189,18 @@ def test_a_long_parameter_is_cut_visibly(root: Path, database: Database) -> None
 
 def test_a_record_begun_anew_is_another_run(root: Path, database: Database) -> None:
     folder = finished(root)
-    whole(folder)
+    sync(folder)
     shutil.rmtree(folder)
     folder = begin(root)
     with Recorder(folder) as recorder:
         recorder.status("failed", 0, failure="no model")  # before it could say when it began
-    whole(folder)
+    sync(folder)
     assert len(database.runs()) == 2
     with Recorder(folder) as recorder:
         attempt(recorder)  # of attempt 2, so the record begins 1,000 s later
         step(recorder, 1, 0.5)
         recorder.status("finished", 1)
-    whole(folder)
+    sync(folder)
     assert [run[1] for run in database.runs()] == ["FINISHED", "FINISHED"]
     assert database.metrics() == EXPECTED | {
         ("reward/mean", 1, MS + 1_001_000, 0.5),
@@ -210,12 +210,12 @@ def test_a_record_begun_anew_is_another_run(root: Path, database: Database) -> N
 
 def test_sweeps_are_parents_with_the_status_of_their_cells(root: Path, database: Database) -> None:
     folder, waiting = finished(root), begin(root, OTHER)
-    assert whole(folder) == len(EXPECTED)  # before it belonged to any
+    assert sync(folder) == len(EXPECTED)  # before it belonged to any
     sweep(root, "table_1", [NAME, OTHER], created=BORN - 50, claim="DASH is faster")
     sweep(root, "figure_3", [NAME], created=BORN - 20)
-    following = CellMirror(folder, store_in(root))
-    assert following.whole() == 0  # no value is sent, but what is told of it has changed
-    following.tell_sweeps()
+    following = CellSync(folder, store_in(root))
+    assert following.sync() == 0  # no value is sent, but what is told of it has changed
+    following.sync_sweeps()
     statuses = {run[0]: run[1] for run in database.runs()}
     assert statuses == {NAME: "FINISHED", "table_1": "SCHEDULED", "figure_3": "FINISHED"}
     ((parent,),) = database.ask("select run_uuid from runs where name = 'table_1'")
@@ -233,9 +233,9 @@ def test_sweeps_are_parents_with_the_status_of_their_cells(root: Path, database:
 
 def test_a_sweep_is_prepared_once(root: Path, database: Database, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{database.path}"
-    mirror.prepare(uri, "dash_exp", "table_1")
-    mirror.prepare(uri, "dash_exp", "table_1")
-    mirror.prepare(uri, "another", "table_1")
+    prepare_sweep(Place(uri, "dash_exp"), "table_1")
+    prepare_sweep(Place(uri, "dash_exp"), "table_1")
+    prepare_sweep(Place(uri, "another"), "table_1")
     assert [run[:2] for run in database.runs()] == [("table_1", "RUNNING")] * 2
     assert capsys.readouterr() == ("", "")
 
@@ -243,12 +243,12 @@ def test_a_sweep_is_prepared_once(root: Path, database: Database, capsys: pytest
 def test_one_process_mirrors_a_cell_at_a_time(root: Path) -> None:
     folder = finished(root)
     place, elsewhere = store_in(root).place, Place("http://host", "dash_exp")
-    with alone(folder, place):
-        with pytest.raises(BusyError), alone(folder, place):
+    with cell_lock(folder, place):
+        with pytest.raises(BusyError), cell_lock(folder, place):
             pass
-        with alone(folder, elsewhere):
+        with cell_lock(folder, elsewhere):
             pass
-    with alone(folder, place):
+    with cell_lock(folder, place):
         pass
 
 
@@ -279,7 +279,7 @@ def test_cells_that_are_being_followed_are_left_alone(
     root: Path, database: Database, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = finished(root)
-    with alone(folder, store_in(root).place):
+    with cell_lock(folder, store_in(root).place):
         assert mirror.main([str(folder)]) == 0
     assert "1 followed by their runs" in capsys.readouterr().out
     assert database.runs() == []
@@ -335,9 +335,9 @@ def test_a_server_that_is_not_there(
     assert mirror.main([str(root)]) == 2
     said = capsys.readouterr()
     assert "MLFLOW_TRACKING_URI: http://me:***@127.0.0.1:" in said.err and "cannot be used" in said.err
-    mirror.prepare(nobody, "dash_exp", "table_1")  # stops nobody
+    prepare_sweep(Place(nobody, "dash_exp"), "table_1")  # stops nobody
     said_later = capsys.readouterr()
-    assert "is left for later" in said_later.err
+    assert "is not available yet" in said_later.err
     assert "geheim" not in said.err + said.out + said_later.err + said_later.out
 
 

@@ -18,9 +18,8 @@ import pytest
 from dash_exp.config.environment import is_installed
 from dash_exp.config.tracking import Place
 from dash_exp.mirror import follow as mirror_follow
-from dash_exp.mirror.beside import Following
-from dash_exp.mirror.follow import Follower
-from dash_exp.mirror.points import final_points
+from dash_exp.mirror.follow import Follower, SyncTimer
+from dash_exp.mirror.sync import record_points
 from dash_exp.record.folder import Recorder, read_final, read_json
 from tests.conftest import REPOSITORY
 from tests.mirror_fixtures import BORN, NAME, Database, attempt, begin, counting, step
@@ -51,7 +50,7 @@ def values_in(database: Database) -> int:
 
 def expected(folder: Path) -> set[tuple[str, int, int, float]]:
     """All that a record holds, as a database would."""
-    return {(k, p.step, p.time_ms, v) for p in final_points(folder) for k, v in p.values.items()}
+    return {(k, p.step, p.time_ms, v) for p in record_points(folder) for k, v in p.values.items()}
 
 
 @pytest.mark.long
@@ -126,8 +125,8 @@ def test_one_that_was_left_behind_gives_way_to_a_later_run(tmp_path: Path) -> No
             recorder.status("running", 0)
     nowhere = Place("http://127.0.0.1:9", "dash_exp")
     with ExitStack() as held:  # attempt 2 has a process of its own; this one's input ends at once
-        assert Following(folder, nowhere, 1, held).run(1.0) == 0
-        behind = Following(folder, nowhere, 2, held)
+        assert SyncTimer(folder, nowhere, 1, held).run(1.0) == 0
+        behind = SyncTimer(folder, nowhere, 2, held)
         folder.rename(tmp_path / "archived")
         begin(tmp_path)
         assert behind.run(1.0) == 0
@@ -177,7 +176,7 @@ def test_twelve_at_once_lose_nothing(tmp_path: Path) -> None:
     for name in names:
         folder = tmp_path / "cells" / name
         until(lambda folder=folder: not followers_of(folder), "its follower's end", 200)  # type: ignore[misc]
-        assert (folder / "mirror.log").read_text().endswith("whole\n")
+        assert (folder / "mirror.log").read_text().endswith("complete\n")
         assert database.metrics(name) == expected(folder)
         assert len(expected(folder)) == 2 + 119 * 42
         assert database.words("tags", name)["dash_exp.cell"] == name

@@ -10,12 +10,22 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.mirror.facts import digest_of, parameters, read_facts, shortened, state_of
-from dash_exp.mirror.points import Point, Tail, final_points, named, numbers
-from dash_exp.mirror.sweeps import status_of, sweeps_below, sweeps_of
+from dash_exp.mirror.mlflow import Point
+from dash_exp.mirror.sync import (
+    allowed_names,
+    finite_numbers,
+    parameters,
+    read_facts,
+    record_points,
+    shorten,
+    state_of,
+    sweeps_below,
+    sweeps_of,
+    worst_status,
+)
 from dash_exp.record import journal
 from dash_exp.record.folder import Recorder
-from tests.mirror_fixtures import BORN, NAME, attempt, begin, evaluation, finished, set_status, step, sweep
+from tests.mirror_fixtures import BORN, NAME, attempt, begin, evaluation, finished, step, sweep
 
 MS = round(BORN * 1000)
 
@@ -29,7 +39,7 @@ def test_points_have_the_times_that_the_events_tell(tmp_path: Path) -> None:
         step(recorder, 2, 0.5)
         recorder.event("checkpoint", BORN + 2, BORN + 2.75, step=2, worker="main")
         recorder.append("steps", [{"step": 3, "reward/mean": 1.0}])  # its events are lost
-    first, second, *steps = sorted(final_points(folder), key=lambda point: point.time_ms)
+    first, second, *steps = sorted(record_points(folder), key=lambda point: point.time_ms)
     values = {
         "eval/sums/accuracy": 0.125,
         "eval/sums/accuracy/n": 8.0,
@@ -55,29 +65,19 @@ def test_only_what_counts_is_read(tmp_path: Path) -> None:
         )  # from a checkpoint: worked for by attempt 1
         step(recorder, 3, 0.75)
         recorder.status("finished", 3, reason="budget")
-    told = [(p.step, p.time_ms, p.values["reward/mean"]) for p in final_points(folder)]
+    told = [(p.step, p.time_ms, p.values["reward/mean"]) for p in record_points(folder)]
     assert told == [(1, MS + 1000, 0.1), (2, MS + 2000, 9.0), (3, MS + 1_003_000, 0.75)]
-
-
-def test_a_line_is_read_when_it_is_whole_and_a_torn_one_never(tmp_path: Path) -> None:
-    path = tmp_path / "steps.jsonl"
-    tail = Tail(path)
-    assert tail.new() == []
-    path.write_text('{"step": 1}\n{"st')
-    assert tail.new() == [{"step": 1}] and tail.new() == []
-    path.write_text('{"step": 1}\n{"step": 2}\n{"ste\n[3]\n\n{"step": 4}\n')
-    assert tail.new() == [{"step": 2}, {"step": 4}]
 
 
 def test_values_are_finite_numbers_and_names_such_as_mlflow_takes() -> None:
     odd = {"a": 1, "b": True, "c": float("nan"), "d": float("inf"), "e": "x", "f": None, "g": 0.0, "h": [1]}
-    assert numbers(odd) == {"a": 1.0, "g": 0.0}
-    assert named({"pass@4": 1, "a//b/../c": 2, "time/step_s": 3}) == {
+    assert finite_numbers(odd) == {"a": 1.0, "g": 0.0}
+    assert allowed_names({"pass@4": 1, "a//b/../c": 2, "time/step_s": 3}) == {
         "pass_at_4": 1,
         "a/b/c": 2,
         "time/step_s": 3,
     }
-    both = named({"x+y": 1, "x*y": 2, "l" * 300: 3})
+    both = allowed_names({"x+y": 1, "x*y": 2, "l" * 300: 3})
     assert both["x_y"] == 1 and sorted(both.values()) == [1, 2, 3]
     assert all(len(name) <= 250 for name in both)
 
@@ -93,7 +93,7 @@ def test_parameters_are_dotted_and_long_ones_cut_visibly() -> None:
         "g": "1e-06",
         "h": "plain",
     }
-    assert shortened("y" * 6000, 6000) == "y" * 6000
+    assert shorten("y" * 6000, 6000) == "y" * 6000
     cut = parameters({"shots": "y" * 6001})["shots"]
     assert len(cut) == 6000 and "[cut: 6001 characters, sha256 " in cut[-60:]
     assert cut != parameters({"shots": "y" * 6001 + "z"})["shots"]
@@ -124,8 +124,8 @@ def test_running_is_said_only_where_it_is_true(tmp_path: Path) -> None:
         status = json.loads((folder / "status.json").read_text())
         assert state_of(folder, status, here) == "running"
         assert state_of(folder, status, {}) == "running"  # it has not said yet where it runs
-        assert state_of(folder, status, here, gone=1) == "interrupted"
-        assert state_of(folder, status, here, gone=2) == "running"
+        assert state_of(folder, status, here, ended=1) == "interrupted"
+        assert state_of(folder, status, here, ended=2) == "running"
     assert state_of(folder, status, here) == "interrupted"  # nobody holds its lock
     there = {**status, "host": "node7"}
     assert state_of(folder, there, here) == "running"
@@ -134,23 +134,6 @@ def test_running_is_said_only_where_it_is_true(tmp_path: Path) -> None:
     assert state_of(folder, there, {"attempts": [{"host": "node7"}]}) == "running"
     assert state_of(folder, {"state": "finished"}, here) == "finished"
     assert state_of(folder, {}, {}) == "pending"
-
-
-def test_the_digest_changes_with_everything_that_is_told(tmp_path: Path) -> None:
-    folder = finished(tmp_path)
-
-    def digest(sweeps: tuple[str, ...] = ()) -> str:
-        return digest_of(read_facts(folder, sweeps), final_points(folder))
-
-    seen = [digest()]
-    assert digest() == seen[0]
-    seen.append(digest(("table_1",)))
-    set_status(folder, state="failed", failure="out of luck")
-    seen.append(digest())
-    with (folder / "steps.jsonl").open("a") as stream:
-        stream.write('{"step": 3, "attempt": 2, "reward/mean": 0.5}\n')
-    seen.append(digest())
-    assert len(set(seen)) == 4
 
 
 def test_sweeps_of_a_cell_the_one_that_started_it_first(tmp_path: Path) -> None:
@@ -187,4 +170,4 @@ def test_sweeps_of_a_cell_the_one_that_started_it_first(tmp_path: Path) -> None:
     ],
 )
 def test_the_status_of_a_sweep(states: str, status: str) -> None:
-    assert status_of(states.split()) == status
+    assert worst_status(states.split()) == status

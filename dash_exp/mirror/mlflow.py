@@ -1,9 +1,7 @@
-"""The one door to MLflow: its experiment, its runs, what they hold, and batches. MLflow is imported when a
-door is opened, never before.
+"""The only module that talks to MLflow: experiments, runs, what they hold, and batches of values.
 
-Nothing here knows a cell. Whatever goes wrong is a StoreError, in words without secrets. Several processes
-that create the schema or the experiment of a database at once break it, and several that write at once wait
-for each other until some give up: so both happen under a lock, in a file beside it.
+Every failure is a StoreError whose text holds no secrets. A database breaks when several processes create its
+schema or an experiment at once, and some give up when many write at once: both happen under a lock beside it.
 """
 
 from __future__ import annotations
@@ -23,12 +21,11 @@ from typing import Any
 from filelock import FileLock
 
 from dash_exp.config.tracking import Place
-from dash_exp.mirror.facts import ENDED
-from dash_exp.mirror.points import Point
 
-METRICS_AT_ONCE, OTHERS_AT_ONCE = 1000, 100
-"""MLflow's limits of a batch."""
+METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
+"""MLflow's limits."""
 LOCK_S = 60.0
+ENDED = ("FINISHED", "FAILED", "KILLED")
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -36,15 +33,20 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-"""Of MLflow, unless the user has set them: nothing is told to others, and a server that does not answer is
-given up within half a minute, to be asked again later."""
-
-Held = dict[tuple[int, int], frozenset[str]]
-"""Step and time (ms) to the names of the metrics that a run holds there."""
+"""Defaults for MLflow's variables: no telemetry, and a server that does not answer fails within 30 s."""
 
 
 class StoreError(Exception):
     """What MLflow could not do, and why, without secrets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The values of a step, or of one set's evaluation. `time_ms`: since the epoch."""
+
+    step: int
+    time_ms: int
+    values: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -60,31 +62,30 @@ class Run:
 
 
 class Store:
-    """An experiment at a place, created where it is not there yet. Raises StoreError."""
+    """An experiment on a server or in a database, created if it does not exist. Raises StoreError."""
 
     def __init__(self, place: Place):
         self.place = place
-        with self._told():
+        with self._call():
             self._lock = FileLock(lock_file(place), timeout=LOCK_S)
-            with self._lock:  # the schema is created by whoever asks first
+            with self._lock:  # the first client creates the schema
                 self._client = _client(place.uri)
                 self._experiment = self._experiment_id()
 
     def _experiment_id(self) -> str:
-        name = self.place.experiment
+        name, file = self.place.experiment, self.place.file
         known = self._client.get_experiment_by_name(name)
         if known is None:
-            file = self.place.file
-            files = f"{file.parent / 'mlflow_artifacts' / name}" if file else None
-            return str(self._client.create_experiment(name, artifact_location=files))
+            artifacts = f"{file.parent / 'mlflow_artifacts' / name}" if file else None
+            return str(self._client.create_experiment(name, artifact_location=artifacts))
         if known.lifecycle_stage != "active":
             raise StoreError(f"the experiment {name!r} is deleted: restore it, or set tracking.experiment=")
         return str(known.experiment_id)
 
     @contextmanager
-    def creating(self) -> Iterator[None]:
-        """One process of this machine at a time: look whether a run is there, create it if not."""
-        with self._told():
+    def locked(self) -> Iterator[None]:
+        """One process of this machine at a time: look whether a run exists, create it if not."""
+        with self._call():
             self._lock.acquire()
         try:
             yield
@@ -92,67 +93,66 @@ class Store:
             self._lock.release()
 
     def check(self) -> None:
-        """Raises StoreError where nobody answers."""
-        with self._told():
+        """Raises StoreError if the server does not answer."""
+        with self._call():
             self._client.get_experiment(self._experiment)
 
     def find(self, tag: str, value: str) -> list[Run]:
         """The active runs with this tag, oldest first."""
-        with self._told():
-            found = self._client.search_runs(
-                [self._experiment], f"tags.`{tag}` = '{value}'", max_results=1000
-            )
+        query = f"tags.`{tag}` = '{value}'"
+        with self._call():
+            found = self._client.search_runs([self._experiment], query, max_results=1000)
         return [_run(one) for one in sorted(found, key=lambda one: (one.info.start_time, one.info.run_id))]
 
     def create(self, name: str, start_ms: int, tags: Mapping[str, str]) -> Run:
-        with self._told(), self._writing():
-            told = {"mlflow.user": getpass.getuser(), **tags}
-            return _run(self._client.create_run(self._experiment, start_ms, told, run_name=name))
+        with self._call(write=True):
+            tags = {"mlflow.user": getpass.getuser(), **tags}
+            return _run(self._client.create_run(self._experiment, start_ms, tags, run_name=name))
 
-    def held(self, run: Run) -> Held:
-        """Which values a run holds, asked of the server."""
+    def held(self, run: Run) -> dict[tuple[int, int], set[str]]:
+        """Names of the metrics that a run holds, by step and time (ms), asked of the server."""
         found: dict[tuple[int, int], set[str]] = defaultdict(set)
-        with self._told():
+        with self._call():
             for name in run.metrics:
                 for one in self._client.get_metric_history(run.id, name):
                     found[int(one.step), int(one.timestamp)].add(name)
-        shared: dict[frozenset[str], frozenset[str]] = {}  # most steps have the same names
-        frozen = {key: frozenset(names) for key, names in found.items()}
-        return {key: shared.setdefault(names, names) for key, names in frozen.items()}
+        return found
 
     def log_points(self, run: Run, points: Sequence[Point]) -> None:
-        """Every value of these points, in as few batches as MLflow allows."""
         from mlflow.entities import Metric
 
         metrics = (Metric(k, v, p.time_ms, p.step) for p in points for k, v in p.values.items())
-        while some := list(islice(metrics, METRICS_AT_ONCE)):
-            with self._told(), self._writing():
-                self._client.log_batch(run.id, metrics=some)
+        while batch := list(islice(metrics, METRICS_PER_BATCH)):
+            with self._call(write=True):
+                self._client.log_batch(run.id, metrics=batch)
 
-    def log_words(self, run: Run, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        from mlflow.entities import Param, RunTag
+    def log_params(self, run: Run, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
 
-        for first in range(0, len(params), OTHERS_AT_ONCE):
-            some = [Param(k, v) for k, v in list(params.items())[first : first + OTHERS_AT_ONCE]]
-            with self._told(), self._writing():
-                self._client.log_batch(run.id, params=some)
+        entities = (Param(name, text) for name, text in params.items())
+        while batch := list(islice(entities, PARAMS_PER_BATCH)):
+            with self._call(write=True):
+                self._client.log_batch(run.id, params=batch)
         run.params |= params
-        if tags:
-            with self._told(), self._writing():
-                self._client.log_batch(run.id, tags=[RunTag(k, v) for k, v in tags.items()])
-        run.tags |= tags
 
-    def drop_tags(self, run: Run, names: Sequence[str]) -> None:
-        for name in names:
-            with self._told(), self._writing():
+    def set_tags(self, run: Run, tags: Mapping[str, str], drop: Sequence[str] = ()) -> None:
+        from mlflow.entities import RunTag
+
+        changed = {name: text for name, text in tags.items() if run.tags.get(name) != text}
+        if changed:
+            with self._call(write=True):
+                self._client.log_batch(run.id, tags=[RunTag(k, v) for k, v in changed.items()])
+        run.tags |= changed
+        for name in drop:
+            with self._call(write=True):
                 self._client.delete_tag(run.id, name)
             del run.tags[name]
 
     def set_status(self, run: Run, status: str, end_ms: int) -> None:
-        """The status, with the time of the end if it is one."""
+        """The status, and the time of the end if the run has ended."""
         if run.status == status and (status not in ENDED or run.end_ms == end_ms):
             return
-        with self._told(), self._writing():
+        with self._call(write=True):
             if status in ENDED:
                 self._client.set_terminated(run.id, status, end_ms)
                 run.end_ms = end_ms
@@ -161,17 +161,16 @@ class Store:
         run.status = status
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _call(self, write: bool = False) -> Iterator[None]:
+        """Raises StoreError for whatever goes wrong inside. `write`: one at a time in a database's file."""
         try:
-            yield
+            with self._lock if write and self.place.file else nullcontext():
+                yield
         except StoreError:
             raise
         except Exception as error:  # noqa: BLE001 (MLflow's own, SQLAlchemy's, the system's, a driver's)
             text = " ".join(str(error).split())
             raise StoreError(self.place.clean(f"{type(error).__name__}: {text}")[:500]) from None
-
-    def _writing(self) -> FileLock | nullcontext[None]:
-        return self._lock if self.place.file else nullcontext()
 
 
 def lock_file(place: Place) -> Path:

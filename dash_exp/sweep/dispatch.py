@@ -7,7 +7,6 @@ starts a cell.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -114,10 +113,9 @@ def _prepare(request: LaunchRequest, log: Log) -> Manifest:
     tracking = tracking_of(manifest.actions)
     if tracking.name == "mlflow":  # create its schema, experiment and parent run before many cells need them
         from dash_exp.config.tracking import place_of
-        from dash_exp.mirror.__main__ import prepare
+        from dash_exp.mirror.sync import prepare_sweep
 
-        place = place_of(tracking, manifest.root, os.environ)
-        prepare(place.uri, place.experiment, manifest.name)
+        prepare_sweep(place_of(tracking, manifest.root), manifest.name)
     return manifest
 
 

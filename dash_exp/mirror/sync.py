@@ -1,0 +1,404 @@
+"""Bring the MLflow runs of cells and sweeps up to date with their records. Syncing twice changes nothing.
+
+What a run holds is asked of the server, value by value, before anything is sent, so nothing is doubled by a
+crash, a retry or another process. A resumed run may redo steps: their new values are sent too, with their
+later time. For each step the value with the latest time counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from dash_exp.config.tracking import Place
+from dash_exp.errors import Fault, UserError, print_error
+from dash_exp.mirror.mlflow import ENDED, Point, Run, Store, StoreError
+from dash_exp.record import journal, manifest
+from dash_exp.record.folder import Row, read_final, read_json, read_rows
+from dash_exp.record.locks import HERE, Locks
+
+FORMAT = 1
+"""Raised when the meaning of what is sent changes, so that existing mirrors are synced again."""
+LONGEST_PARAMETER, LONGEST_TAG, LONGEST_NAME = 6000, 1000, 250
+CELL, RECORD, STATE, SWEEP, SWEEPS, CLAIM, DIGEST, DIFFERENT = (
+    f"dash_exp.{name}"
+    for name in ("cell", "record", "state", "sweep", "sweeps", "claim", "mirrored", "params_differ")
+)
+PARENT = "mlflow.parentRunId"
+STATUS = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+    "cancelled": "KILLED",
+    "running": "RUNNING",
+    "pending": "SCHEDULED",
+    "blocked": "SCHEDULED",
+}
+SILENT_ELSEWHERE_S = 3600.0
+"""A cell on another machine counts as dead after so long without a heartbeat."""
+
+
+# What a record says --------------------------------------------------------------------------------
+
+
+def record_points(folder: Path) -> list[Point]:
+    """Every value of a record that counts (`record.folder.read_final`).
+
+    Rows carry no time. A step's is the end of the last work on it in events.jsonl; an evaluation's is the end
+    of its own interval. Without events it is the start of the attempt.
+    """
+    steps, evals = read_final(folder, "steps"), read_final(folder, "evals")
+    events = read_rows(folder / "events.jsonl").rows  # read last: events are written before their rows
+    started = _starts(read_json(folder / "provenance.json"))
+    work: dict[tuple[int, int], float] = {}
+    evaluated: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for row in events:
+        if "step" in row:
+            key, end = (int(row["attempt"]), int(row["step"])), float(row["end"])
+            if row["kind"] == "evaluate":
+                evaluated[key].append(end)
+            else:
+                work[key] = max(end, work.get(key, 0.0))
+    points = []
+    for row in steps:
+        attempt, step = int(row["attempt"]), int(row["step"])
+        # a resumed run may have taken the row from its checkpoint: then an earlier attempt did the work
+        ends = (work[one, step] for one in range(attempt, 0, -1) if (one, step) in work)
+        values = {k: v for k, v in row.items() if k not in ("step", "attempt")}
+        points.append(_point(step, next(ends, started.get(attempt, 0.0)), values))
+    sets: dict[tuple[int, int], dict[str, Row]] = defaultdict(lambda: defaultdict(dict))
+    for row in evals:
+        name = f"eval/{row['dataset']}/{row['metric']}"
+        values = {name: row.get("value"), **{f"{name}/{k}": row.get(k) for k in ("low", "high", "n")}}
+        sets[int(row["attempt"]), int(row["step"])][str(row["dataset"])] |= values
+    for (attempt, step), by_set in sets.items():  # sets are evaluated one after the other
+        times = evaluated[attempt, step]
+        for place, values in enumerate(by_set.values()):
+            end = times[place] if place < len(times) else started.get(attempt, 0.0)
+            points.append(_point(step, end, values))
+    return points
+
+
+def _starts(provenance: Row) -> dict[int, float]:
+    """When each attempt began."""
+    return {int(one["attempt"]): float(one["started"]) for one in provenance.get("attempts", [])}
+
+
+def _point(step: int, seconds: float, values: Mapping[str, Any]) -> Point:
+    return Point(step, milliseconds(seconds), allowed_names(finite_numbers(values)))
+
+
+def finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        k: float(v)
+        for k, v in values.items()
+        if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+    }
+
+
+def allowed_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under names that MLflow accepts: letters, digits and `_-. :/`, no empty part of a path, not too
+    long. Two names never become one."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        text = re.sub(r"[^\w.\- :/]", "_", name.replace("@", "_at_"))
+        text = "/".join(part for part in text.split("/") if part not in ("", ".", "..")) or "_"
+        if len(text) > LONGEST_NAME or text in found:
+            text = f"{text[: LONGEST_NAME - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        found[text] = value
+    return found
+
+
+def parameters(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A frozen config as `group.key` and text; a text that is too long for MLflow is cut and says so."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found |= parameters(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = shorten(_text(value), LONGEST_PARAMETER)
+    return found if prefix else allowed_names(found)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def shorten(text: str, limit: int) -> str:
+    """A text of at most `limit` characters; one that was cut says so, with its hash."""
+    if len(text) <= limit:
+        return text
+    mark = f" ... [cut: {len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}]"
+    return text[: limit - len(mark)] + mark
+
+
+def milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is sent of a cell besides its points. `record`: when its record began, which tells it from one
+    that was archived; empty until a run has started."""
+
+    name: str
+    record: str
+    status: str
+    start_ms: int
+    end_ms: int
+    params: dict[str, str]
+    tags: dict[str, str]
+
+
+def read_facts(folder: Path, sweeps: Sequence[str] = (), ended: int | None = None) -> Facts:
+    """What a cell's folder says now. `sweeps`: those it belongs to; `ended`: an attempt known to have ended.
+
+    Raises UserError if it is not a cell, or its config.yaml cannot be read.
+    """
+    path = folder / "config.yaml"
+    try:
+        config = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError as error:
+        raise UserError(Fault(str(folder), "holds no config.yaml, so it is not a cell")) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(Fault(str(path), f"is damaged: {' '.join(str(error).split())}")) from error
+    if not isinstance(config, dict):
+        raise UserError(Fault(str(path), "is damaged: it holds no settings"))
+    status, provenance = read_json(folder / "status.json"), read_json(folder / "provenance.json")
+    state = state_of(folder, status, provenance, ended)
+    heartbeat = milliseconds(float(status.get("heartbeat", 0.0)))
+    start = min(map(milliseconds, _starts(provenance).values()), default=heartbeat)
+    record = str(start) if provenance.get("attempts") else ""
+    tags = {CELL: folder.name, RECORD: record, STATE: state, SWEEPS: ", ".join(sweeps)}
+    tags |= {"dash_exp.id": folder.name.rpartition("-")[2], **_provenance_tags(status, provenance)}
+    tags = {key: text for key, text in tags.items() if text}
+    return Facts(folder.name, record, STATUS[state], start, heartbeat, parameters(config), tags)
+
+
+def _provenance_tags(status: Row, provenance: Row) -> dict[str, str]:
+    hardware, model = provenance.get("hardware", {}), provenance.get("model", {})
+    found = {
+        "dash_exp.attempts": status.get("attempt"),
+        **{f"dash_exp.{key}": status.get(key) for key in ("reason", "failure")},
+        **{
+            f"dash_exp.{key}": provenance.get(key)
+            for key in ("requeues", "code_hash", "diff_hash", "packages")
+        },
+        "mlflow.source.git.commit": provenance.get("commit"),
+        "mlflow.source.name": "dash_exp",
+        "dash_exp.model": model.get("origin"),
+        "dash_exp.weights_hash": model.get("weights_hash"),
+        "dash_exp.cpu": hardware.get("cpu"),
+        "dash_exp.gpus": ", ".join(hardware.get("gpus", [])),
+        "dash_exp.hosts": ", ".join(
+            dict.fromkeys(str(a.get("host")) for a in provenance.get("attempts", []))
+        ),
+    }
+    return {
+        key: shorten(_text(value), LONGEST_TAG)
+        for key, value in found.items()
+        if value not in (None, "", {}, [])
+    }
+
+
+def state_of(folder: Path, status: Row, provenance: Row, ended: int | None = None) -> str:
+    """The recorded state; `interrupted` if it says running but no process runs the cell: on this machine by
+    its lock, elsewhere by the age of its heartbeat."""
+    state = str(status.get("state", "pending"))
+    if state != "running":
+        return state if state in STATUS else "pending"
+    if ended is not None and status.get("attempt") == ended:
+        return "interrupted"
+    known = next((one.get("host") for one in reversed(provenance.get("attempts", []))), HERE)
+    if status.get("host", known) != HERE:
+        silent = time.time() - float(status.get("heartbeat", 0.0))
+        return "interrupted" if silent > SILENT_ELSEWHERE_S else "running"
+    table = Locks.now()
+    return "running" if not table.known or table.holder(folder / ".lock") else "interrupted"
+
+
+# Sweeps --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A sweep's manifest. `cells`: names of folders in the pool."""
+
+    name: str
+    folder: Path
+    created_ms: int
+    claim: str
+    cells: frozenset[str]
+
+    def status(self) -> tuple[str, int]:
+        """MLflow's status (running, else waiting, else the worst end), and the last heartbeat in ms."""
+        states, last = [], 0
+        for name in sorted(self.cells):
+            folder = self.folder.parent.parent / "cells" / name
+            status = read_json(folder / "status.json")
+            provenance = read_json(folder / "provenance.json") if status.get("state") == "running" else {}
+            states.append(state_of(folder, status, provenance))
+            last = max(last, milliseconds(float(status.get("heartbeat", 0.0))))
+        return worst_status(states), last
+
+
+def worst_status(states: Sequence[str]) -> str:
+    order = ("running", "pending", "failed", "interrupted", "cancelled", "blocked", "finished")
+    return STATUS[next((state for state in order if state in states), "pending")]
+
+
+def read_sweep(folder: Path) -> Sweep | None:
+    """The sweep of a folder; None if there is none, or its manifest cannot be read."""
+    value = read_json(folder / manifest.NAME)
+    try:
+        claim = str(value.get("about", {}).get("claim") or "")
+        cells = frozenset(str(row["folder"]) for row in value["cells"])
+        return Sweep(str(value["name"]), folder, milliseconds(float(value["created"])), claim, cells)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def sweeps_below(root: Path) -> list[Sweep]:
+    """All sweeps of an outputs folder, oldest first."""
+    found = [read_sweep(path.parent) for path in (root / "sweeps").glob(f"*/{manifest.NAME}")]
+    return sorted((one for one in found if one), key=lambda one: (one.created_ms, one.name))
+
+
+def sweeps_of(folder: Path, sweeps: Sequence[Sweep]) -> list[Sweep]:
+    """Those that a cell belongs to: in the order in which they started it, then by age."""
+    order: dict[str, int] = {}
+    for place, row in enumerate(journal.read(folder)):
+        if row.get("sweep"):
+            order.setdefault(str(row["sweep"]), place)
+    return sorted((s for s in sweeps if folder.name in s.cells), key=lambda s: order.get(s.name, math.inf))
+
+
+def sweep_run(store: Store, name: str, created_ms: int) -> Run:
+    """The parent run of a sweep's cells, created if it does not exist."""
+    with store.locked():
+        found = store.find(SWEEP, name)
+        return found[0] if found else store.create(name, created_ms, {SWEEP: name})
+
+
+def sync_sweep(store: Store, sweep: Sweep) -> None:
+    """Give a sweep's run the status of its cells. The lock is held from reading them to writing, so that of
+    cells that end at the same time the last one writes the newest status."""
+    with store.locked():
+        run = sweep_run(store, sweep.name, sweep.created_ms)
+        store.set_tags(run, {CLAIM: shorten(sweep.claim, LONGEST_TAG)} if sweep.claim else {})
+        store.set_status(run, *sweep.status())
+
+
+def prepare_sweep(place: Place, name: str) -> None:
+    """Create schema, experiment and a sweep's run once, before its cells start. A server that does not answer
+    is reported on stderr and ignored: each cell's own process tries again."""
+    try:
+        sweep_run(Store(place), name, milliseconds(time.time()))
+    except StoreError as error:
+        print_error(f"mirror: {place.shown} is not available yet: {error}")
+
+
+# Cells ---------------------------------------------------------------------------------------------
+
+
+class BusyError(Exception):
+    """Another process mirrors this cell to the same place."""
+
+
+@contextmanager
+def cell_lock(folder: Path, place: Place) -> Iterator[None]:
+    """One process at a time mirrors a cell to a place. Raises BusyError. A read-only record has no lock."""
+    lock = FileLock(folder / f".mirror-{place.mark}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(f"{folder.name} is being mirrored by another process") from None
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class CellSync:
+    """The run of one cell. `run` is None until it was found or created; a failure makes the next call ask the
+    server again."""
+
+    def __init__(self, folder: Path, store: Store, sweeps: Sequence[Sweep] | None = None):
+        self.folder, self.store = folder, store
+        self.sweeps = sweeps_of(folder, sweeps_below(folder.parent.parent) if sweeps is None else sweeps)
+        self.run: Run | None = None
+        self._held: dict[tuple[int, int], set[str]] | None = None
+
+    def sync(self, ended: int | None = None) -> int | None:
+        """Send what the run lacks: the number of values sent, or None if there was nothing to do. `ended`: an
+        attempt known to have ended, whatever its status says. Raises StoreError."""
+        facts = read_facts(self.folder, [one.name for one in self.sweeps], ended)
+        points = record_points(self.folder)
+        sent = [FORMAT, facts.status, facts.start_ms, facts.end_ms, facts.params, facts.tags]
+        sent += [[p.step, p.time_ms, p.values] for p in points]
+        digest = hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
+        try:
+            run = self.run = self.run or self._find_or_create(facts)
+            if run is None or (run.tags.get(DIGEST) == digest and run.status == facts.status):
+                return None
+            count = self._send_points(run, points)
+            self._send_facts(run, facts)
+            if facts.status in ENDED:
+                self.store.set_tags(run, {DIGEST: digest})
+        except BaseException:
+            self.run = self._held = None
+            raise
+        return count
+
+    def sync_sweeps(self) -> None:
+        for sweep in self.sweeps:
+            sync_sweep(self.store, sweep)
+
+    def _find_or_create(self, facts: Facts) -> Run | None:
+        """The run of this record, or of this cell before its record began; None for a cell not started."""
+        with self.store.locked():
+            runs = self.store.find(CELL, facts.name)
+            run = next((run for run in runs if run.tags.get(RECORD, "") in ("", facts.record)), None)
+            if run is None and (facts.record or facts.status in ENDED):
+                run = self.store.create(facts.name, facts.start_ms, facts.tags)
+        return run
+
+    def _send_points(self, run: Run, points: Sequence[Point]) -> int:
+        if self._held is None:
+            self._held = self.store.held(run)
+        lacking = []
+        for point in points:
+            there = self._held.get((point.step, point.time_ms), set())
+            if values := {name: value for name, value in point.values.items() if name not in there}:
+                lacking.append(replace(point, values=values))
+        self.store.log_points(run, lacking)
+        for point in lacking:
+            self._held.setdefault((point.step, point.time_ms), set()).update(point.values)
+        return sum(len(point.values) for point in lacking)
+
+    def _send_facts(self, run: Run, facts: Facts) -> None:
+        """MLflow refuses to change a parameter: one that differs stays, and is named in a tag."""
+        self.store.log_params(run, {k: text for k, text in facts.params.items() if k not in run.params})
+        differ = ", ".join(k for k, text in facts.params.items() if run.params[k] != text)
+        tags = {**facts.tags, **({DIFFERENT: shorten(differ, LONGEST_TAG)} if differ else {})}
+        if PARENT not in run.tags and self.sweeps:
+            first = self.sweeps[0]
+            tags[PARENT] = sweep_run(self.store, first.name, first.created_ms).id
+        ours = [name for name in run.tags if name.startswith("dash_exp.") and name != DIGEST]
+        self.store.set_tags(run, tags, drop=[name for name in ours if name not in tags])
+        self.store.set_status(run, facts.status, facts.end_ms)
