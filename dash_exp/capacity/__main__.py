@@ -11,12 +11,12 @@ given is as it was measured.
   tokens              the longest completion; the measured lengths are scaled to it
   equal=true          every completion is as long as that
   kept                share of the groups that the filter keeps
-  streaming, waves    learn while sampling goes on, asked for in so many parts
+  streaming, waves    learn while sampling goes on, requested in so many parts
   call                prompts sampled and learned from at a time (0: all)
   max_sequences, micro_batch_tokens                           as in the config
-  gpus                tell every split of so many devices into servers and learners
+  gpus                list every split of so many devices into servers and learners
 
-No model is loaded, no torch. Assumptions: docs/capacity.md. The last line is one JSON object.
+No model is loaded. Assumptions: docs/capacity.md. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +33,14 @@ from dash_exp.capacity.model import Curves, Prediction, Setting, best_waves, pre
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 
 SOURCES = ("curves", "cell")
-LEAST = {
-    "servers": 1,
-    "learners": 1,
-    "prompts": 1,
-    "group": 1,
-    "waves": 1,
-    "tokens": 1,
-    "call": 0,
-    "max_sequences": 1,
-    "micro_batch_tokens": 1,
-    "gpus": 1,
-}
-"""Whole numbers, with the smallest that makes sense."""
+INTEGERS = (*(f.name for f in fields(Setting) if str(f.type).startswith("int")), "gpus")
 SWITCHES = {"true": True, "false": False}
-KEYS = (*SOURCES, *LEAST, "kept", "streaming", "equal")
+KEYS = (*SOURCES, *(f.name for f in fields(Setting)), "gpus")
 SHOWN = 8
 """Splits that are listed; the JSON line has all of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The command: where curves come from, and what is to be predicted."""
-
-    source: str
-    places: tuple[Path, ...]
-    changes: dict[str, Any]
-    gpus: int | None
-
-
-def parse(arguments: Sequence[str]) -> Asked:
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """The command's key=value. Raises UserError with every fault."""
     faults: list[Fault] = []
     values: dict[str, Any] = {}
@@ -73,58 +51,60 @@ def parse(arguments: Sequence[str]) -> Asked:
         elif key not in KEYS:
             faults.append(Fault(key, "there is no such key", nearest(key, KEYS)))
         else:
-            found = _value(key, value)
-            if isinstance(found, Fault):
-                faults.append(found)
-            else:
-                values[key] = found
+            try:
+                values[key] = _value(key, value)
+            except ValueError as error:
+                faults.append(Fault(key, f"got {value!r}, must be {error}"))
     sources = [key for key in SOURCES if key in values]
     if len(sources) != 1 and not any(f.where in SOURCES for f in faults):
         got = "both curves= and cell=" if sources else "neither curves= nor cell="
         faults.append(Fault("curves", f"got {got}, one is needed", "curves=<json>, or cell=<folder>"))
     if "gpus" in values and (both := [k for k in ("servers", "learners") if k in values]):
-        faults.append(
-            Fault("gpus", f"got {' and '.join(both)} beside it", "leave them out: gpus tries every split")
-        )
+        what = f"got {' and '.join(both)} beside it"
+        faults.append(Fault("gpus", what, "leave them out: gpus tries every split"))
+    if len(values.get("curves", ())) > 1:
+        faults.append(Fault("curves", f"got {len(values['curves'])} files, one is needed"))
     if faults:
         raise UserError(faults)
-    places = tuple(Path(one).expanduser() for one in values.pop(sources[0]))
-    gpus = values.pop("gpus", None)
-    if values.get("call") == 0:
-        values["call"] = None
-    return Asked(sources[0], places, values, gpus)
+    return values
 
 
 def _value(key: str, text: str) -> Any:
-    """The value of a key, or what is wrong with it."""
+    """The value of a key. Raises ValueError with what it must be."""
     if key in SOURCES:
-        places = [one for one in text.split(",") if one]
-        return places or Fault(key, "got nothing", f"{key}=<path>")
-    if key in LEAST:
-        if not text.isascii() or not text.isdecimal() or int(text) < LEAST[key]:
-            return Fault(key, f"got {text!r}, must be a whole number, {LEAST[key]} or more")
+        if not (places := [Path(one).expanduser() for one in text.split(",") if one]):
+            raise ValueError("a path")
+        return places
+    if key in INTEGERS:
+        least = 0 if key == "call" else 1
+        if not text.isascii() or not text.isdecimal() or int(text) < least:
+            raise ValueError(f"a whole number, {least} or more")
         return int(text)
     if key == "kept":
         try:
             share = float(text)
         except ValueError:
             share = -1.0
-        return share if 0 <= share <= 1 else Fault(key, f"got {text!r}, must be a share between 0 and 1")
+        if not 0 <= share <= 1:
+            raise ValueError("a share between 0 and 1")
+        return share
     if text.lower() not in SWITCHES:
-        return Fault(key, f"got {text!r}, must be true or false")
+        raise ValueError("true or false")
     return SWITCHES[text.lower()]
 
 
-def setting_of(asked: Asked, measured: Measured) -> Setting:
-    """What was measured, with what was asked for. Raises UserError where the two do not fit."""
-    setting = replace(measured.setting, **asked.changes)
-    if "call" in asked.changes and setting.call is not None and setting.prompts % setting.call:
-        raise UserError(Fault("call", f"got {setting.call}, which does not divide prompts={setting.prompts}"))
+def setting_of(values: dict[str, Any], measured: Setting) -> Setting:
+    """What was measured, changed to what was asked for. Raises UserError where the two do not fit."""
+    changes = {key: value for key, value in values.items() if key not in (*SOURCES, "gpus")}
+    call = changes.get("call")
+    setting = replace(measured, **{**changes, **({"call": None} if call == 0 else {})})
+    if call and setting.prompts % call:
+        raise UserError(Fault("call", f"got {call}, which does not divide prompts={setting.prompts}"))
     return setting
 
 
 def notes_of(curves: Curves, setting: Setting, prediction: Prediction) -> list[str]:
-    """Where the prediction leaves what was measured."""
+    """Where the prediction goes beyond what was measured."""
     notes = []
     largest = curves.decode.points[-1][0]  # a mean: where lengths differ, the most is some times that
     if prediction.sequences > 3 * largest:
@@ -136,8 +116,7 @@ def notes_of(curves: Curves, setting: Setting, prediction: Prediction) -> list[s
     return notes
 
 
-def told(setting: Setting) -> str:
-    """A setting in a line."""
+def format_setting(setting: Setting) -> str:
     waves = "one wave" if setting.waves == 1 else f"{setting.waves} waves"
     how = f"streaming in {waves}" if setting.streaming else "synchronous"
     if setting.call is not None:
@@ -148,14 +127,12 @@ def told(setting: Setting) -> str:
     )
 
 
-def table(prediction: Prediction) -> list[str]:
+def prediction_table(p: Prediction) -> list[str]:
     """Where the seconds of a step go."""
-    p = prediction
-    hidden = round(p.hidden_s, 6)
     rows = [
         ("sampling", p.sampling_s),
         ("backpropagation", p.backprop_s),
-        ("both at once", 0.0 - hidden),
+        ("both at once", 0.0 - round(p.hidden_s, 6)),
         ("reduction", p.reduce_s),
         ("optimizer", p.optimizer_s),
         ("sync", p.sync_s),
@@ -179,67 +156,49 @@ def split_table(found: Sequence[tuple[Setting, Prediction]]) -> list[str]:
     head = f"{'servers':>9} {'learners':>8} {'waves':>5} {'sampling s':>11} {'backprop s':>11} {'step s':>9}"
     lines = ["", head]
     for s, p in found[:SHOWN]:
-        lines.append(
-            f"  {s.servers:>7} {s.learners:>8} {s.waves:>5} {p.sampling_s:>11.3f} {p.backprop_s:>11.3f} "
-            f"{p.step_s:>9.3f}"
-        )
+        times = f"{p.sampling_s:>11.3f} {p.backprop_s:>11.3f} {p.step_s:>9.3f}"
+        lines.append(f"  {s.servers:>7} {s.learners:>8} {s.waves:>5} {times}")
     return [*lines, f"  and {len(found) - SHOWN} more"] if len(found) > SHOWN else lines
 
 
 def run(arguments: Sequence[str]) -> int:
-    asked = parse(arguments)
-    measured = read_cells(asked.places) if asked.source == "cell" else _one_file(asked.places)
-    curves, setting = measured.curves, setting_of(asked, measured)
+    values = parse(arguments)
+    source = next(key for key in SOURCES if key in values)
+    places: list[Path] = values[source]
+    measured: Measured = read_cells(places) if source == "cell" else read_curves(places[0])
+    curves, setting = measured.curves, setting_of(values, measured.setting)
     found: list[tuple[Setting, Prediction]] = []
-    if asked.gpus is not None:
-        found = splits(curves, setting, asked.gpus)
+    if "gpus" in values:
+        found = splits(curves, setting, values["gpus"])
         setting = found[0][0]
     prediction = predict(curves, setting)
     best, at_best = best_waves(curves, setting)
-    print(f"from {', '.join(map(str, asked.places))}\n\n  {told(setting)}\n")
-    print("\n".join(table(prediction)))
+    print(f"from {', '.join(map(str, places))}\n\n  {format_setting(setting)}\n")
+    print("\n".join(prediction_table(prediction)))
     if found:
         print("\n".join(split_table(found)))
     elif setting.streaming:
         print("\n".join(wave_table(curves, setting, best)))
     for note in (*measured.notes, *notes_of(curves, setting, prediction)):
         print(f"note: {note}")
-    print()
-    print(
-        json.dumps(
-            {
-                "setting": asdict(setting),
-                **rounded(prediction),
-                "recommended_waves": best,
-                "step_s_at_recommended_waves": round(at_best.step_s, 6),
-                "splits": [
-                    {
-                        "servers": s.servers,
-                        "learners": s.learners,
-                        "waves": s.waves,
-                        "step_s": round(p.step_s, 6),
-                    }
-                    for s, p in found
-                ],
-            }
-        )
-    )
+    listed = [
+        {"servers": s.servers, "learners": s.learners, "waves": s.waves, "step_s": round(p.step_s, 6)}
+        for s, p in found
+    ]
+    summary = {
+        "setting": asdict(setting),
+        **{name: round(value, 6) for name, value in asdict(prediction).items()},
+        "tokens_per_s": round(prediction.tokens_per_s, 3),
+        "recommended_waves": best,
+        "step_s_at_recommended_waves": round(at_best.step_s, 6),
+        "splits": listed,
+    }
+    print(f"\n{json.dumps(summary)}")
     return ExitCode.OK
 
 
-def rounded(prediction: Prediction) -> dict[str, float]:
-    values = {f.name: getattr(prediction, f.name) for f in fields(Prediction)}
-    return {**{k: round(v, 6) for k, v in values.items()}, "tokens_per_s": round(prediction.tokens_per_s, 3)}
-
-
-def _one_file(places: Sequence[Path]) -> Measured:
-    if len(places) > 1:
-        raise UserError(Fault("curves", f"got {len(places)} files, one is needed"))
-    return read_curves(places[0])
-
-
 def main(arguments: Sequence[str]) -> int:
-    return run_command(run, arguments, usage=str(__doc__))
+    return run_command(run, arguments, __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Where the capacity model's curves come from: a file of the benchmarks, or records of finished cells.
-Torch-free."""
+"""Reads the curves of the capacity model: from a file of the benchmarks, or from records of finished
+cells."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Any
 
 import yaml
 
-from dash_exp.capacity.model import Curves, Setting, of_two
-from dash_exp.capacity.sampling import Decode, Lengths, sample
+from dash_exp.capacity.model import Curves, Decode, Lengths, Setting, of_two, sample
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_rows
-from dash_exp.sampling.protocol import groups_at_once
 
 UNIT = Decode(((1.0, 1.0),))
 """A decode step takes 1: times count decode steps."""
@@ -27,7 +25,7 @@ SECONDS = ("optimizer_s", "sync_s", "reduce_s", "other_s")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Curves, the setting that they were measured with, and what a reader should know."""
+    """Curves, the setting that they were measured with, and notes for the reader."""
 
     curves: Curves
     setting: Setting
@@ -61,8 +59,7 @@ def curves_of(found: Any) -> Measured:
     if not isinstance(found, dict) or "decode" not in found:
         hint = "make one: python -m benchmarks --rows curves --json <file>"
         raise UserError(Fault("curves", "there are no curves in the file", hint))
-    faults = list(_faults(found))
-    if faults:
+    if faults := [Fault(f"curves.{name}", what) for name, what in _faults(found)]:
         raise UserError(faults)
     curves = Curves(
         decode=Decode.of_rates([(float(n), float(rate)) for n, rate in found["decode"]]),
@@ -78,25 +75,25 @@ def curves_of(found: Any) -> Measured:
     return Measured(curves, replace(Setting(tokens=curves.cap), **given), tuple(found.get("notes", ())))
 
 
-def _faults(found: Mapping[str, Any]) -> Iterable[Fault]:
-    decode, lengths = found["decode"], found.get("lengths")
-    if not _is_pairs(decode):
-        yield Fault("curves.decode", "must be a list of [sequences, tokens per second], all above 0")
+def _faults(found: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Names of what is wrong, and why."""
+    decode, lengths, cap = found["decode"], found.get("lengths"), found.get("cap")
+    if not _are_lists(decode) or any(len(pair) != 2 or not all(map(_positive, pair)) for pair in decode):
+        yield "decode", "must be a list of [sequences, tokens per second], all above 0"
     elif len({n for n, _ in decode}) < len(decode):
-        yield Fault("curves.decode", "names a number of sequences twice")
-    sound = isinstance(lengths, list) and lengths and all(isinstance(g, list) and g for g in lengths)
-    if not sound or any(not _positive(n) for group in lengths or () for n in group):
-        yield Fault("curves.lengths", "must be a list of groups, each a list of tokens above 0")
-    elif _positive(found.get("cap")) and max(n for group in lengths or () for n in group) > found["cap"]:
-        yield Fault("curves.cap", f"got {found['cap']}, but a length is above it")
+        yield "decode", "names a number of sequences twice"
+    if not _are_lists(lengths) or not all(_positive(n) for group in lengths or () for n in group):
+        yield "lengths", "must be a list of groups, each a list of tokens above 0"
+    elif _positive(cap) and max(n for group in lengths or () for n in group) > cap:
+        yield "cap", f"got {cap}, but a length is above it"
     for name in NUMBERS:
         optional = name == "prefill_tokens_per_s" and found.get(name) is None
         if not optional and not _positive(found.get(name)):
-            yield Fault(f"curves.{name}", f"got {found.get(name)!r}, must be a number above 0")
+            yield name, f"got {found.get(name)!r}, must be a number above 0"
     for name in SECONDS:
         value = found.get(name)
         if value is not None and not (_is_number(value) and value >= 0):
-            yield Fault(f"curves.{name}", f"got {value!r}, must be seconds, 0 or more")
+            yield name, f"got {value!r}, must be seconds, 0 or more"
 
 
 def _is_number(value: object) -> bool:
@@ -107,17 +104,13 @@ def _positive(value: object) -> bool:
     return _is_number(value) and value > 0  # type: ignore[operator]
 
 
-def _is_pairs(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(one, list) and len(one) == 2 and all(map(_positive, one)) for one in value)
-    )
+def _are_lists(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, list) and one for one in value)
 
 
 def read_cells(folders: Sequence[Path]) -> Measured:
-    """Curves from the records of cells that differ in nothing but their batch: each gives one point of the
-    decode curve, at its mean number of sequences. Everything else is of the first one."""
+    """Curves from the records of cells that differ only in their batch: each gives one point of the decode
+    curve, at its mean number of sequences. Everything else comes from the first one."""
     faults: list[Fault] = []
     cells: list[_Cell] = []
     for folder in folders:
@@ -136,7 +129,7 @@ def read_cells(folders: Sequence[Path]) -> Measured:
         decode=Decode.of_rates(list(points.items())),
         prefill_tokens_per_s=math.inf,
         learner_tokens_per_s=first.learner_rate(),
-        lengths=first.lengths(),
+        lengths=tuple(group for row in first.steps for group in first.groups[row["step"]]),
         cap=first.setting.tokens,
         prompt_tokens=first.prompt_tokens(),
         **first.seconds(),
@@ -148,7 +141,6 @@ def read_cells(folders: Sequence[Path]) -> Measured:
 class _Cell:
     """A record: the steps that count (not the first, which is slower than the others)."""
 
-    folder: Path
     setting: Setting
     steps: list[Row]
     groups: dict[int, Lengths]
@@ -156,14 +148,13 @@ class _Cell:
 
     @classmethod
     def read(cls, folder: Path) -> _Cell:
-        """Raises UserError where a record cannot be measured."""
+        """Raises UserError where a record cannot be used."""
         try:
             frozen = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
             setting = _setting_of(frozen)
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-            raise UserError(
-                Fault("cell", f"{folder} is not a cell: {type(error).__name__} {error}", "name its folder")
-            ) from error
+            what = f"{folder} is not a cell: {type(error).__name__} {error}"
+            raise UserError(Fault("cell", what, "name its folder")) from error
         steps = [r for r in read_final(folder, "steps") if r["step"] > 1 and r.get("tokens/computed")]
         if not steps or "completions/shown" in steps[0]:
             what = f"{folder} has no second step with something sampled and learned from"
@@ -173,19 +164,16 @@ class _Cell:
             kept=statistics.fmean(r["filter/kept_share"] for r in steps),
             waves=int(steps[-1].get("sampler/waves", setting.waves)),
         )
-        numbers = {int(r["step"]) for r in steps}
-        by_prompt: dict[int, dict[str, list[int]]] = {n: {} for n in numbers}
+        groups: dict[int, dict[str, list[int]]] = {int(r["step"]): {} for r in steps}
         for row in read_final(folder, "samples"):
-            if row["step"] in numbers:
-                by_prompt[row["step"]].setdefault(str(row["prompt"]), []).append(int(row["tokens"]))
-        groups = {n: tuple(tuple(g) for g in found.values()) for n, found in by_prompt.items()}
-        apart = frozen["sampler"]["name"] == "vllm_servers"
-        seconds = (
-            _spans(read_rows(folder / "events.jsonl").rows)
-            if apart
-            else {int(r["step"]): float(r["time/sample_s"]) for r in steps}
-        )
-        return cls(folder, setting, [r for r in steps if seconds.get(r["step"])], groups, seconds)
+            if row["step"] in groups:
+                groups[row["step"]].setdefault(str(row["prompt"]), []).append(int(row["tokens"]))
+        if frozen["sampler"]["name"] == "vllm_servers":
+            seconds = _sampled_seconds(read_rows(folder / "events.jsonl").rows)
+        else:
+            seconds = {int(r["step"]): float(r["time/sample_s"]) for r in steps}
+        lengths = {n: tuple(tuple(g) for g in found.values()) for n, found in groups.items()}
+        return cls(setting, [r for r in steps if seconds.get(r["step"])], lengths, seconds)
 
     def decode_point(self) -> tuple[float, float]:
         """Mean sequences of a server, and its tokens per second."""
@@ -193,18 +181,9 @@ class _Cell:
         for row in self.steps:
             lengths = self.groups[row["step"]]
             size = s.call or len(lengths)
-            waves = int(row.get("sampler/waves", s.waves))
-            at_once = groups_at_once(size, waves, s.servers) if s.streaming else None
+            own = replace(s, waves=int(row.get("sampler/waves", s.waves)))
             for first in range(0, len(lengths), size):
-                done = sample(
-                    lengths[first : first + size],
-                    UNIT,
-                    0.0,
-                    servers=s.servers,
-                    max_sequences=s.max_sequences,
-                    at_once=at_once,
-                )
-                ticks += done.seconds
+                ticks += sample(lengths[first : first + size], UNIT, 0.0, own).seconds
             tokens += sum(map(sum, lengths))
             seconds += self.sampled_s[row["step"]]
         return tokens / ticks / s.servers, tokens / seconds / s.servers
@@ -213,25 +192,20 @@ class _Cell:
         spent: float = sum(r["time/backprop_s"] + r["time/logprob_s"] for r in self.steps)
         return float(sum(r["tokens/computed"] for r in self.steps)) / spent / self.setting.learners
 
-    def lengths(self) -> Lengths:
-        return tuple(group for row in self.steps for group in self.groups[row["step"]])
-
     def prompt_tokens(self) -> int:
-        """What was computed beside completions, by kept group."""
-        kept, tokens, computed = (
-            int(sum(r[name] for r in self.steps))
-            for name in ("completions/forwarded", "tokens/forwarded", "tokens/computed")
-        )
+        """What was computed besides completions, by kept group."""
+        names = ("completions/forwarded", "tokens/forwarded", "tokens/computed")
+        kept, tokens, computed = (int(sum(r[name] for r in self.steps)) for name in names)
         return max(1, round((computed - (tokens - kept)) / (kept / self.setting.group)))
 
     def seconds(self) -> dict[str, float]:
         def median(*names: str) -> float:
             return float(statistics.median(sum(r[f"time/{n}_s"] for n in names) for r in self.steps))
 
-        reduced = [float(r.get("time/reduce_s", 0.0)) for r in self.steps]
+        reduced = statistics.median(float(r.get("time/reduce_s", 0.0)) for r in self.steps)
         return {
-            "optimizer_s": max(0.0, median("optimizer") - statistics.median(reduced)),
-            "reduce_s": of_two(statistics.median(reduced), self.setting.learners),
+            "optimizer_s": max(0.0, median("optimizer") - reduced),
+            "reduce_s": of_two(reduced, self.setting.learners),
             "sync_s": median("sync"),
             "other_s": median("verify", "other"),
         }
@@ -255,18 +229,13 @@ def _setting_of(frozen: Mapping[str, Any]) -> Setting:
     )
 
 
-def _spans(events: Sequence[Row]) -> dict[int, float]:
-    """Seconds in which anything was sampled, by step."""
-    spans: dict[int, list[tuple[float, float]]] = {}
-    for row in events:
-        if row.get("kind") == "sample":
-            spans.setdefault(int(row["step"]), []).append((float(row["start"]), float(row["end"])))
-    return {step: _union(found) for step, found in spans.items()}
-
-
-def _union(spans: Sequence[tuple[float, float]]) -> float:
-    total, reached = 0.0, -math.inf
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+def _sampled_seconds(events: Sequence[Row]) -> dict[int, float]:
+    """Seconds in which anything was being sampled, by step."""
+    total: dict[int, float] = {}
+    reached: dict[int, float] = {}
+    for row in sorted((e for e in events if e.get("kind") == "sample"), key=lambda e: e["start"]):
+        step, start, end = int(row["step"]), float(row["start"]), float(row["end"])
+        covered = reached.get(step, -math.inf)
+        total[step] = total.get(step, 0.0) + max(0.0, end - max(start, covered))
+        reached[step] = max(covered, end)
     return total

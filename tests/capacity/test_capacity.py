@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dash_exp.capacity.model import (
     Curves,
+    Decode,
     Setting,
     best_waves,
     draw_lengths,
@@ -19,10 +20,10 @@ from dash_exp.capacity.model import (
     pieces,
     predict,
     predict_batch,
+    sample,
     splits,
     wave_choices,
 )
-from dash_exp.capacity.sampling import Decode, sample
 from dash_exp.learning.packing import pieces_of
 from dash_exp.sampling.protocol import groups_at_once
 from tests.conftest import make_groups
@@ -65,16 +66,15 @@ def test_equal_lengths_decode_together() -> None:
     at 32 a second: 20 steps of 4/32 s."""
     decode = Decode.of_rates([(4, 32.0), (8, 40.0)])
     lengths = ((20, 20),) * 4
-    one = sample(lengths, decode, 0.0, servers=1, max_sequences=64, at_once=None)
-    two = sample(lengths, decode, 0.0, servers=2, max_sequences=64, at_once=None)
+    one, two = (sample(lengths, decode, 0.0, Setting(servers=n)) for n in (1, 2))
     assert (one.seconds, one.sequences) == (pytest.approx(4.0), 8)
     assert (two.seconds, two.sequences) == (pytest.approx(2.5), 4)
 
 
-def test_the_tail_goes_faster_alone() -> None:
+def test_the_tail_is_decoded_faster() -> None:
     """Ten steps of two at 0.2 s, then ten of one at 0.1 s. The first group is complete after 2 s."""
     decode = Decode.of_rates([(1, 10.0), (2, 10.0)])
-    done = sample(((10,), (20,)), decode, 0.0, servers=1, max_sequences=64, at_once=None)
+    done = sample(((10,), (20,)), decode, 0.0, Setting())
     assert done.ends == ((pytest.approx(2.0), 0), (pytest.approx(3.0), 1))
 
 
@@ -82,16 +82,16 @@ def test_no_room_means_waiting() -> None:
     """Two of three groups fit; the third begins when the first ends, at 10 steps of 0.2 s, beside ten more
     steps of the second: 2 + 10 x 0.2 s for its ten tokens."""
     decode = Decode.of_rates([(1, 10.0), (2, 10.0)])
-    done = sample(((10,), (20,), (10,)), decode, 0.0, servers=1, max_sequences=2, at_once=None)
+    done = sample(((10,), (20,), (10,)), decode, 0.0, Setting(max_sequences=2))
     assert [time for time, _ in done.ends] == [pytest.approx(t) for t in (2.0, 4.0, 4.0)]
 
 
-def test_a_wave_is_so_many_completions_whosever_they_are() -> None:
+def test_a_wave_counts_completions_of_any_group() -> None:
     """Four at once, a step of 0.1 s however many. After 2 s two are done, one of each group, and the third
     group begins: it is complete at 3 s, before the two that began first."""
     decode = Decode.of_rates([(1, 10.0), (2, 20.0), (4, 40.0)])
     lengths = ((10, 40), (20, 40), (10, 10))
-    done = sample(lengths, decode, 0.0, servers=1, max_sequences=64, at_once=2)
+    done = sample(lengths, decode, 0.0, Setting(streaming=True, waves=2))
     assert [group for _, group in done.ends] == [2, 0, 1]
     assert [time for time, _ in done.ends] == [pytest.approx(t) for t in (3.0, 4.0, 4.0)]
     assert done.sequences == 4
@@ -123,7 +123,7 @@ def test_waves_reach_the_ideal_but_for_what_the_packer_holds_back(waves: int, ra
     assert p.hidden_s == pytest.approx(s + b - p.step_s)
 
 
-def test_the_whole_batch_at_once_overlaps_nothing_where_lengths_are_equal() -> None:
+def test_the_batch_at_once_overlaps_nothing_where_lengths_are_equal() -> None:
     setting = Setting(prompts=8, group=2, tokens=10, equal=True, streaming=True)
     apart, turns = predict(curves(), setting), predict(curves(), replace(setting, streaming=False))
     assert apart.step_s == pytest.approx(turns.step_s)
@@ -159,7 +159,7 @@ def test_a_micro_batch_starts_when_it_is_full_or_when_there_is_nothing_else_to_d
     assert learn(at_once, 100.0, learners=2, most=100) == pytest.approx(0.6)
 
 
-def test_a_reduction_over_many_told_as_one_over_two() -> None:
+def test_a_reduction_over_many_converted_to_two() -> None:
     """Over 4 learners each sends 2 x 3 / 4 = 1.5 of its gradients, over 2 one: 0.9 s there are 0.6 s here."""
     assert of_two(0.9, 4) == pytest.approx(0.6)
     assert of_two(0.9, 2) == 0.9 and of_two(0.9, 1) == 0.0
@@ -254,20 +254,17 @@ def test_the_best_number_of_waves_is_that_of_trying_all() -> None:
 
 
 def test_the_best_split_is_that_of_trying_all() -> None:
-    """Each token costs three times as much to sample as to learn from: 6 of 8 devices sample."""
+    """Each token costs three times as much to sample as to learn from: 3 of 4 devices sample."""
     measured = curves(learner_tokens_per_s=300.0, prompt_tokens=1)
-    setting = Setting(prompts=96, group=1, tokens=30, equal=True, micro_batch_tokens=30)
-    found = splits(measured, setting, 8)
-    assert len(found) == 7
-    assert (found[0][0].servers, found[0][0].learners) == (6, 2)
+    setting = Setting(prompts=48, group=1, tokens=30, equal=True, micro_batch_tokens=30)
+    found = splits(measured, setting, 4)
+    assert len(found) == 3
+    assert (found[0][0].servers, found[0][0].learners) == (3, 1)
     tried = {
-        (h, w): predict(measured, replace(setting, servers=h, learners=8 - h, waves=w, streaming=True)).step_s
-        for h in range(1, 8)
-        for w in wave_choices(96)
+        (h, w): predict(measured, replace(setting, servers=h, learners=4 - h, waves=w, streaming=True)).step_s
+        for h in range(1, 4)
+        for w in wave_choices(48)
     }
     assert found[0][1].step_s == min(tried.values())
     ((alone, _),) = splits(measured, setting, 1)
     assert (alone.servers, alone.learners, alone.streaming) == (1, 1, False)
-
-
-# --- files and the command ---

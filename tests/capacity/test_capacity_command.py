@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dash_exp.capacity.__main__ import main, parse
 from dash_exp.capacity.curves import curves_of, read_cells, read_curves
 from dash_exp.capacity.model import Setting, predict_batch, wave_choices
 from dash_exp.errors import UserError
-from tests.conftest import REPOSITORY
 
 FOUND = {
     "decode": [[1, 50.0], [8, 200.0], [32, 400.0]],
@@ -36,55 +33,31 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def capacity(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command; that it imports no torch is asserted in its own process."""
-    code = (
-        "import sys; from dash_exp.capacity import main; code = main(sys.argv[1:]);"
-        "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules); sys.exit(code)"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=REPOSITORY,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def test_the_command_predicts_what_was_measured_and_what_is_asked(file: Path) -> None:
-    done = capacity(f"curves={file}")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_the_command_predicts_what_was_measured_and_what_is_asked(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"curves={file}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines[1:-1])  # the first names the file
     found = json.loads(lines[-1])
     assert found["setting"]["prompts"] == 8 and found["setting"]["tokens"] == 16
     assert found["recommended_waves"] in wave_choices(8)
     assert found["step_s"] >= found["step_s_at_recommended_waves"] > 0.6
-    other = capacity(f"curves={file}", "prompts=64", "group=4", "tokens=512", "kept=0.6", "gpus=8")
-    assert other.returncode == 0, other.stderr
-    assert all(len(line) <= 80 for line in other.stdout.splitlines()[1:-1])
-    summary = json.loads(other.stdout.splitlines()[-1])
+    assert main([f"curves={file}", "prompts=64", "group=4", "tokens=512", "kept=0.6", "gpus=8"]) == 0
+    other = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in other.splitlines()[1:-1])
+    summary = json.loads(other.splitlines()[-1])
     assert [s["servers"] + s["learners"] for s in summary["splits"]] == [8] * 7
     assert summary["splits"][0]["step_s"] == pytest.approx(summary["step_s"])
-    assert "note:" in other.stdout  # 512 tokens, and more learners, were not measured
+    assert "note:" in other  # 512 tokens, and more learners, were not measured
 
 
-def test_every_fault_of_the_command_at_once(file: Path) -> None:
-    done = capacity(
-        "server=2",
-        "kept=2",
-        "tokens=0",
-        "streaming=maybe",
-        "prompts",
-        f"cell={file.parent}",
-        f"curves={file}",
-        "gpus=4",
-        "learners=1",
-    )
-    assert done.returncode == 2
-    assert "8 problems" not in done.stdout
+def test_every_fault_of_the_command_at_once(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["server=2", "kept=2", "tokens=0", "streaming=maybe", "prompts", "gpus=4", "learners=1"]
+    with pytest.raises(UserError) as error:
+        parse([*wrong, f"cell={file.parent}", f"curves={file}"])
+    where = [f.where for f in error.value.faults]
+    assert where == ["server", "kept", "tokens", "streaming", "prompts", "curves", "gpus"]
     for text in (
         "did you mean 'servers'",
         "between 0 and 1",
@@ -94,12 +67,17 @@ def test_every_fault_of_the_command_at_once(file: Path) -> None:
         "both curves= and cell=",
         "leave them out",
     ):
-        assert text in done.stderr, text
-    assert "Traceback" not in done.stderr
-    assert capacity().returncode == 2
-    assert capacity("curves=nowhere.json").returncode == 2
-    assert "does not divide" in capacity(f"curves={file}", "call=3").stderr
-    assert capacity("--help").returncode == 0
+        assert text in str(error.value), text
+    for arguments, text in (
+        ([], "neither curves= nor cell="),
+        (["curves="], "must be a path"),
+        (["curves=nowhere.json"], "cannot read nowhere.json"),
+        (["curves=a,b"], "got 2 files"),
+        ([f"curves={file}", "call=3"], "does not divide"),
+    ):
+        assert main(arguments) == 2
+        assert text in capsys.readouterr().err
+    assert main(["--help"]) == 0 and "curves=<json>" in capsys.readouterr().out
 
 
 def test_every_fault_of_a_file_at_once() -> None:
@@ -190,7 +168,7 @@ def test_curves_of_a_record(tmp_path: Path) -> None:
     assert p.sampling_s == pytest.approx(4.0)
 
 
-def test_the_reduction_of_a_record_is_told_as_one_over_two(tmp_path: Path) -> None:
+def test_the_reduction_of_a_record_is_converted_to_two_learners(tmp_path: Path) -> None:
     """Of 4 learners 0.15 s, so 0.1 s over two; it is a part of the optimizer's 0.2 s."""
     write_cell(tmp_path, {"ranks": 4}, {"time/reduce_s": 0.15})
     measured = read_cells([tmp_path])
