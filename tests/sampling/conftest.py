@@ -29,3 +29,11 @@ def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     yield make
     for one in made:
         one.sampler.close()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """Two servers for the tests of a module that break none."""
+    one = Rig(tmp_path_factory.mktemp("pair"), servers=2, delay=0.02, restarts=0, transfer=None)
+    yield one
+    one.sampler.close()

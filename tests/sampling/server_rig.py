@@ -82,7 +82,7 @@ class Rig:
     def kill(self, number: int, how: int = signal.SIGKILL) -> None:
         os.killpg(self.pid(number), how)
 
-    def tell(self, number: int, mode: str) -> Any:
+    def post(self, number: int, mode: str) -> Any:
         body = json.dumps({"mode": mode}).encode()
         headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
         url = f"{self.members[number].url}/fake"

@@ -64,7 +64,7 @@ def broadcast(dtype: torch.dtype = torch.float32) -> tuple[BroadcastTransfer, li
 
 
 def calls(one: Rig, number: int) -> list[str]:
-    return list(one.tell(number, "")["calls"])
+    return list(one.post(number, "")["calls"])
 
 
 def test_a_group_for_each_server_then_one_broadcast_for_each_update(rig: Callable[..., Rig]) -> None:
@@ -97,7 +97,7 @@ def test_a_server_that_dies_in_a_broadcast_is_disconnected_and_joined_again(rig:
     transfer, wires = broadcast()
     one = rig(restarts=1, transfer=transfer)
     one.sampler.load_weights(1)
-    one.tell(0, "late")
+    one.post(0, "late")
     one.sampler.load_weights(2)
     assert any(wire.aborted for wire in wires)
     until(lambda: all(m.state == "serving" for m in one.members))

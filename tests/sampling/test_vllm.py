@@ -52,7 +52,8 @@ def engine(tiny_folder: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "CPU_BATCHED_TOKENS", 330)  # prompts beyond that wait: none may be split
         sampler = VLLMSampler(settings, model.named_parameters)
-    yield sampler, model
+    with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all tests
+        yield sampler, model
     sampler.close()
     torch.set_num_threads = set_threads  # vLLM on CPU replaces it
     torch.set_num_threads(threads)
