@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dash_exp import PACKAGE
 from dash_exp.config.checks import check
 from dash_exp.config.compose import VERSION_BASE, conf_dir, find_faults, register
-from dash_exp.config.schema import to_config
+from dash_exp.config.schema import changed, to_config
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, print_error, run_command
 
 COMMANDS = ("capacity", "cell", "evaluate", "judge", "mirror", "report", "serve", "sweep", "traces")
@@ -74,7 +74,7 @@ def main() -> int:
 
 def run_hydra(_: Sequence[str]) -> int:
     """Let Hydra, which reads sys.argv itself, run one cell or a sweep."""
-    # Hydra would print a cell's failure, and its own hints, on top of what a run has said already.
+    # Otherwise Hydra prints a cell's failure and its own hints after what the run has printed.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register()
     register_launcher()
@@ -88,23 +88,23 @@ def run_hydra(_: Sequence[str]) -> int:
         return ExitCode.FAILED
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(Fault("config", str(error))) from error
-    except OSError as error:  # Hydra's own files; what a cell meets is told by the cell
+    except OSError as error:  # of Hydra's own files; a cell reports its own
         what = f"cannot write {error.filename}: {error.strerror or error}"
         raise UserError(Fault("run.dir", what, "set run.dir=<folder>")) from error
     return ExitCode.OK
 
 
 def register_launcher() -> None:
-    """Make our launcher known to Hydra, whose own search misses it in an editable install."""
-    plugins = Plugins.instance()  # searches first: it would make the class anew
+    """Register our launcher with Hydra, whose own search misses it in an editable install."""
+    plugins = Plugins.instance()  # searches first, and would load the class a second time
     from hydra_plugins.dash_exp_launcher.launcher import DashLauncher
 
     plugins.register(DashLauncher)
 
 
 def parse_arguments() -> tuple[Namespace, list[str]]:
-    """Hydra's own flags, and flags that are unknown. Overrides on both sides of a flag are brought
-    together in sys.argv, where Hydra would take only the first of them."""
+    """Hydra's own flags, and unknown flags. Overrides on both sides of a flag are joined in sys.argv, where
+    Hydra would read only the first of them."""
     args, unknown = get_args_parser().parse_known_args()
     flags = [text for text in unknown if text.startswith("-")]
     stray = [text for text in unknown if not text.startswith("-")]
@@ -121,8 +121,8 @@ def is_sweep(args: Namespace) -> bool:
 
 
 def command_line_faults(args: Namespace, flags: list[str]) -> list[Fault]:
-    """What is wrong before anything is run. A command that only shows the config is not asked
-    whether its files and packages are there."""
+    """What is wrong before anything is run. Files and packages may be missing where the config is only
+    shown."""
     hint = "settings are written key=value, without dashes; see --help"
     faults = [Fault(flag, "unknown flag", hint) for flag in flags]
     shows = args.cfg is not None or args.info is not None
@@ -130,18 +130,22 @@ def command_line_faults(args: Namespace, flags: list[str]) -> list[Fault]:
         faults.append(Fault("-m", "goes with neither --cfg nor --info", "leave one of them out"))
     if args.resolve and args.cfg is None and not args.help:
         faults.append(Fault("--resolve", "goes with --cfg only", "write --cfg job --resolve"))
-    elsewhere = args.config_name or args.config_path or args.config_dir or args.experimental_rerun
-    if elsewhere or args.help or args.hydra_help or args.shell_completion:
+    if only_hydra_knows(args) or args.help or args.hydra_help or args.shell_completion:
         return faults
     return faults + find_faults(args.overrides, sweep=is_sweep(args), checked=not shows)
 
 
+def only_hydra_knows(args: Namespace) -> bool:
+    """Whether flags make Hydra read configs from elsewhere, so that we cannot compose them beforehand."""
+    return bool(args.config_name or args.config_path or args.config_dir or args.experimental_rerun)
+
+
 def run_job(composed: Any) -> None:
-    """What Hydra calls for a cell: the only one, or, by another launcher than ours, each of a sweep, which
-    only a cell that a signal ended stops."""
+    """Called by Hydra for a single cell, or for each cell of a sweep under a launcher other than ours. Such a
+    sweep goes on after a failed cell, and stops after one that a signal ended."""
     try:
         code = run_command(lambda _: run_cell(composed), [])
-    except Exception:  # noqa: BLE001  a bug in one cell, told in full; a sweep goes on
+    except Exception:  # noqa: BLE001  a bug in one cell: print all of it; a sweep goes on
         traceback.print_exc()
         code = ExitCode.FAILED
     if code == ExitCode.OK:
@@ -152,21 +156,22 @@ def run_job(composed: Any) -> None:
 
 
 def run_cell(composed: Any) -> int:
-    """Check one composed config again (a launcher may run it elsewhere), then train."""
+    """Train a composed cell. Checks the config where the command line has not: under another launcher, which
+    may run it on another machine, or where only Hydra could compose it."""
     config = to_config(composed)
-    faults = check(config)
-    given = HydraConfig.get().overrides
-    overrides = list(given.task)
-    places = [text for text in given.hydra if text.startswith("hydra.searchpath")]
-    if faults:
-        raise UserError(faults)
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping or only_hydra_knows(parse_arguments()[0]):
+        faults = check(config)
+        if faults:
+            raise UserError(faults)
     from dash_exp.cell.run import run_config
     from dash_exp.train.budget import resolve_match
 
-    partner = resolve_match(config, [*places, *overrides], Path(config.run.dir) / "cache")
-    config.run.partner = shlex.join(["python", "-m", "dash_exp", *partner]) if partner else None
-
-    return run_config(config, apart=HydraConfig.get().mode == RunMode.MULTIRUN)
+    given = HydraConfig.get().overrides
+    places = [text for text in given.hydra if text.startswith("hydra.searchpath")]
+    partner = resolve_match(config, [*places, *given.task], Path(config.run.dir) / "cache")
+    command = shlex.join(["python", "-m", "dash_exp", *partner]) if partner else None
+    return run_config(changed(config, {"run.partner": command}), apart=sweeping)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def unknown(key: str, value: object, allowed: tuple[str, ...]) -> Fault:
 def _group(config: Config) -> Iterator[Fault]:
     key, size, source = "algorithm.group_size", config.algorithm.group_size, config.algorithm.source
     if source == "sampler" and size < 2:
-        hint = "an advantage compares a completion with others of its prompt: alone it is always 0"
+        hint = "an advantage compares a completion with the others of its prompt; with a single one it is 0"
         yield Fault(key, f"got {size}, must be at least 2", hint)
     if source != "sampler" and size != 1:
         hint = "a demonstration is shown once; algorithm.prompts_per_step sets the batch"

@@ -145,7 +145,7 @@ def test_group_of_one(config: Config) -> None:
     config = changed(config, {"algorithm.group_size": 1})
     [fault] = check(config)
     assert (fault.where, fault.what) == ("algorithm.group_size", "got 1, must be at least 2")
-    assert "alone it is always 0" in fault.hint
+    assert "with a single one it is 0" in fault.hint
 
 
 @pytest.mark.parametrize(
