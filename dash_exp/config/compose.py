@@ -24,7 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp import PACKAGE
 from dash_exp.config.checks import check
-from dash_exp.config.overrides import Options, common_keys, composition_fault, override_faults
+from dash_exp.config.overrides import (
+    Options,
+    common_keys,
+    composition_fault,
+    override_faults,
+    unreadable,
+    variants_of,
+)
 from dash_exp.config.schema import BudgetConfig, Config
 from dash_exp.errors import Fault, UserError
 
@@ -38,27 +45,21 @@ OPEN_MAPPINGS = ("fields", "timeouts", "task_options")
 CELL_ID = re.compile(r"[0-9a-f]{8}")
 MATCH = "budget.match"
 ARM_ONLY = ("name", "source", "surrogate", "clip_low", "clip_high", "passes", "mini_batch", "filters")
-"""What makes an arm with several updates what it is; sizes, beta and the rest hold for its partner too."""
+"""Keys that define an arm with several updates; its sizes, beta and the rest hold for its partner too."""
 PARTNER_HINT = "name a cell id, an arm (dash), or overrides (experiment=...)"
 
-COMPOSITION_ERRORS = (
-    HydraException,
-    OmegaConfBaseException,
-    yaml.YAMLError,
-    ValueError,
-    AssertionError,
-)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)
 
 
 def conf_dir() -> Path:
-    """The folder of yaml files: beside the package in a checkout, inside it once installed."""
+    """The folder of yaml files: beside the package in a checkout, inside it when installed."""
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
 def register() -> None:
-    """Make the schema known to Hydra, under the name that conf/config.yaml asks for. Mappings whose keys
-    are the user's to choose take new ones without Hydra's `+`."""
+    """Store the schema in Hydra under the name that conf/config.yaml uses. Mappings whose keys the user
+    chooses take new ones without Hydra's `+`."""
     schema = OmegaConf.structured(Config)
     for name in OPEN_MAPPINGS:
         OmegaConf.set_struct(schema.dataset[name], False)
@@ -67,10 +68,7 @@ def register() -> None:
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The config that these overrides make. Raises UserError with every override that is wrong.
-
-    Does not ask whether the config makes sense: that is `validation.check`.
-    """
+    """The config of these overrides, not checked. Raises UserError with every override that is wrong."""
     with opened():
         try:
             return composed_config(overrides)
@@ -82,8 +80,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def find_faults(overrides: Sequence[str], *, sweep: bool = False, checked: bool = True) -> list[Fault]:
     """Every fault in a command line's overrides, in their order, then those of the cells they make.
 
-    `sweep`: several values for a key are allowed, and all combinations are looked at (up to
-    MAX_CELLS, with each value at least once). `checked=False` leaves out `validation.check`.
+    `sweep`: a key may have several values, and all combinations are composed (up to MAX_CELLS, with each
+    value at least once). `checked=False` leaves out `checks.check`.
     """
     with opened():
         parsed, faults = parse(overrides)
@@ -103,14 +101,14 @@ def find_faults(overrides: Sequence[str], *, sweep: bool = False, checked: bool 
             not axis and parsed[place].key_or_group in options for place, axis in enumerate(axes)
         )
         later = _cells_faults(good, options, checked)
-    if wrong_choice:  # another option would have been chosen: only what was written out counts
+    if wrong_choice:  # the default option stands in its place: only faults of keys that were written count
         written = {axis[0].key_or_group for axis in good}
         later = [fault for fault in later if fault.where in written - set(options)]
     return _unique(faults + later)
 
 
 def _cells_faults(axes: list[list[Override]], options: Options, checked: bool) -> list[Fault]:
-    """What is wrong with the cells themselves; a fault of some cells only says in which."""
+    """What is wrong with the cells themselves. A fault of some cells says in which."""
     cells = _cells(axes, options)
     seen: dict[Fault, list[tuple[Override, ...]]] = {}
     for cell in cells:
@@ -154,8 +152,8 @@ def _partner_faults(config: Config, cell: Sequence[Override], options: Options) 
 
 
 def _attributed(cell: Sequence[Override], options: Options) -> list[Fault]:
-    """Which overrides a cell cannot be composed with: each is tried alone, beside the search path
-    and (for a value) the options chosen."""
+    """Which overrides a cell cannot be composed with: each is tried separately, with the search path and (for
+    a value) the chosen options."""
     places = [o for o in cell if o.key_or_group == "hydra.searchpath"]
     choices = [o for o in cell if o.key_or_group in options]
     values = [o for o in cell if o not in choices and o not in places]
@@ -183,7 +181,7 @@ def _try(overrides: Sequence[Override], where: str, options: Options) -> Config 
 
 
 def raw(overrides: Sequence[str]) -> DictConfig:
-    """What Hydra makes of these overrides, nothing interpolated yet. Within `opened`."""
+    """What Hydra composes from these overrides, before interpolation. Within `opened`."""
     return hydra.compose("config", overrides=list(overrides))
 
 
@@ -255,9 +253,8 @@ def absent_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _cells(axes: list[list[Override]], options: Options) -> list[tuple[Override, ...]]:
-    """Cells to look at: all combinations of options, since their settings may contradict each other
-    (up to MAX_CELLS), each with the first values of single keys; then every other value and option.
-    """
+    """Cells to compose: all combinations of options, since their settings may contradict each other (up to
+    MAX_CELLS), each with the first values of single keys; then every other value and option."""
     choices = [axis for axis in axes if axis[0].key_or_group in options]
     values = [axis for axis in axes if axis[0].key_or_group not in options]
     first = tuple(axis[0] for axis in values)
@@ -270,7 +267,7 @@ def _cells(axes: list[list[Override]], options: Options) -> list[tuple[Override,
 
 @contextmanager
 def opened() -> Iterator[None]:
-    """Hydra's compose on our folder; whatever Hydra was doing before goes on afterwards."""
+    """Hydra's compose on our folder; Hydra's state is restored afterwards."""
     register()
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().hydra = None
@@ -278,48 +275,24 @@ def opened() -> Iterator[None]:
         with hydra.initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE):
             yield
     finally:
-        GlobalHydra.instance().hydra = before  # Hydra has put another instance in place
+        GlobalHydra.instance().hydra = before  # Hydra has replaced the instance
 
 
 def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
-    """Those that can be read, and what is wrong with the others. Within `opened`."""
+    """The overrides that can be read, and what is wrong with the others. Within `opened`."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     parsed, faults = [], []
     for text in overrides:
         try:
             override = parser.parse_overrides([text])[0]
         except HydraException as error:
-            faults.append(_unreadable(text, error))
+            faults.append(unreadable(text, error))
             continue
         if override.key_or_group:
             parsed.append(override)
         else:
-            faults.append(_unreadable(text, "there is no key"))
+            faults.append(unreadable(text, "there is no key"))
     return parsed, faults
-
-
-def _unreadable(text: str, why: object) -> Fault:
-    key, equals, value = text.partition("=")
-    if not equals:
-        return Fault(text, "is not key=value", "see python -m dash_exp --help")
-    quoted = f"quote a value that holds one of {{}}[](),=: '{key}=\"{value}\"'"
-    return Fault(key or text, f"cannot read {text!r}: {str(why).splitlines()[0]}", quoted)
-
-
-def variants_of(override: Override, sweep: bool) -> tuple[list[Override], list[Fault]]:
-    """The override once for each of its values."""
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        return [override], []
-    if not sweep:
-        hint = f"add -m for one cell per value, or quote one value with commas: '{key}=\"a,b\"'"
-        return [], [Fault(key, f"got several values: {override.input_line}", hint)]
-    if not override.is_discrete_sweep():
-        return [], [Fault(key, "an interval has no list of values", f"write {key}=a,b,c")]
-    texts = [f"{key}={value}" for value in override.sweep_string_iterator()]
-    if not texts:
-        return [], [Fault(key, f"no value matches {override.input_line}")]
-    return OverridesParser.create().parse_overrides(texts), []
 
 
 def search_dirs(overrides: Sequence[Override]) -> list[str]:
@@ -358,8 +331,8 @@ def _unique(faults: Sequence[Fault]) -> list[Fault]:
 
 
 def partner_overrides(match: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides of the partner: this cell's, without its budget, without what `match` sets anew, and,
-    where that is another arm (by itself or by an experiment), without what only this arm means."""
+    """The overrides of the partner: this cell's, without its budget, without what `match` replaces, and,
+    where that is another arm (directly or by an experiment), without the keys that only this arm uses."""
     wanted = match.split() if "=" in match else [f"algorithm={match}"]
     replaced = {text.partition("=")[0] for text in wanted}
     if replaced & {"algorithm", "experiment"}:

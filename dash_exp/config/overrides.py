@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,6 +58,30 @@ def override_faults(override: Override, options: Options) -> list[Fault]:
     return _type_faults(key, value, options)
 
 
+def unreadable(text: str, why: object) -> Fault:
+    key, equals, value = text.partition("=")
+    if not equals:
+        return Fault(text, "is not key=value", "see python -m dash_exp --help")
+    quoted = f"quote a value that holds one of {{}}[](),=: '{key}=\"{value}\"'"
+    return Fault(key or text, f"cannot read {text!r}: {str(why).splitlines()[0]}", quoted)
+
+
+def variants_of(override: Override, sweep: bool) -> tuple[list[Override], list[Fault]]:
+    """The override once for each of its values."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [override], []
+    if not sweep:
+        hint = f"add -m for one cell per value, or quote one value with commas: '{key}=\"a,b\"'"
+        return [], [Fault(key, f"got several values: {override.input_line}", hint)]
+    if not override.is_discrete_sweep():
+        return [], [Fault(key, "an interval has no list of values", f"write {key}=a,b,c")]
+    texts = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if not texts:
+        return [], [Fault(key, f"no value matches {override.input_line}")]
+    return OverridesParser.create().parse_overrides(texts), []
+
+
 def _group_faults(override: Override, options: Options) -> list[Fault]:
     group, value = override.key_or_group, override.value()
     if "/" in group:
@@ -79,7 +104,7 @@ def _type_faults(key: str, value: Any, options: Options) -> list[Fault]:
     """Whether the schema takes this value."""
     holder, nested = key, value
     for parent in _parents(key):
-        if _is_mapping(type_of(parent)):  # its entries are not in the empty schema: set it whole
+        if _is_mapping(type_of(parent)):  # its entries are not in the empty schema: set the complete mapping
             nested = _nested(key.removeprefix(f"{parent}."), value)
             holder = parent
     try:
@@ -117,13 +142,13 @@ def _is_mapping(hint: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as its writer would recognise it, with its type."""
+    """A value as it was written, with its type."""
     kind = type(value).__name__
     return "null" if value is None else f"{value!r} ({KINDS.get(kind, kind)})"
 
 
 def describe(hint: Any) -> str:
-    """A type as a person would say it."""
+    """A type in words."""
     if isinstance(hint, types.UnionType):
         return " or ".join(describe(part) for part in typing.get_args(hint))
     if hint is type(None):
@@ -198,7 +223,7 @@ def _value(key: str, declared: Key) -> str:
 
 
 def unknown_key(key: str, options: Options) -> Fault:
-    """A fault that names the key most likely meant: the same name elsewhere, or one like it."""
+    """A fault that names the key probably meant: the same name elsewhere, or a similar one."""
     parent, _, last = key.rpartition(".")
     while type_of(parent) is None:
         parent = parent.rpartition(".")[0]
@@ -226,12 +251,12 @@ def _names_in(key: str) -> list[str]:
 
 
 def composition_fault(error: Exception, where: str, options: Options) -> Fault:
-    """A fault from what Hydra, OmegaConf or yaml raised; `where` is for errors without a place."""
+    """A fault from an error of Hydra, OmegaConf or yaml; `where` is for errors that name no key."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return Fault(f"{mark.name}:{mark.line + 1}", f"not valid yaml: {error.problem}")
-    if isinstance(error, AssertionError):  # how OmegaConf says that a parent is null
-        return Fault(where, "cannot be set: what should hold it is null")
+    if isinstance(error, AssertionError):  # how OmegaConf reports that a parent is null
+        return Fault(where, "cannot be set: the mapping that would hold it is null")
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     file = re.search(r"In '([^']+)'", text)
     inside = f" (in {file[1]}.yaml)" if file else ""
@@ -263,13 +288,13 @@ def _headline(text: str, key: str) -> str:
 
 
 def split_off(prefix: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that begin with `prefix.`, without it, and the others."""
+    """The arguments that begin with `prefix.`, with it removed, and the others."""
     own = [text.removeprefix(f"{prefix}.") for text in arguments if text.startswith(f"{prefix}.")]
     return own, [text for text in arguments if not text.startswith(f"{prefix}.")]
 
 
 def own_settings(schema: type[Settings], prefix: str, texts: Sequence[str]) -> tuple[Settings, list[Fault]]:
-    """A dataclass filled from these `name=value`, and what is wrong with them."""
+    """A command's dataclass filled from these `name=value`, and what is wrong with them."""
     settings = OmegaConf.structured(schema)
     types = typing.get_type_hints(schema)
     faults = []

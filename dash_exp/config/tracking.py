@@ -1,5 +1,4 @@
-"""Where the mirror lies: from settings to an address that MLflow understands, and an address as it may be
-shown. Imports neither MLflow nor torch."""
+"""Where a mirror is: from settings to an address that MLflow understands, and the address without secrets."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ HIDDEN = "***"
 @dataclass(frozen=True, slots=True)
 class Place:
     """A tracking server or database, and an experiment there. The address may hold a password: print
-    `shown`, and pass what others say about it through `clean`."""
+    `shown`, and pass messages about it through `clean`."""
 
     uri: str = field(repr=False)
     experiment: str
@@ -42,13 +41,13 @@ class Place:
 
     @property
     def file(self) -> Path | None:
-        """The database's file, where it is one."""
+        """The file of a SQLite database, else None."""
         found = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", self.uri)
         return Path(found[1]) if found else None
 
     @property
     def mark(self) -> str:
-        """Names this place in the name of a lock's file."""
+        """Eight hex digits that stand for this place in the name of a lock's file."""
         return hashlib.sha256(f"{self.shown}\0{self.experiment}".encode()).hexdigest()[:8]
 
     def clean(self, text: str) -> str:
@@ -71,55 +70,39 @@ def place_of(tracking: TrackingConfig, root: Path, environment: Mapping[str, str
 def tracking_faults(
     tracking: TrackingConfig, installed: Callable[[str], bool], environment: Mapping[str, str] = os.environ
 ) -> Iterator[Fault]:
-    """What keeps a mirror from ever working, found before anything is started. Whether a server answers is
-    not asked: it may later."""
+    """What keeps a mirror from ever working. Does not ask whether a server answers: it may do so later."""
     if tracking.name != "mlflow":
         return
     if not installed(PACKAGE):
-        yield Fault(
-            "tracking",
-            f"tracking=mlflow needs the package {PACKAGE}, which is not installed",
-            "pip install 'dash-exp[mlflow]', or leave it out: python -m dash_exp.mirror can "
-            "mirror the records at any later time",
-        )
+        what = f"tracking=mlflow needs the package {PACKAGE}, which is not installed"
+        later = "python -m dash_exp.mirror can mirror the records at any later time"
+        yield Fault("tracking", what, f"pip install 'dash-exp[mlflow]', or leave it out: {later}")
     yield from place_faults(tracking, environment)
 
 
 def place_faults(tracking: TrackingConfig, environment: Mapping[str, str] = os.environ) -> Iterator[Fault]:
-    uri = tracking.uri or environment.get(VARIABLE)
-    where = URI if tracking.uri else VARIABLE
+    uri, name = tracking.uri or environment.get(VARIABLE), tracking.experiment
     if uri:
-        yield from _uri_faults(where, uri)
+        yield from _uri_faults(URI if tracking.uri else VARIABLE, uri)
     if tracking.uri and secrets_of(tracking.uri):
-        yield Fault(
-            URI,
-            f"{hide(uri or '')} holds a password, which would be written into records",
-            f"set the variable {VARIABLE} instead, or for a server MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD",
-        )
-    name = tracking.experiment
+        what = f"{hide(tracking.uri)} holds a password, which would be written into records"
+        server = "for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        yield Fault(URI, what, f"set the variable {VARIABLE} instead, or {server}")
     if not name.strip() or len(name) > LONGEST_EXPERIMENT:
         yield Fault(EXPERIMENT, f"got {name[:40]!r}, must have 1 to {LONGEST_EXPERIMENT} characters")
 
 
 def _uri_faults(where: str, uri: str) -> Iterator[Fault]:
     scheme, colon, rest = uri.partition("://")
-    kind = scheme.partition("+")[0].lower()
+    kind, shown = scheme.partition("+")[0].lower(), hide(uri)
     if not colon or kind == "file":
-        yield Fault(
-            where,
-            f"{hide(uri)} is a folder or file: MLflow's file store, which it refuses by now",
-            f"name a database (sqlite:////folder/{DATABASE}) or a server (http://host:5000)",
-        )
+        hint = f"name a database (sqlite:////folder/{DATABASE}) or a server (http://host:5000)"
+        yield Fault(where, f"{shown} is a folder or file: MLflow no longer supports its file store", hint)
     elif kind not in (*SERVERS, *DATABASES):
-        allowed = ", ".join((*SERVERS, *DATABASES))
-        yield Fault(where, f"{hide(uri)} begins with {scheme!r}", f"allowed: {allowed}")
+        yield Fault(where, f"{shown} begins with {scheme!r}", f"allowed: {', '.join((*SERVERS, *DATABASES))}")
     elif kind == "sqlite" and not re.match(r"/(?!:memory:)[^?]", rest):
-        yield Fault(
-            where,
-            f"{hide(uri)} names no file, and other processes could not see it",
-            f"write sqlite:////a/folder/{DATABASE}: three slashes, then the path",
-        )
+        hint = f"write sqlite:////a/folder/{DATABASE}: three slashes, then the path"
+        yield Fault(where, f"{shown} names no file, and other processes could not see it", hint)
 
 
 def hide(uri: str) -> str:
@@ -129,7 +112,7 @@ def hide(uri: str) -> str:
 
 
 def _user(uri: str) -> re.Pattern[str]:
-    """How the user is written: a database's password may hold a slash as it is."""
+    """Where the user name is: a database's password may hold a slash that is not encoded."""
     return USER_OF_SERVER if uri.lower().startswith(SERVERS) else USER_OF_DATABASE
 
 

@@ -29,7 +29,8 @@ import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from dash_exp import PACKAGE
-from dash_exp.config.compose import find_faults, opened, parse, variants_of
+from dash_exp.config.compose import find_faults, opened, parse
+from dash_exp.config.overrides import variants_of
 from dash_exp.errors import Fault, UserError, nearest
 
 Combination = tuple[str, ...]

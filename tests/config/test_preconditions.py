@@ -111,7 +111,7 @@ def test_outputs_that_cannot_be_written(config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     config = changed(config, {"run.dir": str(tmp_path / "file" / "outputs")})
     assert [(f.where, f.what) for f in check(config)] == [
-        ("run.dir", f"{tmp_path}/file/outputs cannot be made: {tmp_path}/file is not a folder")
+        ("run.dir", f"{tmp_path}/file/outputs cannot be created: {tmp_path}/file is not a folder")
     ]
     config = changed(config, {"run.dir": str(tmp_path / "new" / "one")})
     assert check(config) == []
