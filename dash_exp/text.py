@@ -1,10 +1,17 @@
-"""How numbers, durations and paths are written for a person."""
+"""How numbers, durations and paths are written for a person, and the ends of printed texts."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+TEXT_BYTES = 16_000
+"""Read from the end of a text."""
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
+"""Colours and other terminal control sequences."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -33,3 +40,27 @@ def format_path(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def end_of(path: Path, size: int) -> bytes:
+    """The last `size` bytes of a file, from the start of a line on; nothing if there is no file."""
+    try:
+        with path.open("rb") as stream:
+            start = max(0, stream.seek(0, os.SEEK_END) - size)
+            stream.seek(start)
+            data = stream.read()
+    except OSError:
+        return b""
+    return data if start == 0 else data.partition(b"\n")[2] or data
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last non-empty lines of a text, as a terminal would show them."""
+    return shown_lines(end_of(path, TEXT_BYTES))[-count:] if count > 0 else []
+
+
+def shown_lines(data: bytes) -> list[str]:
+    """Lines without what a progress bar overwrote, without colours, and without empty ones."""
+    text = data.decode("utf-8", errors="replace")
+    lines = [CONTROL.sub("", line.rstrip().rpartition("\r")[2]) for line in text.split("\n")]
+    return [line for line in lines if line.strip()]

@@ -20,7 +20,7 @@ from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below
 from dash_exp.record import journal, provenance
 from dash_exp.record import manifest as manifests
 from dash_exp.record.endings import is_cancelled, say_state
-from dash_exp.record.folder import CellBusy, archive, read_json
+from dash_exp.record.folder import CellBusy, archive
 from dash_exp.record.jobs import Plan
 from dash_exp.record.locks import Locks, ask_to_end
 from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest, held
@@ -31,7 +31,7 @@ from dash_exp.sweep.resources import tracking_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.arrays import find_faults
-from dash_exp.sweep.states import ACTIVE, is_stale
+from dash_exp.sweep.states import ACTIVE, is_stale, recorded_state
 from dash_exp.sweep.status import OPEN, SweepCell, SweepState, counts_of, read_sweep
 from dash_exp.text import format_path
 
@@ -146,7 +146,7 @@ def _archive(folders: Sequence[Path]) -> None:
 def _headline(manifest: Manifest, plan: Plan) -> str:
     """How many cells the sweep has, and how many of them are done."""
     folders = [manifest.cell(entry) for entry in manifest.entries]
-    finished = [f for f in folders if read_json(f / "status.json").get("state") == "finished"]
+    finished = [folder for folder in folders if recorded_state(folder) == "finished"]
     code = provenance.code_hash() if finished else ""
     stale = sum(is_stale(folder, code) for folder in finished)
     counts = [

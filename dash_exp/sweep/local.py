@@ -30,10 +30,11 @@ from dash_exp.record.manifest import Entry, Manifest, held
 from dash_exp.signals import handling
 from dash_exp.sweep.pool import Log, Relay, Terms, print_log, run_pool
 from dash_exp.sweep.resources import cluster_of
-from dash_exp.sweep.states import last_lines
+from dash_exp.sweep.states import recorded_state
 from dash_exp.sweep.status import CONTROLLER
 from dash_exp.sweep.teachers import make_traces
 from dash_exp.sweep.worker import Job
+from dash_exp.text import last_lines
 
 ORDER, LOCK, LOG = "launch.json", ".controller", "controller.log"
 POLL_S, START_S = 0.3, 60.0
@@ -160,7 +161,7 @@ def unsettled(manifest: Manifest, order: Order) -> tuple[str, ...]:
     """The cells of an order that are neither finished, failed nor cancelled."""
     folders = [manifest.cell(entry) for entry in order.entries(manifest)]
     settled = ("finished", "failed", "cancelled")
-    return tuple(f.name for f in folders if read_json(f / "status.json").get("state") not in settled)
+    return tuple(folder.name for folder in folders if recorded_state(folder) not in settled)
 
 
 class ControllerLock:

@@ -8,7 +8,6 @@ under SLURM by the queue, elsewhere by the age of its heartbeat.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from dash_exp.record.folder import Row, last_attempts, read_json
 from dash_exp.record.locks import HERE, Locks, is_alive, runs
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm.queue import JobState
-from dash_exp.text import format_seconds
+from dash_exp.text import end_of, format_seconds
 
 SHOWN = ("running", "queued", "pending", "blocked", "interrupted", "failed", "cancelled", "finished")
 ACTIVE = ("running", "queued")
@@ -36,12 +35,10 @@ its own steps, at least QUIET_S; before its first step, while it builds and eval
 QUIET_BEFORE_STEPS_S."""
 
 RECENT_STEPS, RECENT_REWARDS = 10, 5
-STEP_BYTES, TEXT_BYTES = 24_000, 16_000
-"""Read from the end of steps.jsonl (more than ten rows), and of a text."""
+STEP_BYTES = 24_000
+"""More than ten rows of steps.jsonl."""
 STEPS = re.compile(r"^algorithm:\n(?:  .*\n)*?  steps: (\d+)$", re.MULTILINE)
 SECONDS = re.compile(r"^budget:\n(?:  .*\n)*?  seconds: ([\d.e+-]+)$", re.MULTILINE)
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
-"""Colours and other terminal control sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,21 +326,23 @@ def _in_config(folder: Path, pattern: re.Pattern[str]) -> str | None:
     return found.group(1) if found else None
 
 
+def recorded_state(folder: Path) -> str:
+    """The state that a cell's status.json holds."""
+    return str(read_json(folder / "status.json").get("state", "pending"))
+
+
+def open_need(cells: Path, need: str) -> str | None:
+    """The name and recorded state of a needed cell; None if it is finished."""
+    folder = next(iter(sorted(cells.glob(f"*-{need}"))), None)
+    if folder is None:
+        return f"{need} (missing)"
+    state = recorded_state(folder)
+    return None if state == "finished" else f"{folder.name} ({state})"
+
+
 def is_stale(folder: Path, code: str) -> bool:
     """Whether a record was made by other code."""
     return read_json(folder / "provenance.json").get("code_hash") != code
-
-
-def end_of(path: Path, size: int) -> bytes:
-    """The last `size` bytes of a file, from the start of a line on; nothing if there is no file."""
-    try:
-        with path.open("rb") as stream:
-            start = max(0, stream.seek(0, os.SEEK_END) - size)
-            stream.seek(start)
-            data = stream.read()
-    except OSError:
-        return b""
-    return data if start == 0 else data.partition(b"\n")[2] or data
 
 
 def last_rows(path: Path, count: int, size: int = STEP_BYTES) -> list[Row]:
@@ -359,15 +358,3 @@ def last_rows(path: Path, count: int, size: int = STEP_BYTES) -> list[Row]:
         if len(rows) == count:
             break
     return rows[::-1]
-
-
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last non-empty lines of a text, as a terminal would show them."""
-    return shown_lines(end_of(path, TEXT_BYTES))[-count:] if count > 0 else []
-
-
-def shown_lines(data: bytes) -> list[str]:
-    """Lines without what a progress bar overwrote, without colours, and without empty ones."""
-    text = data.decode("utf-8", errors="replace")
-    lines = [CONTROL.sub("", line.rstrip().rpartition("\r")[2]) for line in text.split("\n")]
-    return [line for line in lines if line.strip()]

@@ -17,7 +17,8 @@ from dash_exp.record.jobs import Waiting
 from dash_exp.record.locks import HERE, runs
 from dash_exp.record.manifest import Entry, Manifest
 from dash_exp.sweep.lookup import labels
-from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, last_lines, states_of
+from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, open_need, states_of
+from dash_exp.text import last_lines
 
 CONTROLLER = "controller.json"
 OPEN = ("running", "queued", "pending", "blocked", "interrupted")
@@ -119,13 +120,10 @@ def _with_needs(
 
 def _open_need(need: str, known: Mapping[str, CellState], manifest: Manifest) -> str | None:
     """The name and state of a needed cell, of this sweep or another; None if it is finished."""
-    if need in known:
-        state, name = known[need].state, known[need].folder.name
-    else:
-        found = sorted((manifest.root / "cells").glob(f"*-{need}"))
-        status = read_json(found[0] / "status.json") if found else {}
-        state, name = str(status.get("state", "missing")), found[0].name if found else need
-    return None if state == "finished" else f"{name} ({state})"
+    if need not in known:
+        return open_need(manifest.root / "cells", need)
+    state = known[need].state
+    return None if state == "finished" else f"{known[need].folder.name} ({state})"
 
 
 def _classified(state: CellState) -> CellState:

@@ -21,9 +21,8 @@ from dash_exp.record.manifest import Manifest
 from dash_exp.sweep import lookup
 from dash_exp.sweep.lookup import LIST_HINT, Target, find, launched, select
 from dash_exp.sweep.report import status_view, sweep_lines
-from dash_exp.sweep.states import last_lines, shown_lines
 from dash_exp.sweep.status import OPEN, SweepCell, SweepState, output_path, read_sweep, read_sweeps
-from dash_exp.text import format_path
+from dash_exp.text import format_path, last_lines, shown_lines
 
 ROOT = "run.dir="
 FOLLOW_S = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -139,7 +140,9 @@ def test_killed_many_times_each_cell_is_finished_once(tmp_path: Path) -> None:
     assert killer.finish(60) == 0
     check_ends(tmp_path / "out")
     for folder in folders(tmp_path / "out").values():
-        assert len(read_rows(folder / "seen.jsonl").rows) == 1
+        rows = read_rows(folder / "seen.jsonl").rows  # several, if one was killed before it recorded its end
+        assert all(first["ended"] <= second["begun"] for first, second in itertools.pairwise(rows))
+        assert rows[-1]["ended"] <= read_json(folder / "status.json")["heartbeat"]
 
 
 @pytest.mark.long

@@ -135,11 +135,11 @@ def test_a_cell_whose_need_failed_stays_blocked_with_the_reason(in_job: FakeSlur
     job = SlurmJob(str(tmp_path), "trial", (folder.name,), {folder.name: (need.id,)})
     assert ending(job) == 3
     status = read_json(folder / "status.json")
-    assert (status["state"], status["reason"]) == ("blocked", f"waits for {need.folder}, which is failed")
+    assert (status["state"], status["reason"]) == ("blocked", f"waits for {need.folder} (failed)")
     assert kinds(folder) == []
     gone = SlurmJob(str(tmp_path), "trial", (folder.name,), {folder.name: ("beef0000",)})
     assert ending(gone) == 3
-    assert "beef0000, which has not been started" in read_json(folder / "status.json")["reason"]
+    assert "beef0000 (missing)" in read_json(folder / "status.json")["reason"]
 
 
 def test_restarts_that_slurm_made_count(

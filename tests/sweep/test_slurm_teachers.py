@@ -1,4 +1,4 @@
-"""Traces on SLURM: one job makes them, and queues the cells that waited. On a pretended cluster."""
+"""Traces on SLURM: one job makes them, and queues the cells that waited. With fake SLURM commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.record.jobs import Plan
+from dash_exp.record.jobs import Plan, Traces, Waiting
 from dash_exp.record.manifest import read
 from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import SweepOptions, make_plan
@@ -16,6 +16,7 @@ from dash_exp.sweep.resources import cluster_of
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.job import TeacherJob
 from tests.sweep.slurm_helpers import FakeSlurm
+from tests.sweep.slurm_helpers import cluster_of as slurm_cluster
 from tests.sweep.test_teachers import CELL, DIGITS
 
 pytest_plugins = ["tests.sweep.slurm_fixtures"]
@@ -29,10 +30,10 @@ SLURM = (
 )
 
 
-def plan_of(root: Path, traces: Path, *teacher: str) -> Plan:
+def plan_of(root: Path, traces: Path) -> Plan:
     arms = [("algorithm=dash",), ("algorithm=sft_m", f"dataset.traces={traces}")]
     (root / "cache").mkdir(parents=True, exist_ok=True)
-    command = (*DIGITS, "traces.samples=16", f"traces.out={traces}", *teacher)
+    command = (*DIGITS, "traces.samples=16", f"traces.out={traces}")
     return make_plan(
         "mine", [(*CELL, *arm, *SLURM) for arm in arms], root=root, options=SweepOptions(traces=[command])
     )
@@ -62,11 +63,12 @@ def test_a_job_makes_them_and_queues_the_cells(
     assert set(fake_slurm.jobs()) == {"101", "102", "103"}
 
 
-def test_what_the_teachers_ask_for_is_looked_at_first(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
-    root = tmp_path / "out"
-    plan = plan_of(root, tmp_path / "traces.jsonl", "cluster.memory_gb=999")
+def test_what_the_teachers_ask_for_is_checked_first(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    root, path = tmp_path / "out", tmp_path / "traces.jsonl"
+    arguments = (*DIGITS, "traces.samples=16", f"traces.out={path}", "cluster.memory_gb=999")
+    plan = Plan("mine", (), (Waiting(("algorithm=sft_m",), Traces(path, arguments)),))
     (entry,) = slurm.teacher_entries(plan.waiting)
     assert entry.resources.memory_gb == 999
     with pytest.raises(UserError, match=r"cluster\.memory_gb: asks for 999 GB .* \(for traces-tiny\)"):
-        launch(LaunchRequest(plan, root, cluster_of(plan.actions)), wait=False)
+        launch(LaunchRequest(plan, root, slurm_cluster()), wait=False)
     assert not (root / "sweeps").exists() and not fake_slurm.jobs()

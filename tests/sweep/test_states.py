@@ -20,7 +20,6 @@ from dash_exp.sweep.states import (
     CellState,
     Evidence,
     derive_state,
-    last_lines,
     last_rows,
     recent_steps,
     state_of,
@@ -28,6 +27,7 @@ from dash_exp.sweep.states import (
     steps_of,
 )
 from dash_exp.sweep.watch import Follower
+from dash_exp.text import last_lines
 from tests.conftest import REPOSITORY
 from tests.sweep.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 

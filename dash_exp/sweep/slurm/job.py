@@ -21,14 +21,15 @@ from dash_exp.record import journal
 from dash_exp.record import manifest as manifests
 from dash_exp.record.endings import is_cancelled, say_state
 from dash_exp.record.failures import BY_SCHEDULER, may_retry
-from dash_exp.record.folder import Row, read_json
+from dash_exp.record.folder import Row
 from dash_exp.signals import handling, run_forwarding
 from dash_exp.sweep.pool import Relay, Terms, print_log, run_pool
 from dash_exp.sweep.resources import cluster_of
 from dash_exp.sweep.slurm import queue
-from dash_exp.sweep.states import last_lines
+from dash_exp.sweep.states import open_need, recorded_state
 from dash_exp.sweep.teachers import make_traces
 from dash_exp.sweep.worker import OUTPUT, Job, cell_actions
+from dash_exp.text import last_lines
 
 WARNING = int(signal.SIGUSR2)
 SETTLED = ("finished", "failed", "blocked", "cancelled")
@@ -135,7 +136,7 @@ class SlurmJob:
         folder = self.folder(name)
         if recorded_state(folder) == "finished":
             return "finished", ""
-        waits = [reason for need in self.needs.get(name, ()) if (reason := unmet(folder.parent, need))]
+        waits = [text for need in self.needs.get(name, ()) if (text := open_need(folder.parent, need))]
         if waits:
             return "blocked", f"waits for {', '.join(waits)}"
         if used_requeues(journal.read(folder), place) > self.requeues:
@@ -197,19 +198,6 @@ class TeacherJob:
         if manifest.waiting:
             raise SystemExit(ExitCode.FAILED)
         return 0
-
-
-def recorded_state(folder: Path) -> str:
-    return str(read_json(folder / "status.json").get("state", "pending"))
-
-
-def unmet(pool: Path, need: str) -> str | None:
-    """Why a needed cell does not let another one start; None if it is finished."""
-    folder = next(iter(pool.glob(f"*-{need}")), None)
-    if folder is None:
-        return f"{need}, which has not been started"
-    state = recorded_state(folder)
-    return None if state == "finished" else f"{folder.name}, which is {state}"
 
 
 def out_of_time(relay: Relay, job: str) -> bool:

@@ -20,7 +20,6 @@ from submitit.core.utils import UncompletedJobError
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.record import journal
-from dash_exp.record.folder import read_json
 from dash_exp.record.jobs import Plan, Resources, Waiting
 from dash_exp.record.locks import Locks
 from dash_exp.record.manifest import Entry, Manifest, held, sweep_folder
@@ -28,6 +27,7 @@ from dash_exp.sweep.resources import resources_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm.arrays import Array, parameters, plan_arrays
 from dash_exp.sweep.slurm.job import SlurmJob, TeacherJob
+from dash_exp.sweep.states import recorded_state
 from dash_exp.traces.settings import parse
 
 JOBS = "jobs"
@@ -135,7 +135,7 @@ def find_queue(manifest: Manifest, entries: Iterable[Entry]) -> Queue | None:
     """What has to be submitted of these cells; None if SLURM does not answer."""
     wanted = {entry.id: entry for entry in entries}
     folders = _cell_folders(manifest, [*wanted, *(need for e in wanted.values() for need in e.needs)])
-    finished = {one for one, folder in folders.items() if _is_finished(folder)}
+    finished = {one for one, folder in folders.items() if recorded_state(folder) == "finished"}
     jobs = {one: job_ids(folder) for one, folder in folders.items() if one not in finished}
     active = queue.active(job for many in jobs.values() for job in many)
     if active is None:
@@ -169,10 +169,6 @@ def job_ids(folder: Path) -> list[str]:
     return list(dict.fromkeys(str(row["job"]) for row in rows if row.get("job")))
 
 
-def _is_finished(folder: Path) -> bool:
-    return read_json(folder / "status.json").get("state") == "finished"
-
-
 def entries_of(plan: Plan) -> tuple[Entry, ...]:
     """The cells of a plan as its manifest would list them."""
     return tuple(Entry(c.id, c.folder_name, c.overrides, c.resources, c.needs) for c in plan.cells)
@@ -180,7 +176,8 @@ def entries_of(plan: Plan) -> tuple[Entry, ...]:
 
 def open_entries(plan: Plan, root: Path) -> tuple[Entry, ...]:
     """The cells of a plan that are not finished."""
-    return tuple(entry for entry in entries_of(plan) if not _is_finished(root / "cells" / entry.folder))
+    cells = root / "cells"
+    return tuple(e for e in entries_of(plan) if recorded_state(cells / e.folder) != "finished")
 
 
 def sbatch_text(plan: Plan, root: Path, cluster: ClusterConfig) -> list[str]:
