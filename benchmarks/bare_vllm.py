@@ -1,4 +1,4 @@
-"""A bare `vllm.LLM` in a process of its own, which generates whenever it is told to.
+"""A bare `vllm.LLM` in a process of its own, which generates on request.
 
     python -m benchmarks.bare_vllm    (settings and questions as one line of JSON on standard input)
 

@@ -88,7 +88,7 @@ def check(ours: Ours, rounds: int) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 def row_of(setting: Setting, known: Curves, steps: list[Row]) -> dict[str, Any]:
     """Predicted and real seconds, of the step and of its two sides; and predicted for the very lengths that
-    were then sampled, which tells errors of time from those of length."""
+    were then sampled, which separates errors of time from errors of length."""
     prediction = predict(known, setting)
     lengths = [tuple(map(tuple, row["lengths"])) for row in steps]
     given = statistics.median(predict_batch(known, setting, some).step_s for some in lengths)

@@ -43,8 +43,8 @@ def measure(options: Options) -> dict[str, Any]:
     rows = [[f"{n:.1f}", f"{rate:.1f}", f"{n / rate * 1e3:.1f}"] for n, rate in curves["decode"]]
     print_table("Decoding", ["sequences", "tokens/s", "ms a step"], rows)
     names = ["learner_tokens_per_s", "prefill_tokens_per_s", "optimizer_s", "sync_s", "other_s", "reduce_s"]
-    told = [[name, "not measured" if curves[name] is None else f"{curves[name]:.4g}"] for name in names]
-    print_table("The rest", ["", ""], told)
+    rows = [[name, "not measured" if curves[name] is None else f"{curves[name]:.4g}"] for name in names]
+    print_table("The rest", ["", ""], rows)
     return {"lines": [], "curves": curves}
 
 
@@ -160,7 +160,7 @@ def counts(largest: int) -> list[int]:
 
 
 class _Asker:
-    """Asks the sampler alone, each time for other prompts, so that no prefix is known already."""
+    """Runs only the sampler, each time with other prompts, so that no prefix is cached."""
 
     def __init__(self, ours: Ours):
         self.parts, self.plan = ours.machine.parts, ours.machine.plan

@@ -39,7 +39,7 @@ def measure(options: Options) -> dict[str, Any]:
                 attention="sdpa",
             )
         rows.append(row)
-        work = f"whole update, default work, beta {beta:g}"
+        work = f"full update, default work, beta {beta:g}"
         lines.append(asdict(line_of(row, work, size, GOAL, options)))
     show_updates(rows)
     return {"lines": lines, "updates": rows}

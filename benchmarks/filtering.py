@@ -23,9 +23,9 @@ def measure(options: Options) -> dict[str, Any]:
     lines, details = [], []
     for prompt, lengths in ((9, [4]),) if options.quick else CASES:
         rows = steps(options, prompt, lengths)
-        whole, all_s = rows[1.0]["computed"], rows[1.0]["seconds"]
+        total, all_s = rows[1.0]["computed"], rows[1.0]["seconds"]
         for share in list(rows)[1:]:
-            dropped = 1 - rows[share]["computed"] / whole
+            dropped = 1 - rows[share]["computed"] / total
             saved = 1 - rows[share]["seconds"] / all_s
             lines.append(
                 asdict(

@@ -1,4 +1,4 @@
-"""A learner alone: groups of random tokens with set rewards come at once, as if they had been sampled."""
+"""A learner by itself: groups of random tokens with set rewards come at once, as if they had been sampled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TASK = "random"
 
 
 class GivenSampler:
-    """Yields a group for each request: random tokens, as long as `lengths` say by turns."""
+    """Yields a group for each request: random tokens, their lengths cycle through `lengths`."""
 
     def __init__(self, lengths: Sequence[int], vocabulary: int):
         self.lengths, self.vocabulary = tuple(lengths), vocabulary
@@ -40,7 +40,7 @@ class GivenSampler:
         self.policy_version = version
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 def random_tokens(seed: int, count: int, vocabulary: int) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def random_tokens(seed: int, count: int, vocabulary: int) -> tuple[int, ...]:
 
 
 def skewed(longest: int) -> list[int]:
-    """Lengths with a tail, by turns: many short completions and a few as long as possible."""
+    """Lengths with a tail, to cycle through: many short completions and a few as long as possible."""
     return [max(1, round(longest * share)) for share in (0.1, 0.2, 0.3, 0.5, 0.15, 0.25, 0.4, 1.0)]
 
 

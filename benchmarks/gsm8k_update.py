@@ -1,4 +1,4 @@
-"""A whole update on GSM8K prompts, ours and TRL's in turn: 16 x 4 completions of 128 new tokens.
+"""A full update on GSM8K prompts, ours and TRL's in turn: 16 x 4 completions of 128 new tokens.
 
 Rewards are set, the same on both sides: in all groups they differ (nothing to filter), or in exactly half of
 them (the filter drops the others before any forward pass).
@@ -39,7 +39,7 @@ def measure(options: Options) -> dict[str, Any]:
             )
         assert abs(row["ours"]["kept_share"] - share) < 1e-9, "the filter kept something else"
         rows.append(row)
-        work = f"whole update, GSM8K, filter={name}"
+        work = f"full update, GSM8K, filter={name}"
         lines.append(asdict(line_of(row, work, size, goal, options)))
     show_updates(rows)
     return {"lines": lines, "updates": rows}

@@ -22,7 +22,7 @@ from benchmarks.turns import alternate, seconds, spread
 
 GOAL, SHARE = 0.90, 0.5
 CASES = ((29, [6]), (93, [128]), (93, skewed(256)))
-"""Tokens of a prompt, and of completions by turns."""
+"""Tokens of a prompt, and lengths of completions to cycle through."""
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def make_bare(
     ours: Ours, tokens: int, targets: int, row_tokens: int, micro_batch: int
 ) -> tuple[Callable[[], None], int]:
     """One pass over `tokens` tokens in unpadded rows, a micro-batch at a time; and how many they are,
-    since rows are whole."""
+    since rows are complete."""
     import torch
 
     from dash_exp.modeling.source import load_model

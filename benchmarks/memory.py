@@ -274,7 +274,7 @@ def show(results: list[dict[str, Any]]) -> None:
     ]
     print_table("What must be held, MB", ["beta", *parts], rows)
     logits = results[0]["whole_batch_logits"]
-    print(f"logits of the whole batch would be {logits / MB:,.0f} MB; they never exist")
+    print(f"logits of the batch would be {logits / MB:,.0f} MB; they never exist")
     if not all(r["peak_is_of_update_alone"] for r in results):
         print("the peak includes building the model: the system does not let it be forgotten")
 

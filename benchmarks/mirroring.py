@@ -56,7 +56,7 @@ def record(root: Path, name: str, steps: int) -> dict[str, float]:
         recorder.status("finished", steps, reason="planned")
         ended = time.monotonic()
     if follower.process is not None:
-        follower.process.wait(MOST_S)  # on a busy machine a run leaves it alone after a while
+        follower.process.wait(MOST_S)  # on a busy machine a run stops waiting for it after a while
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "processor_s": used.ru_utime + used.ru_stime,
@@ -146,7 +146,7 @@ def main() -> None:
     rows = [
         [f"values of {found['processes']} runs at once", f"{found['values']:,}", ""],
         ["of these lost or doubled", f"{found['lost']}", "met" if found["lost"] == 0 else "NOT met"],
-        ["from the end of a run to a whole mirror, at most", f"{found['behind_s']:.1f} s", ""],
+        ["from the end of a run to a complete mirror, at most", f"{found['behind_s']:.1f} s", ""],
         ["processor time of a follower, at most", f"{found['processor_s']:.1f} s", ""],
         ["memory of a follower, at most", f"{found['memory_mb']:.0f} MB", ""],
         ["a mirror of all, built anew", f"{found['rebuild_s']:.1f} s", ""],

@@ -124,7 +124,7 @@ class Ours:
         the run's. Its row of the record, and the lengths that were sampled."""
         self.done = self.done + 1 if number is None else number
         parts = self.machine.parts
-        self.ledger.close_step()  # what lay between two steps is nobody's
+        self.ledger.close_step()  # the time between two steps belongs to neither
         plan = plan or self.machine.plan
         facts = train_step(StepContext(plan, parts, self.ledger, self.recorder, self.done))
         self.recorder.append("samples", sample_rows(self.done, facts.groups))

@@ -2,7 +2,7 @@
 seeds: how much of an update's time do one large sampling call and the filter save?
 
 The paper's 83 % compares two programs. Here both arms are the same program, so what is left is the schedule
-(`sampler.prompts_per_call`) and the filter; "no filter, one call" tells the two apart. The curve is over
+(`sampler.prompts_per_call`) and the filter; "no filter, one call" separates the two. The curve is over
 prompts per call and the length of completions. A vanishing learning rate keeps all sides at the same weights,
 so they sample the same tokens; the kept share is the base model's.
 """
@@ -69,8 +69,8 @@ def compare(options: Options, tokens: int) -> dict[str, Any]:
             for call in calls:
                 plan = grpo.plan(prompts_per_call=call)
                 sides[f"GRPO, {call} prompts a call"] = lambda n, plan=plan: grpo.step(n, plan)
-            whole = grpo.plan(prompts_per_call=prompts)
-            sides[ONE_CALL] = lambda number: grpo.step(number, whole)
+            one_call = grpo.plan(prompts_per_call=prompts)
+            sides[ONE_CALL] = lambda number: grpo.step(number, one_call)
             found = alternate(sides, options.rounds)
         finally:
             for arm in arms:

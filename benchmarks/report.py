@@ -25,7 +25,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every row is told. `quick`: one tiny repetition, to see that it runs; its numbers are no
+    """Options of every row. `quick`: one tiny repetition, to see that it runs; its numbers are no
     results. `without`: packages to be treated as not installed. `override`: for the configs it makes."""
 
     quick: bool = False
@@ -161,7 +161,7 @@ def print_lines(title: str, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write(path: Path | None, result: Mapping[str, Any]) -> None:
-    """The whole result as JSON, where one was asked for."""
+    """Write the result as JSON, if a file was asked for."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ VARIED, CONSTANT = "varied", "constant"
 
 def is_varied(place: int, share: float) -> bool:
     """Whether the group at this place of a batch is one of the `share` whose rewards differ: evenly spread,
-    and the whole part of n x share among the first n."""
+    and the integer part of n x share among the first n."""
     return math.floor((place + 1) * share + 1e-9) > math.floor(place * share + 1e-9)
 
 

@@ -14,12 +14,12 @@ CASES = {
     "start-up": ("evaluation=none",),
     "start-up, base model evaluated first": (),
 }
-"""Without evaluation it is start-up alone. As typed, the default cell first evaluates the base model
+"""Without evaluation it is only the start-up. As typed, the default cell first evaluates the base model
 on the held-out set, unless the cache knows the result; here it does not."""
 
 
 def first_row(root: Path, process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    """Wait for the first whole line of the cell's steps.jsonl."""
+    """Wait for the first complete line of the cell's steps.jsonl."""
     while True:
         for path in root.glob("cells/*/steps.jsonl"):
             line, newline, _ = path.read_text(encoding="utf-8").partition("\n")

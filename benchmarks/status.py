@@ -55,7 +55,7 @@ def frozen_of(arm: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def make_sweep(root: Path, count: int, rows: int) -> tuple[Manifest, list[int]]:
-    """A sweep of so many cells, and the locks of those that run, which are this process's to give back."""
+    """A sweep of so many cells, and the locks of those that run, which this process must release."""
     cells = [planned(ARMS[n % len(ARMS)], n, 2 * rows) for n in range(count)]
     manifest = manifests.write(Plan("measured", tuple(cells)), root)
     code, held = provenance.code_hash(), []
@@ -123,7 +123,7 @@ def measure(count: int, repeats: int, rows: int) -> dict[str, Any]:
             "finished": 6 * count // 10,
         }
         if counts != wanted:
-            raise SystemExit(f"status told {counts}, there are {wanted}")
+            raise SystemExit(f"status counts {counts}, there are {wanted}")
         command = [sys.executable, "-m", "dash_exp.sweep", "status", str(manifest.folder)]
         tables = [seconds_of(command) for _ in range(repeats)]
         texts = [seconds_of([*command, "--json"]) for _ in range(repeats)]

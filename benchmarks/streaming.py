@@ -3,7 +3,7 @@
 One vLLM server on one core (or GPU), the learner on another. Lengths are skewed: the prompts are sums, and a
 completion ends at the first 3 or 7, else after 64 tokens. The same prompts, seeds and (with a vanishing
 learning rate) weights are sampled in every turn: streaming in 1, 2 and 4 waves;
-and one after the other, the whole batch at once, which gives S and B. Optimizer and sync are stated
+and one after the other, the full batch at once, which gives S and B. Optimizer and sync are stated
 apart.
 """
 

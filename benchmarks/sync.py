@@ -1,8 +1,8 @@
 """Weights to a sampler: bytes moved and seconds, against copying as many bytes at this machine's speed.
 
 `vllm_servers`: written into shared memory, summed, loaded by the server, which sums them again: every byte is
-moved twice. Checksums are told apart: the sender's is timed, and the server's taken to be as long (the same
-sum of the same bytes). `vllm`: handed over within the process, moved once, with no checksum.
+moved twice. Checksums are listed separately: the sender's is timed, and the server's taken to be as long (the
+same sum of the same bytes). `vllm`: passed within the process, moved once, with no checksum.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def syncs(options: Options, engine: str) -> dict[str, Any]:
         def sync(number: int) -> dict[str, float]:
             nonlocal version
             version += 1
-            whole = seconds(lambda: sampler.load_weights(version))
+            total = seconds(lambda: sampler.load_weights(version))
             parts = dict(getattr(sampler, "sync_seconds", {}))
             again = parts.get("checksum", 0.0)
             if parts:
                 parts["server checksum (as the sender's)"] = again
-            return {**parts, "in all": whole, "apart": whole - 2 * again}
+            return {**parts, "in all": total, "apart": total - 2 * again}
 
         def copy(number: int) -> float:
             return seconds(lambda: [into.copy_(from_) for into, from_ in copies])

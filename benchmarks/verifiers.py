@@ -90,7 +90,7 @@ def measure_code(folder: Path, repeats: int, wanted: Any) -> dict[str, Any]:
     for turn in range(repeats + 1):  # the first is not counted: imports
         for row, gold in zip(rows, golds, strict=True):
             body = f"{row['canonical_solution']}\n# {turn}"  # another program: verdicts are remembered
-            alone = seconds(lambda: run_here(row["prompt"] + body, row["tests"]))  # noqa: B023
+            direct = seconds(lambda: run_here(row["prompt"] + body, row["tests"]))  # noqa: B023
             found: list[Score] = []
             judged = seconds(lambda: found.append(verifier.submit(body, gold).result(GENEROUS_S)))  # noqa: B023
             other = f"{body} after a pause"
@@ -98,7 +98,7 @@ def measure_code(folder: Path, repeats: int, wanted: Any) -> dict[str, Any]:
             rested = seconds(lambda: found.append(verifier.submit(other, gold).result(GENEROUS_S)))  # noqa: B023
             assert [score.value for score in found] == [1.0, 1.0], (row["id"], found)
             if turn:
-                here[row["id"]].append(alone)
+                here[row["id"]].append(direct)
                 there[row["id"]].append(judged)
                 idle[row["id"]].append(rested)
     verifier.close()

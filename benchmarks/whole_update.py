@@ -1,4 +1,4 @@
-"""A whole update of ours and of TRL's in turn, on the same work. See README.md for what is equal."""
+"""A full update of ours and of TRL's in turn, on the same work. See README.md for what is equal."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Batched decoding with the learner's own transformers model, in this process.
 
-A prompt is prefilled once for its whole group; finished rows leave the batch at once; each token costs
-one uniform number, drawn per completion, so a completion depends on its seed and not on its neighbours
+A prompt is prefilled once for its group; finished rows leave the batch at once; each token takes one
+uniform number, drawn per completion, so a completion depends on its seed and not on its neighbours
 (up to the rounding of batched matrix products). On CPU the same requests give the same bits.
 """
 
@@ -22,8 +22,8 @@ from dash_exp.types import Completion, Decoding, Group, Request
 BLOCK = 256
 """Tokens per block of the two-level inverse-CDF draw."""
 LIKELY = 256
-"""Tokens looked at first for the nucleus: enough for nearly all rows, and 18 times faster than sorting
-all 49,152 of them (one CPU core)."""
+"""Tokens searched first for the nucleus: enough for nearly all rows, and 18 times faster than sorting all
+49,152 of them (one CPU core)."""
 
 
 def draw(logits: Tensor, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 def _least_likely_kept(logits: Tensor, top_p: float, count: int) -> Tensor:
-    """The logit [N, 1] at which the nucleus of each row ends, sought among its `count` largest first."""
+    """The logit [N, 1] at which the nucleus of each row ends, searched among its `count` largest first."""
     count = min(count, logits.shape[1])
     largest = logits.topk(count, dim=1).values
     shares = (largest - logits.logsumexp(dim=1, keepdim=True)).exp()
@@ -88,8 +88,8 @@ def _least_likely_kept(logits: Tensor, top_p: float, count: int) -> Tensor:
 
 
 class HFSampler:
-    """Samples from `model`, which the learner updates in place: loading weights moves nothing. Where the
-    model is a copy, `weights` gives what to fill it with."""
+    """Samples from `model`, which the learner updates in place: loading weights copies nothing. Where the
+    model is a copy, `weights` yields the weights to copy."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class HFSampler:
         self.policy_version = version
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
     def stream(
         self, requests: Sequence[Request], decoding: Decoding, at_once: int | None = None
@@ -129,7 +129,7 @@ class HFSampler:
             yield from self._wave(wave, decoding)
 
     def _in_parts(self, request: Request, decoding: Decoding) -> Group:
-        """One prompt asked more often than rows fit: wave after wave, one group."""
+        """A group of more than `max_sequences` completions, in several waves."""
         completions: list[Completion] = []
         for first in range(0, len(request.seeds), self.max_sequences):
             seeds = request.seeds[first : first + self.max_sequences]
@@ -140,8 +140,8 @@ class HFSampler:
     def _wave(self, wave: list[Request], decoding: Decoding) -> Iterator[Group]:
         """Decode these requests together; yield a group when its last row has ended.
 
-        No-grad is entered per forward, never around a `yield`: the caller backpropagates between two
-        groups, and a suspended generator would leave gradients off for it.
+        No-grad is entered per forward, never around a `yield`: the caller backpropagates between two groups,
+        and a suspended generator would leave gradients off for it.
         """
         device = self.model.get_input_embeddings().weight.device
         repeats = len(wave[0].seeds)

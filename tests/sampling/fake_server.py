@@ -1,12 +1,12 @@
 """A program that answers as a vLLM server does, without a model: real process, real port, real HTTP.
 
-Tokens are a function of the seed and of the weights' name. What it does wrong is told to it by POST
-/fake {"mode": ...}: `hang` (answers nothing more), `garbage` (no JSON), `short` (a completion without its
-log-probabilities), `old` (tokens of other weights), `refuse` (takes no weights), `dead` (its engine died),
-`late` (dies in the middle of a broadcast).
+Tokens are a function of the seed and of the weights' name. POST /fake {"mode": ...} breaks it: `hang`
+(answers nothing more), `garbage` (no JSON), `short` (a completion without its log-probabilities), `old`
+(tokens of other weights), `refuse` (takes no weights), `dead` (its engine died), `late` (dies in the middle
+of a broadcast).
 
-Started with the transfer `dash_nccl` it takes weights as vLLM does, but over a plain socket instead of
-NCCL: it joins the learner while it is asked to, and reads what is sent while it is told to update.
+Started with the transfer `dash_nccl` it takes weights as vLLM does, but over a plain socket instead of NCCL:
+it joins the learner during the request to join, and reads what is sent during the request to update.
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ class Fake:
     async def receive(self, info: dict[str, Any]) -> bool:
         """Read each tensor as it is announced; whether all are what their checksums say."""
         assert self.group is not None
-        whole = True
+        complete = True
         for name, kind, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
             data = await self.group[0].readexactly(SIZES[kind] * math.prod(shape))
             size = "x".join(map(str, shape))
-            whole &= info["checksums"][name] == f"{xxhash.xxh3_128_hexdigest(data)}-{kind}-{size}"
+            complete &= info["checksums"][name] == f"{xxhash.xxh3_128_hexdigest(data)}-{kind}-{size}"
             if self.mode == "late":
                 os._exit(1)
-        return whole
+        return complete
 
     async def do_finish_weight_update(self, body: dict[str, str]) -> web.Response:
         self.active = False

@@ -80,17 +80,17 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
         sent = perturbed(named, seed)
         own.__bases__[1].receive_weights = lambda self, info, sent=sent: self.model.load_weights(sent.items())
         made = own(WeightTransferConfig(backend=name.lower()), vllm_config, torch.device("cpu"), model)
-        told = {
+        fields = {
             "names": list(sent),
             "dtype_names": ["float32"] * len(sent),
             "shapes": [[1]] * len(sent),
             "checksums": {n: checksum(t) for n, t in sent.items()},
         }
         if name == IPC:
-            told["ipc_handles"] = [{"gpu": (1,)}] * len(sent)
+            fields["ipc_handles"] = [{"gpu": (1,)}] * len(sent)
         for _ in range(2):
             made.start_weight_update()
-            made.receive_weights(getattr(receivers, f"{name}Update")(**told))
+            made.receive_weights(getattr(receivers, f"{name}Update")(**fields))
             made.finish_weight_update()
         after = outputs(model)
         loader.reload(sent.items())

@@ -1,4 +1,4 @@
-"""What a server may answer, and what is garbage."""
+"""Requests to a server, and which responses are valid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reply(ids: list[int], version: str = "3", **changes: Any) -> dict[str, Any]:
     return {"choices": [choice | changes]}
 
 
-def test_the_question_holds_tokens_and_a_seed_and_ends_where_we_say() -> None:
+def test_a_request_holds_tokens_a_seed_and_stop_tokens() -> None:
     asked = completion_request((5, 6), 77, DECODING)
     assert asked["token_ids"] == [5, 6]
     params = asked["sampling_params"]
@@ -62,6 +62,6 @@ def broken(**entry: Any) -> dict[str, Any]:
         (broken(logprob="x"), "no completion"),
     ],
 )
-def test_garbage(given: Any, why: str) -> None:
+def test_invalid_responses(given: Any, why: str) -> None:
     with pytest.raises(InvalidResponseError, match=why):
         parse_completion(given, DECODING, 100, "3")

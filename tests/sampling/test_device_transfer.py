@@ -1,6 +1,6 @@
-"""The conversation of vLLM's transfers between GPUs, with servers that speak it over a plain socket
-(fake_server.py): joining while the server is asked to, sending while it is told to update, and letting go of
-what hangs. What a GPU alone can show is marked so, and has never been run."""
+"""The protocol of vLLM's transfers between GPUs, with servers that speak it over a plain socket
+(fake_server.py): joining during the request to join, sending during the request to update, and disconnecting
+servers that hang. What needs a GPU is marked so, and has never been run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ JOIN = ["shutdown_weight_transfer_engine", "init_weight_transfer_engine"]
 
 
 class Wire:
-    """A socket in the place of an NCCL group of two: blocks both sides as NCCL does."""
+    """A socket in place of an NCCL group of two: blocks both sides as NCCL does."""
 
     made: list[Wire]
 
@@ -109,7 +109,7 @@ def test_a_server_that_dies_in_a_broadcast_is_disconnected_and_joined_again(rig:
     assert {g.origin.worker for g in groups if g.origin} == {"server-0", "server-1"}
 
 
-def test_handles_of_the_learners_copy_are_handed_over(rig: Callable[..., Rig]) -> None:
+def test_handles_of_the_learners_copy_are_passed(rig: Callable[..., Rig]) -> None:
     def export(tensors: Mapping[str, torch.Tensor]) -> str:
         return "handles of " + ",".join(tensors)
 
@@ -123,7 +123,7 @@ def test_handles_of_the_learners_copy_are_handed_over(rig: Callable[..., Rig]) -
     assert one.events == []
 
 
-def test_a_copy_is_sent_whole_while_the_learner_goes_on() -> None:
+def test_a_complete_copy_is_sent_while_the_learner_goes_on() -> None:
     staged = Staged(torch.bfloat16, torch.device("cpu"))
     weight = torch.arange(4.0)
     transfer = HandleTransfer(staged, str)
@@ -165,8 +165,8 @@ def test_weights_are_staged_one_at_a_time() -> None:
     assert [t.tolist() for t in staged.tensors.values()] == [[float(n)] * 3 for n in range(4)]
 
 
-def test_a_server_is_told_to_update_when_it_is_its_turn(rig: Callable[..., Rig]) -> None:
-    """Else those that wait behind one that hangs would be given up together with it."""
+def test_a_server_starts_its_update_when_it_is_its_turn(rig: Callable[..., Rig]) -> None:
+    """Else servers that wait behind one that hangs would be lost together with it."""
     transfer, _ = broadcast()
     one = rig(transfer=transfer)
     one.sampler.load_weights(1)
@@ -182,7 +182,7 @@ def test_a_server_is_told_to_update_when_it_is_its_turn(rig: Callable[..., Rig])
 
 
 def test_nothing_is_sent_after_a_link_is_aborted() -> None:
-    """Aborting NCCL's communicator lets a sender that waits in it go on: it must not touch it again."""
+    """Aborting NCCL's communicator lets a sender that waits in it go on: it must not use it again."""
     done: list[str] = []
     link = NCCLLink(SimpleNamespace(destroy=lambda: done.append("destroyed")), torch.device("cpu"), 8)
     tensors = link._until_aborted({"a": torch.ones(1), "b": torch.ones(1)})

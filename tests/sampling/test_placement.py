@@ -1,4 +1,4 @@
-"""Who works where."""
+"""Processors and GPUs of servers and learner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections to a server that closes those nobody uses."""
+"""Connections to a server that closes unused ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 
 PATIENCE_S = KEEP_S + 0.2
 
 
-def test_no_question_meets_a_server_that_is_closing_the_connection() -> None:
-    """The server closes a connection that was unused for a while just when the next question arrives: it
+def test_no_request_meets_a_server_that_is_closing_the_connection() -> None:
+    """The server closes a connection that was unused for a while just when the next request arrives, and
     leaves that one unanswered."""
     connections = 0
 

@@ -149,7 +149,7 @@ def test_broken_servers_are_noticed_and_the_others_take_over(rig: Callable[..., 
 
 def test_a_server_that_ends_is_restarted_with_the_current_weights(rig: Callable[..., Rig]) -> None:
     """Groups that went to another server say nothing of when their completions ended, also where none of them
-    was done before: that tells nothing of the server that finished them."""
+    was done before: it would say nothing about the server that finished them."""
     one = rig(delay=0.1, restarts=1)
     one.sampler.load_weights(2)
     before = one.pid(0)

@@ -1,4 +1,4 @@
-"""Weights in shared memory: what is read is what was written, and no changed bit goes unseen."""
+"""Weights in shared memory: readers find what was written, and checksums detect a changed bit."""
 
 from __future__ import annotations
 

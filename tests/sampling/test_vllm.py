@@ -268,7 +268,7 @@ def test_several_blocks_are_copied_where_vllm_shares_none(
     assert learner_gap(model, groups, 1.0).abs().max() < 2e-3
 
 
-def alone(
+def not_shared(
     sampler: Any, monkeypatch: pytest.MonkeyPatch, run: Callable[[], list[Completion]]
 ) -> list[Completion]:
     """The same where no prompt is shared."""
@@ -283,14 +283,14 @@ def alone(
 def test_the_same_tokens_as_when_each_computes_its_own(
     engine: Any, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    """With one new token whoever computes the prompt is gone when it is wanted."""
+    """With one new token the request that computes the prompt is gone when others want it."""
     sampler, _ = engine
     decoding = Decoding(max_new_tokens=tokens, temperature=1.0, stop_ids=(EOS,))
 
     def run() -> list[Completion]:
         return completions(sampler, LENGTHS, decoding, repeats=4)
 
-    same(run(), alone(sampler, monkeypatch, run))
+    same(run(), not_shared(sampler, monkeypatch, run))
 
 
 def same(ours: list[Completion], theirs: list[Completion]) -> None:

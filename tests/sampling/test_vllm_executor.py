@@ -1,4 +1,4 @@
-"""vLLM's queues as they are: a reader of ours sleeps until something is written."""
+"""The executor of servers on CPU sleeps until a worker writes, tested with vLLM's own queues."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def without_polling(reader: Any) -> None:
     executor._post_init_executor()
 
 
-def test_an_answer_is_seen_although_nobody_is_woken(queues: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_seen_without_a_wake_up(queues: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM drops the message where another one is still on its way."""
     writer, reader = queues
     without_polling(reader)
@@ -53,7 +53,7 @@ def test_an_answer_is_seen_although_nobody_is_woken(queues: Any, monkeypatch: py
         later.join()
 
 
-def test_many_answers_at_once_are_all_seen(queues: Any) -> None:
+def test_many_results_at_once_are_all_seen(queues: Any) -> None:
     writer, reader = queues
     without_polling(reader)
     writing = threading.Thread(target=lambda: [writer.enqueue(n) for n in range(3000)])

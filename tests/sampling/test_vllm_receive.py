@@ -1,5 +1,5 @@
-"""A server's side of taking weights: what has not arrived is waited for, and what is not what was sent is
-refused. With a model: test_vllm_servers.py; between GPUs: nowhere yet."""
+"""A server's end of weight transfers: it waits for what has not arrived, and refuses what was not sent. With
+a model: test_vllm_servers.py; between GPUs: not run yet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUMS = {name: checksum(tensor) for name, tensor in SENT.items()}
 
 
 class Model:
-    """Takes whatever it is given, as vLLM's models do."""
+    """Accepts any tensors, as vLLM's models do."""
 
     def __init__(self) -> None:
         self.held: dict[str, torch.Tensor] = {}
@@ -73,9 +73,9 @@ def test_the_transfers_between_gpus_take_checksums() -> None:
     """The fields of vLLM's own, and ours; more cannot be tried without a GPU."""
     from dash_exp.sampling.vllm.weights import IPCReceiver, IPCUpdate, NCCLReceiver, NCCLUpdate
 
-    told = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[4]], "checksums": SUMS}
-    assert NCCLUpdate(**told).checksums == SUMS
-    assert IPCUpdate(**told, ipc_handles=[{"gpu": (1,)}]).checksums == SUMS
+    fields = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[4]], "checksums": SUMS}
+    assert NCCLUpdate(**fields).checksums == SUMS
+    assert IPCUpdate(**fields, ipc_handles=[{"gpu": (1,)}]).checksums == SUMS
     assert NCCLReceiver.update_info_cls is NCCLUpdate and IPCReceiver.update_info_cls is IPCUpdate
 
 

@@ -77,22 +77,16 @@ def parse_completion(body: Any, decoding: Decoding, vocabulary: int, label: str)
         what = f"no completion in the response: {type(error).__name__} {error}"
         raise InvalidResponseError(what) from error
     stopped = bool(ids) and ids[-1] in decoding.stop_ids
-    unknown = any(type(token) is not int or not 0 <= token < vocabulary for token in ids)
-    impossible = any(not math.isfinite(value) or value > 1e-3 for value in logprobs)
-    for wrong, what in (
-        (
-            not ids or len(ids) > decoding.max_new_tokens or not same,
-            f"{len(ids)} tokens where 1 to {decoding.max_new_tokens} were requested",
-        ),
-        (unknown, "tokens that the tokenizer does not have"),
-        (impossible, "impossible log-probabilities"),
-        (versions != {label}, f"tokens of weights {sorted(versions)} where {label} was current"),
-        (
-            not stopped and len(ids) < decoding.max_new_tokens,
-            f"it stopped after {len(ids)} tokens without a stop token",
-        ),
-    ):
-        if wrong:
+    most = decoding.max_new_tokens
+    checks = {
+        f"{len(ids)} tokens where 1 to {most} were requested": 0 < len(ids) <= most and same,
+        "tokens that the tokenizer does not have": all(type(i) is int and 0 <= i < vocabulary for i in ids),
+        "impossible log-probabilities": all(math.isfinite(value) and value <= 1e-3 for value in logprobs),
+        f"tokens of weights {sorted(versions)} where {label} was current": versions == {label},
+        f"it stopped after {len(ids)} tokens without a stop token": stopped or len(ids) == most,
+    }
+    for what, valid in checks.items():
+        if not valid:
             raise InvalidResponseError(what)
     return Sampled(ids, logprobs, "stop" if stopped else "length")
 

@@ -29,15 +29,8 @@ END_WAIT_S, TIDY_S, POLL_S = 10.0, 3.0, 0.05
 HEALTH_CHECKS = 3
 """So many failed in a row mean that the server is lost."""
 LOG_TAIL_CHARS = 2000
-REMOVED_VARIABLES = (
-    "VLLM_API_KEY",
-    KEY_VARIABLE,
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+REMOVED_VARIABLES = ("VLLM_API_KEY", KEY_VARIABLE, *RANK_VARIABLES)
 """Variables of this process that would mislead a server, or that it need not know."""
 State = Literal["starting", "serving", "lost", "gone"]
 """A lost server may be started again; one that is gone is not."""
@@ -101,7 +94,7 @@ class ServerProcess:
                 start_new_session=True,
             )
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended already: whoever waits for it finds out
+        with suppress(BrokenPipeError):  # it has ended already, which `start` reports
             self.process.stdin.write(f"{json.dumps(given)}\n".encode())
             self.process.stdin.flush()
 

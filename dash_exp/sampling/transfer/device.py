@@ -17,7 +17,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -138,7 +140,8 @@ class BroadcastTransfer(DeviceTransfer):
             link = self._links[client]
             try:
                 async with self._one_at_a_time:  # NCCL groups on one GPU must not run at the same time
-                    await client.load(weights.update, weights.label, beside=lambda: _send(link, tensors))
+                    sending = partial(_in_thread, "sending weights", lambda: link.send(tensors))
+                    await client.load(weights.update, weights.label, beside=sending)
             except BaseException:
                 self.disconnect(client)  # the two ends no longer agree on what comes next
                 raise
@@ -202,35 +205,20 @@ class HandleTransfer(DeviceTransfer):
         self._known.discard(client)
 
 
-async def _send(link: Link, tensors: Mapping[str, Tensor]) -> None:
-    await _in_thread("sending weights", lambda: link.send(tensors))
-
-
 async def _in_thread(what: str, function: Callable[[], Result]) -> Result:
     """The function's result, from a daemon thread, which does not hold up the end of this process. Raises
     InvalidResponseError for any error: the server is lost then."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
-
-    def finish(result: Result | None, error: Exception | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)  # type: ignore[arg-type]
-        else:
-            future.set_exception(InvalidResponseError(f"{what} failed: {type(error).__name__} {error}"))
+    future: Future[Result] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = function()
-        except Exception as raised:  # noqa: BLE001  passed to the waiting coroutine
-            error = raised
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result, error)
+            future.set_result(function())
+        except Exception as error:  # noqa: BLE001  passed to the waiting coroutine
+            future.set_exception(InvalidResponseError(f"{what} failed: {type(error).__name__} {error}"))
 
     threading.Thread(target=run, daemon=True, name=what).start()
-    return await future
+    return await asyncio.wrap_future(future)
 
 
 def address_towards(url: str) -> str:
@@ -245,7 +233,7 @@ class NCCLLink:
     """Rank 0 of an NCCL group; the server's worker is rank 1."""
 
     def __init__(self, communicator: Any, device: torch.device, size: int):
-        """`size`: bytes per broadcast, as the server was told."""
+        """`size`: bytes per broadcast, as announced to the server."""
         self.communicator, self.device, self.size = communicator, device, size
         self._aborted = threading.Event()
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from filelock import FileLock
@@ -36,13 +35,30 @@ KEPT = 2
 TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-class Writer(Protocol):
-    arrival_s: float
+class Writer:
+    """Writes weights into a new folder, which is locked while this process lives and removed at the end."""
+
+    arrival_s = 0.0
     """How long a server may have to wait until it sees what was written."""
 
-    def write(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[Path, Mapping[str, Tensor]]: ...
+    def __init__(self, place: Path, dtype: torch.dtype, abandoned_s: float):
+        """`dtype`: what tensors are converted to. Raises OSError where `place` cannot be used."""
+        remove_abandoned(place, abandoned_s)
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        self._lock = lock_folder(self.folder)
+        self.dtype = dtype
 
-    def close(self) -> None: ...
+    def write(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[Path, Mapping[str, Tensor]]:
+        """Returns the file that holds the weights, and its tensors by name."""
+        raise NotImplementedError
+
+    def convert(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: tensor.detach().to(self.dtype).cpu().contiguous() for name, tensor in weights}
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.release()
 
 
 class PathTransfer:
@@ -73,31 +89,10 @@ class PathTransfer:
         self.writer.close()
 
 
-class _Folder:
-    """A new folder for weights, locked while this process lives and removed at the end."""
-
-    def __init__(self, place: Path, dtype: torch.dtype, abandoned_s: float):
-        """`dtype`: what tensors are converted to. Raises OSError where `place` cannot be used."""
-        remove_abandoned(place, abandoned_s)
-        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
-        self._lock = lock_folder(self.folder)
-        self.dtype = dtype
-
-    def convert(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to(self.dtype).cpu().contiguous() for name, tensor in weights}
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.release()
-
-
-class SharedWeights(_Folder):
+class SharedWeights(Writer):
     """Two files in shared memory that are written alternately, so that a server that is still reading the
     older one can finish. New files cost more than the copy itself (the system clears every page), so each is
     created once and then filled in place."""
-
-    arrival_s = 0.0
 
     def __init__(self, dtype: torch.dtype):
         place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
@@ -106,7 +101,6 @@ class SharedWeights(_Folder):
         self._next = 0
 
     def write(self, weights: Iterable[tuple[str, Tensor]]) -> tuple[Path, dict[str, Tensor]]:
-        """Copy the weights into the next file. Returns it, and its tensors by name."""
         path = self.folder / f"weights-{self._next}.safetensors"
         self._next = 1 - self._next
         if path not in self._views:
@@ -126,7 +120,7 @@ class SharedWeights(_Folder):
         super().close()
 
 
-class FileWeights(_Folder):
+class FileWeights(Writer):
     """Files in a folder that several machines see: each version is a new file, written under another name,
     synced to the disk and renamed, so that a server finds a complete one or none."""
 
@@ -219,7 +213,6 @@ def map_file(path: Path) -> dict[str, Tensor]:
         dtype = TYPES[entry["dtype"]]
         first, last = entry["data_offsets"]
         count = (last - first) // dtype.itemsize
-        views[name] = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + first).view(
-            entry["shape"]
-        )
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + first)
+        views[name] = flat.view(entry["shape"])
     return views

@@ -228,8 +228,8 @@ def check(name: str, tensor: Tensor, expected: dict[str, str]) -> None:
 class CheckedModel:
     """Stands in for the model while vLLM's own transfers load it, and checks each tensor on the way."""
 
-    def __init__(self, model: Any, checksums: Mapping[str, str], required: Iterable[str]):
-        self.model, self.expected, self.required = model, dict(checksums), set(required)
+    def __init__(self, model: Any, checksums: Mapping[str, str]):
+        self.model, self.expected = model, dict(checksums)
         self.loaded: set[str] = set()
 
     def load_weights(self, weights: Named) -> set[str]:
@@ -242,13 +242,6 @@ class CheckedModel:
             check(name, tensor, self.expected)
             yield name, tensor
 
-    def require_all(self) -> None:
-        """Raises ValueError where something is missing."""
-        if self.expected:
-            raise ValueError(f"{sorted(self.expected)} did not arrive")
-        if missing := sorted(self.required - self.loaded):
-            raise ValueError(f"no weights came for {missing}")
-
 
 @contextmanager
 def checking(engine: Any, checksums: Mapping[str, str], required: Iterable[str]) -> Iterator[None]:
@@ -256,12 +249,15 @@ def checking(engine: Any, checksums: Mapping[str, str], required: Iterable[str])
     ones are one; during an update they are separate. Raises ValueError: the model is incomplete then, and the
     learner treats the server as lost."""
     model = engine.model
-    engine.model = checked = CheckedModel(model, checksums, required)
+    engine.model = checked = CheckedModel(model, checksums)
     try:
         yield
     finally:
         engine.model = model
-    checked.require_all()
+    if checked.expected:
+        raise ValueError(f"{sorted(checked.expected)} did not arrive")
+    if missing := sorted(set(required) - checked.loaded):
+        raise ValueError(f"no weights came for {missing}")
 
 
 class _Checking:
