@@ -25,10 +25,11 @@ $(VENV)/.ready: requirements/lock.txt pyproject.toml
 run: setup ## train the default cell: SmolLM2-135M learns two-digit addition
 	$(PY) -m dash_exp
 
-check: setup ## ruff and mypy
+check: setup ## ruff, mypy, and the links and file names in the docs
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_docs.py
 
 test: setup ## the tests: about five minutes on two cores
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not long and not gpu"
