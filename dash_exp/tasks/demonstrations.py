@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.tasks.prompts import PromptSet
+from dash_exp.tasks.prompts import PromptSet, Tokenize
+from dash_exp.tasks.sources import MAX_FAULTS, json_lines
 from dash_exp.types import Completion, Prompt
 
 Key = tuple[str, str]
 """A prompt's task and id."""
-MAX_FAULTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +27,8 @@ class Demonstrations:
     too_long: int
     unmatched: int
 
-    def told(self) -> str:
-        """The counts, for a person."""
+    def summary(self) -> str:
+        """The counts, as text."""
         return (
             f"{len(self.completions)} for {self.prompts.name}, {self.too_long} too long and dropped, "
             f"{self.unmatched} without a prompt"
@@ -39,7 +38,7 @@ class Demonstrations:
 def demonstrate(
     prompts: PromptSet,
     texts: Mapping[Key, Sequence[str]],
-    tokenize: Callable[[list[str]], list[list[int]]],
+    tokenize: Tokenize,
     *,
     stop_ids: Sequence[int],
     max_tokens: int,
@@ -88,24 +87,17 @@ def read_traces(path: Path) -> dict[str, list[str]]:
     """
     texts: dict[str, list[str]] = {}
     faults: list[Fault] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(Fault("dataset.traces", f"{path} cannot be read: {error}")) from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, row in json_lines(path):
+        if isinstance(row, Fault):
+            faults.append(row)
             continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-            name, text = row["id"], row["solution"]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            faults.append(Fault(where, f"is no trace: {error!r}", 'expected {"id": ..., "solution": ...}'))
-            continue
-        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+        name, text, where = row.get("id"), row.get("solution"), f"{path}:{number}"
+        if "id" not in row or "solution" not in row:
+            faults.append(Fault(where, "is no trace", 'expected {"id": ..., "solution": ...}'))
+        elif not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             faults.append(Fault(where, "id and solution must be text, and not empty"))
-            continue
-        texts.setdefault(name, []).append(text)
+        else:
+            texts.setdefault(name, []).append(text)
     if not faults and not texts:
         faults.append(Fault(str(path), "holds no traces", "the teacher solved nothing?"))
     if faults:

@@ -68,7 +68,7 @@ class Layout:
 
 
 class BadRow(Exception):
-    """A row that cannot become an example; caught below."""
+    """A row that cannot become an example."""
 
     def __init__(self, what: str, hint: str = ""):
         self.what, self.hint = what, hint
@@ -123,10 +123,8 @@ def _program(row: Mapping[str, Any], name: str, layout: Layout) -> Example:
     imports, listed = _texts(row, "test_imports", layout), _texts(row, "test_list", layout)
     tests = _text(row, "tests", layout, default="")
     if not tests.strip() and not listed:
-        raise BadRow(
-            "has neither tests nor a test_list",
-            f"it has {', '.join(map(repr, row))}; map one with dataset.fields.tests=[<name>]",
-        )
+        hint = f"it has {', '.join(map(repr, row))}; map one with dataset.fields.tests=[<name>]"
+        raise BadRow("has neither tests nor a test_list", hint)
     entry = _text(row, "entry_point", layout, default="") or called_function(listed, solution)
     if not entry:
         raise BadRow("no entry_point is given, and the first assertion calls no function")
@@ -179,11 +177,9 @@ def _text(row: Mapping[str, Any], ours: str, layout: Layout, default: str | None
     if name is None:
         if default is not None:
             return default
-        wanted = " or ".join(map(repr, layout.names(ours)))
-        there = ", ".join(map(repr, row))
-        raise BadRow(
-            f"lacks the field {wanted}", f"it has {there}; map it with dataset.fields.{ours}=[<name>]"
-        )
+        wanted, there = " or ".join(map(repr, layout.names(ours))), ", ".join(map(repr, row))
+        hint = f"it has {there}; map it with dataset.fields.{ours}=[<name>]"
+        raise BadRow(f"lacks the field {wanted}", hint)
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"field {name!r}: expected text, got {type(value).__name__}")

@@ -94,7 +94,8 @@ GENERATED: Mapping[str, Callable[[str], ExampleSet]] = {
 """By `dataset.kind`: from a split's name to its examples."""
 
 
-# reasoning-gym
+# reasoning-gym. The splits are drawn with their own seeds, and a hash of a question's text says to which it
+# may belong: no question is in both, whatever the sizes, and also when a test set is easier or harder.
 
 TEST_SHARE = 0.25
 """Of all questions; fixed for good, as the seeds are."""
@@ -131,19 +132,15 @@ def gym_examples(
         solution = "" if answer is None else REFERENCE_FORMS[extraction].format(answer)
         rows[question] = Example(f"{task}-{split}-{number}", question, gold.to_text(), solution)
     if len(rows) < size:
-        raise UserError(
-            Fault(
-                "size",
-                f"{task} has only {len(rows)} different {split} questions, not {size}",
-                f"set it to {max(len(rows), 1)}, or make it richer by dataset.task_options",
-            )
-        )
+        what = f"{task} has only {len(rows)} different {split} questions, not {size}"
+        hint = f"set it to {max(len(rows), 1)}, or make it richer by dataset.task_options"
+        raise UserError(Fault("size", what, hint))
     library = f"reasoning-gym-{version('reasoning-gym')}"
     return ExampleSet(name, tuple(rows.values()), f"generated:{library}/{task}/{split}")
 
 
 def split_of(question: str) -> str:
-    """`test` for a quarter of all questions, by their text alone."""
+    """`test` for a quarter of all questions, by their text only."""
     digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") < TEST_SHARE * 2**64 else "train"
 

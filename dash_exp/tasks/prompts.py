@@ -59,22 +59,15 @@ def make_prompts(
             rows.append(Prompt(example.id, examples.name, text, tuple(tokens), example.answer))
     if too_long:
         worst = max(too_long, key=lambda pair: pair[1])
-        raise UserError(
-            Fault(
-                "max_prompt_tokens",
-                f"{len(too_long)} prompts are longer than the {model_limit} tokens this model has "
-                f"room for beside the completion (longest: {worst[0]}, {worst[1]} tokens)",
-                f"set it to {model_limit} to drop them" if model_limit > 0 else "shorten the completion",
-            )
+        what = (
+            f"{len(too_long)} prompts are longer than the {model_limit} tokens this model has "
+            f"room for beside the completion (longest: {worst[0]}, {worst[1]} tokens)"
         )
+        hint = f"set it to {model_limit} to drop them" if model_limit > 0 else "shorten the completion"
+        raise UserError(Fault("max_prompt_tokens", what, hint))
     if not rows:
-        raise UserError(
-            Fault(
-                "max_prompt_tokens",
-                f"all {dropped} prompts of {examples.name} are longer than {max_prompt_tokens} tokens",
-                "raise it, or look at the template",
-            )
-        )
+        what = f"all {dropped} prompts of {examples.name} are longer than {max_prompt_tokens} tokens"
+        raise UserError(Fault("max_prompt_tokens", what, "raise it, or look at the template"))
     return PromptSet(examples.name, tuple(rows), dropped, examples.content_hash)
 
 
@@ -94,12 +87,12 @@ def mixture(parts: Sequence[tuple[PromptSet, float]]) -> PromptSet:
 
 
 def batch(prompts: PromptSet, run_seed: int, step: int, prompts_per_step: int) -> list[Prompt]:
-    """The prompts of a step (from 1): places (step - 1) x prompts_per_step and on of an endless order
-    that depends on prompts and seed alone, so nothing has to be saved to resume, and cells of equal
-    seed see the same prompts in the same order.
+    """The prompts of a step (from 1): `prompts_per_step` of them, from place (step - 1) x prompts_per_step of
+    an endless order that depends only on prompts and seed. So nothing has to be saved to resume, and cells
+    of equal seed see the same prompts in the same order.
 
-    The order is epoch after epoch of shuffled prompts. In a mixture each part has such an order of its
-    own, and `_parts_of` says whose turn it is."""
+    The order is epoch after epoch of shuffled prompts. In a mixture each part has its own such order, and
+    `_parts_of` says which part each place takes its prompt from."""
     first, last = (step - 1) * prompts_per_step, step * prompts_per_step
     if not prompts.weights:
         return _in_order(prompts.name, prompts.prompts, run_seed, first, prompts_per_step)
@@ -116,7 +109,7 @@ def batch(prompts: PromptSet, run_seed: int, step: int, prompts_per_step: int) -
 
 
 def _in_order(name: str, prompts: Sequence[Prompt], run_seed: int, place: int, wanted: int) -> list[Prompt]:
-    """`wanted` prompts from this place of the endless order on."""
+    """`wanted` prompts from this place of the endless order."""
     count = len(prompts)
     chosen: list[Prompt] = []
     while len(chosen) < wanted:
@@ -132,7 +125,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def _parts_of(places: np.ndarray, weights: Sequence[float], run_seed: int) -> np.ndarray:
-    """Whose turn each place is: the number of a part, shape of `places`.
+    """The part of each place, by number; shape of `places`.
 
     Place p falls on u_p = (u_0 + p x golden ratio) mod 1, which fills the unit interval as evenly as a
     sequence can; the parts are its pieces, as long as their weights. So every stretch of the order has
@@ -141,21 +134,15 @@ def _parts_of(places: np.ndarray, weights: Sequence[float], run_seed: int) -> np
     start = uniforms(seed_for(run_seed, "mixture"), 1)[0]
     points = (start + places * GOLDEN) % 1.0
     edges = np.cumsum(weights) / np.sum(weights)
-    turns: np.ndarray = np.searchsorted(edges[:-1], points, side="right")
-    return turns
+    return np.searchsorted(edges[:-1], points, side="right")  # type: ignore[no-any-return]
 
 
 def requests(
     prompts: Sequence[Prompt], run_seed: int, purpose: str, step: int, group_size: int
 ) -> list[Request]:
     """Ask each prompt `group_size` times, each time with a seed of its own."""
-    return [
-        Request(
-            position,
-            prompt,
-            tuple(
-                seed_for(run_seed, purpose, step, position, prompt.id, index) for index in range(group_size)
-            ),
-        )
-        for position, prompt in enumerate(prompts)
-    ]
+
+    def seeds(place: int, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(seed_for(run_seed, purpose, step, place, prompt.id, n) for n in range(group_size))
+
+    return [Request(place, prompt, seeds(place, prompt)) for place, prompt in enumerate(prompts)]

@@ -1,9 +1,10 @@
-"""Reading examples from a JSON-lines file or the hub. Torch-free."""
+"""Reads examples from a JSON-lines file or the hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,26 @@ def read_jsonl(path: Path, name: str, layout: Layout) -> ExampleSet:
 
     Raises UserError naming file and line of every faulty line (the first 20).
     """
-    faults: list[Fault] = []
-    rows: list[Example] = []
+    made: list[Example | Fault | None] = []
+    for number, row in json_lines(path):
+        where, name_of_row = f"{path}:{number}", f"{name}-{number}"
+        made.append(row if isinstance(row, Fault) else to_example(row, where, name_of_row, layout))
+    return _example_set(name, made, str(path), layout)
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
+    """Each line of a file that is not blank, by its number: an object, or what is wrong with the line. A
+    file that cannot be read ends with its fault."""
+    number = 0
     try:
         with path.open(encoding="utf-8") as lines:
-            for where, number, line in _numbered(lines, path):
-                found = _parse_line(line, where)
-                if not isinstance(found, Fault):
-                    made = to_example(found, where, f"{name}-{number}", layout)
-                    rows += [made] if isinstance(made, Example) else []
-                    faults += [made] if isinstance(made, Fault) else []
-                else:
-                    faults.append(found)
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse_line(line, f"{path}:{number}")
     except UnicodeDecodeError as error:
-        faults.append(Fault(str(path), f"is not UTF-8 text: {error.reason} at byte {error.start}"))
+        yield number, Fault(str(path), f"is not UTF-8 text: {error.reason} at byte {error.start}")
     except OSError as error:
-        faults.append(Fault(str(path), f"cannot be read: {error.strerror}"))
-    return _example_set(name, rows, str(path), faults, layout)
-
-
-def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[str, int, str]]:
-    return ((f"{path}:{n}", n, line) for n, line in enumerate(lines, 1) if line.strip())
+        yield number, Fault(str(path), f"cannot be read: {error.strerror}")
 
 
 def _parse_line(line: str, where: str) -> dict[str, Any] | Fault:
@@ -48,9 +48,7 @@ def _parse_line(line: str, where: str) -> dict[str, Any] | Fault:
         return Fault(where, f"is not JSON: {error.msg} at column {error.colno}")
     except RecursionError:
         return Fault(where, "is nested too deeply")
-    if not isinstance(row, dict):
-        return Fault(where, f"expected an object, got {type(row).__name__}")
-    return row
+    return row if isinstance(row, dict) else Fault(where, f"expected an object, got {type(row).__name__}")
 
 
 def read_hub(name: str, repository: str, config: str | None, split: str, layout: Layout) -> ExampleSet:
@@ -61,27 +59,22 @@ def read_hub(name: str, repository: str, config: str | None, split: str, layout:
         loaded = datasets.load_dataset(repository, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            Fault(
-                "hub",
-                f"{repository!r} could not be loaded: {reason}",
-                "offline? name a file with dataset.path=<file>.jsonl, or a folder with DASH_DATA",
-            )
-        ) from error
+        hint = "offline? name a file with dataset.path=<file>.jsonl, or a folder with DASH_DATA"
+        raise UserError(Fault("hub", f"{repository!r} could not be loaded: {reason}", hint)) from error
     return from_rows(name, loaded, f"hub:{repository}/{config or 'default'}/{split}", layout)
 
 
 def from_rows(name: str, rows: Iterable[Mapping[str, Any]], origin: str, layout: Layout) -> ExampleSet:
     """Rows of the hub's schema as examples. Raises UserError with the faulty ones (the first 20)."""
     made = [to_example(row, f"{origin}:{n}", f"{name}-{n}", layout) for n, row in enumerate(rows)]
-    faults = [one for one in made if isinstance(one, Fault)]
-    return _example_set(name, [one for one in made if isinstance(one, Example)], origin, faults, layout)
+    return _example_set(name, made, origin, layout)
 
 
 def _example_set(
-    name: str, rows: list[Example], origin: str, faults: list[Fault], layout: Layout
+    name: str, made: Sequence[Example | Fault | None], origin: str, layout: Layout
 ) -> ExampleSet:
-    faults = faults + _repeated_ids(rows, origin)
+    rows = [one for one in made if isinstance(one, Example)]
+    faults = [*(one for one in made if isinstance(one, Fault)), *_repeated_ids(rows, origin)]
     if not rows and not faults:
         hint = "one JSON object per line is expected"
         if layout.id_range:
@@ -95,10 +88,5 @@ def _example_set(
 
 
 def _repeated_ids(rows: Iterable[Example], origin: str) -> list[Fault]:
-    seen: set[str] = set()
-    faults = []
-    for row in rows:
-        if row.id in seen:
-            faults.append(Fault(origin, f"the id {row.id!r} occurs twice"))
-        seen.add(row.id)
-    return faults
+    counts = Counter(row.id for row in rows)
+    return [Fault(origin, f"the id {i!r} occurs twice") for i, n in counts.items() for _ in range(n - 1)]

@@ -22,7 +22,7 @@ class Style:
 
 
 def bare(example: Example, style: Style) -> str:
-    """The question alone: the paper's maths prompt."""
+    """Just the question: the paper's maths prompt."""
     return example.problem
 
 
@@ -37,13 +37,8 @@ def docstring(example: Example, style: Style) -> str:
     """A docstring with the description and the first assertion: the paper's code prompt. Raises UserError
     where there is no assertion."""
     if not example.first_test:
-        raise UserError(
-            Fault(
-                "template",
-                f"'docstring' shows the first assertion of a test_list; {example.id} has none",
-                "choose bare or problem_solution",
-            )
-        )
+        what = f"'docstring' shows the first assertion of a test_list; {example.id} has none"
+        raise UserError(Fault("template", what, "choose bare or problem_solution"))
     return f'"""\n{example.problem.strip()}\n{example.first_test}\n"""\n'
 
 
@@ -80,20 +75,14 @@ RENDERERS: dict[str, Callable[[Example, Style], str]] = {
     "chat_boxed": chat_boxed,
 }
 CHATS = ("chat", "chat_boxed")
-"""Their text holds all special tokens: the tokenizer must not add more."""
+"""Their text holds all special tokens: the tokenizer must not add any."""
 
 
 def renderer(name: str, style: Style) -> Callable[[Example], str]:
-    """The template as a function of the example. Raises UserError for a chat that the tokenizer has no
-    form for."""
+    """The template as a function of the example. Raises UserError for a chat without a chat template."""
     if name in CHATS and style.chat is None:
         others = ", ".join(other for other in RENDERERS if other not in CHATS)
-        raise UserError(
-            Fault(
-                "template",
-                f"{name!r} needs the tokenizer's chat template, and this one has none",
-                f"choose another: {others}; or an instruct model",
-            )
-        )
+        what = f"{name!r} needs the tokenizer's chat template, and this one has none"
+        raise UserError(Fault("template", what, f"choose another: {others}; or an instruct model"))
     template = RENDERERS[name]
     return lambda example: template(example, style)

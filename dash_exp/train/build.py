@@ -261,7 +261,7 @@ def build(
         prompts = shown.prompts if shown else task.prompts
         note_prompts(task, note)
         if shown:
-            note(f"demonstrations: {shown.told()}")
+            note(f"demonstrations: {shown.summary()}")
         plan = make_plan(config, len(prompts.prompts))
         spec = make_spec(config, plan, source.folder, len(tokenizer), max(1, threads // ranks))
         learner = ParallelLearner.of(spec, links, 0 if links.width > 1 else None)

@@ -1,8 +1,8 @@
 """reasoning-gym's own scorers, in a process of the sandbox. Some evaluate the answer as Python.
 
-The library is imported here and nowhere near the run. Where its scorers would evaluate an answer, they
-get functions instead that read literals, or formulas without attributes, strings or unknown names, so an
-answer cannot look for the solution in the scorer's memory. Verdicts on honest answers are the library's.
+Where a scorer would evaluate an answer, it gets a function that reads literals, or formulas without
+attributes, strings or unknown names, so an answer cannot look for the solution in the scorer's memory.
+Verdicts on honest answers are the library's.
 """
 
 from __future__ import annotations
@@ -32,33 +32,12 @@ PARSE_ANSWERS = ("games.puzzle24", "games.countdown")
 _MAX_FORMULA = 2_000
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _ATTRIBUTE = re.compile(r"[\w)\]]\s*\.\s*[A-Za-z_]")
-_NAMES = frozenset(
-    (
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "exp",
-        "log",
-        "ln",
-        "sqrt",
-        "Abs",
-        "pi",
-        "Rational",
-    )
-)
+_FUNCTIONS = "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log ln sqrt Abs pi Rational"
+_NAMES = frozenset(_FUNCTIONS.split())
 
 
 def prepare() -> None:
-    """Import the library, and take `eval` from those of its scorers that would give it an answer."""
+    """Import the library, and replace `eval` in those of its scorers that evaluate answers."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MPLCONFIGDIR"] = folder  # else matplotlib leaves one behind
         importlib.import_module("reasoning_gym")

@@ -39,7 +39,7 @@ def test_several_of_a_prompt_become_prompts_of_their_own_and_long_ones_are_count
     keyed = {("sums", "p2"): ["a", "bbbbb", "c"], ("other", "p0"): ["a"]}
     made = demonstrate(PROMPTS, keyed, characters, stop_ids=(END,), max_tokens=5)
     assert list(made.completions) == ["sums/p2#0", "sums/p2#2"] and made.too_long == 1
-    assert made.told() == "2 for sums, 1 too long and dropped, 1 without a prompt"
+    assert made.summary() == "2 for sums, 1 too long and dropped, 1 without a prompt"
     assert made.prompts.prompts[1].token_ids == (5, 6)
     completion = made.completions["sums/p2#0"]
     assert all(map(math.isnan, completion.logprobs)) and completion.finish_reason == "stop"
@@ -64,7 +64,7 @@ def test_traces_are_read_by_id(tmp_path: Path) -> None:
     assert read_traces(path) == {"a": texts}
 
 
-def test_every_faulty_line_of_traces_is_told(tmp_path: Path) -> None:
+def test_every_faulty_line_of_traces_is_named(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
     path.write_text('{"id": "a"}\nnot json\n{"id": 3, "solution": "x"}\n{"id": "b", "solution": " "}\n[]\n')
     with pytest.raises(UserError) as error:

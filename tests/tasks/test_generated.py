@@ -86,9 +86,7 @@ needs_gym = pytest.mark.skipif(not is_installed(GYM_PACKAGE), reason="pip instal
     [
         ("chain_sum", {}),
         ("chain_sum", {"max_terms": 2, "min_digits": 1, "max_digits": 1}),  # 180 questions in all
-        ("leg_counting", {}),
         ("word_sorting", {}),
-        ("gcd", {}),
     ],
 )
 def test_no_question_is_in_both_splits_or_twice(task: str, options: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,18 @@ CODE = Layout({"problem": ["prompt"], "solution": ["code"]}, code=True)
 Row = dict[str, Any]
 
 
+@cache
 def dataset(option: str, folder: Path | None = None) -> DatasetConfig:
     """The dataset of an option, its file found."""
     config = compose([f"dataset={option}", "evaluation=none", f"paths.data={folder or 'null'}"])
     resolve_paths(config)
     return config.dataset
+
+
+@cache
+def examples_of(option: str, folder: Path) -> tuple[Example, ...]:
+    """The examples of an option, read once."""
+    return load_examples(dataset(option, folder)).examples
 
 
 def one(row: Row, how: Layout) -> Example:
@@ -200,7 +208,7 @@ COUNTS = {
 @pytest.mark.parametrize(("option", "count"), COUNTS.items())
 def test_every_option_reads_its_file(data_folder: Path, option: str, count: int) -> None:
     data = dataset(option, data_folder)
-    examples = load_examples(data).examples
+    examples = examples_of(option, data_folder)
     assert len(examples) == count
     assert all(e.solution.strip() for e in examples)
     assert option[:5] != "gsm8k" or not any("<<" in e.solution for e in examples)
@@ -215,7 +223,7 @@ def test_slow_tasks_have_time(data_folder: Path) -> None:
     found = {
         e.id: gold(e).timeout_s
         for option in ("mbppplus", "mbppplus_test")
-        for e in load_examples(dataset(option, data_folder)).examples
+        for e in examples_of(option, data_folder)
         if gold(e).timeout_s
     }
     assert found == {"mbppplus-255": 90, "mbppplus-392": 60, "mbppplus-599": 120}
@@ -223,7 +231,7 @@ def test_slow_tasks_have_time(data_folder: Path) -> None:
 
 def test_training_tasks_are_not_in_a_test_set(data_folder: Path) -> None:
     def numbers(option: str) -> set[int]:
-        examples = load_examples(dataset(option, data_folder)).examples
+        examples = examples_of(option, data_folder)
         return {int(e.id.rpartition("-")[2]) for e in examples}
 
     tests = numbers("mbppplus_test")
@@ -314,7 +322,7 @@ def test_the_hub_gives_the_same_examples(data_folder: Path, option: str) -> None
     rows = [json.loads(line) for file in sorted(files, reverse=True) for line in file.open()]
     rows = rows[:500]
     found = from_rows(data.name, [HUB[option](row) for row in rows], "hub", layout(data)).examples
-    expected = load_examples(data).examples[: len(found)]
+    expected = examples_of(option, data_folder)[: len(found)]
     assert len(found) == min(COUNTS[option], 500)
     for mine, theirs in zip(found, expected, strict=True):
         tests = [gold(e).tests.split() for e in (mine, theirs)] if data.verifier == "code" else [[], []]

@@ -1,15 +1,19 @@
-"""Verifiers of programs in each confinement that works here, and the processes they leave."""
+"""Judges of programs in each confinement that works here, the processes they leave, and a fake pool."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import psutil
 import pytest
 
+from dash_exp.types import Score
 from dash_exp.verifiers.code.sandbox import confinement
 from dash_exp.verifiers.judges import PooledJudge, Wanted, code_judge
+from dash_exp.verifiers.pool import VerifierPool
+from dash_exp.verifiers.types import VerifyTask
 
 CONFINEMENTS: tuple[Wanted, ...] = ("bwrap", "limits")
 WORKERS = 2
@@ -41,3 +45,18 @@ def descendants() -> set[int]:
             if process.status() != psutil.STATUS_ZOMBIE:
                 alive.add(process.pid)
     return alive
+
+
+class HandPool(VerifierPool):
+    """A pool whose verdicts are given by hand: records tasks, starts no process."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[VerifyTask, Future[Score]]] = []
+
+    def submit(self, task: VerifyTask) -> Future[Score]:
+        self.asked.append((task, Future()))
+        return self.asked[-1][1]
+
+    def close(self) -> None:
+        for _, future in self.asked:
+            future.cancel()

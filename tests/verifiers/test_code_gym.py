@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from code_fixtures import CONFINEMENTS, verifier_in
+from code_fixtures import CONFINEMENTS, HandPool, verifier_in
 
 from dash_exp.verifiers import gym
 from dash_exp.verifiers.gym import is_formula, read_literal
@@ -92,16 +92,12 @@ ATTACKS = (
 )
 
 
+EVALUATING, PARSING = "string_insertion", "countdown"
+OTHERS = ("spiral_matrix", "number_sorting", "n_queens", "polynomial_multiplication")
+
+
 @pytest.mark.parametrize(
-    "task",
-    [
-        "string_insertion",
-        "spiral_matrix",
-        "countdown",
-        "number_sorting",
-        "n_queens",
-        "polynomial_multiplication",
-    ],
+    "task", [EVALUATING, PARSING, *(pytest.param(task, marks=pytest.mark.long) for task in OTHERS)]
 )
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda text: text[:30])
 def test_answers_that_are_programs(task: str, attack: str, attacked: PooledJudge) -> None:
@@ -189,14 +185,14 @@ def test_the_answer_between_tags(text: str, answer: str | None) -> None:
     ("extraction", "text"),
     [("answer_tag", "so <answer>{}</answer>"), ("boxed_or_last", r"\boxed{{{}}}"), ("whole", "{} \n")],
 )
-def test_extractions(extraction: str, text: str) -> None:
+def test_extractions(extraction: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = HandPool()
+    monkeypatch.setattr("dash_exp.verifiers.judges._sandboxed_pool", lambda *settings: pool)
     verifier = gym_judge(1, 10.0, 2048, extraction)
-    entry = entry_of("chain_sum")
-    gold = GymGold("chain_sum", entry).to_text()
-    assert verifier.submit(text.format(entry["answer"]), gold).result(GENEROUS_S).outcome == "correct"
-    assert verifier.submit("", gold).result(GENEROUS_S).outcome == "no_answer"
+    verifier.submit(text.format(5), "gold")
+    assert [(task.text, task.answer) for task, _ in pool.asked] == [("5", "gold")]
+    assert verifier.submit("", "gold").result(GENEROUS_S).outcome == "no_answer"
     assert "reasoning-gym-" in verifier.version and extraction in verifier.version
-    verifier.close()
 
 
 def test_an_unknown_extraction_fails_early() -> None:

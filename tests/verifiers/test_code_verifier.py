@@ -449,7 +449,7 @@ def test_a_request_of_many_kilobytes(verifier: PooledJudge) -> None:
 
 @pytest.mark.parametrize("kind", CONFINEMENTS)
 def test_a_task_may_have_more_time_than_the_verifier(kind: Wanted) -> None:
-    program = "import time\ndef f(x):\n    time.sleep(1.5)\n    return x"
+    program = "import time\ndef f(x):\n    time.sleep(0.8)\n    return x"
     with verifier_in(kind, 0.5) as short:
         assert verdict(short, program, "assert f(1) == 1").outcome == "timeout"
         assert verdict(short, program, "assert f(1) == 1", timeout_s=0.1).outcome == "timeout"
@@ -460,11 +460,11 @@ def test_a_task_may_have_more_time_than_the_verifier(kind: Wanted) -> None:
 
 
 def test_the_timer_starts_with_the_work() -> None:
-    """Twelve programs of 0.5 s wait for two workers with a limit of 1.5 s."""
-    with verifier_in("limits", 1.5) as shared:
+    """Eight programs of 0.3 s wait for two workers with a limit of 1 s."""
+    with verifier_in("limits", 1.0) as shared:
         gold = CodeGold("assert f(1) == 1", "f").to_text()
-        program = "import time\ntime.sleep(.5)\ndef f(x): return x  # {}"
-        futures = [shared.submit(program.format(i), gold) for i in range(12)]
+        program = "import time\ntime.sleep(.3)\ndef f(x): return x  # {}"
+        futures = [shared.submit(program.format(i), gold) for i in range(8)]
         assert {future.result(GENEROUS_S).outcome for future in futures} == {"correct"}
 
 

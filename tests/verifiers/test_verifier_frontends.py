@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future
 
 import pytest
+from code_fixtures import HandPool
 
 from dash_exp.types import Score
 from dash_exp.verifiers.judges import InlineJudge, judge_integer, math_judge
 from dash_exp.verifiers.pool import VerifierPool
-from dash_exp.verifiers.types import Judge, VerifyTask, score
+from dash_exp.verifiers.types import Judge, score
 
 GENEROUS_S = 120.0
-
-
-class HandPool(VerifierPool):
-    """A pool whose verdicts are given by hand: records tasks, starts no process."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[VerifyTask, Future[Score]]] = []
-
-    def submit(self, task: VerifyTask) -> Future[Score]:
-        self.asked.append((task, Future()))
-        return self.asked[-1][1]
-
-    def close(self) -> None:
-        for _, future in self.asked:
-            future.cancel()
 
 
 @pytest.fixture

@@ -15,16 +15,18 @@ import dash_exp
 
 WaitGone = Callable[[list[int]], list[int]]
 GENEROUS_S = 120.0
-HANGS = ("9^{9^{9^9}}", "7^{7^{7^{7^7}}}")
+BUSY = ("sleep 600", "sleep 601")
 
 SCRIPT = """
 import sys, time
-from dash_exp.verifiers.pool import VerifierPool
+from dash_exp.verifiers.pool import Program, VerifierPool
 from dash_exp.verifiers.types import VerifyTask
-pool = VerifierPool(2, timeout_s=600)
-pool.submit(VerifyTask("1", "1")).result()
+pool = VerifierPool(2, timeout_s=600, program=Program("odd_worker"))
+pool.submit(VerifyTask("fine", "1")).result()
 futures = [pool.submit(VerifyTask(text, "3")) for text in sys.argv[1:]]
 while not all(future.running() for future in futures):
+    time.sleep(0.01)
+while len(pool.worker_pids()) < 2:
     time.sleep(0.01)
 print(*pool.worker_pids(), flush=True)
 {end}
@@ -48,7 +50,7 @@ def run_parent(end: str, *texts: str) -> tuple[subprocess.Popen[str], list[int]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's parent-death signal")
-@pytest.mark.parametrize("texts", [HANGS, ()], ids=["busy", "idle"])
+@pytest.mark.parametrize("texts", [BUSY, ()], ids=["busy", "idle"])
 def test_no_worker_survives_a_killed_parent(wait_gone: WaitGone, texts: tuple[str, ...]) -> None:
     parent, pids = run_parent("time.sleep(600)", *texts)
     assert len(pids) == 2
@@ -59,7 +61,7 @@ def test_no_worker_survives_a_killed_parent(wait_gone: WaitGone, texts: tuple[st
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(1)", "1 / 0"])
 def test_a_parent_that_forgets_to_close_still_ends(wait_gone: WaitGone, end: str) -> None:
-    parent, pids = run_parent(f"sys.stderr = None\n{end}", *HANGS)
+    parent, pids = run_parent(f"sys.stderr = None\n{end}", *BUSY)
     assert parent.wait(GENEROUS_S) == (1 if end else 0)
     assert len(pids) == 2
     assert wait_gone(pids) == []

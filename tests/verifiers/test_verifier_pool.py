@@ -70,6 +70,13 @@ POISON = (
     r"\overline{9}" * 500,
 )
 HANGS = ("9^{9^{9^9}}", "7^{7^{7^{7^7}}}", r"\log_{2}(3^{10^{10}})")
+ODD = Program("odd_worker")
+"""A light worker without sympy, which does what the text says."""
+
+
+def slow_unless_quick(text: str) -> object:
+    """Most poison costs a timeout and a new worker: every eighth text is enough for `make test`."""
+    return pytest.param(text, id=text[:20], marks=() if POISON.index(text) % 8 == 0 else pytest.mark.long)
 
 
 def task(text: str, answer: str = r"\sqrt{3}") -> VerifyTask:
@@ -82,7 +89,7 @@ def pool() -> Iterator[VerifierPool]:
         yield shared
 
 
-@pytest.mark.parametrize("text", POISON, ids=lambda text: text[:20])
+@pytest.mark.parametrize("text", map(slow_unless_quick, POISON))
 def test_poison_never_scores(pool: VerifierPool, text: str) -> None:
     verdict = pool.submit(task(text)).result(GENEROUS_S)
     named = ("timeout",) if text in HANGS else ("timeout", "crashed", "unparsed", "wrong")
@@ -91,20 +98,16 @@ def test_poison_never_scores(pool: VerifierPool, text: str) -> None:
     assert verdict.detail
 
 
-def test_there_are_forty_kinds_of_poison() -> None:
-    assert len(set(POISON)) >= 40
-
-
 def test_good_answers_beside_twice_as_much_poison(wait_gone: WaitGone) -> None:
     workers, timeout_s = 2, 1.0
     with VerifierPool(workers, timeout_s=timeout_s, memory_mb=1024) as pool:
         pool.submit(task("1", "1")).result(GENEROUS_S)
         start = time.monotonic()
         bad = [pool.submit(task((HANGS * 2)[i])) for i in range(2 * workers)]
-        good = [pool.submit(task(rf"\frac{{{2 * i}}}{{4}}", f"{i}/2")) for i in range(50)]
-        off = [pool.submit(task(rf"\sqrt{{{i}}}", rf"\sqrt{{{i + 1}}}")) for i in range(50)]
-        assert [f.result(GENEROUS_S).outcome for f in good] == ["correct"] * 50
-        assert [f.result(GENEROUS_S).outcome for f in off] == ["wrong"] * 50
+        good = [pool.submit(task(rf"\frac{{{2 * i}}}{{4}}", f"{i}/2")) for i in range(20)]
+        off = [pool.submit(task(rf"\sqrt{{{i}}}", rf"\sqrt{{{i + 1}}}")) for i in range(20)]
+        assert [f.result(GENEROUS_S).outcome for f in good] == ["correct"] * 20
+        assert [f.result(GENEROUS_S).outcome for f in off] == ["wrong"] * 20
         assert [f.result(GENEROUS_S).outcome for f in bad] == ["timeout"] * (2 * workers)
         assert time.monotonic() - start < 60
         pids = pool.worker_pids()
@@ -112,18 +115,18 @@ def test_good_answers_beside_twice_as_much_poison(wait_gone: WaitGone) -> None:
 
 
 def test_the_timer_starts_with_the_work_not_in_the_queue() -> None:
-    """Five tasks of 0.5 s wait for one worker with a limit of 1.5 s: nobody runs out of time."""
-    with VerifierPool(1, timeout_s=1.5, program=Program("odd_worker")) as pool:
-        futures = [pool.submit(task("sleep 0.5")) for _ in range(5)]
+    """Five tasks of 0.3 s wait for one worker with a limit of 1 s: none runs out of time."""
+    with VerifierPool(1, timeout_s=1.0, program=ODD) as pool:
+        futures = [pool.submit(task("sleep 0.3")) for _ in range(5)]
         assert {f.result(GENEROUS_S).outcome for f in futures} == {"wrong"}
 
 
 def test_a_worker_killed_from_outside(wait_gone: WaitGone) -> None:
-    with VerifierPool(1, timeout_s=GENEROUS_S) as pool:
-        assert pool.submit(task("1", "1")).result(GENEROUS_S).outcome == "correct"
+    with VerifierPool(1, timeout_s=GENEROUS_S, program=ODD) as pool:
+        assert pool.submit(task("fine")).result(GENEROUS_S).outcome == "correct"
         (victim,) = pool.worker_pids()
-        stuck = pool.submit(task(POISON[0]))
-        after = pool.submit(task("0.5", r"\frac{1}{2}"))
+        stuck = pool.submit(task("sleep 600"))
+        after = pool.submit(task("fine"))
         while not stuck.running():
             time.sleep(0.01)
         os.kill(victim, signal.SIGKILL)
@@ -136,9 +139,9 @@ def test_a_worker_killed_from_outside(wait_gone: WaitGone) -> None:
 
 
 def test_close_ends_running_and_waiting_work(wait_gone: WaitGone) -> None:
-    pool = VerifierPool(1, timeout_s=GENEROUS_S)
-    stuck = pool.submit(task(POISON[0]))
-    waiting = pool.submit(task("1", "1"))
+    pool = VerifierPool(1, timeout_s=GENEROUS_S, program=ODD)
+    stuck = pool.submit(task("sleep 600"))
+    waiting = pool.submit(task("fine"))
     while not stuck.running():
         time.sleep(0.01)
     pids = pool.worker_pids()
@@ -154,8 +157,8 @@ def test_close_ends_running_and_waiting_work(wait_gone: WaitGone) -> None:
 
 
 def test_close_before_any_worker_is_ready() -> None:
-    pool = VerifierPool(2)
-    future = pool.submit(task("1", "1"))
+    pool = VerifierPool(2, program=ODD)
+    future = pool.submit(task("fine"))
     pool.close()
     assert future.cancelled() or future.done()
     assert pool.worker_pids() == []
@@ -210,7 +213,7 @@ def test_a_worker_that_never_gets_ready() -> None:
     assert "not ready" in verdict.detail
 
 
-def test_too_little_memory_to_start_is_said() -> None:
+def test_too_little_memory_to_start_is_reported() -> None:
     with VerifierPool(1, memory_mb=40, max_starts=1, start_timeout_s=20) as pool:
         assert pool.submit(task("1", "1")).result(GENEROUS_S).outcome == "verifier_error"
 
@@ -220,7 +223,7 @@ def test_too_little_memory_to_start_is_said() -> None:
 
 @pytest.fixture(scope="module")
 def odd() -> Iterator[VerifierPool]:
-    with VerifierPool(1, timeout_s=5.0, memory_mb=512, program=Program("odd_worker")) as shared:
+    with VerifierPool(1, timeout_s=5.0, memory_mb=512, program=ODD) as shared:
         yield shared
 
 
@@ -248,7 +251,7 @@ def test_misbehaving_judges(odd: VerifierPool, text: str, outcome: str, detail: 
 
 def test_a_hanging_judge_takes_its_children_along(wait_gone: WaitGone, tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    with VerifierPool(1, timeout_s=2.0, program=Program("odd_worker")) as pool:
+    with VerifierPool(1, timeout_s=2.0, program=ODD) as pool:
         verdict = pool.submit(task(f"hang with a child {note}")).result(GENEROUS_S)
         assert verdict.outcome == "timeout"
         assert wait_gone([int(note.read_text())]) == []
@@ -256,7 +259,7 @@ def test_a_hanging_judge_takes_its_children_along(wait_gone: WaitGone, tmp_path:
 
 def test_no_secret_reaches_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    with VerifierPool(1, program=Program("odd_worker")) as pool:
+    with VerifierPool(1, program=ODD) as pool:
         seen = pool.submit(task("environment")).result(GENEROUS_S).detail
     assert "HF_TOKEN" not in seen
     assert "PYTHONHASHSEED" in seen
@@ -264,11 +267,11 @@ def test_no_secret_reaches_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_spent_workers_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dash_exp.verifiers.pool._TASKS_PER_WORKER", 2)
-    with VerifierPool(1, program=Program("odd_worker")) as pool:
+    with VerifierPool(1, program=ODD) as pool:
         pids = [pool.submit(task("pid")).result(GENEROUS_S).detail for _ in range(5)]
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [2, 2, 1]
 
 
-def test_a_long_task_travels_whole(odd: VerifierPool) -> None:
+def test_a_long_task_arrives_complete(odd: VerifierPool) -> None:
     verdict = odd.submit(task("length " + "x" * 3_000_000)).result(GENEROUS_S)
     assert verdict.detail == "3000007"

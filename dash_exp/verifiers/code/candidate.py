@@ -1,7 +1,7 @@
-"""The process that runs a stranger's program: it loads it, and calls what the tests ask for.
+"""The process that runs an untrusted program: it loads it, and calls what the tests ask for.
 
-It never holds the tests, knows no verdict, and was forked before either was read. Whatever the program
-does to this process, all it can do is answer calls, rightly or wrongly, or not at all.
+It was forked before the tests were read and knows neither them nor the verdict. Whatever the program does
+to this process, it can only answer calls, rightly or wrongly, or not at all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Reply = tuple[Any, ...]
 
 
 class Candidate:
-    """The loaded program and the objects of it that the tests hold by number."""
+    """The loaded program, and those of its objects that the tests hold by number."""
 
     def __init__(self) -> None:
         self._objects: list[Any] = []
@@ -51,7 +51,7 @@ class Candidate:
         return self._objects[handle] if handle >= 0 else plain_error(*described)
 
     def answer(self, request: tuple[Any, ...]) -> Reply:
-        """What is sent back: `ok` with a value, or the exception as text."""
+        """The reply: `ok` with a value, or the exception."""
         try:
             return getattr(self, f"_do_{request[0]}")(*request[1:])  # type: ignore[no-any-return]
         except BaseException as error:  # noqa: BLE001 (the program may raise anything)
@@ -100,6 +100,7 @@ def _can_change(value: Any) -> bool:
     return isinstance(value, _MUTABLE) or type(value).__name__ in ("ndarray", "deque", "array")
 
 
+_OPERATORS = "add sub mul truediv floordiv mod pow matmul lshift rshift and_ or_ xor neg pos abs invert index"
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "attribute": getattr,
     "assign": setattr,
@@ -118,29 +119,7 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "at_most": lambda value, other: bool(value <= other),
     "greater": lambda value, other: bool(value > other),
     "at_least": lambda value, other: bool(value >= other),
-    **{
-        name: getattr(operator, name)
-        for name in (
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "matmul",
-            "lshift",
-            "rshift",
-            "and_",
-            "or_",
-            "xor",
-            "neg",
-            "pos",
-            "abs",
-            "invert",
-            "index",
-        )
-    },
+    **{name: getattr(operator, name) for name in _OPERATORS.split()},
     "divmod": divmod,
     "float": float,
     "int": int,

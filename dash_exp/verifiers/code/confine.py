@@ -1,9 +1,9 @@
-"""What a process that runs a stranger's program takes away from itself. Linux; standard library only.
+"""The rights that a process gives up before it runs an untrusted program. Linux only.
 
-Limits, another user, no new privileges, and a filter of system calls under which it can start no
-process, send no signal to another one (nor have the kernel send one, as the owner of a file), open no
-socket, change no other process and leave no process group. In the fallback without bubblewrap the filter
-also refuses to open anything for writing.
+Resource limits, another user, no new privileges, and a filter of system calls under which it cannot start
+a process, signal another one (nor have the kernel do so, as the owner of a file), open a socket, change
+another process or leave its process group. Without bubblewrap the filter also refuses to open files for
+writing.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may use. `uid`: the user it becomes, 0 to stay who it is. `read_only`: whether
+    """What one program may use. `uid`: the user it becomes, 0 for no change. `read_only`: whether
     the filter itself refuses to write. `filtered`: whether there is a filter at all. `threads`: tasks
-    that its user may have. `keep_reading`: the new user may read every file, as root does, because
-    it could not read Python's library otherwise; it gets no other right of root's."""
+    that its user may have. `keep_reading`: the new user may read every file, as root may, because
+    it could not read Python's library otherwise; it gets no other right of root."""
 
     memory_mb: int
     uid: int
@@ -50,17 +50,17 @@ def filter_supported() -> bool:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of whatever loses its own below this process, so that it can be reaped."""
+    """Become the parent of orphans among the descendants, so that they can be reaped."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def hide() -> None:
-    """No other process of this user may look into this one, or write into it."""
+    """Keep other processes of this user from reading or writing this one's memory."""
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def confine(limits: Limits) -> None:
-    """Apply everything, for good. Raises OSError where something that was promised fails."""
+    """Apply everything, irrevocably. Raises OSError where something that was promised fails."""
     _set_limits(limits)
     if limits.uid:
         _become(limits.uid, limits.keep_reading)
@@ -73,14 +73,14 @@ def confine(limits: Limits) -> None:
 
 
 def filter_host(read_only: bool) -> None:
-    """Install, in the host, what it can do without itself: every child has it from its fork on, and
-    adds the little that depends on it in `confine`. Building a filter costs a third of a fork."""
+    """Install the part of the filter that the host can live with. Every child inherits it and adds only
+    its own part in `confine`: building a filter costs a third of a fork."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _install(_common_filter(read_only))
 
 
 def limit_cpu(seconds: int) -> None:
-    """A last resort behind the timer of whoever waits for this process; it can only be lowered again."""
+    """A last resort behind the timer of the waiting process; it can only be lowered again."""
     _limit(resource.RLIMIT_CPU, seconds)
 
 
@@ -142,108 +142,34 @@ def _check(result: int) -> None:
 
 # The filter: a program for the kernel's packet-filter machine, see seccomp(2). Numbers are x86-64's.
 
+
+def _numbers(table: str) -> tuple[int, ...]:
+    return tuple(int(number) for line in table.splitlines() for number in line.partition("#")[0].split())
+
+
 _STARTS = (57, 58)  # fork vfork
-_EXECUTES = (59, 322)  # execve execveat
-_SIGNALS = (200, 129, 297, 424, 434, 438)  # tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_*
-_GROUPS = (109, 112)  # setpgid setsid
-_OTHERS = (  # ptrace process_vm_* kcmp sched_* process_madvise process_mrelease fanotify_*
-    101,
-    310,
-    311,
-    312,
-    141,
-    142,
-    144,
-    203,
-    251,
-    256,
-    279,
-    314,
-    440,
-    448,
-    300,
-    301,
-)
-_NETWORK = (41, 42, 49, 50, 43, 288)  # socket connect bind listen accept accept4
-_MEMORY = (29, 64, 68, 240, 319, 447)  # shmget semget msgget mq_open memfd_create memfd_secret
-_NAMESPACES = (155, 161, 165, 166, 272, 308, *range(428, 434), 442)  # mounts, chroot, unshare, setns
-_KERNEL = (
-    103,
-    153,
-    159,
-    163,
-    164,
-    167,
-    168,
-    169,
-    170,
-    171,
-    172,
-    173,
-    175,
-    176,
-    179,
-    212,
-    227,
-    246,
-    248,
-    249,
-    250,
-    298,
-    303,
-    304,
-    305,
-    313,
-    320,
-    321,
-    323,
-    425,
-    426,
-    427,
-)
-_DENIED = (*_EXECUTES, *_SIGNALS, *_GROUPS, *_OTHERS, *_NETWORK, *_MEMORY, *_NAMESPACES, *_KERNEL)
+_DENIED = _numbers("""
+59 322 # execve execveat
+200 129 297 424 434 438 # tkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_*
+109 112 # setpgid setsid
+101 310 311 312 141 142 144 203 251 256 279 314 440 448 300 301
+# ptrace process_vm_* kcmp sched_* process_madvise process_mrelease fanotify_*
+41 42 49 50 43 288 # socket connect bind listen accept accept4
+29 64 68 240 319 447 # shmget semget msgget mq_open memfd_create memfd_secret
+155 161 165 166 272 308 428 429 430 431 432 433 442 # mounts, chroot, unshare, setns
+103 153 159 163 164 167 168 169 170 171 172 173 175 176 179 212 227 246 248 249 250 298 303 304 305
+313 320 321 323 425 426 427 # clocks, modules, keys, kexec, bpf, perf, io_uring, ...
+""")
 _UNKNOWN = (435, 437, 463, 466, 467, 469)
 """clone3 openat2 setxattrat removexattrat open_tree_attr file_setattr: their flags cannot be seen, or
 older calls do the same; libc falls back to those."""
 _NEWEST = 469
 """Calls with a higher number were not there when this list was made: they do not exist for programs."""
-_WRITES = (
-    73,
-    76,
-    82,
-    83,
-    84,
-    85,
-    86,
-    87,
-    88,
-    90,
-    91,
-    92,
-    93,
-    94,
-    132,
-    133,
-    188,
-    189,
-    190,
-    197,
-    198,
-    199,
-    235,
-    258,
-    259,
-    260,
-    261,
-    263,
-    264,
-    265,
-    266,
-    268,
-    280,
-    316,
-    452,
-)
+_WRITES = _numbers("""
+73 76 82 83 84 85 86 87 88 90 91 92 93 94 132 133 188 189 190 197 198 199 235 258 259 260 261 263
+264 265 266 268 280 316 452
+""")
+"""Calls that change, make or lock files and folders."""
 _CLONE, _CLONE_THREAD = 56, 0x10000
 _KILL, _TGKILL, _PRCTL, _PRLIMIT, _OPEN, _OPENAT = 62, 234, 157, 302, 2, 257
 _FCNTL, _IOCTL, _SOCKETPAIR, _SENDTO, _SENDS_MESSAGES = 72, 16, 53, 44, (46, 307)
@@ -297,7 +223,7 @@ def _common_filter(read_only: bool) -> list[_Line]:
 def _own_filter(pid: int) -> list[_Line]:
     """No new process, no signal to another process than `pid`, no way to outlive the host."""
     lines = list(_HEAD)
-    for number in (*_STARTS, *_SENDS_MESSAGES):  # the host passes descriptors on with the latter
+    for number in (*_STARTS, *_SENDS_MESSAGES):  # the host passes descriptors with the latter
         lines += [(_EQUAL, 0, 1, number), _REFUSE]
     lines += _only(_CLONE, 0, [(_ANY_BIT, 1, 0, _CLONE_THREAD), _REFUSE])
     for number in (_KILL, _TGKILL):

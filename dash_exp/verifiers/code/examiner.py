@@ -1,8 +1,8 @@
 """The process that runs the tests: the program's functions are remote, its values plain data.
 
-The tests and the verdict live here; the program lives in another process (`candidate.py`) that cannot
-reach this one. An exception of the program is raised here as the built-in one it derives from, or as a
-class made here that derives from that one. What the program may choose is never imported here.
+The program runs in another process (`candidate.py`) that cannot reach the tests and the verdict here. An
+exception of the program is raised here as the built-in one it derives from, or as a class made here that
+derives from that one. No module that the program names is imported here.
 """
 
 from __future__ import annotations
@@ -26,51 +26,27 @@ from dash_exp.verifiers.types import CodeGold, score
 
 _MAX_DETAIL_CHARS = 300
 _PROMPT = "<prompt>"
-_TOLD = ("__name__", "__qualname__", "__annotations__", "__dict__")
+_FORWARDED = ("__name__", "__qualname__", "__annotations__", "__dict__")
 _USUAL_NAMES = {"np": "numpy"}
-_ERROR_MODULES = (
-    "json.decoder",
-    "decimal",
-    "statistics",
-    "struct",
-    "re",
-    "queue",
-    "_queue",
-    "binascii",
-    "dataclasses",
-    "calendar",
-    "csv",
-    "_csv",
-    "ipaddress",
-    "numpy.linalg",
-)
+_ERROR_MODULES = """
+json.decoder decimal statistics struct re queue _queue binascii dataclasses calendar csv _csv ipaddress
+numpy.linalg
+"""
 """Whose exceptions the program may raise here as what they are. Not unittest's, say: one skips a test."""
-_RESULTS = (
-    "builtins",
-    "collections",
-    "_collections",
-    "numpy",
-    "decimal",
-    "fractions",
-    "datetime",
-    "zoneinfo",
-    "array",
-    "uuid",
-    "pathlib",
-    "re",
-    "program",
-    "dash_exp",
-)
+_RESULTS = """
+builtins collections _collections numpy decimal fractions datetime zoneinfo array uuid pathlib re program
+dash_exp
+"""
 """Modules of the kinds that a program's results have, and of what a test gets from those."""
 
 
-def _alone(operation: str, convert: Callable[[Any], Any] = lambda value: value) -> Callable[[Remote], Any]:
-    return lambda self: convert(self._remote_apply(operation))
+def _remote(operation: str, convert: Callable[[Any], Any] = lambda value: value) -> Callable[..., Any]:
+    return lambda self, *operands: convert(self._remote_apply(operation, *operands))
 
 
-def _together(operation: str) -> Callable[[Remote, object], Any]:
-    """With another object of the program's alone: else it would be told what the tests expect, and
-    `abs(f(x) - 3) < 1` would be its to decide."""
+def _between(operation: str) -> Callable[[Remote, object], Any]:
+    """Only with another object of the program: otherwise the program would see what the tests expect, and
+    could decide `abs(f(x) - 3) < 1` itself."""
     return lambda self, other: (
         self._remote_apply(operation, other) if isinstance(other, Remote) else NotImplemented
     )
@@ -87,86 +63,29 @@ class Remote:
         object.__setattr__(self, "_remote_examiner", examiner)
         object.__setattr__(self, "_remote_number", number)
 
+    def _remote_apply(self, operation: str, *operands: Any) -> Any:
+        return self._remote_examiner.ask("apply", operation, [self, *operands])
+
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._remote_examiner.call(self, arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_remote_") or (name.startswith("__") and name not in _TOLD):
+        if name.startswith("_remote_") or (name.startswith("__") and name not in _FORWARDED):
             raise AttributeError(name)  # protocols of numpy and others are not the program's to answer
         return self._remote_apply("attribute", name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._remote_apply("assign", name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self._remote_apply("forget", name)
 
     def __iter__(self) -> Iterator[Any]:
         iterator = self._remote_apply("iterate")
         return iterator if isinstance(iterator, Remote) else iter(iterator)
 
-    __next__ = _alone("next")
-    __len__ = _alone("length", int)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._remote_apply("item", key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._remote_apply("set_item", key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        self._remote_apply("delete_item", key)
-
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._remote_apply("contains", item))
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Remote) and bool(self._remote_apply("equal", other))
-
-    __lt__ = _together("less")
-    __le__ = _together("at_most")
-    __gt__ = _together("greater")
-    __ge__ = _together("at_least")
-    __add__ = _together("add")
-    __sub__ = _together("sub")
-    __mul__ = _together("mul")
-    __truediv__ = _together("truediv")
-    __floordiv__ = _together("floordiv")
-    __mod__ = _together("mod")
-    __divmod__ = _together("divmod")
-    __pow__ = _together("pow")
-    __matmul__ = _together("matmul")
-    __lshift__ = _together("lshift")
-    __rshift__ = _together("rshift")
-    __and__ = _together("and_")
-    __or__ = _together("or_")
-    __xor__ = _together("xor")
-    __neg__ = _alone("neg")
-    __pos__ = _alone("pos")
-    __abs__ = _alone("abs")
-    __invert__ = _alone("invert")
-    __bool__ = _alone("true", bool)
-    __float__ = _alone("float", float)
-    __int__ = _alone("int", int)
-    __index__ = _alone("index", int)
-    __complex__ = _alone("complex", complex)
-    __floor__ = _alone("floor")
-    __ceil__ = _alone("ceil")
-    __hash__ = _alone("hash", int)
-    __str__ = _alone("text", str)
-    __repr__ = _alone("representation", str)
-    __copy__ = _alone("copy")
-
-    def __round__(self, *digits: int) -> Any:
-        return self._remote_apply("round", *digits)
 
     def __deepcopy__(self, memo: object) -> Any:
         return self._remote_apply("deep_copy")
 
-    __enter__ = _alone("enter")
-
     def __exit__(self, *error: object) -> None:
-        """Never keeps an exception, which may be an assertion's, and is not told of it."""
+        """Never suppresses an exception, which may be an assertion's, and does not pass it on."""
         self._remote_apply("leave")
 
     def __instancecheck__(self, instance: object) -> bool:
@@ -175,8 +94,49 @@ class Remote:
     def __subclasscheck__(self, kind: object) -> bool:
         return isinstance(kind, Remote) and bool(self._remote_apply("is_subclass", kind))
 
-    def _remote_apply(self, operation: str, *operands: Any) -> Any:
-        return self._remote_examiner.ask("apply", operation, [self, *operands])
+    __setattr__ = _remote("assign")
+    __delattr__ = _remote("forget")
+    __next__ = _remote("next")
+    __len__ = _remote("length", int)
+    __getitem__ = _remote("item")
+    __setitem__ = _remote("set_item")
+    __delitem__ = _remote("delete_item")
+    __contains__ = _remote("contains", bool)
+    __lt__ = _between("less")
+    __le__ = _between("at_most")
+    __gt__ = _between("greater")
+    __ge__ = _between("at_least")
+    __add__ = _between("add")
+    __sub__ = _between("sub")
+    __mul__ = _between("mul")
+    __truediv__ = _between("truediv")
+    __floordiv__ = _between("floordiv")
+    __mod__ = _between("mod")
+    __divmod__ = _between("divmod")
+    __pow__ = _between("pow")
+    __matmul__ = _between("matmul")
+    __lshift__ = _between("lshift")
+    __rshift__ = _between("rshift")
+    __and__ = _between("and_")
+    __or__ = _between("or_")
+    __xor__ = _between("xor")
+    __neg__ = _remote("neg")
+    __pos__ = _remote("pos")
+    __abs__ = _remote("abs")
+    __invert__ = _remote("invert")
+    __bool__ = _remote("true", bool)
+    __float__ = _remote("float", float)
+    __int__ = _remote("int", int)
+    __index__ = _remote("index", int)
+    __complex__ = _remote("complex", complex)
+    __round__ = _remote("round")
+    __floor__ = _remote("floor")
+    __ceil__ = _remote("ceil")
+    __hash__ = _remote("hash", int)
+    __str__ = _remote("text", str)
+    __repr__ = _remote("representation", str)
+    __copy__ = _remote("copy")
+    __enter__ = _remote("enter")
 
 
 class UnparsedError(Exception):
@@ -317,15 +277,14 @@ class Examiner:
 
         A program's own `len`, or its own version of a helper that the prompt gave, is not used.
         """
-        space: dict[str, Any] = {"__name__": TESTS, "__builtins__": builtins}
-        if gold.prefix:
-            try:
-                exec(compile(gold.prefix, _PROMPT, "exec", dont_inherit=True), space)  # noqa: S102
-            except Exception:  # noqa: BLE001 (half a program: it has no helpers then)
-                space = {"__name__": TESTS, "__builtins__": builtins}
+        empty: dict[str, Any] = {"__name__": TESTS, "__builtins__": builtins}
+        space = dict(empty)
+        try:
+            exec(compile(gold.prefix, _PROMPT, "exec", dont_inherit=True), space)  # noqa: S102
+        except Exception:  # noqa: BLE001 (half a program: it has no helpers then)
+            space = empty
         space.pop(gold.entry_point, None)
-        known = {*space, *dir(builtins), gold.entry_point}
-        wanted = _names(tests) - known
+        wanted = _names(tests) - {*space, *dir(builtins), gold.entry_point}
         space.update(_own_modules(gold.tests, wanted))
         wanted -= space.keys()
         theirs = self.ask("globals", [*wanted, gold.entry_point])
@@ -420,9 +379,7 @@ def _replacer(value: Any) -> Callable[[Any], None] | None:
     """How to give a mutable argument the content it got over there."""
     if isinstance(value, list | bytearray) or type(value).__name__ in ("ndarray", "array"):
         return lambda new: value.__setitem__(slice(None), new)
-    if isinstance(value, dict | set):
-        return lambda new: _refill(value, new)
-    if type(value).__name__ == "deque":
+    if isinstance(value, dict | set) or type(value).__name__ == "deque":
         return lambda new: _refill(value, new)
     return None
 
@@ -438,7 +395,7 @@ def _known_error(names: Any) -> tuple[type, list[str]]:
         raise ValueError("no names of classes")
     for position, name in enumerate(names):
         module, _, short = name.rpartition(".")
-        if module == "builtins" or module in _ERROR_MODULES:
+        if module == "builtins" or module in _ERROR_MODULES.split():
             kind = getattr(sys.modules.get(module), short, None)
             if isinstance(kind, type) and issubclass(kind, Exception):
                 return kind, list(names[:position])
@@ -502,7 +459,7 @@ def _is_of_tests(value: Any) -> bool:
     if isinstance(value, types.GeneratorType):
         return value.gi_code.co_filename in (TESTS, _PROMPT)
     kind = value if isinstance(value, type | types.FunctionType) else type(value)
-    return str(kind.__module__).partition(".")[0] not in _RESULTS
+    return str(kind.__module__).partition(".")[0] not in _RESULTS.split()
 
 
 def _line(error: BaseException) -> str:

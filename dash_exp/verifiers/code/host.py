@@ -1,12 +1,12 @@
 """The process inside the sandbox that judges programs, one verdict at a time, in forked processes.
 
 Started by the pool as `python -m dash_exp.verifiers.code.host`, in a sandbox where there is one. It
-imports once what programs usually import, and never reads a request itself. The examiner, forked from it,
-does: it holds the tests, runs them, and tells this process the verdict over a socket that only those two
-hold. A fresh candidate, forked from this process for each program, runs the program and answers the
-examiner's calls; so its memory never held any tests. Answers for reasoning-gym's scorers, some of which
-evaluate them, are scored in such a process too. This process watches the time, ends the candidate
-(and an examiner that hangs), and passes the verdict on.
+imports once what programs usually import, and never reads a request. The examiner, forked from it, reads
+requests, runs the tests, and reports the verdict to the host over a socket that only those two hold. A fresh
+candidate, forked from the host for each program, runs the program and answers the examiner's calls, so
+its memory never held any tests. Answers for reasoning-gym's scorers, some of which evaluate them, are
+scored in a candidate too. The host watches the time, kills the candidate (and an examiner that hangs), and
+forwards the verdict to the pool.
 """
 
 from __future__ import annotations
@@ -45,48 +45,22 @@ from dash_exp.verifiers.code.values import Channel
 from dash_exp.verifiers.types import CodeGold, VerifyTask, score
 from dash_exp.verifiers.worker import die_with, private_channel, send, silence
 
-_USUAL = (
-    "abc",
-    "bisect",
-    "cmath",
-    "collections",
-    "copy",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "enum",
-    "fractions",
-    "functools",
-    "hashlib",
-    "heapq",
-    "itertools",
-    "json",
-    "math",
-    "operator",
-    "random",
-    "re",
-    "statistics",
-    "string",
-    "sys",
-    "textwrap",
-    "time",
-    "typing",
-    "unicodedata",
-    "numpy",
-)
-"""Imported once, before anything is forked."""
-
+_USUAL = """
+abc bisect cmath collections copy dataclasses datetime decimal enum fractions functools hashlib heapq
+itertools json math operator random re statistics string sys textwrap time typing unicodedata numpy
+"""
+"""What programs usually import: imported once, before anything is forked."""
 _USES = 200
-"""Verdicts of one examiner. Tests are the dataset's, and what reaches them is plain data."""
+"""Verdicts of one examiner. It can serve many: tests are the dataset's, and receive plain data."""
 _EXAMINERS_MEMORY = 2
-"""Times a program's: a result lies there beside the expected one, and in transit."""
+"""Times a program's: it holds a result, the expected one, and the message between."""
 _MAX_LINE = 2**20
 _EXTRA_CPU_S = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line says."""
+    """The host's command line."""
 
     judge: str
     limits: Limits
@@ -95,7 +69,7 @@ class Options:
 
 @dataclass(slots=True)
 class Child:
-    """A forked process, and this process's end of a socket to it (or of one passed on)."""
+    """A forked process, and the end of a socket to it."""
 
     pid: int
     end: socket.socket
@@ -132,14 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
         filter_host(options.read_only)
     try:
         _serve(channel, Options(options.judge, limits, options.deadline_s))
-    except Exception:  # noqa: BLE001 (said where the pool reads it; children do not have this file)
+    except Exception:  # noqa: BLE001 (written where the pool reads it; children do not have this file)
         traceback.print_exc(file=errors)
         return 1
     return 0
 
 
 def _warm(judge: str) -> None:
-    for name in _USUAL:
+    for name in _USUAL.split():
         with contextlib.suppress(ImportError):
             __import__(name)
     if judge == "reasoning_gym":
@@ -151,7 +125,7 @@ def _warm(judge: str) -> None:
 
 
 def _tasks_of_user() -> int:
-    """Threads of this process's user now: a limit of tasks counts them all."""
+    """Threads of this process's user: the limit of tasks counts them all."""
     count = 0
     for status in Path("/proc").glob("[0-9]*/task"):
         with contextlib.suppress(OSError):
@@ -184,7 +158,7 @@ def _serve(channel: IO[bytes], options: Options) -> None:
             examiner.end.close()
             examiner = _start_examiner(options)
         send(channel, {"serial": began["serial"], "score": asdict(verdict), "retire": False})
-        candidate, gone = _start_candidate(options), candidate.pid  # now: beside the tests it slows them
+        candidate, gone = _start_candidate(options), candidate.pid  # now: during the tests it slows them
         _introduce(candidate, examiner)
         _wait(gone)
 
@@ -228,8 +202,8 @@ def _wait(pid: int) -> None:
 
 
 def _kill_others(kept: tuple[int, ...]) -> None:
-    """Without a filter of system calls a program can leave processes: whatever loses its parent below
-    this process becomes its child, and is killed, until there is none."""
+    """Without a filter of system calls a program can leave processes behind: orphans become children of
+    this process, and are killed until there are none."""
     while others := [pid for pid in _children() if pid not in kept]:
         for pid in others:
             _kill(pid)
@@ -246,20 +220,19 @@ def _children() -> list[int]:
 
 
 def _start_examiner(options: Options) -> Child:
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        _run_alone(theirs, (1, 2), lambda end: _examine(end, options))
-    theirs.close()
-    return Child(pid, ours)
+    return _fork((1, 2), lambda end: _examine(end, options))
 
 
 def _start_candidate(options: Options) -> Child:
-    """A process for one program, and the end of its socket that an examiner is to get."""
+    """A process for one program, and the end of its socket, which an examiner will get."""
+    return _fork((0, 1, 2), lambda end: _be_candidate(end, options.limits))
+
+
+def _fork(silent: tuple[int, ...], run: Callable[[socket.socket], None]) -> Child:
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        _run_alone(theirs, (0, 1, 2), lambda end: _be_candidate(end, options.limits))
+        _run_child(theirs, silent, run)
     theirs.close()
     return Child(pid, ours)
 
@@ -270,7 +243,7 @@ def _introduce(candidate: Child, examiner: Child) -> None:
     candidate.end.close()
 
 
-def _run_alone(end: socket.socket, silent: tuple[int, ...], run: Callable[[socket.socket], None]) -> None:
+def _run_child(end: socket.socket, silent: tuple[int, ...], run: Callable[[socket.socket], None]) -> None:
     """In a forked child: keep one socket, close everything else, run, and never return."""
     try:
         for standard in silent:
@@ -300,16 +273,16 @@ def _examine(host: socket.socket, options: Options) -> None:
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         task = VerifyTask(**request["task"])
-        _tell(host, {"serial": request["serial"], "timeout_s": task.timeout_s})
+        _report(host, {"serial": request["serial"], "timeout_s": task.timeout_s})
         limit = max(options.timeout_s, task.timeout_s or 0.0)
         try:
             verdict = _judge(task, host, int(limit) + _EXTRA_CPU_S, options)
-        except BaseException as error:  # noqa: BLE001 (a fault of ours is said, never a silent 0)
+        except BaseException as error:  # noqa: BLE001 (a fault of ours is reported, never a silent 0)
             verdict = score("verifier_error", f"{type(error).__name__}: {error}"[:300])
-        _tell(host, {"score": asdict(verdict)})
+        _report(host, {"score": asdict(verdict)})
 
 
-def _tell(host: socket.socket, message: dict[str, Any]) -> None:
+def _report(host: socket.socket, message: dict[str, Any]) -> None:
     host.sendall(json.dumps(message).encode() + b"\n")
 
 

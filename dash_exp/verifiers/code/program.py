@@ -26,8 +26,8 @@ class _Block:
 def find_program(text: str) -> str:
     """The last Python block of a completion; else its last block; else all of it.
 
-    Closed blocks go before one that the end of the text cuts off: what was cut off cannot run, and
-    what stands before it may be whole. Leading white space is kept: a function's body needs it.
+    Closed blocks are preferred to one that the end of the text cuts off, which cannot run. Leading white
+    space is kept: a function's body needs it.
     """
     text = text.removeprefix(_BYTE_ORDER_MARK)
     return _find(text).removeprefix(_BYTE_ORDER_MARK)
@@ -64,7 +64,7 @@ def _blocks(text: str) -> list[_Block]:
 
 
 def _fence(line: str) -> tuple[str, str] | None:
-    """The backticks that open or close a block, and the word after them; no pattern, which would try
+    """The backticks that open or close a block, and the word after them. A regular expression would try
     every way to divide a line."""
     begins = line.lstrip(" \t")
     rest = begins.lstrip("`")
@@ -80,8 +80,8 @@ def _only_fences(text: str) -> bool:
 
 
 def defines(program: str, name: str) -> bool:
-    """Whether the program defines or assigns `name` at top level. It is not parsed: the caller's
-    process must survive whatever the program is."""
+    """Whether the program defines or assigns `name` at top level. It is not parsed, which might crash the
+    caller's process."""
     name = re.escape(name)
     pattern = rf"^(?:(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))"
     return re.search(pattern, program, re.MULTILINE) is not None
@@ -90,9 +90,8 @@ def defines(program: str, name: str) -> bool:
 def complete(program: str, gold: CodeGold) -> str:
     """The program with what the prompt had begun.
 
-    Where it does not define the entry point itself it is the function's body: the whole prefix goes
-    before it. Where it does, only what stands above the entry point in the prefix (imports and helpers
-    that the task gave) goes before it.
+    A program that does not define the entry point is the function's body and gets the entire prefix.
+    One that does gets only what stands above the entry point in the prefix (imports and helpers).
     """
     if not gold.prefix:
         return program

@@ -1,4 +1,4 @@
-"""How the host of programs is confined from outside: bubblewrap where it works, and what is missing."""
+"""How the host of programs is confined from outside: bubblewrap where it works, else limits alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Kind = Literal["bwrap", "limits"]
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """What is put before the host's command, what the host is told, and what is not covered."""
+    """`prefix` goes before the host's command, `arguments` after it; `warnings` say what is not covered."""
 
     kind: Kind
     prefix: tuple[str, ...]
@@ -45,50 +45,39 @@ class Confinement:
         return replace(self, prefix=prefix, arguments=arguments)
 
     def worker_arguments(self) -> tuple[str, ...]:
-        """For one worker: each gets a user of its own, so that limits per user are limits per program."""
+        """For one worker: each gets its own user, so that limits per user are limits per program."""
         return (*self.arguments, f"--uid={spare_uid()}") if self.may_change_user else self.arguments
 
 
 def confinement(wanted: Literal["auto", "bwrap", "limits"] = "auto") -> Confinement:
-    """The best confinement that works on this machine. Raises RuntimeError where there is none that keeps
-    a program from the run's own processes, or where `bwrap` was asked for by name and does not work."""
+    """The best confinement that works on this machine. Raises RuntimeError where none protects the run's
+    own processes from programs, or where `bwrap` was asked for by name and does not work."""
     if platform.system() != "Linux":
         raise RuntimeError("programs are judged on Linux only")
     prefix, reason = _probe() if wanted != "limits" else ((), "the fallback was asked for")
+    root, machine = os.geteuid() == 0, platform.machine()
+    warnings = () if machine == "x86_64" else (_NO_FILTER.format(machine),)
     if prefix:
-        inside_root = os.geteuid() == 0 and "--unshare-user" not in prefix
-        return Confinement("bwrap", prefix, ("--own-namespace",), _filter_warnings(), inside_root)
+        inside_root = root and "--unshare-user" not in prefix
+        return Confinement("bwrap", prefix, ("--own-namespace",), warnings, inside_root)
     if wanted == "bwrap":
         raise RuntimeError(reason)
-    root = os.geteuid() == 0
-    if not root and not _filtered():
-        raise RuntimeError(f"programs would run with this user's own rights: {reason}, {_NO_FILTER}")
-    return Confinement("limits", (), ("--read-only",), (_fallback_warning(reason), *_filter_warnings()), root)
+    if not root and warnings:
+        lacking = "and there is no filter of system calls for this kind of processor"
+        raise RuntimeError(f"programs would run with this user's own rights: {reason}, {lacking}")
+    return Confinement("limits", (), ("--read-only",), (_NO_BUBBLEWRAP.format(reason), *warnings), root)
 
 
-def _fallback_warning(reason: str) -> str:
-    return (
-        f"Programs run without bubblewrap ({reason}). They are limited in memory, time and processes, and "
-        "a filter of system calls keeps them from the network, from writing files and from other "
-        "processes, but they can read every file that their user can. Install bubblewrap, or run where "
-        "user namespaces are allowed."
-    )
-
-
-_NO_FILTER = "and there is no filter of system calls for this kind of processor"
-
-
-def _filtered() -> bool:
-    return platform.machine() == "x86_64"
-
-
-def _filter_warnings() -> tuple[str, ...]:
-    if _filtered():
-        return ()
-    return (
-        f"No filter of system calls for {platform.machine()}: programs can start processes (killed with the "
-        "verdict) and, without bubblewrap, use the network and write where everybody may.",
-    )
+_NO_BUBBLEWRAP = (
+    "Programs run without bubblewrap ({}). They are limited in memory, time and processes, and "
+    "a filter of system calls keeps them from the network, from writing files and from other "
+    "processes, but they can read every file that their user can. Install bubblewrap, or run where "
+    "user namespaces are allowed."
+)
+_NO_FILTER = (
+    "No filter of system calls for {}: programs can start processes (killed with the "
+    "verdict) and, without bubblewrap, use the network and write where everybody may."
+)
 
 
 @functools.cache
@@ -131,7 +120,7 @@ def _forms(program: str) -> list[tuple[str, ...]]:
 
 
 def _mounts() -> list[str]:
-    """A root of its own, all of it read-only: the system's libraries, Python, and this package."""
+    """Its own read-only root: the system's libraries, Python, and this package."""
     words = [_MOUNTS_BEGIN]
     needed = _needed()
     for folder in _folders_above(needed):
@@ -143,7 +132,7 @@ def _mounts() -> list[str]:
 
 
 def _folders_above(paths: list[str]) -> list[str]:
-    """Every folder above these paths, outer ones first, that none of them brings along."""
+    """Every folder above these paths that none of them contains, outer ones first."""
     above = {str(parent) for path in paths for parent in Path(path).parents} - {"/"}
     return sorted(f for f in above if not any(Path(f).is_relative_to(path) for path in paths))
 
@@ -162,7 +151,7 @@ def _needed() -> list[str]:
 
 
 def _is_covered(path: str, kept: list[str]) -> bool:
-    """Whether one of these brings it along: a folder above it, or a link above it whose target is there."""
+    """Whether one of these contains it: a folder above it, or a link above it whose target is there."""
     above = [known for known in kept if Path(path).is_relative_to(known)]
     if any(not os.path.islink(known) for known in above):
         return True
@@ -170,9 +159,9 @@ def _is_covered(path: str, kept: list[str]) -> bool:
 
 
 def spare_uid(uid_map: str | None = None, pick: random.Random | None = None) -> int:
-    """A user id that nobody has, the next one (the examiner's) being as free: one of many above all real
-    ones, or, where this process may only use the ids of a container, one of the upper half of those.
-    Steps of two, so that no two workers are neighbours. 0 where there is none to spare."""
+    """An unused user id whose successor (the examiner's) is unused too: one of many above all real ones, or,
+    where this process may only use the ids of a container, one of the upper half of those. In steps of two,
+    so that no worker's program is the user of another's examiner. 0 where there is none."""
     text = Path("/proc/self/uid_map").read_text() if uid_map is None else uid_map
     extents = [tuple(map(int, line.split())) for line in text.splitlines() if line.strip()]
     choose = pick or random.SystemRandom()

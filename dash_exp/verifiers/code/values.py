@@ -1,10 +1,9 @@
-"""How values travel between the tests and the program that is tested, two processes.
+"""How values travel between two processes: the tests, and the program that is tested.
 
-Plain data cross as themselves: None, bool, int, float, complex, str, bytes, list, tuple, dict, set,
-frozenset, and the common kinds of the standard library and numpy below. Everything else stays where it
-is and crosses as a handle, a number. The reading side builds only kinds it names itself, so nothing
-that arrives can have an `__eq__` of its own. Subclasses arrive as what they derive from; exceptions and
-their classes as names, arguments and a handle, of which each side makes what it knows.
+Plain data are sent by value: None, numbers, text, bytes, the built-in collections, and the common kinds of
+the standard library and numpy below. Any other object stays where it is and is sent as a handle, a number.
+The reader builds only kinds that it names itself, so nothing it receives has an `__eq__` of its own.
+Subclasses arrive as what they derive from; exceptions and their classes as names, arguments and a handle.
 """
 
 from __future__ import annotations
@@ -34,33 +33,13 @@ MAX_BYTES = 2**29
 """The longest message that is read: 512 MiB."""
 
 TESTS = "<tests>"
-"""`__name__` of the tests: what they define cannot cross as the kind it derives from."""
+"""`__name__` of the tests: what they define is not sent as the kind it derives from."""
 
+_BUILT_IN = (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
+_COLLECTIONS = (collections.Counter, collections.OrderedDict, collections.defaultdict, collections.deque)
+_DATES = (datetime.date, datetime.datetime, datetime.time, datetime.timedelta)
 _PLAIN_TYPES: Mapping[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        bool,
-        bytes,
-        complex,
-        dict,
-        float,
-        frozenset,
-        int,
-        list,
-        set,
-        str,
-        tuple,
-        collections.Counter,
-        collections.OrderedDict,
-        collections.defaultdict,
-        collections.deque,
-        decimal.Decimal,
-        fractions.Fraction,
-        datetime.date,
-        datetime.datetime,
-        datetime.time,
-        datetime.timedelta,
-    )
+    kind.__name__: kind for kind in (*_BUILT_IN, *_COLLECTIONS, decimal.Decimal, fractions.Fraction, *_DATES)
 }
 _NAMED_TYPES: Mapping[str, type] = {
     **_PLAIN_TYPES,
@@ -72,66 +51,30 @@ _PATHS = {
 _MAX_ERROR_CHARS = 2_000
 _MAX_KINDS = 50
 _DEPTH = 4_000
-"""Of nested lists and their like that are written; each takes a frame of C."""
+"""Of nested lists and the like; each takes a frame of C."""
 _NUMPY_KINDS = "biufcSUmM"
-_OPCODES = {
-    "PROTO",
-    "FRAME",
-    "STOP",
-    "MARK",
-    "POP",
-    "POP_MARK",
-    "MEMOIZE",
-    "BINGET",
-    "LONG_BINGET",
-    "STACK_GLOBAL",
-    "REDUCE",
-    "NONE",
-    "NEWTRUE",
-    "NEWFALSE",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "LONG4",
-    "BINFLOAT",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-    "BINUNICODE8",
-    "SHORT_BINBYTES",
-    "BINBYTES",
-    "BINBYTES8",
-    "BYTEARRAY8",
-    "EMPTY_LIST",
-    "APPEND",
-    "APPENDS",
-    "EMPTY_TUPLE",
-    "TUPLE",
-    "TUPLE1",
-    "TUPLE2",
-    "TUPLE3",
-    "EMPTY_DICT",
-    "SETITEM",
-    "SETITEMS",
-    "EMPTY_SET",
-    "ADDITEMS",
-    "FROZENSET",
-}
+_OPCODE_NAMES = """
+PROTO FRAME STOP MARK POP POP_MARK MEMOIZE BINGET LONG_BINGET STACK_GLOBAL REDUCE NONE NEWTRUE NEWFALSE
+BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES
+BINBYTES8 BYTEARRAY8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM
+SETITEMS EMPTY_SET ADDITEMS FROZENSET
+"""
+_OPCODES = frozenset(_OPCODE_NAMES.split())
 """What `encode` writes. Not BUILD, say: it could give a class that was read an `__eq__` of the program's."""
 _HEAD = struct.Struct("<Q")
 
 ToHandle = Callable[[Any], int | str]
 FromHandle = Callable[..., Any]
-"""Of a handle; of a handle and what describes an exception or a class of exceptions beside it."""
+"""Of a handle, and of what describes an exception or a class of exceptions."""
 
 
 class ChannelClosedError(Exception):
-    """The other side has gone, or sent what is no message."""
+    """The other side has gone, or sent something that is no message."""
 
 
 class Channel:
     """One end of a stream socket between the two processes: a message is its length, then a pickle.
-    `trusting`: the other side is not a stranger's program, and its messages are not looked through."""
+    `trusting`: the other side runs no untrusted program, so its messages are not checked."""
 
     def __init__(
         self, end: socket.socket, to_handle: ToHandle, from_handle: FromHandle, trusting: bool = False
@@ -191,18 +134,17 @@ def encode(value: Any, to_handle: ToHandle) -> bytes:
 
 
 def decode(data: bytes, from_handle: FromHandle, trusting: bool = False) -> Any:
-    """The value again. Raises some exception for bytes that `encode` could not have made, unless they are
-    to be trusted."""
+    """The value again. Unless `trusting`, raises some exception for bytes that `encode` cannot have made."""
     return _Reader(data, from_handle, trusting).load()
 
 
 def build(*described: Any) -> Any:
-    """Stands in a message for the reader's own function of this place."""
+    """In a message: the reader's own function that makes a value."""
     raise TypeError("only a reader builds values")
 
 
 class _Writer(pickle.Pickler):
-    """Plain data are written by the C code alone; what it does not know comes by here."""
+    """The C code writes plain data by itself; only what it does not know comes here."""
 
     def __init__(self, out: io.BytesIO, to_handle: ToHandle):
         super().__init__(out, protocol=5)
@@ -276,9 +218,9 @@ def describe_error(error: BaseException) -> tuple[tuple[str, ...], tuple[Any, ..
     """Names of its classes, its arguments where they are short and plain, and its message."""
     try:
         message = str(error)[:_MAX_ERROR_CHARS]
-    except BaseException:  # noqa: BLE001 (its own __str__ is the program's too)
+    except BaseException:  # noqa: BLE001 (its __str__ may be the program's)
         message = ""
-    arguments = vars(BaseException)["args"].__get__(error)  # its own `args` are the program's too
+    arguments = vars(BaseException)["args"].__get__(error)  # `args` itself may be the program's
     if isinstance(error, OSError):
         arguments = vars(OSError)["__reduce__"](error)[1]  # with the file's name
     return error_names(type(error)), arguments if _is_short(arguments) else (message,), message
@@ -313,15 +255,9 @@ _BASES: Mapping[type, Callable[[Any], Any]] = {
     int: int.__int__,
     float: float.__float__,
     str: str.__str__,
-    bytes: bytes,
-    bytearray: bytearray,
-    list: list,
-    tuple: tuple,
-    dict: dict,
-    set: set,
-    frozenset: frozenset,
+    **{kind: kind for kind in (bytes, bytearray, list, tuple, dict, set, frozenset)},
 }
-
+"""How a subclass becomes what it derives from."""
 
 _WRITERS: Mapping[type, Callable[[Any], tuple[Any, ...]]] = {
     complex: lambda v: (v.real, v.imag),
@@ -329,23 +265,18 @@ _WRITERS: Mapping[type, Callable[[Any], tuple[Any, ...]]] = {
     fractions.Fraction: lambda v: (v.numerator, v.denominator),
     datetime.date: lambda v: (v.year, v.month, v.day),
     datetime.timedelta: lambda v: (v.days, v.seconds, v.microseconds),
-    collections.Counter: lambda v: (dict(v),),
     collections.OrderedDict: lambda v: (list(v.items()),),
     collections.deque: lambda v: (list(v), v.maxlen),
-    range: lambda v: (v.start, v.stop, v.step),
-    slice: lambda v: (v.start, v.stop, v.step),
     collections.defaultdict: lambda v: (dict(v), _factory_name(v)),
     collections.ChainMap: lambda v: (v.maps,),
-    types.MappingProxyType: lambda v: (dict(v),),
     memoryview: lambda v: (v.tobytes(),),
     array.array: lambda v: (v.typecode, v.tolist()),
     uuid.UUID: lambda v: (v.int,),
     re.Pattern: lambda v: (v.pattern, v.flags),
-    type({}.keys()): lambda v: (list(v),),
-    type({}.values()): lambda v: (list(v),),
-    type({}.items()): lambda v: (list(v),),
-    type(...): lambda v: (),
-    type(NotImplemented): lambda v: (),
+    **dict.fromkeys((range, slice), lambda v: (v.start, v.stop, v.step)),
+    **dict.fromkeys((collections.Counter, types.MappingProxyType), lambda v: (dict(v),)),
+    **dict.fromkeys(map(type, ({}.keys(), {}.values(), {}.items())), lambda v: (list(v),)),
+    **dict.fromkeys(map(type, (..., NotImplemented)), lambda v: ()),
 }
 
 
@@ -361,11 +292,11 @@ class _Reader(pickle.Unpickler):
         self._from_handle = from_handle
 
     def find_class(self, module: str, name: str) -> Any:
-        """Before this is called there is nothing but plain data, which no opcode can do harm with."""
+        """Until the first call the message holds only plain data, with which no opcode can do harm."""
         if (module, name) != (__name__, build.__name__):
             raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
         if self._unchecked is not None:
-            strange = {code.name for code, _, _ in pickletools.genops(self._unchecked)} - _OPCODES
+            strange = {code.name for code, _, _ in pickletools.genops(self._unchecked)}.difference(_OPCODES)
             if strange:
                 raise pickle.UnpicklingError(f"{min(strange)} is in no message")
             self._unchecked = None
@@ -373,10 +304,6 @@ class _Reader(pickle.Unpickler):
 
     def _build(self, kind: str, *rest: Any) -> Any:
         return self._from_handle(*rest) if kind in ("handle", "error") else _READERS[kind](*rest)
-
-
-def _named_type(name: str) -> Any:
-    return _NAMED_TYPES[str(name)]
 
 
 def _moment(kind: Any, text: str, zone: tuple[Any, ...], fold: int) -> Any:
@@ -413,12 +340,8 @@ def _defaultdict(items: dict[Any, Any], factory: str) -> Any:
     return collections.defaultdict(_PLAIN_TYPES[factory], items) if factory in _PLAIN_TYPES else items
 
 
-def _module(name: str) -> Any:
-    return ModuleName(str(name))
-
-
 class ModuleName(str):
-    """A module crosses as its name."""
+    """A module is sent as its name."""
 
     __slots__ = ()
 
@@ -474,8 +397,8 @@ _READERS: Mapping[str, Callable[..., Any]] = {
     "namedtuple": _namedtuple,
     "ellipsis": lambda: ...,
     "NotImplementedType": lambda: NotImplemented,
-    "type": _named_type,
-    "module": _module,
+    "type": lambda name: _NAMED_TYPES[str(name)],
+    "module": lambda name: ModuleName(str(name)),
     "plain": lambda value: value,
     "ndarray": _array,
     "scalar": lambda dtype, data: _array(dtype, (1,), data)[0],

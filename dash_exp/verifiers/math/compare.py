@@ -9,19 +9,9 @@ from dataclasses import replace
 import sympy
 
 from dash_exp.types import Score
+from dash_exp.verifiers.math import leaves
 from dash_exp.verifiers.math.extract import extract
-from dash_exp.verifiers.math.leaves import (
-    Match,
-    all_of,
-    compare_leaves,
-    components,
-    expression,
-    interval,
-    points,
-    same_expression,
-    same_relation,
-    same_set,
-)
+from dash_exp.verifiers.math.leaves import Match, all_of, compare_leaves
 from dash_exp.verifiers.math.normalise import normalise, plain_units, plain_words, squash, trim
 from dash_exp.verifiers.math.parse import (
     Form,
@@ -66,9 +56,9 @@ _GROUPED = re.compile(r"\d,\d{3}")
 def judge_math(text: str, answer: str, extraction: str) -> Score:
     """The verdict on completion `text` for the gold `answer`; reward 1 for `correct` only.
 
-    `extraction` names how the candidate is found (`extraction.EXTRACTIONS`). Outcomes: `correct`,
+    `extraction` names how the candidate is found (`EXTRACTORS`). Outcomes: `correct`,
     `wrong`, `no_answer` (no candidate), `unparsed` (a candidate that is unreadable and not equal
-    as a string). May run for ever or raise MemoryError on hostile input: call it in a worker.
+    as a string). May hang or raise MemoryError on hostile input: call it in a worker.
     """
     candidate = extract(text, extraction)
     if candidate is None:
@@ -189,18 +179,19 @@ def _vectors(group: Group, leaf: Leaf) -> Match:
     half_open = (group.opening, group.closing) in (("(", "]"), ("[", ")"))
     if half_open or not re.search(r"[jk]", leaf.text):
         return Match.DIFFERENT
-    parts = components(leaf.text, len(items))
-    found = [expression(item.text) if isinstance(item, Leaf) else None for item in items]
+    parts = leaves.components(leaf.text, len(items))
+    found = [leaves.expression(item.text) if isinstance(item, Leaf) else None for item in items]
     same = parts is not None and all(
-        value is not None and same_expression(value, part) for value, part in zip(found, parts, strict=True)
+        value is not None and leaves.same_expression(value, part)
+        for value, part in zip(found, parts, strict=True)
     )
     return Match.of(same)
 
 
 def _assigned_alike(group: Group) -> bool:
     """Whether a list gives several names one value: `x = 2, y = 2`."""
-    leaves = [item for item in group.items if isinstance(item, Leaf)]
-    names, texts = {leaf.name for leaf in leaves}, {leaf.text for leaf in leaves}
+    items = [item for item in group.items if isinstance(item, Leaf)]
+    names, texts = {leaf.name for leaf in items}, {leaf.text for leaf in items}
     return len(names - {""}) == len(group.items) > 1 and len(texts) == 1 and not group.opening
 
 
@@ -218,7 +209,7 @@ def _as_relation(form: Form) -> tuple[Sequence[str], Sequence[str]] | None:
 def _relations(gold: Form, candidate: Form) -> Match:
     first, second = _as_relation(gold), _as_relation(candidate)
     if first is not None and second is not None:
-        same = same_relation(first, second)
+        same = leaves.same_relation(first, second)
         return Match.of(same)
     if isinstance(candidate, Relation) and set(candidate.signs) == {"="}:
         # `a^2 + b^2 = 13` for gold `13`: every side that is a number has to be right
@@ -325,13 +316,13 @@ def _sets(gold: Form, candidate: Form) -> Match:
         if any(item is None for item in sets):
             return Match.DIFFERENT
         sides.append((sets[: len(union)], sets[len(union) :]))
-    same = same_set(sides[0], sides[1])
+    same = leaves.same_set(sides[0], sides[1])
     return Match.of(same)
 
 
 def _as_set(form: Form) -> sympy.Set | None:
     if isinstance(form, Leaf):
-        return sympy.S.EmptySet if "\\emptyset" in form.text else points([form.text])
+        return sympy.S.EmptySet if "\\emptyset" in form.text else leaves.points([form.text])
     if isinstance(form, SetExpr):
         sets = [_as_set(part) for part in form.parts]
         return None if form.minus or None in sets else sympy.Union(*sets)
@@ -339,7 +330,7 @@ def _as_set(form: Form) -> sympy.Set | None:
         return None
     texts = [item.text for item in form.items if isinstance(item, Leaf)]
     if form.unordered:
-        return points(texts)
+        return leaves.points(texts)
     if len(texts) != 2 or form.opening not in ("(", "["):
         return None
-    return interval(texts[0], texts[1], form.opening == "(", form.closing == ")")
+    return leaves.interval(texts[0], texts[1], form.opening == "(", form.closing == ")")

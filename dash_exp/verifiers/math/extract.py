@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 MAX_CANDIDATE_CHARS = 2_000
 """A candidate is cut to this length: no true answer is near it."""
@@ -244,15 +243,13 @@ def whole(text: str) -> str | None:
     return text.strip()[:MAX_CANDIDATE_CHARS] or None
 
 
-EXTRACTORS: Mapping[str, Callable[[str], str | None]] = MappingProxyType(
-    {
-        "boxed": last_boxed,
-        "boxed_or_last": boxed_or_last,
-        "last_number": last_number,
-        "hash": after_hashes,
-        "whole": whole,
-    }
-)
+EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
+    "boxed": last_boxed,
+    "boxed_or_last": boxed_or_last,
+    "last_number": last_number,
+    "hash": after_hashes,
+    "whole": whole,
+}
 
 
 def extract(text: str, mode: str) -> str | None:

@@ -1,7 +1,6 @@
-"""Compares two leaves: numbers, units, ratios, and expressions, relations and sets by computer algebra.
+"""Compares two leaves: numbers, units and ratios exactly, anything else by math-verify and sympy.
 
-Around math-verify's parser and comparison. Only imported in a worker process: it can hang, and sympy is
-slow to import.
+Only imported in a worker process: it can hang, and sympy is slow to import.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ class Match(Enum):
 
     @classmethod
     def of(cls, same: bool | None) -> Match:
-        """None: it could not be read."""
         return cls.UNREADABLE if same is None else cls.SAME if same else cls.DIFFERENT
 
 
@@ -87,11 +85,7 @@ def _rounds_near(exact: Leaf, shown: Leaf) -> bool:
     low, high = shown.value - unit, shown.value + unit
     if exact.value is not None:
         return low < exact.value < high
-    return rounds_to(exact.text, *map(_rational, (low, high)))
-
-
-def _rational(value: Fraction) -> sympy.Rational:
-    return sympy.Rational(value.numerator, value.denominator)
+    return rounds_to(exact.text, low, high)
 
 
 def _marks(name: str) -> list[str]:
@@ -142,8 +136,7 @@ def _expressions(gold: Leaf, candidate: Leaf) -> Match:
 
 def _same_number(gold: Leaf, candidate: Leaf) -> bool:
     expected, found = gold.value, candidate.value
-    if expected is None or found is None:
-        return False
+    assert expected is not None and found is not None
     if expected == found:
         return True
     if gold.percent != candidate.percent:
@@ -162,7 +155,7 @@ def _rounded(gold: Leaf, candidate: Leaf) -> bool:
     low, high = gold.value - half, gold.value + half
     if candidate.value is not None:
         return candidate.value.denominator > 1 and low <= candidate.value <= high
-    return rounds_to(candidate.text, *map(_rational, (low, high)))
+    return rounds_to(candidate.text, low, high)
 
 
 def _date(text: str) -> tuple[int, ...] | None:
@@ -280,8 +273,8 @@ def _exact(parsed: Expression) -> Expression | None:
 
 
 def same_expression(gold: Expression, candidate: Expression) -> bool:
-    """Whether two expressions are equal, by math-verify; numbers that are plainly apart are not, for
-    simplifying the difference of `10^{-19}` and a logarithm takes for ever."""
+    """Whether two expressions are equal, by math-verify. It is not asked about numbers that are plainly
+    apart: simplifying the difference of `10^{-19}` and a logarithm never ends."""
     return not _apart(gold, candidate) and bool(verify(gold, candidate, timeout_seconds=None))
 
 
@@ -328,13 +321,13 @@ def number_value(text: str) -> Expression | None:
         return None
 
 
-def rounds_to(text: str, low: sympy.Rational, high: sympy.Rational) -> bool:
+def rounds_to(text: str, low: Fraction, high: Fraction) -> bool:
     """Whether an exact number lies in [low, high]."""
     value = number_value(text)
     if value is None or not value.is_finite:
         return False
     try:
-        return bool(low <= value) and bool(value <= high)
+        return bool(sympy.Rational(low) <= value) and bool(value <= sympy.Rational(high))
     except SYMPY_ERRORS:
         return False
 
@@ -342,7 +335,7 @@ def rounds_to(text: str, low: sympy.Rational, high: sympy.Rational) -> bool:
 def same_relation(
     gold: tuple[Sequence[str], Sequence[str]], candidate: tuple[Sequence[str], Sequence[str]]
 ) -> bool | None:
-    """Whether two relations, each (sides, signs), say the same: equations up to a constant factor,
+    """Whether two relations, each (sides, signs), mean the same: equations up to a constant factor,
     inequalities up to a positive one. None when one cannot be read."""
     left, right = _differences(*gold), _differences(*candidate)
     if left is None or right is None:

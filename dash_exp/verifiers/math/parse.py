@@ -64,7 +64,6 @@ class Relation:
 
 
 Form = Leaf | Group | SetExpr | Relation
-
 _Matches = list[re.Match[str]]
 
 _COMMA = re.compile("[,;]")
@@ -153,8 +152,7 @@ def _single(text: str, depth: int) -> Form:
 def _both_signs(text: str, depth: int) -> Form:
     upper = text.replace("\\pm", "+").replace("\\mp", "-")
     lower = text.replace("\\pm", "-").replace("\\mp", "+")
-    forms = (parse_form(upper, depth=depth + 1), parse_form(lower, depth=depth + 1))
-    return Group("", "", forms)
+    return Group("", "", tuple(parse_form(one, depth=depth + 1) for one in (upper, lower)))
 
 
 def _related(text: str, depth: int) -> Form | None:
@@ -181,16 +179,16 @@ def _equation(sides: list[str], depth: int) -> Form:
         and not has_symbols(sides[-1])
     ):
         value = parse_form(sides[-1], depth=depth + 1)  # `x = y = 2` is `x = 2, y = 2`
-        if isinstance(value, Leaf) and len({side.strip() for side in sides}) == len(sides) <= MAX_ITEMS:
+        if isinstance(value, Leaf) and len(set(sides)) == len(sides) <= MAX_ITEMS:
             return Group("", "", tuple(replace(value, name=name_of(side)) for side in sides[:-1]))
     named = bool(NAME.fullmatch(sides[0]) or _POINT_NAME.fullmatch(sides[0]))
     values = sides[1:] if named else sides
+    relation = Relation(tuple(sides), ("=",) * (len(sides) - 1))
     if not named and any(has_symbols(side) for side in sides):
-        return Relation(tuple(sides), ("=",) * (len(sides) - 1))
+        return relation
     forms = [parse_form(value, depth=depth + 1) for value in values]
-    last = forms[-1]
     if not all(isinstance(form, Leaf) for form in forms):
-        return last if len(forms) == 1 else Relation(tuple(sides), ("=",) * (len(sides) - 1))
+        return forms[0] if len(forms) == 1 else relation
     leaves = tuple(leaf for form in forms if isinstance(form, Leaf) for leaf in (*form.chain, form))
     name = name_of(sides[0]) if named else ""
     return replace(leaves[-1], name=name, chain=leaves[:-1])
@@ -254,14 +252,9 @@ def _group(opening: str, close: str, inner: str, depth: int) -> Form:
         spread = opening == "{" and isinstance(form, Group) and not form.opening
         forms.extend(form.items if spread and isinstance(form, Group) else (form,))
     if len(forms) == 2 and opening in "([":
-        opening, close = _at_infinity(opening, close, forms)
+        low, high = (isinstance(end, Leaf) and _INFINITY in end.text for end in forms)
+        opening, close = "(" if low else opening, ")" if high else close  # whatever bracket was written
     return Group(opening, close, tuple(forms))
-
-
-def _at_infinity(opening: str, close: str, ends: list[Form]) -> tuple[str, str]:
-    """An infinite end of an interval is open, whatever bracket was written."""
-    low, high = (isinstance(end, Leaf) and _INFINITY in end.text for end in ends)
-    return "(" if low else opening, ")" if high else close
 
 
 def _matrix(factor: str, body: str, depth: int) -> Group:
@@ -372,9 +365,9 @@ def parse_leaf(text: str) -> Leaf:
 def strip_unit(text: str) -> tuple[str, bool, Unit]:
     """The text without percent sign and unit; whether there was a percent sign; the unit, known
     units in one spelling."""
-    time = _TIME_SUFFIX.search(re.sub(r"\\text\{([^{}]*)\}\s*$", r" \1", text))
+    bare = re.sub(r"\\text\{([^{}]*)\}\s*$", r" \1", text)
+    time = _TIME_SUFFIX.search(bare)
     if time and re.match(r"\s*\d", text):
-        bare = re.sub(r"\\text\{([^{}]*)\}\s*$", r" \1", text)
         return _TIME_SUFFIX.sub("", bare).strip(), False, ((time.group(1).lower() + "m", 1),)
     percent = _PERCENT.search(text)
     if percent and percent.start() > 0:
@@ -398,10 +391,9 @@ def plain_value(text: str) -> tuple[Fraction | None, int | None]:
         text = text.replace(" ", "")
     plain = _PLAIN.fullmatch(text)
     if plain:
-        value = _decimal(plain.group(2))
-        point = plain.group(2).find(".")
-        decimals = None if point < 0 else len(plain.group(2)) - point - 1
-        return (-value if plain.group(1) == "-" and value is not None else value), decimals
+        sign, digits = plain.groups()
+        value, point = Fraction(digits.rstrip(".")), digits.find(".")
+        return -value if sign == "-" else value, None if point < 0 else len(digits) - point - 1
     word = _NUMBER_WORDS.get(re.sub(r"(?<=ty)\s+", "-", text.lower()))
     return (word if word is not None else _fraction(text)), None
 
@@ -430,10 +422,3 @@ def _mixed(sign: str, whole: str | None, top: str, bottom: str) -> Fraction | No
         return None
     value = Fraction(int(whole or 0)) + Fraction(int(top.replace(" ", "")), denominator)
     return -value if sign == "-" else value
-
-
-def _decimal(digits: str) -> Fraction | None:
-    try:
-        return Fraction(digits.rstrip("."))
-    except ValueError:
-        return None
