@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.tasks.prompts import PromptSet, Tokenize
-from dash_exp.tasks.sources import MAX_FAULTS, json_lines
 from dash_exp.types import Completion, Prompt
 
 Key = tuple[str, str]
@@ -85,6 +84,8 @@ def read_traces(path: Path) -> dict[str, list[str]]:
 
     Raises UserError naming file and line of every faulty line (the first 20).
     """
+    from dash_exp.tasks.sources import MAX_FAULTS, json_lines  # not loaded for generated data
+
     texts: dict[str, list[str]] = {}
     faults: list[Fault] = []
     for number, row in json_lines(path):

@@ -31,7 +31,7 @@ Prepare = Callable[[str, str], VerifyTask | Score]
 CACHE_SIZE = 50_000
 """Verdicts that a judge remembers."""
 _LASTING = ("correct", "wrong", "unparsed")
-"""Outcomes that depend on the answer alone; a timeout or a crash may be the machine's fault."""
+"""Outcomes that depend only on the answer; a timeout or a crash may be the machine's fault."""
 _INTEGER = re.compile(r"-?[0-9]+")
 _MAX_DIGITS = 1_000
 
@@ -232,7 +232,7 @@ def _sandboxed_pool(
 class VerdictCache:
     """Verdicts by key: equal questions are judged once, even while the first is still pending.
 
-    Only outcomes that depend on the answer alone are kept, the last `size` of them.
+    Only outcomes that depend on nothing but the answer are kept, the last `size` of them.
     """
 
     def __init__(self, size: int):

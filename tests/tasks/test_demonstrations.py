@@ -35,7 +35,7 @@ def test_a_demonstration_ends_as_a_sampled_completion_does() -> None:
     assert made == {"sums/p0#0": (97, 98, END), "sums/p1#0": (97, 98, STOP)}
 
 
-def test_several_of_a_prompt_become_prompts_of_their_own_and_long_ones_are_counted() -> None:
+def test_each_demonstration_is_a_prompt_and_long_ones_are_counted() -> None:
     keyed = {("sums", "p2"): ["a", "bbbbb", "c"], ("other", "p0"): ["a"]}
     made = demonstrate(PROMPTS, keyed, characters, stop_ids=(END,), max_tokens=5)
     assert list(made.completions) == ["sums/p2#0", "sums/p2#2"] and made.too_long == 1

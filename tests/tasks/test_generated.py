@@ -59,7 +59,7 @@ def test_functions_are_right_and_no_two_are_equal() -> None:
         seen.add(values)
 
 
-def test_the_tests_of_a_function_tell_it_from_all_others() -> None:
+def test_no_two_functions_have_equal_tests() -> None:
     examples = (*functions("train").examples, *functions("test").examples)
     assert len({CodeGold.from_text(e.answer).tests for e in examples}) == len(examples)
 
@@ -134,9 +134,23 @@ def test_a_task_with_too_few_questions() -> None:
 
 
 @needs_gym
-def test_a_task_whose_entries_json_would_change() -> None:
+@pytest.mark.long
+def test_arc_agi_cannot_be_judged_in_another_process() -> None:
     with pytest.raises(UserError, match="JSON changes a score from 1 to"):
         gym_examples("g", "arc_agi", {}, split="train", size=2, extraction="answer_tag")
+
+
+class ComparesTuples:
+    """A task whose scorer compares with a tuple, which JSON has not."""
+
+    def score_answer(self, answer: Any, entry: dict[str, Any]) -> float:
+        return 1.0 if entry["metadata"] == (1, 2) else 0.01
+
+
+def test_a_task_whose_entries_json_would_change() -> None:
+    entry = {"answer": "1", "metadata": (1, 2)}
+    with pytest.raises(UserError, match=r"JSON changes a score from 1 to 0\.01"):
+        try_scoring(ComparesTuples(), to_gold("odd", entry), entry)
 
 
 class Broken:

@@ -129,7 +129,7 @@ def test_calculator_annotations_are_dropped() -> None:
 # --- programs ------------------------------------------------------------------------------------
 
 
-def test_a_program_with_a_test_list_alone() -> None:
+def test_a_program_with_only_a_test_list() -> None:
     row = {
         "prompt": "Add.",
         "code": "def add(a, b): return a + b",
@@ -313,7 +313,7 @@ NO_SOLUTION = {"math"}
 
 
 @pytest.mark.parametrize("option", HUB)
-def test_the_hub_gives_the_same_examples(data_folder: Path, option: str) -> None:
+def test_hub_rows_make_the_same_examples(data_folder: Path, option: str) -> None:
     data = dataset(option, data_folder)
     assert data.path is not None
     files = {Path(data.path)}

@@ -20,7 +20,7 @@ def prompt_set(count: int, name: str = "t") -> PromptSet:
     return PromptSet(name, prompts, 0, f"hash of {name}")
 
 
-def test_every_prompt_once_an_epoch_and_batches_depend_on_the_step_alone() -> None:
+def test_every_prompt_once_an_epoch_and_batches_depend_only_on_the_step() -> None:
     prompts = prompt_set(10)
     asked = [p.id for step in range(1, 6) for p in batch(prompts, 0, step, 4)]
     assert sorted(asked[:10]) == sorted(asked[10:]) == sorted(p.id for p in prompts.prompts)
@@ -91,7 +91,7 @@ def test_three_to_one_in_every_batch() -> None:
         assert 11 <= Counter(p.task for p in batch(mixed, 0, step, 16))["a"] <= 13
 
 
-def test_each_part_keeps_the_order_it_has_alone() -> None:
+def test_each_part_of_a_mixture_keeps_its_own_order() -> None:
     a, b = prompt_set(30, "a"), prompt_set(7, "b")
     mixed = mixture([(a, 2.0), (b, 1.0)])
     asked = [p for step in range(1, 31) for p in batch(mixed, 5, step, 8)]
@@ -100,7 +100,7 @@ def test_each_part_keeps_the_order_it_has_alone() -> None:
         assert own == [p.id for p in batch(part, 5, 1, len(own))]
 
 
-def test_a_mixture_depends_on_seed_and_step_alone() -> None:
+def test_a_mixture_depends_only_on_seed_and_step() -> None:
     mixed = mixture([(prompt_set(30, "a"), 2.0), (prompt_set(7, "b"), 1.0)])
     whole = [batch(mixed, 3, step, 8) for step in range(1, 20)]
     assert [batch(mixed, 3, step, 8) for step in range(12, 20)] == whole[11:]  # as after a resume
@@ -108,7 +108,7 @@ def test_a_mixture_depends_on_seed_and_step_alone() -> None:
     assert len(turns) > 1  # the seed moves the parts' turns too
 
 
-def test_a_batch_cut_otherwise_is_the_same_order() -> None:
+def test_the_order_does_not_depend_on_the_batch_size() -> None:
     mixed = mixture([(prompt_set(30, "a"), 2.0), (prompt_set(7, "b"), 1.0)])
     by_8 = [p for step in range(1, 13) for p in batch(mixed, 3, step, 8)]
     by_6 = [p for step in range(1, 17) for p in batch(mixed, 3, step, 6)]

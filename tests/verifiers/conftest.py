@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 Row = dict[str, str]
 
-settings.register_profile("verifiers", database=None, deadline=None, derandomize=True)
+settings.register_profile("verifiers", database=None, deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("verifiers")
 
 

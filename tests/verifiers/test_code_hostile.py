@@ -104,6 +104,6 @@ def settles(count: int) -> bool:
 
 
 @pytest.mark.parametrize("judge", CONFINEMENTS, indirect=True)
-def test_the_attacks_would_pay(judge: tuple[Wanted, PooledJudge]) -> None:
+def test_the_right_program_scores(judge: tuple[Wanted, PooledJudge]) -> None:
     """What every attack is after: the plain answer scores."""
     assert the_right_one_passes(judge[1], "all")

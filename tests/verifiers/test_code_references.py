@@ -51,7 +51,7 @@ def test_all_reference_programs(verifier: PooledJudge, rows: Rows, name: str) ->
     judge(verifier, rows(name), name)
 
 
-def test_a_whole_function_beside_its_header(verifier: PooledJudge, rows: Rows) -> None:
+def test_a_complete_function_after_its_header(verifier: PooledJudge, rows: Rows) -> None:
     """Chat models repeat the header: imports and helpers of the prompt still stand above it."""
     for row in rows("humaneval_test.jsonl")[:40]:
         start = row["prompt"].rindex(f"def {row['entry_point']}(")

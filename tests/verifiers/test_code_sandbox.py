@@ -51,7 +51,7 @@ def test_a_bubblewrap_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None
     assert "forbidden here: no new namespaces" in found.warnings[0]
 
 
-def test_another_machine_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_without_a_filter_gets_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     monkeypatch.setattr(sandbox.os, "geteuid", lambda: 0)
     assert any("No filter of system calls for riscv64" in text for text in confinement("limits").warnings)
@@ -84,7 +84,7 @@ def test_spare_users(uid_map: str, low: int, high: int) -> None:
     assert len({uid % 2 for uid in drawn}) == 1
 
 
-def test_nobody_else_to_become() -> None:
+def test_there_may_be_no_spare_user() -> None:
     assert spare_uid("1000 1000 1\n") == spare_uid("0 1000 1\n1 5000 999\n") == 0
 
 
@@ -106,7 +106,7 @@ def test_a_scratch_folder_hides_nothing_that_lies_below_it() -> None:
     assert fallback.with_scratch() == fallback
 
 
-def test_a_linked_environment_is_no_obstacle(tmp_path: Path) -> None:
+def test_an_environment_may_be_a_link(tmp_path: Path) -> None:
     """An environment that is a link to another folder, as some tools make them."""
     skip_without("bwrap")
     (tmp_path / "venv").symlink_to(sys.prefix)

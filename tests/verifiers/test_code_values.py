@@ -118,7 +118,7 @@ def crossed(value: Any) -> Any:
     ],
     ids=named,
 )
-def test_values_that_cross(value: Any, arrives: Any) -> None:
+def test_values_that_can_be_sent(value: Any, arrives: Any) -> None:
     got = crossed(value)
     assert got == arrives
     if type(value).__module__ in ("builtins", "decimal", "fractions", "datetime") and got != ("handle", 7):
@@ -135,14 +135,14 @@ def test_values_that_cross(value: Any, arrives: Any) -> None:
     ],
     ids=["key", "list", "long", "own"],
 )
-def test_exceptions_cross_as_descriptions(error: Exception, described: tuple[Any, ...]) -> None:
+def test_exceptions_are_sent_as_descriptions(error: Exception, described: tuple[Any, ...]) -> None:
     handle, names, arguments, message = crossed(error)
     wanted = described[1]
     assert (handle, names[: len(wanted)], arguments, message) == described
     assert names[-1] == "builtins.BaseException"
 
 
-def test_tuples_with_names_keep_them() -> None:
+def test_named_tuples_keep_their_names() -> None:
     got = crossed(Point(1, [2]))
     assert (got.x, got.y, got) == (1, [2], (1, [2]))
     hidden = collections.namedtuple("hidden", "a _b", rename=True)
@@ -168,20 +168,20 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
-def test_plain_data_cross_as_themselves(value: Any) -> None:
+def test_plain_data_are_sent_by_value(value: Any) -> None:
     assert crossed(value) == value
 
 
 @pytest.mark.parametrize(
     "array", [np.arange(6).reshape(2, 3), np.array([]), np.array(["a", "bc"]), np.eye(2) > 0]
 )
-def test_arrays_cross(array: Any) -> None:
+def test_arrays_are_sent_by_value(array: Any) -> None:
     got = crossed(array)
     assert got.dtype == array.dtype
     assert np.array_equal(got, array)
 
 
-def test_shared_and_cyclic_lists_stay_so() -> None:
+def test_shared_and_cyclic_lists_keep_their_shape() -> None:
     value: list[Any] = [1]
     value.append(value)
     got = crossed(value)
@@ -207,7 +207,7 @@ class Evil:
         Evil(values.build, ("ndarray", "O", (1,), b"12345678")),
         Evil(values.build, ("nonsense",)),
         Evil(Channel, ()),
-        Evil(values._named_type, ("int",)),
+        Evil(values._dtype, ("int",)),
         Evil(values.build, ("type", "Fraction"), (None, {"of_a_program": 1})),
         Evil(values.build, ("type", "Counter"), (None, {"of_a_program": 1})),
     ],
@@ -277,7 +277,7 @@ def test_messages_longer_than_the_buffers_of_a_socket() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"abc", b"\x05" + bytes(7) + b"abcde", b"\xff" * 8, bytes(8)])
-def test_what_is_no_message(data: bytes) -> None:
+def test_bytes_that_are_no_message(data: bytes) -> None:
     left, right = socket.socketpair()
     left.sendall(data)
     left.close()

@@ -302,7 +302,7 @@ AGREES = (
         "assert round(f(1)) == 3",
     ],
 )
-def test_an_object_that_agrees_with_everything(verifier: PooledJudge, tests: str) -> None:
+def test_an_object_that_equals_everything(verifier: PooledJudge, tests: str) -> None:
     assert verdict(verifier, AGREES, tests).outcome == "wrong"
 
 
@@ -372,7 +372,7 @@ SAYS_NOTHING = (
         ("import unittest\ndef f(): raise unittest.SkipTest", UNITTEST),
     ],
 )
-def test_no_program_makes_its_failure_the_tests_fault(
+def test_a_program_cannot_blame_its_failure_on_the_tests(
     verifier: PooledJudge, program: str, tests: str
 ) -> None:
     assert verdict(verifier, program, tests).outcome == "wrong"

@@ -143,7 +143,7 @@ CONTENT = st.recursive(
 
 
 @given(st.text("ab {}$\n.", max_size=30), CONTENT, st.text("ab $\n.", max_size=30))
-def test_balanced_content_comes_back(before: str, content: str, after: str) -> None:
+def test_balanced_content_is_extracted(before: str, content: str, after: str) -> None:
     text = f"{before}\\boxed{{{content}}}{after}"
     assert extract(text, "boxed") == (content.strip() or None)
 
@@ -155,7 +155,7 @@ def test_any_text_gives_a_bounded_candidate(text: str) -> None:
         assert candidate is None or 0 < len(candidate) <= MAX_CANDIDATE_CHARS
 
 
-MEGABYTE = 1_000_000
+LONG = 200_000
 HOSTILE = {
     "boxes that never close": r"\boxed{",
     "open braces": "{",
@@ -166,7 +166,7 @@ HOSTILE = {
     "opening parentheses": r"\(",
     "opening brackets": r"\[",
     "dollars": "$$ ",
-    "lone dollars": "$a\n",
+    "single dollars": "$a\n",
     "digits": "1",
     "grouped digits": "123,",
     "points": "1.",
@@ -182,13 +182,13 @@ HOSTILE = {
 @pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE.keys())
 @pytest.mark.parametrize("head", ["", "\\boxed{"], ids=["", "in a box"])
 def test_time_is_linear_in_hostile_text(piece: str, head: str) -> None:
-    """Quadratic work on a megabyte would take hours, not seconds."""
-    text = head + piece * (MEGABYTE // len(piece))
+    """Quadratic work on 200 kB would take many minutes."""
+    text = head + piece * (LONG // len(piece))
     start = time.perf_counter()
     for mode in EXTRACTORS:
         candidate = extract(text, mode)
         assert candidate is None or len(candidate) <= MAX_CANDIDATE_CHARS
-    assert time.perf_counter() - start < 60
+    assert time.perf_counter() - start < 30
 
 
 def test_the_schema_allows_just_the_extractions_there_are() -> None:

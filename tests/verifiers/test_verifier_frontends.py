@@ -74,7 +74,7 @@ def test_the_gold_answer_is_part_of_the_key(hand: HandPool) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["timeout", "crashed", "verifier_error"])
-def test_passing_faults_are_not_remembered(hand: HandPool, outcome: str) -> None:
+def test_temporary_failures_are_not_remembered(hand: HandPool, outcome: str) -> None:
     verifier = math_judge(hand, "boxed")
     first = verifier.submit(r"\boxed{5}", "5")
     hand.asked[0][1].set_result(score(outcome))  # type: ignore[arg-type]

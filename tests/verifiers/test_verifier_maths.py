@@ -116,7 +116,7 @@ def test_interval_ends_matter(first: str, low: int, high: int, last: str, other:
 
 
 @given(st.text("0123456789xyi+-=<>,;:.()[]{}\\%$^_ abU", max_size=60))
-def test_reading_an_answer_never_fails(text: str) -> None:
+def test_parsing_never_fails(text: str) -> None:
     for join_thousands in (True, False):
         parse_form(normalise(text), join_thousands)
 
@@ -140,5 +140,5 @@ def test_reading_an_answer_never_fails(text: str) -> None:
         " ",
     ],
 )
-def test_reading_deep_nesting_never_fails(piece: str) -> None:
+def test_parsing_deep_nesting_never_fails(piece: str) -> None:
     parse_form(normalise(piece * (MAX_JUDGED_CHARS // len(piece))))

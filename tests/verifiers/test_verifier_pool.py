@@ -18,7 +18,7 @@ from dash_exp.verifiers.types import VerifyTask
 WaitGone = Callable[[list[int]], list[int]]
 GENEROUS_S = 120.0
 
-POISON = (
+HOSTILE = (
     "9^{9^{9^9}}",
     "100000000!",
     "2^{1000000000000}",
@@ -75,8 +75,8 @@ ODD = Program("odd_worker")
 
 
 def slow_unless_quick(text: str) -> object:
-    """Most poison costs a timeout and a new worker: every eighth text is enough for `make test`."""
-    return pytest.param(text, id=text[:20], marks=() if POISON.index(text) % 8 == 0 else pytest.mark.long)
+    """Most of them cost a timeout and a new worker: every eighth text is enough for `make test`."""
+    return pytest.param(text, id=text[:20], marks=() if HOSTILE.index(text) % 8 == 0 else pytest.mark.long)
 
 
 def task(text: str, answer: str = r"\sqrt{3}") -> VerifyTask:
@@ -89,8 +89,8 @@ def pool() -> Iterator[VerifierPool]:
         yield shared
 
 
-@pytest.mark.parametrize("text", map(slow_unless_quick, POISON))
-def test_poison_never_scores(pool: VerifierPool, text: str) -> None:
+@pytest.mark.parametrize("text", map(slow_unless_quick, HOSTILE))
+def test_hostile_answers_never_score(pool: VerifierPool, text: str) -> None:
     verdict = pool.submit(task(text)).result(GENEROUS_S)
     named = ("timeout",) if text in HANGS else ("timeout", "crashed", "unparsed", "wrong")
     assert verdict.value == 0.0
@@ -98,7 +98,7 @@ def test_poison_never_scores(pool: VerifierPool, text: str) -> None:
     assert verdict.detail
 
 
-def test_good_answers_beside_twice_as_much_poison(wait_gone: WaitGone) -> None:
+def test_good_answers_among_hanging_ones(wait_gone: WaitGone) -> None:
     workers, timeout_s = 2, 1.0
     with VerifierPool(workers, timeout_s=timeout_s, memory_mb=1024) as pool:
         pool.submit(task("1", "1")).result(GENEROUS_S)
@@ -249,7 +249,7 @@ def test_misbehaving_judges(odd: VerifierPool, text: str, outcome: str, detail: 
     assert odd.submit(task("fine")).result(GENEROUS_S).outcome == "correct"
 
 
-def test_a_hanging_judge_takes_its_children_along(wait_gone: WaitGone, tmp_path: Path) -> None:
+def test_children_of_a_hanging_judge_are_killed(wait_gone: WaitGone, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     with VerifierPool(1, timeout_s=2.0, program=ODD) as pool:
         verdict = pool.submit(task(f"hang with a child {note}")).result(GENEROUS_S)

@@ -27,7 +27,7 @@ def request(serial: int, text: str, answer: str = "1") -> dict[str, object]:
     return {"serial": serial, "task": {"text": text, "answer": answer}}
 
 
-def test_one_line_for_each_request_and_an_end_with_the_input() -> None:
+def test_one_verdict_for_each_request_until_the_input_ends() -> None:
     done = run_worker(
         "dash_exp.verifiers.worker",
         [
@@ -55,7 +55,7 @@ def test_prints_never_reach_the_channel() -> None:
     assert done.stderr.splitlines() == [json.dumps({"ready": False})]
 
 
-def test_it_leaves_when_its_parent_is_not_who_it_should_be() -> None:
+def test_the_worker_exits_when_its_parent_has_gone() -> None:
     root = str(Path(dash_exp.__file__).resolve().parent.parent)
     done = subprocess.run(
         [sys.executable, "-m", "dash_exp.verifiers.worker", "--parent=1"],

@@ -233,7 +233,7 @@ def _own_filter(pid: int) -> list[_Line]:
 
 
 def _only(number: int, argument: int, test: list[_Line]) -> list[_Line]:
-    """For this call alone: load an argument's low half, run `test`, which falls through or refuses."""
+    """For this call only: load an argument's low half, run `test`, which falls through or refuses."""
     body = [_argument(argument), *test, _PASS]
     return [(_EQUAL, 0, len(body), number), *body]
 

@@ -32,12 +32,12 @@ _ERROR_MODULES = """
 json.decoder decimal statistics struct re queue _queue binascii dataclasses calendar csv _csv ipaddress
 numpy.linalg
 """
-"""Whose exceptions the program may raise here as what they are. Not unittest's, say: one skips a test."""
+"""Modules whose exceptions the program may raise here. Not unittest's: one of those skips a test."""
 _RESULTS = """
 builtins collections _collections numpy decimal fractions datetime zoneinfo array uuid pathlib re program
 dash_exp
 """
-"""Modules of the kinds that a program's results have, and of what a test gets from those."""
+"""Modules of the kinds of a program's results, and of what a test gets from those."""
 
 
 def _remote(operation: str, convert: Callable[[Any], Any] = lambda value: value) -> Callable[..., Any]:
@@ -53,8 +53,8 @@ def _between(operation: str) -> Callable[[Remote, object], Any]:
 
 
 class Remote:
-    # An object of the program, seen from the tests. What the tests may do with it is done over there;
-    # `==` with anything but another such object is False, whatever its class says.
+    # An object of the program, seen from the tests. Operations on it run in the candidate; `==` with
+    # anything but another such object is False, whatever its class says.
 
     __slots__ = ("_remote_examiner", "_remote_number")
     __doc__ = property(lambda self: self._remote_apply("attribute", "__doc__"))  # type: ignore[assignment]
@@ -144,7 +144,7 @@ class UnparsedError(Exception):
 
 
 class Examiner:
-    """Runs tests here against a program there."""
+    """Runs tests in this process against a program in the candidate."""
 
     def __init__(self) -> None:
         self._channel: Channel | None = None
@@ -158,8 +158,8 @@ class Examiner:
         self._channel = channel
 
     def to_handle(self, value: Any) -> int | str:
-        """What came from the program goes back by number; what Python has under a name goes by that.
-        Anything else is a fault of the tests, unless the program could have made them pass it."""
+        """An object of the program is sent by its number, a function or class of Python by its name. Anything
+        else is a fault of the tests, unless the program could have made them pass it."""
         if isinstance(value, Remote):
             return int(value._remote_number)
         if isinstance(value, BaseException) and isinstance(vars(value).get("_remote"), Remote):
@@ -209,7 +209,7 @@ class Examiner:
         return self._ask(*request)[0]
 
     def call(self, function: Remote, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Call over there; arguments that it changed in place are changed here too."""
+        """Call in the candidate; arguments that it changed in place are changed here too."""
         value, changed = self._ask("call", function, arguments, named)
         if changed is not None:
             self._answered = True
@@ -225,12 +225,12 @@ class Examiner:
             self._channel.send(request)
             reply = self._channel.receive()
         except ChannelClosedError as error:
-            self._lost = error  # the tests may swallow exceptions; this they cannot
+            self._lost = error  # remembered, since the tests may swallow the exception
             raise
         match reply:
             case ("ok", value, changed):
-                told = value.values() if isinstance(value, dict) else (value,)
-                self._answered = self._answered or not all(isinstance(v, Remote | None) for v in told)
+                values = value.values() if isinstance(value, dict) else (value,)
+                self._answered = self._answered or not all(isinstance(v, Remote | None) for v in values)
                 return value, changed
             case ("unparsed", str(kind), str(message)):
                 raise UnparsedError(f"{kind}: {message}")
@@ -241,7 +241,7 @@ class Examiner:
         raise self._lost
 
     def examine(self, program: str, gold: CodeGold, cpu_s: int) -> Score:
-        """The verdict on `program`. Does not return while the program does not."""
+        """The verdict on `program`. Hangs as long as the program does."""
         warnings.simplefilter("ignore")
         try:
             tests = compile(gold.tests, TESTS, "exec", dont_inherit=True)
@@ -263,7 +263,7 @@ class Examiner:
         return score("correct")
 
     def score_answer(self, answer: str, gold: str, cpu_s: int) -> Score:
-        """reasoning-gym's score, reached over there: its scorers may evaluate the answer."""
+        """reasoning-gym's score, computed in the candidate: its scorers may evaluate the answer."""
         try:
             value, outcome, detail = self.ask("score", answer, gold, cpu_s)
         except ChannelClosedError as error:
@@ -292,7 +292,7 @@ class Examiner:
             raise TypeError("the program's globals are no dict")
         for name in (*wanted, gold.entry_point):
             value = theirs.get(name, _NOTHING)
-            if isinstance(value, ModuleName):  # one that tests may share is here already
+            if isinstance(value, ModuleName):  # a module that tests may use is imported here already
                 top = value.partition(".")[0]
                 shared = top in sys.stdlib_module_names or top == "numpy"
                 value = sys.modules.get(value, _NOTHING) if shared and name in wanted else _NOTHING
@@ -314,7 +314,7 @@ def _failure(error: BaseException) -> Score:
 
 
 def _is_importing(error: BaseException) -> bool:
-    """Whether it came through an `import` of the tests' own: no program can raise it there."""
+    """Whether an `import` statement of the tests raised it: no program can raise it there."""
     places = [(f.f_code, at) for f, at in _walk(error.__traceback__) if f.f_code.co_filename == TESTS]
     return bool(places) and dis.opname[places[-1][0].co_code[places[-1][1]]].startswith("IMPORT_")
 
@@ -326,9 +326,9 @@ def _walk(trace: types.TracebackType | None) -> Iterator[tuple[types.FrameType, 
 
 
 def _own_modules(tests: str, names: Iterable[str]) -> dict[str, types.ModuleType]:
-    """Modules of Python's that the tests use without an import, as if the program had imported them:
-    its own `sys` would be one that agrees with everything. A name that is used for something else than
-    the module's attributes (`datetime(2020, 1, 1)`) is left to the program."""
+    """Python's modules that the tests use without an import, as if the program had imported them: its own
+    `sys` could agree with everything. A name that is used for anything but the module's attributes
+    (`datetime(2020, 1, 1)`) is left to the program."""
     asked = {n: _USUAL_NAMES.get(n, n) for n in names}
     found = {n: m for n, m in asked.items() if m in sys.stdlib_module_names or n in _USUAL_NAMES}
     imports = set(re.findall(r"\w+", " ".join(_IMPORTS.findall(tests)))) if found else set()
@@ -349,7 +349,7 @@ _IMPORTS = re.compile(r"^[ \t]*(?:import|from)[ \t].*$", re.MULTILINE)
 
 
 def _attributes_of(tests: str, names: Iterable[str]) -> dict[str, set[str]]:
-    """For names that are read only, and only before a dot: what stands after it."""
+    """The attributes that are read of these names, for names that are used in no other way."""
     used: dict[str, set[str]] = {name: set() for name in names}
     plain: dict[str, int] = dict.fromkeys(used, 0)
     bound: set[str] = set()
@@ -367,7 +367,7 @@ def _attributes_of(tests: str, names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Names that the code and the functions in it may look up; attributes are among them."""
+    """Names that the code and the functions in it may look up, attributes included."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -376,7 +376,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _replacer(value: Any) -> Callable[[Any], None] | None:
-    """How to give a mutable argument the content it got over there."""
+    """How to give a mutable argument the content it has in the candidate."""
     if isinstance(value, list | bytearray) or type(value).__name__ in ("ndarray", "array"):
         return lambda new: value.__setitem__(slice(None), new)
     if isinstance(value, dict | set) or type(value).__name__ == "deque":
@@ -403,8 +403,8 @@ def _known_error(names: Any) -> tuple[type, list[str]]:
 
 
 class _Kind(type):
-    """Of the classes of exceptions that the program defines. The tests make instances, and look up what
-    else the class has, over there."""
+    """The type of the program's exception classes. Instances are made, and other attributes looked up, in
+    the candidate."""
 
     _remote: Remote
 
@@ -414,7 +414,7 @@ class _Kind(type):
         return _Kind(name.rpartition(".")[2], (base,), space)
 
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
-        own = "_remote" in vars(cls)  # else one that was seen as the class of an instance alone
+        own = "_remote" in vars(cls)  # else it was only seen as the class of an instance
         return cls._remote(*arguments, **named) if own else super().__call__(*arguments, **named)
 
     def __getattr__(cls, name: str) -> Any:
@@ -452,8 +452,8 @@ def _public_name(value: Any) -> str:
 
 
 def _is_of_tests(value: Any) -> bool:
-    """Whether the tests made this, whatever the program answered: they could also pass what they got
-    from its results (an iterator over one, a method of one), and that is the program's choice."""
+    """Whether the tests made this themselves. What they derive from the program's results (an iterator over
+    one, a method of one) is the program's choice."""
     if type(value) is object or isinstance(value, map | filter | zip | enumerate | reversed):
         return True
     if isinstance(value, types.GeneratorType):

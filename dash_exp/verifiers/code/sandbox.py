@@ -1,4 +1,4 @@
-"""How the host of programs is confined from outside: bubblewrap where it works, else limits alone."""
+"""How the host of programs is confined from outside: bubblewrap where it works, else only limits."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ _WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 def normalise(answer: str) -> str:
     """One spelling for brackets, fractions, spaces, signs, relations, text and degrees.
 
-    A price alone becomes a number of dollars; other dollar signs go (they mark currency or maths
+    An answer that is a price becomes a number of dollars; other dollar signs go (they mark currency or maths
     mode), `and` and `or` become commas, a degree sign becomes the unit `degrees` or, inside a
     trigonometric expression, a factor of pi/180. Phrases such as `no solution` become symbols.
     """
