@@ -105,23 +105,18 @@ _FOR_ALL = re.compile(
     r"(?<=\S)\s*,?\s*(?:(?:\\text\{\s*)?for (?:all|any|every|each)(?:\s+real)?\s*\}?|\\forall)\s*[a-z]"
     r"(?:\s*\\in\s*\(-\\infty,\\infty\))?\s*\}?$"
 )
+_SYNONYMS = r"""
+\emptyset = no solution | no solutions | there is no solution | there are no solutions | has no solution
+\emptyset = has no solutions | empty set | null set
+(-\infty,\infty) = all real numbers | all reals | all real values | any real number | every real number
+(-\infty,\infty) = set of all real numbers | set of real numbers | real numbers | all real x
+(-\infty,\infty) = x is any real number | all real values of x
+does not exist = dne | does not exist | doesn t exist | limit does not exist | no limit exists
+"""
 _PHRASES = {
     phrase: meaning
-    for meaning, phrases in (
-        (
-            "\\emptyset",
-            "no solution|no solutions|there is no solution|there are no solutions|has no solution"
-            "|has no solutions|empty set|null set",
-        ),
-        (
-            "(-\\infty,\\infty)",
-            "all real numbers|all reals|all real values|any real number|every real number"
-            "|set of all real numbers|set of real numbers|real numbers|all real x|x is any real number"
-            "|all real values of x",
-        ),
-        ("does not exist", "dne|does not exist|doesn t exist|limit does not exist|no limit exists"),
-    )
-    for phrase in phrases.split("|")
+    for meaning, phrases in (line.split(" = ") for line in _SYNONYMS.strip().split("\n"))
+    for phrase in phrases.split(" | ")
 }
 _WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
