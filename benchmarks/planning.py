@@ -52,8 +52,8 @@ def rates(cells: int) -> list[tuple[str, ...]]:
 
 def measure(kind: str, cells: int) -> dict[str, Any]:
     """Plan once, here."""
-    from dash_exp.sweep.multirun import ad_hoc_name
     from dash_exp.sweep.plan import make_plan
+    from dash_exp.sweep.request import ad_hoc_name
 
     combinations = {"seeds": seeds, "rates": rates}[kind](cells)
     with tempfile.TemporaryDirectory() as root:

@@ -1,11 +1,10 @@
-"""From many overrides to many cells: expand, plan, freeze, run here or on SLURM, watch.
+"""From what a user typed to many cells that run, here or on SLURM.
 
-spec (sweeps/x.yaml) or multirun (-m key=a,b) -> combinations of overrides
-plan       every combination composed, checked and given its id, with resources and partners
-dispatch   the plan is written to its manifest, every cell is frozen, and its cells are started:
-local      here: a controller -> pool -> worker -> `python -m dash_exp.cell <folder>`
-slurm/     on SLURM: jobs that run such a pool
-teachers   traces that cells wait for are made first, then these cells get their ids
-__main__   the commands: lookup finds sweeps, status and states read their cells, preview is a dry run,
-           watch and report print
+request     `-m key=a,b`, a file of sweeps/ (spec) or a launched sweep (lookup), as a launch request
+plan        every combination composed, checked and given its id; partners found, traces noted
+resources   what a cell asks for, what this machine is, which settings belong to a launch
+dispatch    the plan is written to a manifest, its cells are frozen and started, or cancelled:
+            local (a controller, its pool and workers) or slurm/ (jobs that run such a pool)
+teachers    traces are made first, then the cells that wait for them get their ids
+__main__    the commands: watch, status and states look at cells, preview at a plan, report prints
 """

@@ -1,12 +1,12 @@
 """Sweeps, named by a yaml, by a name below <run.dir>/sweeps, or a folder:
 
-  python -m dash_exp.sweep list               what each asks, how far it is
+  python -m dash_exp.sweep list               what each tests, and its progress
   python -m dash_exp.sweep plan <sweep>       a dry run: cells, hours, scripts
   python -m dash_exp.sweep launch <sweep>     start it or go on; returns at once
   python -m dash_exp.sweep status [<sweep>]   what its cells are doing
-  python -m dash_exp.sweep logs <sweep>       the end of what its cells said
-  python -m dash_exp.sweep retry <sweep>      let failed cells start anew
-  python -m dash_exp.sweep cancel <sweep>     let cells end, to go on later
+  python -m dash_exp.sweep logs <sweep>       the end of its cells' output
+  python -m dash_exp.sweep retry <sweep>      start failed cells again
+  python -m dash_exp.sweep cancel <sweep>     stop its cells, to continue later
 
 plan and launch take overrides of the sweep's own (cluster=slurm seed=0,1), the
 others patterns, which select cells: an override (algorithm=dash), a part of a
@@ -19,45 +19,61 @@ twice at once. More in docs/sweeps.md.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NoReturn
 
-from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.text import Text
 
-COMMANDS = {
-    "list": "what each sweep asks, and how far it is here",
-    "plan": "a dry run that tells everything and writes nothing",
-    "launch": "start a sweep, or go on with it; returns at once",
-    "status": "what its cells are doing; of all sweeps without a name",
-    "logs": "the end of what its cells said",
-    "retry": "let cells that failed, were cancelled or interrupted start anew",
-    "cancel": "let cells end after their step; they can go on later",
-}
+from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
+from dash_exp.record import journal
+from dash_exp.sweep import spec as specs
+from dash_exp.sweep.lookup import launched, select
+from dash_exp.sweep.report import counts_text
+from dash_exp.sweep.status import SweepCell, SweepState, read_sweep, read_sweeps
+from dash_exp.sweep.watch import (
+    ROOT,
+    chosen_of,
+    logs_command,
+    needed,
+    out,
+    root_of,
+    say,
+    say_json,
+    status_command,
+)
+from dash_exp.text import format_seconds
+
+# The command line ---------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints come as all others do."""
+    """argparse with the error format of all commands."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(Fault(self.prog, message, f"{self.prog} --help"))
 
 
 def parser_of(command: str) -> Parser:
-    parser = Parser(
-        prog=f"python -m dash_exp.sweep {command}", description=COMMANDS[command], allow_abbrev=False
-    )
+    what, _ = COMMANDS[command]
+    parser = Parser(prog=f"python -m dash_exp.sweep {command}", description=what, allow_abbrev=False)
     add = parser.add_argument
     if command == "status":
         add("sweep", nargs="?", help="yaml, name or folder; all sweeps without one")
     elif command != "list":
         add("sweep", help="yaml, name or folder")
     if command == "list":
-        add("words", nargs="*", metavar="NAME", help="some of them, also with wildcards; or run.dir=<folder>")
+        add("words", nargs="*", metavar="NAME", help="only these, wildcards allowed; or run.dir=<folder>")
     elif command in ("plan", "launch"):
-        add("overrides", nargs="*", metavar="key=value", help="on top of the sweep's own, e.g. cluster=slurm")
+        add("overrides", nargs="*", metavar="key=value", help="besides the sweep's own, e.g. cluster=slurm")
     else:
-        add("words", nargs="*", metavar="PATTERN", help="cells it is about; or run.dir=<folder>")
+        add("words", nargs="*", metavar="PATTERN", help="only these cells; or run.dir=<folder>")
     if command in ("list", "plan", "status"):
         add("--json", action="store_true", help="for programs")
     if command in ("status", "retry"):
@@ -66,29 +82,18 @@ def parser_of(command: str) -> Parser:
         add("--wait", action="store_true", help="follow it; exit code 1 if a cell failed")
     if command in ("plan", "launch", "retry"):
         add("-n", "--n-jobs", type=int, metavar="N", help="cells at once on this machine")
-    _add_own(parser, command)
-    return parser
-
-
-def _add_own(parser: Parser, command: str) -> None:
-    """What only one command has."""
-    add = parser.add_argument
     if command == "launch":
         add("--force", action="store_true", help="archive what is recorded, and start anew")
     if command == "status":
-        add(
-            "--cell",
-            action="append",
-            default=[],
-            metavar="PATTERN",
-            help="these, with the end of their output",
-        )
-        add("--watch", nargs="?", type=float, const=2.0, metavar="SECONDS", help="show it again and again")
+        some = "only these, with the end of their output"
+        add("--cell", action="append", default=[], metavar="PATTERN", help=some)
+        add("--watch", nargs="?", type=float, const=2.0, metavar="SECONDS", help="repeat it")
     if command == "logs":
-        add("-f", "--follow", action="store_true", help="go on with what is said from now on")
+        add("-f", "--follow", action="store_true", help="also print what cells print from now on")
         add("--lines", type=int, default=20, metavar="N", help="of each cell (20)")
     if command == "cancel":
-        add("--now", action="store_true", help="ask cells again that were asked before: they end in mid-step")
+        add("--now", action="store_true", help="also cells that were asked before: they stop in mid-step")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,11 +107,169 @@ def run(words: Sequence[str]) -> int:
         return ExitCode.OK if words else ExitCode.USER_ERROR
     if words[0] not in COMMANDS:
         raise UserError(Fault(words[0], "is no command", nearest(words[0], COMMANDS)))
-    args = parser_of(words[0]).parse_intermixed_args(words[1:])
-    from dash_exp.sweep import commands
+    _, command = COMMANDS[words[0]]
+    return command(parser_of(words[0]).parse_intermixed_args(words[1:]))
 
-    return int(getattr(commands, f"{words[0]}_command")(args))
 
+# list ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ListedSweep:
+    """A sweep of sweeps/, or one that was launched here. `combinations`: of its file, duplicates included;
+    `counts`: its cells by state, None if it was not launched here."""
+
+    name: str
+    claim: str
+    feeds: tuple[str, ...]
+    combinations: int | None
+    counts: dict[str, int] | None
+    source: str | None
+
+    def view(self) -> list[RenderableType]:
+        facts = [f"feeds {', '.join(self.feeds)}"] if self.feeds else []
+        if self.combinations is not None:
+            facts.append("1 cell" if self.combinations == 1 else f"{self.combinations} cells")
+        here = "not launched here" if self.counts is None else f"here {counts_text(self.counts)}"
+        body = Text("\n".join([*([self.claim] if self.claim else []), "; ".join([*facts, here])]))
+        return [Text(self.name, style="bold"), Padding(body, (0, 0, 0, 2))]
+
+
+def list_sweeps(root: Path) -> tuple[list[ListedSweep], list[Fault]]:
+    """Every sweep, those of sweeps/ first, and what is wrong with their files."""
+    manifests, faults = launched(root)
+    states = {state.manifest.name: state for state in read_sweeps(manifests)}
+    rows = []
+    for name in specs.names():
+        try:
+            spec = specs.load(name)
+            count = len(specs.combinations(spec))
+        except UserError as error:
+            faults += error.faults
+            continue
+        counts = states.pop(name).counts if name in states else None
+        rows.append(ListedSweep(name, spec.claim, spec.feeds, count, counts, str(spec.source)))
+    return rows + [_listed(state) for state in states.values()], faults
+
+
+def _listed(state: SweepState) -> ListedSweep:
+    """A launched sweep that has no file in sweeps/."""
+    about = state.manifest.about
+    feeds = about.get("feeds")
+    names = tuple(map(str, feeds)) if isinstance(feeds, list) else ()
+    source = str(about["source"]) if about.get("source") else None
+    return ListedSweep(
+        state.manifest.name, str(about.get("claim") or "by -m"), names, None, state.counts, source
+    )
+
+
+def list_command(args: Namespace) -> int:
+    patterns = [word for word in args.words if not word.startswith(ROOT)]
+    rows, faults = list_sweeps(root_of(args.words))
+    names = [row.name for row in rows]
+    absent = [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+    if absent:
+        raise UserError([Fault(one, "names no sweep", nearest(one, names)) for one in absent])
+    if patterns:
+        rows = [row for row in rows if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns)]
+    if args.json:
+        say_json([asdict(row) for row in rows])
+    else:
+        out(*([part for row in rows for part in row.view()] or [Text("no sweeps")]))
+    if faults:
+        raise UserError(faults, "the other sweeps are listed")
+    return ExitCode.OK
+
+
+# plan, launch, retry, cancel ----------------------------------------------------------------------
+
+
+def plan_command(args: Namespace) -> int:
+    from dash_exp.sweep.dispatch import refusals
+    from dash_exp.sweep.preview import plan_view, preview
+    from dash_exp.sweep.request import request_of
+
+    request = request_of(args.sweep, args.overrides, root_of(args.overrides), args.n_jobs)
+    scripts, faults = [], refusals(request)
+    if request.cluster.name == "slurm":
+        from dash_exp.sweep.slurm.submit import sbatch_text
+
+        scripts = sbatch_text(request.plan, request.root, request.cluster)
+    made = preview(request.plan, request.root, scripts)
+    if args.json:
+        say_json({**made.as_json(), "refused": [str(fault) for fault in faults]})
+    else:
+        out(plan_view(made))
+        for number, text in enumerate(scripts, 1):
+            say(f"\nscript {number} of {len(scripts)}:\n\n{text.strip()}")
+        say("\nNothing was written, started or queued.")
+    if faults:
+        raise UserError(faults, "launching it would be refused")
+    return ExitCode.OK
+
+
+def launch_command(args: Namespace) -> int:
+    from dash_exp.sweep.dispatch import launch
+    from dash_exp.sweep.request import request_of
+
+    overrides = [*args.overrides, *(["run.force=true"] if args.force else [])]
+    request = request_of(args.sweep, overrides, root_of(overrides), args.n_jobs)
+    return launch(request, wait=args.wait, detached=True)
+
+
+def retry_command(args: Namespace) -> int:
+    manifest, patterns = needed(args)
+    wanted = ("failed",) if args.failed else ("failed", "interrupted", "cancelled")
+    chosen = chosen_of(read_sweep(manifest), patterns)
+    ready = [one for one in chosen if one.cell.state in wanted]
+    others = [one for one in chosen if one not in ready]
+    left = f"; the others: {_states(others)}" if others else ""
+    say(f"{len(ready)} of {len(chosen)} cells start again{left}")
+    if not ready:
+        return ExitCode.OK
+    from dash_exp.sweep.dispatch import launch
+    from dash_exp.sweep.request import request_again
+
+    for one in ready:  # budgets of retries count anew
+        journal.note(one.cell.folder, "retry")
+    request = request_again(manifest, [one.entry.folder for one in ready], args.n_jobs)
+    return launch(request, wait=args.wait, detached=True)
+
+
+def cancel_command(args: Namespace) -> int:
+    from dash_exp.sweep.dispatch import cancel
+
+    manifest, patterns = needed(args)
+    chosen = select(manifest.entries, patterns)
+    done = cancel(manifest, {entry.id for entry in chosen}, entire=not patterns, again=args.now)
+    for one in done.ending:
+        pace = f"a step takes {format_seconds(one.cell.step_s)}" if one.cell.step_s else "it has no step yet"
+        say(f"{one.label} ({one.entry.id}) was asked to end and will, after its step; {pace}")
+    for one, why in done.skipped:
+        say(f"{one.label} ({one.entry.id}) is skipped: {why}; name it to cancel it as well")
+    if not (done.ended or done.ending or done.skipped):
+        found = [one for one in read_sweep(manifest).cells if one.entry in chosen]
+        say(f"nothing to cancel: {_states(found)}")
+        return ExitCode.OK
+    open_text = f", {len(done.ending)} ending" if done.ending else ""
+    say(f"{len(done.ended)} of {len(chosen)} cells cancelled{open_text}; launch or retry goes on with them")
+    return ExitCode.OK
+
+
+def _states(cells: Sequence[SweepCell]) -> str:
+    states = sorted(one.cell.state for one in cells)
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Namespace], int]]] = {
+    "list": ("what each sweep tests, and its progress here", list_command),
+    "plan": ("a dry run that shows everything and writes nothing", plan_command),
+    "launch": ("start or continue a sweep; returns at once", launch_command),
+    "status": ("what its cells are doing; of all sweeps without a name", status_command),
+    "logs": ("the end of its cells' output", logs_command),
+    "retry": ("start cells again that failed, were cancelled or interrupted", retry_command),
+    "cancel": ("stop cells after their step; they can continue later", cancel_command),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

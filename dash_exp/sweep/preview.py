@@ -1,31 +1,42 @@
-"""What a plan would do, in full, with nothing written: cells, states, resources, hours. Torch-free."""
+"""What `python -m dash_exp.sweep plan` shows: cells, states, resources, hours. Nothing is written."""
 
 from __future__ import annotations
 
+import re
+import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from dash_exp.record import provenance
+from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
 from dash_exp.record.jobs import Plan, PlannedCell, Resources
-from dash_exp.sweep.estimate import LOADER, hours_by_profile, profile
 from dash_exp.sweep.lookup import labels, launched_folders
-from dash_exp.sweep.states import CellState, states_of
+from dash_exp.sweep.plan import LOADER
+from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, table
+from dash_exp.sweep.states import CellState, median_of, recent_steps, states_of
+from dash_exp.text import format_path
 
 NEW = "new"
 """The state of a cell that has no folder yet."""
+CELL_NAME = re.compile(r"(.+)-s-?\d+-[0-9a-f]{8}")
+READ_CELLS = 50
+"""Finished cells of one arm, model and dataset that are read for hours; the newest ones."""
+Profile = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A planned cell. `hours`: of a whole run, by finished cells like it; None: there are none. `rest`: the
-    share of it that is still to be done. `shared`: other sweeps here that hold it."""
+    """A planned cell. `hours`: of a complete run, from finished cells like it; None: there are none. `rest`:
+    the share that is still to be done. `shared`: other sweeps here that include it."""
 
     planned: PlannedCell
     label: str
@@ -63,11 +74,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
+    """A plan with what is known of its cells. `sbatch`: the scripts that SLURM would get, if any."""
+
     plan: Plan
     root: Path
     lines: tuple[Line, ...]
     sbatch: tuple[str, ...]
-    """The scripts that SLURM would be given; none where cells run on this machine."""
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(line.state for line in self.lines))
@@ -101,29 +113,26 @@ class Preview:
 
 
 def preview(plan: Plan, root: Path, sbatch: Sequence[str] = ()) -> Preview:
-    """Look at everything a plan would meet."""
-    states = _states(plan, root)
-    shared = _shared(plan, root)
-    hours = _hours(plan, root)
+    """Look up everything that a plan would find below `root`."""
+    states, shared, hours = _states(plan, root), _shared(plan, root), _hours(plan, root)
     names = labels([c.overrides for c in plan.cells], [c.folder_name for c in plan.cells])
-    called = dict(zip((cell.id for cell in plan.cells), names, strict=True))
+    label_of = dict(zip((cell.id for cell in plan.cells), names, strict=True))
     lines = []
     for cell, name in zip(plan.cells, names, strict=True):
         state = states.get(cell.id)
         open_needs = [need for need in cell.needs if need not in states or states[need].state != "finished"]
-        after = "after " + ", ".join(called.get(need, need) for need in open_needs) if open_needs else ""
-        lines.append(
-            Line(
-                cell,
-                name,
-                state.state if state else NEW,
-                after or (state.note if state else ""),
-                state is not None and state.stale,
-                hours.get(cell.id),
-                _rest(state),
-                shared.get(cell.id, ()),
-            )
+        after = "after " + ", ".join(label_of.get(need, need) for need in open_needs) if open_needs else ""
+        line = Line(
+            planned=cell,
+            label=name,
+            state=state.state if state else NEW,
+            note=after or (state.note if state else ""),
+            stale=state is not None and state.stale,
+            hours=hours.get(cell.id),
+            rest=_rest(state),
+            shared=shared.get(cell.id, ()),
         )
+        lines.append(line)
     return Preview(plan, root, tuple(lines), tuple(sbatch))
 
 
@@ -137,7 +146,7 @@ def _rest(state: CellState | None) -> float:
 
 
 def _states(plan: Plan, root: Path) -> dict[str, CellState]:
-    """States of the cells, and of those of other sweeps that they need, that have a folder already, by id."""
+    """States by id, of the cells and of cells of other sweeps that they need, as far as they have folders."""
     own = {cell.id: cell.cell.folder(root) for cell in plan.cells}
     others = {need for cell in plan.cells for need in cell.needs} - set(own)
     theirs = {one: path for one in others for path in sorted((root / "cells").glob(f"*-{one}"))[:1]}
@@ -156,8 +165,11 @@ def _shared(plan: Plan, root: Path) -> dict[str, tuple[str, ...]]:
     return {one: tuple(names) for one, names in found.items()}
 
 
+# Hours, from finished cells of the same profile ---------------------------------------------------
+
+
 def _hours(plan: Plan, root: Path) -> dict[str, float]:
-    """Hours of a whole run, by id, where finished cells tell."""
+    """Hours of a complete run, by id, where finished cells show them."""
     found: dict[str, float] = {}
     for gpus in (False, True):
         cells = [cell for cell in plan.cells if (cell.resources.gpus > 0) == gpus]
@@ -174,3 +186,148 @@ def _frozen(cell: PlannedCell, root: Path) -> Mapping[str, Any]:
         return cell.cell.frozen
     loaded: dict[str, Any] = yaml.load((cell.cell.folder(root) / "config.yaml").read_text("utf-8"), LOADER)
     return loaded
+
+
+def profile(frozen: Mapping[str, Any]) -> Profile:
+    """What mainly decides how long a cell takes: arm, model, data, sizes, engine, evaluation."""
+    data, budget = frozen["dataset"], frozen["budget"]
+    keys = {
+        "algorithm": ("name", "steps", "epochs", "prompts_per_step", "group_size"),
+        "model": ("name",),
+        "sampler": ("name", "max_new_tokens", "streaming", "servers", "colocated"),
+        "learner": ("ranks", "device", "precision", "preflight"),
+        "evaluation": ("name", "before", "after", "every", "samples", "limit"),
+    }
+    facts = [frozen[group].get(key) for group, names in keys.items() for key in names]
+    facts += [data["name"], *sorted(data["mix"]), data["limit"], budget["seconds"], bool(budget["match"])]
+    return tuple(facts)
+
+
+def hours_by_profile(root: Path, names: Iterable[str], gpus: bool) -> dict[Profile, float]:
+    """Median hours of finished cells in the pool of `root`, by profile, for the profiles that cells with
+    these folder names may have. `gpus`: of cells that ran with GPUs, or of those without."""
+    wanted = {found.group(1) for name in names if (found := CELL_NAME.fullmatch(name))}
+    read: Counter[str] = Counter()
+    hours: dict[Profile, list[float]] = defaultdict(list)
+    for folder in sorted((root / "cells").glob("*"), key=_changed, reverse=True):
+        found = CELL_NAME.fullmatch(folder.name)
+        prefix = found.group(1) if found else ""
+        if prefix not in wanted or read[prefix] >= READ_CELLS:
+            continue
+        took = _hours_of(folder, gpus)
+        if took is not None:
+            read[prefix] += 1
+            frozen = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), LOADER)
+            hours[profile(frozen)].append(took)
+    return {one: statistics.median(many) for one, many in hours.items()}
+
+
+def _changed(folder: Path) -> float:
+    try:
+        return (folder / "status.json").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _hours_of(folder: Path, gpus: bool) -> float | None:
+    """The hours of a finished cell, if it ran on the kind of machine asked for."""
+    status = read_json(folder / "status.json")
+    facts = read_json(folder / "provenance.json")
+    if status.get("state") != "finished" or bool(facts.get("hardware", {}).get("gpus")) != gpus:
+        return None
+    took = _launched_s(folder, float(status["heartbeat"]))
+    attempts = facts.get("attempts", ())
+    if took is None and len(attempts) == 1:
+        took = float(status["heartbeat"]) - float(attempts[0]["started"])
+    if took is None:  # several attempts, whose ends are not recorded
+        step_s = median_of(recent_steps(folder), "time/step_s")
+        took = None if step_s is None else step_s * int(status["step"])
+    return None if took is None else took / 3600
+
+
+def _launched_s(folder: Path, heartbeat: float) -> float | None:
+    """Seconds between all starts and ends in the journal."""
+    total, since, known = 0.0, None, False
+    for row in journal.read(folder):
+        if row["kind"] == "start":
+            since = float(row["time"])
+        elif row["kind"] == "end" and since is not None:
+            total, since, known = total + float(row["time"]) - since, None, True
+    if since is not None:  # the launcher died before the cell
+        total, known = total + max(0.0, heartbeat - since), True
+    return total if known else None
+
+
+# What is printed ----------------------------------------------------------------------------------
+
+
+def plan_view(made: Preview) -> RenderableType:
+    """A dry run: the sweep, its cells, what they ask for, what is known of their cost."""
+    plan = made.plan
+    parts: list[RenderableType] = [*_about_lines(plan), *_counts(made), Text("")]
+    rows = table(
+        ("cell", False), ("id", False), ("state", False), ("hours", True), ("GPU-h", True), ("", False)
+    )
+    for line in made.lines[:SHOWN_CELLS]:
+        hours = (_hours_text(line.hours_left), _hours_text(line.gpu_hours))
+        style = STYLES.get(line.state, "")
+        add(rows, line.label, line.planned.id, line.state, *hours, _remark(line), style=style)
+    parts += [rows] if made.lines else []
+    if len(made.lines) > SHOWN_CELLS:
+        parts.append(Text(f"... and {len(made.lines) - SHOWN_CELLS} more: --json has them all"))
+    for traces in dict.fromkeys(one.traces for one in plan.waiting):
+        many = sum(one.traces == traces for one in plan.waiting)
+        command = f"python -m dash_exp.traces {' '.join(traces.arguments)}"
+        parts.append(Text(f"{many} more once there are traces; made first, by\n  {command}"))
+    unknown = sum(line.hours_left is None for line in made.lines)
+    many_text = "any of them" if unknown == len(made.lines) else f"{unknown} of them"
+    note = f"no cell with the arm, model, data and sizes of {many_text} has finished here"
+    return Group(*parts, Text(""), _resource_table(made), *([Text(note)] if unknown else []))
+
+
+def _about_lines(plan: Plan) -> list[RenderableType]:
+    about = plan.about or {}
+    feeds = about.get("feeds")
+    lines = [f"{plan.name}: {about['claim']}" if about.get("claim") else plan.name]
+    if isinstance(feeds, list | tuple) and feeds:
+        lines.append(f"feeds {', '.join(map(str, feeds))}")
+    if about.get("source"):
+        lines.append(f"from {format_path(Path(str(about['source'])))}")
+    return [Text(line) for line in lines]
+
+
+def _counts(made: Preview) -> list[RenderableType]:
+    shared = sum(bool(line.shared) for line in made.lines)
+    texts = [counts_text(made.counts())]
+    texts += [f"{made.plan.duplicates} duplicates left out"] if made.plan.duplicates else []
+    texts += [f"{shared} shared with other sweeps"] if shared else []
+    return [Text("; ".join(texts))]
+
+
+def _remark(line: Line) -> str:
+    texts = [line.note if line.note != "planned" else "", "stale" if line.stale else ""]
+    texts += [f"also in {', '.join(line.shared)}"] if line.shared else []
+    return ", ".join(text for text in texts if text)
+
+
+def _resource_table(made: Preview) -> Table:
+    """What cells ask for, and how many hours are left, by profile."""
+    numbers = ((name, True) for name in ("cells", "to run", "hours", "GPU-hours"))
+    rows = table(("each cell asks for", False), *numbers)
+    for resources, lines in made.profiles().items():
+        left = [line for line in lines if line.rest > 0]
+        hours = (_sum_text([one.hours_left for one in left]), _sum_text([one.gpu_hours for one in left]))
+        add(rows, str(resources), str(len(lines)), str(len(left)), *hours)
+    return rows
+
+
+def _sum_text(values: Sequence[float | None]) -> str:
+    """A sum of hours, with a + where some are not known; a dash where none is."""
+    known = [value for value in values if value is not None]
+    if len(known) == len(values):
+        return _hours_text(sum(known))
+    return f"{_hours_text(sum(known))}+" if known else "-"
+
+
+def _hours_text(hours: float | None) -> str:
+    return "-" if hours is None else f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"

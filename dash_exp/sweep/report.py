@@ -13,7 +13,6 @@ from rich.text import Text
 from dash_exp.record.folder import Row, read_final
 from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.lookup import default_root
-from dash_exp.sweep.preview import Line, Preview
 from dash_exp.sweep.states import CellState
 from dash_exp.sweep.status import SweepCell, SweepState, end_of_output
 from dash_exp.sweep.worker import error_line
@@ -232,96 +231,3 @@ def status_command(manifest: Manifest) -> str:
     """The command that shows a sweep: by its name if that is enough."""
     is_default = manifest.root.resolve() == default_root().resolve()
     return f"python -m dash_exp.sweep status {manifest.name if is_default else format_path(manifest.folder)}"
-
-
-def plan_view(made: Preview) -> RenderableType:
-    """A dry run: the sweep, its cells, what they ask for, what is known of their cost, the scripts."""
-    plan = made.plan
-    parts: list[RenderableType] = [*about_lines(plan.about or {}, plan.name), *_plan_counts(made), Text("")]
-    rows = table(
-        ("cell", False), ("id", False), ("state", False), ("hours", True), ("GPU-h", True), ("", False)
-    )
-    for line in made.lines[:SHOWN_CELLS]:
-        add(
-            rows,
-            line.label,
-            line.planned.id,
-            line.state,
-            hours_text(line.hours_left),
-            hours_text(line.gpu_hours),
-            _line_remark(line),
-            style=STYLES.get(line.state, ""),
-        )
-    parts += [rows] if made.lines else []
-    parts += _more(len(made.lines), "--json has them all")
-    for waiting in {w.traces.path: w.traces for w in plan.waiting}.values():
-        many = sum(w.traces.path == waiting.path for w in plan.waiting)
-        command = f"python -m dash_exp.traces {' '.join(waiting.arguments)}"
-        parts.append(Text(f"{many} more once there are traces; made first, by\n  {command}"))
-    parts += [Text(""), resource_table(made), *_hours_note(made)]
-    return Group(*parts)
-
-
-def about_lines(about: Mapping[str, object], name: str) -> list[RenderableType]:
-    feeds = about.get("feeds")
-    lines = [f"{name}: {about['claim']}" if about.get("claim") else name]
-    if isinstance(feeds, list | tuple) and feeds:
-        lines.append(f"feeds {', '.join(map(str, feeds))}")
-    if about.get("source"):
-        lines.append(f"from {format_path(Path(str(about['source'])))}")
-    return [Text(line) for line in lines]
-
-
-def _plan_counts(made: Preview) -> list[RenderableType]:
-    plan = made.plan
-    said = [counts_text(made.counts())]
-    if plan.duplicates:
-        said.append(f"{plan.duplicates} duplicates left out")
-    shared = sum(bool(line.shared) for line in made.lines)
-    if shared:
-        said.append(f"{shared} shared with other sweeps")
-    return [Text("; ".join(said))]
-
-
-def _line_remark(line: Line) -> str:
-    said = [line.note if line.note != "planned" else "", "stale" if line.stale else ""]
-    said += [f"also in {', '.join(line.shared)}"] if line.shared else []
-    return ", ".join(text for text in said if text)
-
-
-def resource_table(made: Preview) -> Table:
-    """What cells ask for, and how many hours are left, by profile."""
-    rows = table(
-        ("each cell asks for", False), ("cells", True), ("to run", True), ("hours", True), ("GPU-hours", True)
-    )
-    for resources, lines in made.profiles().items():
-        open_ones = [line for line in lines if line.rest > 0]
-        add(
-            rows,
-            str(resources),
-            str(len(lines)),
-            str(len(open_ones)),
-            sum_text([line.hours_left for line in open_ones]),
-            sum_text([line.gpu_hours for line in open_ones]),
-        )
-    return rows
-
-
-def sum_text(values: Sequence[float | None]) -> str:
-    """A sum of hours; with a + where parts are not known, a dash where none is."""
-    known = [value for value in values if value is not None]
-    if len(known) == len(values):
-        return hours_text(sum(known))
-    return f"{hours_text(sum(known))}+" if known else "-"
-
-
-def hours_text(hours: float | None) -> str:
-    return "-" if hours is None else f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"
-
-
-def _hours_note(made: Preview) -> list[RenderableType]:
-    unknown = sum(line.hours_left is None for line in made.lines)
-    if not unknown:
-        return []
-    many = "any of them" if unknown == len(made.lines) else f"{unknown} of them"
-    return [Text(f"no cell with the arm, model, data and sizes of {many} has finished here")]

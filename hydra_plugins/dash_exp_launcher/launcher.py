@@ -1,4 +1,4 @@
-"""`hydra/launcher=dash_exp`: hands the combinations of a sweep to dash_exp.launch.
+"""`hydra/launcher=dash_exp`: passes the combinations of `-m` to dash_exp.sweep.request.
 
 Hydra imports every plugin at every start, so nothing else is imported before a sweep is launched.
 """
@@ -26,10 +26,10 @@ class DashLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run the cells. Ends this program where one failed or a signal came, after all that could be run."""
-        from dash_exp.sweep.multirun import launch_sweep
+        from dash_exp.sweep.request import launch_multirun
 
         assert self.config is not None
-        code = launch_sweep(self.config, job_overrides, initial_job_idx, self.n_jobs, self.wait)
+        code = launch_multirun(self.config, job_overrides, initial_job_idx, self.n_jobs, self.wait)
         if code:
             sys.exit(code)
         return [JobReturn(overrides=list(one), status=JobStatus.COMPLETED) for one in job_overrides]

@@ -16,8 +16,8 @@ from dash_exp.record.folder import write_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen
 from dash_exp.record.jobs import Plan
 from dash_exp.sweep import resources
-from dash_exp.sweep.multirun import ad_hoc_name
 from dash_exp.sweep.plan import SweepOptions, make_plan, plan_spec
+from dash_exp.sweep.request import ad_hoc_name
 from dash_exp.sweep.resources import resource_faults, resources_of, split
 from dash_exp.sweep.spec import load, products
 from tests.conftest import REPOSITORY
