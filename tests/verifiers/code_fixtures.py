@@ -16,6 +16,8 @@ from dash_exp.verifiers.pool import VerifierPool
 from dash_exp.verifiers.types import VerifyTask
 
 CONFINEMENTS: tuple[Wanted, ...] = ("bwrap", "limits")
+BEST_AND_LIMITS = ("auto", pytest.param("limits", marks=pytest.mark.long))
+"""For what does not depend on the confinement: the best one here, and the other with the long tests."""
 WORKERS = 2
 
 

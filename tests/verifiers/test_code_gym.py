@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from code_fixtures import CONFINEMENTS, HandPool, verifier_in
+from code_fixtures import BEST_AND_LIMITS, HandPool
 
 from dash_exp.verifiers import gym
 from dash_exp.verifiers.gym import is_formula, read_literal
@@ -19,10 +19,9 @@ reasoning_gym = pytest.importorskip("reasoning_gym")
 GENEROUS_S = 60.0
 
 
-@pytest.fixture(scope="module", params=CONFINEMENTS)
+@pytest.fixture(scope="module", params=BEST_AND_LIMITS)
 def whole(request: pytest.FixtureRequest) -> Iterator[PooledJudge]:
-    with verifier_in(request.param, 10.0):
-        shared = gym_judge(1, 10.0, 2048, "whole", request.param)
+    shared = gym_judge(1, 10.0, 2048, "whole", request.param)
     yield shared
     shared.close()
 

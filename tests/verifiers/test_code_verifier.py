@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from code_fixtures import CONFINEMENTS, descendants, verifier_in
+from code_fixtures import BEST_AND_LIMITS, CONFINEMENTS, descendants, verifier_in
 
 from dash_exp.types import Score
 from dash_exp.verifiers.judges import PooledJudge, Wanted
@@ -24,7 +24,7 @@ UNITTEST = (
 HEADER = 'def helper(x):\n    return x * 2\n\n\ndef f(x):\n    """Twice helper."""\n'
 
 
-@pytest.fixture(scope="module", params=CONFINEMENTS)
+@pytest.fixture(scope="module", params=BEST_AND_LIMITS)
 def verifier(request: pytest.FixtureRequest) -> Iterator[PooledJudge]:
     with verifier_in(request.param, 10.0) as shared:
         yield shared
