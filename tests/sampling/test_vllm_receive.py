@@ -3,17 +3,22 @@ a model: test_vllm_servers.py; between GPUs: not run yet."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from dash_exp.record.checksums import checksum
+from dash_exp.sampling.fleet.member import ServerSettings
+from dash_exp.sampling.transfer import PATH
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -115,3 +120,49 @@ def test_a_file_of_another_machine_is_waited_for(tmp_path: Path) -> None:
     thread.join()
     with pytest.raises(FileNotFoundError, match=r"weights-2\.safetensors is not visible to this server"):
         wait_for_file(path.with_name("weights-2.safetensors"), 0)
+
+
+def test_vllm_accepts_the_command_line_of_a_server() -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from dash_exp.sampling.vllm.server import command_line
+
+    settings = ServerSettings(
+        model="m", vocabulary=90, max_model_len=64, max_sequences=8, dtype="float32", transfer=PATH, port=81
+    )
+    for made in (settings, replace(settings, enforce_eager=True, sleep=True)):
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(made))
+        validate_parsed_serve_args(args)
+        assert (args.model, args.max_num_seqs, args.max_model_len, args.port) == ("m", 8, 64, 81)
+        assert (args.enforce_eager, args.enable_sleep_mode) == (made.enforce_eager, made.sleep)
+        assert args.logits_processors == ["dash_exp.sampling.vllm.engine:MaskPadding"]
+        assert args.additional_config == {"dash_vocabulary": 90}
+        assert args.weight_transfer_config.backend == PATH
+
+
+def test_every_route_but_health_requires_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dash_exp.sampling.vllm import server
+
+    monkeypatch.setattr(server, "_key", "secret")
+    monkeypatch.setattr(server, "_facts", {"dtype": "float32"})
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent.append({"status": 200, "body": b"app"})
+
+    def answer(path: str, key: str = "", kind: str = "http") -> tuple[int, bytes] | None:
+        sent.clear()
+        headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+        scope = {"type": kind, "path": path, "headers": headers}
+        asyncio.run(server.RequireKey(app)(scope, None, send))
+        return (sent[0]["status"], sent[-1]["body"]) if sent else None
+
+    assert answer("/health") == answer("/metrics", "secret") == (200, b"app")
+    assert answer("/dash_exp/facts", "secret") == (200, b'{"dtype": "float32"}')
+    for path in ("/metrics", "/update_weights", "/dash_exp/facts"):
+        assert answer(path) == answer(path, "wrong") == (401, b"the key is missing or wrong")
+    assert answer("/", "secret", "websocket") is None
