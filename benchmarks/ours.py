@@ -55,8 +55,7 @@ def composed(overrides: Sequence[str], threads: int | None) -> Config:
     faults = check(config)
     if faults:
         raise SystemExit("\n".join(map(str, faults)))
-    resolve_paths(config)
-    return config
+    return resolve_paths(config)
 
 
 def asked(options: Options, *overrides: str) -> list[str]:

@@ -25,9 +25,8 @@ from dash_exp.record import journal, provenance
 from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import Recorder, lock, write_json
 from dash_exp.record.identity import Cell
-from dash_exp.record.jobs import Plan, PlannedCell, Resources
 from dash_exp.record.locks import HERE
-from dash_exp.record.manifest import Manifest
+from dash_exp.record.manifest import Manifest, Plan, PlannedCell, Resources
 
 GOAL_S, CELLS = 2.0, 1000
 ARMS = ("dash", "grpo", "no_gf", "ppo_multi", "ppo_mini")

@@ -94,8 +94,7 @@ def config_of(overrides: Sequence[str]) -> Config:
         faults = [f for f in check(config) if f.where.split(".")[0] in USED]
     if faults:
         raise UserError(faults)
-    resolve_paths(config)
-    return config
+    return resolve_paths(config)
 
 
 def load_golds(config: Config, judges: Judges) -> list[Gold]:

@@ -29,7 +29,6 @@ NEEDS_TORCH = {
     "learning",
     "modeling",
     "record.checkpoint",
-    "record.checksums",
     "sampling.hf",
     "sampling.vllm",
     "sampling.transfer.device",

@@ -16,6 +16,7 @@ import yaml
 from dash_exp.capacity.model import Curves, Decode, Lengths, Setting, of_two, sample
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_rows
+from dash_exp.record.ledger import union_s
 
 UNIT = Decode(((1.0, 1.0),))
 """A decode step takes 1: times count decode steps."""
@@ -231,11 +232,8 @@ def _setting_of(frozen: Mapping[str, Any]) -> Setting:
 
 def _sampled_seconds(events: Sequence[Row]) -> dict[int, float]:
     """Seconds in which anything was being sampled, by step."""
-    total: dict[int, float] = {}
-    reached: dict[int, float] = {}
-    for row in sorted((e for e in events if e.get("kind") == "sample"), key=lambda e: e["start"]):
-        step, start, end = int(row["step"]), float(row["start"]), float(row["end"])
-        covered = reached.get(step, -math.inf)
-        total[step] = total.get(step, 0.0) + max(0.0, end - max(start, covered))
-        reached[step] = max(covered, end)
-    return total
+    spans: dict[int, list[tuple[float, float]]] = {}
+    for row in events:
+        if row.get("kind") == "sample":
+            spans.setdefault(int(row["step"]), []).append((float(row["start"]), float(row["end"])))
+    return {step: union_s(found) for step, found in spans.items()}

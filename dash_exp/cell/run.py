@@ -42,7 +42,7 @@ from dash_exp.record.folder import (
     read_final,
     read_json,
 )
-from dash_exp.record.identity import freeze, make_cell, read_frozen
+from dash_exp.record.identity import freeze, make_cell, read_frozen, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, run_forwarding, share_cores
 from dash_exp.text import format_path
 from dash_exp.train.budget import Blocked, find_partner
@@ -71,6 +71,7 @@ def freeze_and_run(config: Config, apart: bool, links: Links | None) -> int:
     cache = root / "cache"
     with disk_errors_below(root):
         cache.mkdir(parents=True, exist_ok=True)
+        config = resolve_paths(config)
         cell = make_cell(config, cache)
         folder = cell.folder(root)
         try:

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,7 @@ from dash_exp.record.folder import (
     read_json,
     write_json,
 )
-from dash_exp.record.hashing import model_hash, weights_hash
-from dash_exp.record.identity import freeze, resolve_paths
+from dash_exp.record.identity import freeze, model_hash, resolve_paths, weights_hash
 from dash_exp.signals import Interrupted, Stop, handling, share_cores
 from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
 from dash_exp.train.display import Display
@@ -51,11 +50,11 @@ def run(subject: Subject) -> int:
     share_cores()
     from dash_exp.train.engine import Answerer
 
-    config = subject.config
+    config = resolve_paths(subject.config)
+    subject = replace(subject, config=config)
     root = Path(config.run.dir)
     cache = root / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    resolve_paths(config)
     if config.model.path:
         _refuse_damage(Path(config.model.path))
     display = Display(0, config.run.progress)

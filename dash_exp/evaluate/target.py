@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
-from dash_exp.config.schema import ACTIONS, Config
+from dash_exp.config.schema import ACTIONS, Config, changed
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.identity import read_frozen
 from dash_exp.text import format_path
@@ -120,8 +120,7 @@ def subject_of(wanted: Wanted) -> Subject:
         config, more = composed([*chosen, *wanted.overrides])
     if faults + more or config is None:
         raise UserError(faults + more)
-    config.run.dir = str(folder.parent.parent)
-    config.model.path = str(checkpoint)
+    config = changed(config, {"run.dir": str(folder.parent.parent), "model.path": str(checkpoint)})
     known = re.fullmatch(r"step-(\d+)", checkpoint.name)
     step = int(known[1]) if known else UNKNOWN_STEP
     name = f"{config.evaluation.name}-{checkpoint.name}"

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dash_exp.record.checkpoint import Snapshot
-from dash_exp.record.checksums import checksum
+from dash_exp.record.checkpoint import Snapshot, checksum
 
 if TYPE_CHECKING:
     from dash_exp.learning.learner import Learner

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.record.hashing import file_hash, package_path
+from dash_exp.record.identity import file_hash, package_path
 
 
 @dataclass(frozen=True, slots=True)

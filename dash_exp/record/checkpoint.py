@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,9 +37,8 @@ RESUME = "resume"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a later process needs to go on: weights and optimizer moments by name, and counters
-    (step, updates), and the step's row of the record. Seeds and the data cursor are functions of the
-    step."""
+    """What a later process needs to resume: weights and optimizer moments by name, counters (step, updates)
+    and the step's row of the record. Seeds and the data cursor are functions of the step."""
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
@@ -77,7 +78,7 @@ def save(cell: Path, step: int, snapshot: Snapshot, model_folder: Path) -> Path:
         _save_tensors(snapshot.optimizer, fresh / RESUME / "optimizer.safetensors")
         write_json(fresh / RESUME / "state.json", dict(snapshot.state))
         write_json(fresh / CHECKSUMS, checksums(fresh))
-        if target.exists():  # of an earlier attempt at this step; never leave a moment without either
+        if target.exists():  # of an earlier attempt at this step: at every moment one of the two exists
             target.rename(target.with_name(f".saving-old-{target.name}"))
         os.rename(fresh, target)
         _sync_folder(target.parent)
@@ -116,7 +117,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
+    """Why a checkpoint is damaged, or None."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError) as error:
@@ -131,7 +132,7 @@ def damage(folder: Path) -> str | None:
 
 
 def latest(cell: Path) -> tuple[Snapshot | None, list[Damage]]:
-    """The newest resumable checkpoint that is whole, and those newer ones that are damaged."""
+    """The newest undamaged checkpoint with state to resume, and those newer ones that are damaged."""
     damaged: list[Damage] = []
     for folder in existing(cell):
         reason = damage(folder)
@@ -166,3 +167,11 @@ def finalise(cell: Path) -> None:
             sums = {k: v for k, v in read_json(folder / CHECKSUMS).items() if not k.startswith(RESUME)}
             write_json(folder / CHECKSUMS, sums)
             shutil.rmtree(folder / RESUME)
+
+
+def checksum(tensor: Tensor) -> str:
+    """Type, shape and a 128-bit hash (XXH3) of a tensor's bits. It guards against accidents, not against
+    malice, and costs no more than reading the tensor once."""
+    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+    size = "x".join(map(str, tensor.shape))
+    return f"{xxhash.xxh3_128_hexdigest(data)}-{str(tensor.dtype).removeprefix('torch.')}-{size}"

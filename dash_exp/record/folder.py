@@ -1,9 +1,9 @@
-"""The cell's folder: everything a run leaves behind, written and read here. Torch-free.
+"""The cell's folder: everything a run leaves behind, written and read here.
 
     config.yaml      the frozen config             steps.jsonl    one row per step: metrics and ledger
     status.json      state, step, heartbeat        samples.jsonl  one row per completion
     provenance.json  code, packages, hardware      evals.jsonl    one row per metric and evaluation
-    log.txt          what was said                 events.jsonl   who did what when; faults
+    log.txt          messages of the run           events.jsonl   who did what when; faults
     eval_samples.jsonl one row per evaluated prompt
     checkpoints/     see record/checkpoint.py
 
@@ -13,7 +13,6 @@ rows of the last attempt. A line torn by a crash is left in place and counted.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -24,6 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from dash_exp.record.locks import take_lock
 
 Row = dict[str, Any]
 
@@ -120,19 +121,17 @@ def finite(row: Mapping[str, Any]) -> Row:
 
 
 def lock(folder: Path) -> int:
-    """Take a cell's lock and return its descriptor; closing it, or dying, gives it back.
+    """Take a cell's lock and return its descriptor; closing it, or dying, releases it.
 
-    Raises CellBusy when another process holds it, or has moved the folder away meanwhile.
+    Raises CellBusy if another process holds it, or has moved the folder away meanwhile.
     """
     path = folder / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(descriptor).st_ino:
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)
+    with suppress(BlockingIOError):
+        descriptor = take_lock(path)
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)
     raise CellBusy(f"{folder} is being run by another process")
 
 
@@ -143,7 +142,7 @@ class Recorder:
         self.folder = folder
         self.attempt = int(read_json(folder / "status.json").get("attempt", 0)) + 1
         self.facts: Row = {"host": platform.node(), "pid": os.getpid()}
-        """Said with every status, for those who watch."""
+        """Part of every status."""
         self._streams: dict[str, TextIO] = {}
         self._lock = -1
 
@@ -160,7 +159,7 @@ class Recorder:
         os.close(self._lock)
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to `<name>.jsonl`, each as one whole line, and hand them to the system."""
+        """Append rows to `<name>.jsonl`, each as one complete line, and flush them."""
         text = "".join(
             json.dumps(finite({"attempt": self.attempt, **row}), ensure_ascii=False) + "\n" for row in rows
         )
@@ -169,7 +168,7 @@ class Recorder:
         stream.flush()
 
     def event(self, kind: str, start: float, end: float, **more: Any) -> None:
-        """An interval of work, in seconds since the epoch; see the design for the kinds."""
+        """An interval of work, in seconds since the epoch; `kind`: sample, verify, backprop, ..."""
         self.append("events", [{"kind": kind, "start": round(start, 6), "end": round(end, 6), **more}])
 
     def log(self, text: str) -> None:

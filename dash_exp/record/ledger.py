@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +22,15 @@ PHASES = (
 Item = TypeVar("Item")
 
 
+def union_s(intervals: Iterable[tuple[float, float]]) -> float:
+    """Seconds covered by at least one of these (start, end)."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
 class Ledger:
     """Seconds of the main process by phase. A phase entered inside another pauses the outer one; what
     lies in no phase is `other`."""
@@ -36,7 +45,7 @@ class Ledger:
         self._waited: set[str] = set()
 
     def beside(self, start: float, end: float, waits_in: str) -> None:
-        """Somebody else worked from `start` to `end` (any one clock) while this process went on, or
+        """Another process worked from `start` to `end` (any one clock) while this process worked too, or
         waited for it in the phase `waits_in`."""
         self._beside.append((start, end))
         self._waited.add(waits_in)
@@ -44,11 +53,7 @@ class Ledger:
     def overlap_s(self) -> float:
         """Seconds of this step in which others worked and this process did not wait for them: the union
         of their intervals, less the seconds in the phases that wait for them."""
-        total, reached = 0.0, float("-inf")
-        for start, end in sorted(self._beside):
-            total += max(0.0, end - max(start, reached))
-            reached = max(reached, end)
-        return max(0.0, total - sum(self._seconds[name] for name in self._waited))
+        return max(0.0, union_s(self._beside) - sum(self._seconds[name] for name in self._waited))
 
     def _switch(self) -> None:
         now = self._clock()

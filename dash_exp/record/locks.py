@@ -1,11 +1,13 @@
-"""Which processes of this machine run which cell, told without disturbing them. Torch-free.
+"""Locks of the record, and which process of this machine holds them.
 
-A cell is run by whoever holds the lock in its folder. Looking by taking the lock would let a cell that
-starts at this moment find it busy, so the kernel's table of locks is read instead.
+The process that runs a cell holds the lock in its folder. The kernel releases it when that process dies, and
+programs that it starts do not inherit it. Who holds it is read from the kernel's table: taking the lock to
+find out could make a cell that starts at this moment find it busy.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import signal
@@ -18,21 +20,33 @@ from pathlib import Path
 TABLE = Path("/proc/locks")
 HERE = platform.node()
 """This machine's name, as records have it."""
-STARTING_LOOKS, STARTING_S = 20, 0.005
-"""For a process whose command line is empty: for an instant while it starts, always for the kernel's own."""
+STARTING_TRIES, STARTING_S = 20, 0.005
+"""For a process whose command line is empty: briefly while it starts, always for the kernel's own."""
+
+
+def take_lock(path: Path, wait: bool = False) -> int:
+    """Lock a file and return its descriptor; closing it releases the lock. Raises BlockingIOError, unless it
+    is to `wait`, while another process holds the lock."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @dataclass(frozen=True, slots=True)
 class Locks:
-    """Who holds which lock on this machine: device and inode of the file to process ids. `known`: whether
-    the system tells."""
+    """Who holds which lock on this machine: device and inode of the file to process ids. `known`: whether the
+    system has such a table."""
 
     holders: dict[tuple[int, int, int], tuple[int, ...]]
     known: bool = True
 
     @classmethod
     def now(cls) -> Locks:
-        """As they are at this moment."""
+        """The locks at this moment."""
         found: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         try:
             lines = TABLE.read_text(encoding="ascii").splitlines()
@@ -54,7 +68,7 @@ class Locks:
         place = (os.major(facts.st_dev), os.minor(facts.st_dev), facts.st_ino)
         if place in self.holders:
             return next(filter(is_alive, self.holders[place]), None)
-        # Stacked file systems show programs another device than the kernel's table has.
+        # Stacked file systems show programs another device than the kernel's table.
         same = [pids for (_, _, inode), pids in self.holders.items() if inode == facts.st_ino]
         return next((pid for pids in same for pid in pids if _has_open(pid, facts)), None)
 
@@ -69,7 +83,7 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is a process of this id that is not merely waiting to be buried."""
+    """Whether there is a process of this id that is not a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -83,15 +97,15 @@ def is_alive(pid: int) -> bool:
 
 
 def runs(pid: int, word: str) -> bool:
-    """Whether a live process has this word in its command line: ids are given away anew."""
-    for _ in range(STARTING_LOOKS):
+    """Whether a live process has this word in its command line: ids are reused."""
+    for _ in range(STARTING_TRIES):
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return not TABLE.exists() and is_alive(pid)
         if command or not is_alive(pid):
             return word.encode() in command
-        time.sleep(STARTING_S)  # it has just been started: its line is not there yet
+        time.sleep(STARTING_S)  # it has just been started
     return False
 
 
@@ -106,7 +120,7 @@ def ask_to_end(pid: int, word: str) -> bool:
             os.kill(pid, signal.SIGTERM)
             return True
         return False
-    try:  # the handle stays with this process, so nothing can change between the look and the signal
+    try:  # the handle stays with this process, so the id cannot be reused between the check and the signal
         if not runs(pid, word):
             return False
         signal.pidfd_send_signal(handle, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A sweep's folder, `outputs/sweeps/<name>`: which cells it consists of. Torch-free.
+"""A sweep as it is planned, and its folder, `outputs/sweeps/<name>`: which cells it consists of.
 
 The cells lie in the one pool, `outputs/cells`, frozen before the manifest names them; so a manifest never
 names a cell that cannot be run, and a kill in between costs nothing.
@@ -6,11 +6,10 @@ names a cell that cannot be run, and a kill in between costs nothing.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +17,81 @@ from typing import Any
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import read_json, write_json
-from dash_exp.record.identity import freeze
-from dash_exp.record.jobs import Plan, PlannedCell, Resources, Traces, Waiting
+from dash_exp.record.identity import Cell, freeze
+from dash_exp.record.locks import take_lock
 
 FORMAT = 1
 NAME = "manifest.json"
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Resources:
+    """What one cell asks a machine or a cluster for; equal ones share a job array. `gpus`, `cpus`: of the
+    whole cell; `memory_gb`: of each of its `nodes`; `tasks`: processes that srun starts (ranks on several
+    nodes), else 1."""
+
+    gpus: int
+    cpus: int
+    memory_gb: int
+    minutes: int
+    nodes: int = 1
+    tasks: int = 1
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} nodes, " if self.nodes > 1 else ""
+        hours, minutes = divmod(self.minutes, 60)
+        return f"{nodes}{self.gpus} GPU, {self.cpus} CPU, {self.memory_gb} GB, {hours}h{minutes:02d}m"
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """A file of a teacher's traces that cells wait for, and the arguments of `python -m dash_exp.traces`
+    that make it."""
+
+    path: Path
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCell:
+    """A cell that can be frozen. `needs`: ids of cells that must be finished before it starts."""
+
+    cell: Cell
+    overrides: tuple[str, ...]
+    resources: Resources
+    needs: tuple[str, ...] = ()
+
+    @property
+    def id(self) -> str:
+        return self.cell.id
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.cell.name}-{self.cell.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Overrides whose cell has no id yet: what it learns from, `traces`, has not been made."""
+
+    overrides: tuple[str, ...]
+    traces: Traces
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A sweep before anything is written. `duplicates`: combinations that named a cell another one
+    had named already. `actions`: settings of `run`, `tracking`, `cluster` and `paths`, as key=value, that
+    every cell is started with."""
+
+    name: str
+    cells: tuple[PlannedCell, ...]
+    waiting: tuple[Waiting, ...] = ()
+    duplicates: int = 0
+    actions: tuple[str, ...] = ()
+    about: Mapping[str, object] | None = None
+    """Of a sweep file: `claim`, `feeds`, `source`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +146,7 @@ def write(plan: Plan, root: Path) -> Manifest:
             "about": dict(plan.about or {}),
             "actions": list(plan.actions),
             "cells": [_row(cell) for cell in plan.cells],
-            "waiting": [
-                {
-                    "overrides": list(w.overrides),
-                    "traces": str(w.traces.path),
-                    "arguments": list(w.traces.arguments),
-                }
-                for w in plan.waiting
-            ],
+            "waiting": [_waiting_row(one) for one in plan.waiting],
         }
         write_json(folder / NAME, value)
     return read(folder)
@@ -105,32 +166,34 @@ def _row(cell: PlannedCell) -> dict[str, Any]:
     }
 
 
+def _waiting_row(waiting: Waiting) -> dict[str, Any]:
+    traces = waiting.traces
+    return {
+        "overrides": list(waiting.overrides),
+        "traces": str(traces.path),
+        "arguments": list(traces.arguments),
+    }
+
+
 def _refuse_other(known: dict[str, Any], plan: Plan, folder: Path) -> None:
     """A sweep may grow (more seeds, cells whose traces have been made); it does not change."""
     before = {row["id"] for row in known.get("cells", ())}
     lost = before - {cell.id for cell in plan.cells}
     if lost:
-        raise UserError(
-            Fault(
-                "run.sweep",
-                f"{folder} is another sweep: {len(lost)} of its {len(before)} cells are not in this one",
-                f"choose another name (run.sweep=...): a sweep can only grow; {folder} as a name goes on "
-                "with its own cells, as they are frozen",
-            )
-        )
+        what = f"{folder} is another sweep: {len(lost)} of its {len(before)} cells are not in this one"
+        hint = "choose another name (run.sweep=...), since a sweep can only grow; launching"
+        raise UserError(Fault("run.sweep", what, f"{hint} {folder} itself continues its own frozen cells"))
 
 
 def first_status(folder: Path, needs: Sequence[str]) -> None:
-    """Say `pending` or `blocked` where nothing has been said yet; what a run says is never replaced."""
+    """Record `pending` or `blocked` if there is no status yet; the status of a run is never replaced."""
     path = folder / "status.json"
     if path.exists():
         return
     state, more = ("blocked", {"reason": f"waits for {', '.join(needs)}"}) if needs else ("pending", {})
     temporary = folder / f".status.json.first.{os.getpid()}"
-    write_json(
-        temporary,
-        {"state": state, "attempt": 0, "step": 0, "heartbeat": time.time(), "failure": None, **more},
-    )
+    facts = {"attempt": 0, "step": 0, "heartbeat": time.time(), "failure": None}
+    write_json(temporary, {"state": state, **facts, **more})
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -143,47 +206,28 @@ def read(folder: Path) -> Manifest:
     """Raises UserError where there is no manifest or it cannot be read."""
     value = read_json(folder / NAME)
     if not value:
-        raise UserError(
-            Fault(
-                str(folder),
-                "holds no manifest.json, so it is not a sweep's folder",
-                "python -m dash_exp.sweep list names them",
-            )
-        )
+        what = "holds no manifest.json, so it is not a sweep's folder"
+        raise UserError(Fault(str(folder), what, "python -m dash_exp.sweep list names them"))
     if value["format"] > FORMAT:
         raise UserError(Fault(str(folder / NAME), f"has format {value['format']}, known here: {FORMAT}"))
-    entries = tuple(
-        Entry(
-            row["id"],
-            row["folder"],
-            tuple(row["overrides"]),
-            Resources(**row["resources"]),
-            tuple(row["needs"]),
-        )
-        for row in value["cells"]
-    )
+    entries = []
+    for row in value["cells"]:
+        overrides, resources = tuple(row["overrides"]), Resources(**row["resources"])
+        entries.append(Entry(row["id"], row["folder"], overrides, resources, tuple(row["needs"])))
     waiting = tuple(
         Waiting(tuple(row["overrides"]), Traces(Path(row["traces"]), tuple(row["arguments"])))
         for row in value["waiting"]
     )
-    return Manifest(
-        value["name"],
-        folder,
-        folder.parent.parent,
-        entries,
-        waiting,
-        tuple(value["actions"]),
-        value["about"],
-        value["created"],
-    )
+    name, about, created = (value[key] for key in ("name", "about", "created"))
+    root, actions = folder.parent.parent, tuple(value["actions"])
+    return Manifest(name, folder, root, tuple(entries), waiting, actions, about, created)
 
 
 @contextmanager
 def held(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Hold a sweep's lock: one writer at a time, here and (where the file system can) on other machines."""
-    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """Hold a sweep's lock: one writer at a time, on this machine and, if the file system can, on others."""
+    descriptor = take_lock(folder / name, wait=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -19,11 +19,10 @@ from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below
 from dash_exp.record import journal, provenance
 from dash_exp.record import manifest as manifests
-from dash_exp.record.endings import is_cancelled, say_state
 from dash_exp.record.folder import CellBusy, archive
-from dash_exp.record.jobs import Plan
+from dash_exp.record.journal import is_cancelled, set_state
 from dash_exp.record.locks import Locks, ask_to_end
-from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest, held
+from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest, Plan, held
 from dash_exp.sweep import local
 from dash_exp.sweep.pool import Log, Relay
 from dash_exp.sweep.report import closing_lines, closing_table, count_of, status_command
@@ -293,7 +292,7 @@ def _await_ends(manifest: Manifest, chosen: Sequence[SweepCell], done: Cancelled
     while left:
         for one in read_sweep(manifest).cells:
             if one.entry.id in left and one.cell.state not in ACTIVE:
-                say_state(one.cell.folder, "cancelled")
+                set_state(one.cell.folder, "cancelled")
                 done.ended.append(left.pop(one.entry.id))
         if time.monotonic() >= deadline:
             break

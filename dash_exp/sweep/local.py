@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.record import manifest as manifests
-from dash_exp.record.endings import is_done
 from dash_exp.record.folder import read_json, write_json
+from dash_exp.record.journal import is_done
 from dash_exp.record.locks import HERE, Locks
 from dash_exp.record.manifest import Entry, Manifest, held
 from dash_exp.signals import handling

@@ -7,7 +7,6 @@ import functools
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from dash_exp.config.environment import TRACES_HINT, Installed, is_installed
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.record.identity import Cell, make_cell
-from dash_exp.record.jobs import Plan, PlannedCell, Traces, Waiting
+from dash_exp.record.manifest import Plan, PlannedCell, Traces, Waiting
 from dash_exp.sweep.resources import (
     NOT_REPEATED,
     OF_A_CELL,
@@ -106,7 +105,7 @@ class PlanContext:
     def cell(self, config: Config) -> Cell:
         """The cell that a run by itself makes of this config. Raises UserError or OSError where a file that
         its id depends on cannot be read."""
-        return make_cell(deepcopy(config), self.cache)
+        return make_cell(config, self.cache)
 
 
 def plan_spec(

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from dash_exp.errors import ExitCode
 from dash_exp.record import journal
-from dash_exp.record.endings import is_cancelled, is_done, note_end, say_state
-from dash_exp.record.failures import classify, may_retry, signal_of
 from dash_exp.record.folder import read_json
+from dash_exp.record.journal import classify, is_cancelled, is_done, may_retry, note_end, set_state, signal_of
 from dash_exp.record.locks import HERE, Locks
 from dash_exp.signals import handling
 from dash_exp.sweep.states import ACTIVE, LOST, state_of
@@ -102,7 +101,7 @@ class Pool:
             time.sleep(POLL_S)
         for job in self.waiting:
             if is_cancelled(journal.read(job.folder)):
-                say_state(job.folder, "cancelled")
+                set_state(job.folder, "cancelled")
             self.states[job.name] = str(read_json(job.folder / "status.json").get("state", "pending"))
         return self.states
 
@@ -135,7 +134,7 @@ class Pool:
         elif is_done(job.folder):
             self._settle(job, "finished", "was finished elsewhere")
         elif is_cancelled(journal.read(job.folder)):
-            say_state(job.folder, "cancelled")
+            set_state(job.folder, "cancelled")
             self._settle(job, "cancelled", "is cancelled")
         else:
             return True
@@ -150,7 +149,7 @@ class Pool:
                 continue
             if state not in ACTIVE:
                 reason = f"waits for {folder.name if folder else need} ({state})"
-                say_state(job.folder, "blocked", reason=reason)
+                set_state(job.folder, "blocked", reason=reason)
                 self._settle(job, "blocked", f"is blocked: it {reason}")
             return False
         return True
@@ -214,7 +213,7 @@ class Pool:
         elif code == ExitCode.BLOCKED:
             self._settle(job, "blocked", f"is blocked: it {status.get('reason', 'waits for another cell')}")
         elif cancelled:
-            say_state(folder, "cancelled")
+            set_state(folder, "cancelled")
             self._settle(job, "cancelled", "was cancelled")
         else:
             self._settle(job, "interrupted", "was interrupted")
@@ -230,7 +229,7 @@ class Pool:
         state = str(worker.status().get("state"))
         if state not in ("failed", "interrupted", "finished"):  # its process recorded no end
             state = "interrupted" if failure in LOST else "failed"
-            say_state(job.folder, state, failure=reason)
+            set_state(job.folder, state, failure=reason)
         self._settle(job, state, text)
 
     def _log_busy(self, job: Job, by: str) -> None:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
-from dash_exp.record.jobs import Plan, PlannedCell, Resources
+from dash_exp.record.manifest import Plan, PlannedCell, Resources
 from dash_exp.sweep.lookup import labels, launched_folders
 from dash_exp.sweep.plan import LOADER
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, table

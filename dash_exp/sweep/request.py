@@ -18,8 +18,7 @@ from dash_exp.errors import Fault, UserError, disk_errors_below
 from dash_exp.learning.distributed.world import placed
 from dash_exp.record.folder import read_json
 from dash_exp.record.identity import read_frozen
-from dash_exp.record.jobs import Plan, PlannedCell
-from dash_exp.record.manifest import NAME, Manifest, sweep_folder
+from dash_exp.record.manifest import NAME, Manifest, Plan, PlannedCell, sweep_folder
 from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.local import read_order
 from dash_exp.sweep.lookup import find

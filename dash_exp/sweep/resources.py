@@ -20,7 +20,7 @@ import yaml
 from dash_exp.config.compose import conf_dir
 from dash_exp.config.schema import ACTIONS, ClusterConfig, Config, TrackingConfig
 from dash_exp.errors import Fault
-from dash_exp.record.jobs import Resources
+from dash_exp.record.manifest import Resources
 from dash_exp.sweep.spec import Combination, key_of, quoted
 from dash_exp.sweep.worker import threads_each
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dash_exp.record import journal
-from dash_exp.record.failures import BY_SCHEDULER
 from dash_exp.record.folder import Row, last_attempts, read_json
+from dash_exp.record.journal import BY_SCHEDULER
 from dash_exp.record.locks import HERE, Locks, is_alive, runs
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm.queue import JobState

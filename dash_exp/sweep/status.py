@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dash_exp.record import provenance
-from dash_exp.record.failures import classify
 from dash_exp.record.folder import Row, read_json
-from dash_exp.record.jobs import Waiting
+from dash_exp.record.journal import classify
 from dash_exp.record.locks import HERE, runs
-from dash_exp.record.manifest import Entry, Manifest
+from dash_exp.record.manifest import Entry, Manifest, Waiting
 from dash_exp.sweep.lookup import labels
 from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, open_need, states_of
 from dash_exp.text import last_lines

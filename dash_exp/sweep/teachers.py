@@ -10,8 +10,7 @@ import yaml
 from dash_exp.errors import UserError
 from dash_exp.record import manifest as manifests
 from dash_exp.record.identity import Cell
-from dash_exp.record.jobs import PlannedCell, Traces
-from dash_exp.record.manifest import Entry, Manifest
+from dash_exp.record.manifest import Entry, Manifest, PlannedCell, Traces
 from dash_exp.signals import run_forwarding
 from dash_exp.sweep.pool import Log, Relay
 from dash_exp.text import format_path

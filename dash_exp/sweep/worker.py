@@ -13,8 +13,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.record.failures import KERNEL_KILLED, signal_of
 from dash_exp.record.folder import Row, read_json
+from dash_exp.record.journal import KERNEL_KILLED, signal_of
 
 OUTPUT, VISIBLE_GPUS = "output.txt", "CUDA_VISIBLE_DEVICES"
 TAIL_BYTES, NVIDIA_SMI_S = 16_000, 20.0

@@ -20,7 +20,7 @@ import typing
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,7 @@ from dash_exp.errors import ExitCode, disk_errors_below, run_command
 from dash_exp.evaluation.metrics import Judge
 from dash_exp.record import provenance
 from dash_exp.record.folder import Row
-from dash_exp.record.hashing import model_hash, weights_hash
-from dash_exp.record.identity import resolve_paths
+from dash_exp.record.identity import model_hash, resolve_paths, weights_hash
 from dash_exp.sampling.protocol import arrived
 from dash_exp.seeding import seed_for
 from dash_exp.signals import Stop, handling, share_cores
@@ -57,10 +56,10 @@ def run(command: Command) -> int:
     share_cores()
     from dash_exp.train.engine import Answerer
 
-    config = command.config
+    config = resolve_paths(command.config)
+    command = replace(command, config=config)
     cache = Path(config.run.dir) / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    resolve_paths(config)
     progress = Progress(config.run.progress)
     with Answerer.of(config, cache) as answerer:
         work = Work.of(command, answerer, cache)

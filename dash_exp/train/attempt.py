@@ -14,7 +14,7 @@ from dash_exp.learning.distributed.links import Links
 from dash_exp.learning.preflight import largest_micro_batch
 from dash_exp.record import checkpoint, provenance
 from dash_exp.record.folder import Recorder, Row, read_final, read_json, read_rows, write_json
-from dash_exp.record.hashing import model_hash, weights_hash
+from dash_exp.record.identity import model_hash, weights_hash
 from dash_exp.signals import Interrupted, Stop, keep_freed_memory
 from dash_exp.text import format_path, format_seconds
 from dash_exp.train.budget import Partner, check_equal, spent_seconds

@@ -248,8 +248,7 @@ def test_parts_are_found_in_the_data_folder(mixed: Config, tmp_path: Path) -> No
     for name in ("math_train.jsonl", "gsm8k_train.jsonl"):
         (tmp_path / name).write_text("rows")
     mixed = changed(mixed, {"paths.data": str(tmp_path)})
-    resolve_paths(mixed)
-    found = [one.path for one in parts_of(mixed.dataset).values()]
+    found = [one.path for one in parts_of(resolve_paths(mixed).dataset).values()]
     assert found == [str(tmp_path / "math_train.jsonl"), str(tmp_path / "gsm8k_train.jsonl")]
 
 

@@ -71,7 +71,7 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
     hand here; everything else is as on a GPU."""
     from vllm.config import WeightTransferConfig
 
-    from dash_exp.record.checksums import checksum
+    from dash_exp.record.checkpoint import checksum
     from dash_exp.sampling.vllm import weights as receivers
 
     found: list[str] = []

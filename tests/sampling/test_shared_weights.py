@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dash_exp.record.checksums import checksum
+from dash_exp.record.checkpoint import checksum
 from dash_exp.sampling.transfer.path import (
     PREFIX,
     SHARED_MEMORY,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dash_exp.record.checksums import checksum
+from dash_exp.record.checkpoint import checksum
 from dash_exp.sampling.fleet.member import ServerSettings
 from dash_exp.sampling.transfer import PATH
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dash_exp.record.checksums import checksum
+from dash_exp.record.checkpoint import checksum
 from dash_exp.sampling.fleet.fleet import FleetSettings
 from dash_exp.sampling.fleet.member import Launch, Member, RestartPolicy, ServerSettings
 from dash_exp.sampling.fleet.sampler import ServerSampler

@@ -13,8 +13,7 @@ from dash_exp.config.compose import compose
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.record import manifest
 from dash_exp.record.identity import make_cell
-from dash_exp.record.jobs import Plan, PlannedCell, Resources
-from dash_exp.record.manifest import Entry, Manifest
+from dash_exp.record.manifest import Entry, Manifest, Plan, PlannedCell, Resources
 from tests.test_run import SMALL
 
 ACTIONS = ("run.progress=plain", "cluster.threads=1")

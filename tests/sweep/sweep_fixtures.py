@@ -16,8 +16,7 @@ import pytest
 from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import Recorder, write_json
 from dash_exp.record.identity import Cell
-from dash_exp.record.jobs import Plan, PlannedCell, Resources, Traces, Waiting
-from dash_exp.record.manifest import Manifest
+from dash_exp.record.manifest import Manifest, Plan, PlannedCell, Resources, Traces, Waiting
 from dash_exp.sweep.__main__ import main
 from dash_exp.sweep.status import read_sweep
 from tests.conftest import REPOSITORY

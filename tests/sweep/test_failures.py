@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 from dash_exp.record import journal
-from dash_exp.record.endings import is_cancelled, note_end, say_state
-from dash_exp.record.failures import CLASSES, KERNEL_KILLED, classify, may_retry
 from dash_exp.record.folder import Row, lock, read_json, write_json
+from dash_exp.record.journal import (
+    CLASSES,
+    KERNEL_KILLED,
+    classify,
+    is_cancelled,
+    may_retry,
+    note_end,
+    set_state,
+)
 
 LOST_RANK = "dash_exp: 1 problem, what was recorded is kept\n  learner.ranks: rank 1 was killed by SIGKILL"
 NO_VERDICT = "dash_exp: 1 problem\n  verifier: every verdict of step 3 failed: no worker"
@@ -103,19 +110,19 @@ def test_who_asked_last_decides_whether_a_cell_is_cancelled() -> None:
 
 def test_a_state_is_written_only_where_nobody_says_it_better(tmp_path: Path) -> None:
     write_json(tmp_path / "status.json", {"state": "running", "attempt": 3, "step": 5, "heartbeat": 1.0})
-    assert say_state(tmp_path, "failed", failure="killed by SIGKILL")
+    assert set_state(tmp_path, "failed", failure="killed by SIGKILL")
     status = read_json(tmp_path / "status.json")
     assert (status["state"], status["attempt"], status["step"]) == ("failed", 3, 5)
     assert status["failure"] == "killed by SIGKILL" and status["heartbeat"] > 1
     held = lock(tmp_path)
-    assert not say_state(tmp_path, "cancelled")
+    assert not set_state(tmp_path, "cancelled")
     import os
 
     os.close(held)
-    assert say_state(tmp_path, "blocked", reason="waits") and say_state(tmp_path, "cancelled")
+    assert set_state(tmp_path, "blocked", reason="waits") and set_state(tmp_path, "cancelled")
     assert "reason" not in read_json(tmp_path / "status.json")
     write_json(tmp_path / "status.json", {"state": "finished"})
-    assert not say_state(tmp_path, "cancelled")
+    assert not set_state(tmp_path, "cancelled")
 
 
 def test_an_end_is_noted_with_the_step_that_was_reached(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dash_exp.config.compose import CachingComposer, compose, opened
 from dash_exp.errors import UserError
 from dash_exp.record.folder import write_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen
-from dash_exp.record.jobs import Plan
+from dash_exp.record.manifest import Plan
 from dash_exp.sweep import resources
 from dash_exp.sweep.plan import SweepOptions, make_plan, plan_spec
 from dash_exp.sweep.request import ad_hoc_name

@@ -7,7 +7,7 @@ from graphlib import CycleError
 
 import pytest
 
-from dash_exp.record.jobs import Resources
+from dash_exp.record.manifest import Resources
 from dash_exp.sweep.slurm.arrays import Array, demand_of, job_name, parameters, plan_arrays, share_out
 from tests.sweep.slurm_helpers import SMALL_JOB, cluster_of, made_up
 

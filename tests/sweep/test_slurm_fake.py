@@ -13,8 +13,7 @@ from dash_exp.errors import UserError
 from dash_exp.record import journal
 from dash_exp.record.folder import lock, write_json
 from dash_exp.record.identity import Cell
-from dash_exp.record.jobs import Plan, PlannedCell, Resources
-from dash_exp.record.manifest import Manifest
+from dash_exp.record.manifest import Manifest, Plan, PlannedCell, Resources
 from dash_exp.sweep.dispatch import LaunchRequest, refusals, renew_budgets
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm

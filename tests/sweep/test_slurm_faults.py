@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.record.jobs import Resources
-from dash_exp.record.manifest import Entry
+from dash_exp.record.manifest import Entry, Resources
 from dash_exp.sweep.slurm.arrays import find_faults, gpus_of, minutes_of
 from tests.sweep.slurm_helpers import SMALL_JOB, FakeSlurm, cluster_of, made_up
 

@@ -16,8 +16,7 @@ import pytest
 
 from dash_exp.record import journal
 from dash_exp.record.folder import differences, read_json, read_rows
-from dash_exp.record.jobs import Resources
-from dash_exp.record.manifest import Entry, Manifest
+from dash_exp.record.manifest import Entry, Manifest, Resources
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.arrays import find_faults

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.record.jobs import Plan, Traces, Waiting
-from dash_exp.record.manifest import read
+from dash_exp.record.manifest import Plan, Traces, Waiting, read
 from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.plan import SweepOptions, make_plan
 from dash_exp.sweep.resources import cluster_of

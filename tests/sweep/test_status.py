@@ -13,7 +13,7 @@ from benchmarks.status import measure
 from dash_exp.errors import UserError
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import Recorder
-from dash_exp.record.jobs import Plan, Resources, Traces, Waiting
+from dash_exp.record.manifest import Plan, Resources, Traces, Waiting
 from dash_exp.sweep.lookup import find, labels, matches, select
 from dash_exp.sweep.preview import hours_by_profile, plan_view, preview, profile
 from dash_exp.sweep.report import status_view, sweep_lines

@@ -29,8 +29,7 @@ Row = dict[str, Any]
 def dataset(option: str, folder: Path | None = None) -> DatasetConfig:
     """The dataset of an option, its file found."""
     config = compose([f"dataset={option}", "evaluation=none", f"paths.data={folder or 'null'}"])
-    resolve_paths(config)
-    return config.dataset
+    return resolve_paths(config).dataset
 
 
 @cache

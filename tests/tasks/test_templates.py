@@ -12,7 +12,7 @@ from dash_exp.config.environment import is_installed
 from dash_exp.config.schema import TEMPLATES
 from dash_exp.errors import UserError
 from dash_exp.modeling.source import load_tokenizer
-from dash_exp.record.hashing import package_path
+from dash_exp.record.identity import package_path
 from dash_exp.tasks.examples import Example
 from dash_exp.tasks.templates import CHATS, RENDERERS, Style, renderer
 from dash_exp.train.build_tasks import chat_form

@@ -22,8 +22,7 @@ from dash_exp.learning.preflight import preflight
 from dash_exp.learning.settings import Objective, Optimization, UpdateStats
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import load_model
-from dash_exp.record.checkpoint import Snapshot
-from dash_exp.record.checksums import checksum
+from dash_exp.record.checkpoint import Snapshot, checksum
 
 Made = TypeVar("Made")
 

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from dash_exp.record.checksums import checksum
+from dash_exp.record.checkpoint import checksum
 from dash_exp.sampling.fleet.client import InvalidResponseError, RefusedError, ServerClient
 from dash_exp.sampling.transfer import IPC, NCCL, OutdatedError, Weights
 

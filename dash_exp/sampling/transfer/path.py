@@ -18,7 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dash_exp.record.checksums import checksum
+from dash_exp.record.checkpoint import checksum
 from dash_exp.sampling.fleet.client import ServerClient
 from dash_exp.sampling.transfer import PATH, Weights
 

@@ -50,7 +50,7 @@ from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 from vllm.platforms import current_platform
 
-from dash_exp.record.checksums import checksum
+from dash_exp.record.checkpoint import checksum
 from dash_exp.sampling.transfer import IPC, NCCL, PATH
 from dash_exp.sampling.transfer.path import SharedReader
 from dash_exp.signals import keep_freed_memory

@@ -19,8 +19,7 @@ from typing import Any
 
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, nearest
-from dash_exp.record.jobs import Resources
-from dash_exp.record.manifest import Entry
+from dash_exp.record.manifest import Entry, Resources
 from dash_exp.sweep.slurm.queue import chunks, run, setting
 
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol")

@@ -19,9 +19,8 @@ from pathlib import Path
 from dash_exp.errors import ExitCode
 from dash_exp.record import journal
 from dash_exp.record import manifest as manifests
-from dash_exp.record.endings import is_cancelled, say_state
-from dash_exp.record.failures import BY_SCHEDULER, may_retry
 from dash_exp.record.folder import Row
+from dash_exp.record.journal import BY_SCHEDULER, is_cancelled, may_retry, set_state
 from dash_exp.signals import handling, run_forwarding
 from dash_exp.sweep.pool import Relay, Terms, print_log, run_pool
 from dash_exp.sweep.resources import cluster_of
@@ -120,7 +119,7 @@ class SlurmJob:
             if reason:
                 print_log(f"{name}: {reason}")
                 more = {"reason": reason} if states[name] == "blocked" else {"failure": reason}
-                say_state(self.folder(name), states[name], **more)
+                set_state(self.folder(name), states[name], **more)
         # the ranks of a cell must start together, so rank 0 does not retry by itself
         retries = self.retries if place.tasks == 1 else {}
         actions = tuple(cell_actions(self.actions, threads(place.cpus, self.slots)))
@@ -167,7 +166,7 @@ class SlurmJob:
         able = [name for name in wanted if used_requeues(rows[name], place) < self.requeues]
         for name in set(wanted) - set(able):
             why = f"{reason}; was requeued as often as cluster.requeues={self.requeues} allows"
-            say_state(self.folder(name), "interrupted", failure=why)
+            set_state(self.folder(name), "interrupted", failure=why)
             print_log(f"{name}: {why}")
         if able and requeue(place.job):
             for name in able:

@@ -20,9 +20,8 @@ from submitit.core.utils import UncompletedJobError
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.record import journal
-from dash_exp.record.jobs import Plan, Resources, Waiting
 from dash_exp.record.locks import Locks
-from dash_exp.record.manifest import Entry, Manifest, held, sweep_folder
+from dash_exp.record.manifest import Entry, Manifest, Plan, Resources, Waiting, held, sweep_folder
 from dash_exp.sweep.resources import resources_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm.arrays import Array, parameters, plan_arrays
