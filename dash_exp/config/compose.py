@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,7 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
+@functools.cache
 def register() -> None:
     """Store the schema in Hydra under the name that conf/config.yaml uses. Mappings whose keys the user
     chooses take new ones without Hydra's `+`."""

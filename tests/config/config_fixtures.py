@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from dash_exp.config.compose import compose
 from dash_exp.config.schema import Config, changed
-
-
-@cache
-def _tiny() -> Config:
-    return compose(["model=tiny", "paths.data=null"])
+from tests.config.composed import composed
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     """A config without faults: DASH on the tiny model."""
-    made: Config = changed(_tiny(), {"run.dir": str(tmp_path / "outputs")})
+    made: Config = changed(composed("model=tiny"), {"run.dir": str(tmp_path / "outputs")})
     return made
 
 

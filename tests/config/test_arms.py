@@ -30,6 +30,17 @@ def arm(root: Path, *overrides: str) -> Path:
     return folder
 
 
+AXES = [
+    (["filter=zero_variance", "learner.precision=fp32"], 1, True),
+    (["filter.kl=keep", "algorithm.kl=k2"], 1, True),
+    (["filter.denominator=kept", "learner.precision=bf16"], 1, True),
+    (["sampler.streaming=false", "algorithm.aggregation=token_mean"], 1, True),
+    (["algorithm.aggregation=sequence_mean", "algorithm.scale=none"], 1, True),
+    (["learner.lora.rank=2", "algorithm=ppo_multi"], 3, True),
+]
+"""Pairs of independent settings."""
+
+
 @pytest.mark.parametrize(
     ("overrides", "updates", "kl"),
     [
@@ -45,12 +56,7 @@ def arm(root: Path, *overrides: str) -> Path:
         (["algorithm=ppo_mini", "algorithm.mini_batch=32", "algorithm.passes=2"], 4, True),
         (["algorithm=sft_h"], 1, False),
         (["algorithm=sft_m"], 1, False),
-        (["filter=zero_variance", "learner.precision=fp32"], 1, True),
-        (["filter.kl=keep", "algorithm.kl=k2"], 1, True),
-        (["filter.denominator=kept", "learner.precision=bf16"], 1, True),
-        (["sampler.streaming=false", "algorithm.aggregation=token_mean"], 1, True),
-        (["algorithm.aggregation=sequence_mean", "algorithm.scale=none"], 1, True),
-        (["learner.lora.rank=2", "algorithm=ppo_multi"], 3, True),
+        *(pytest.param(*row, marks=pytest.mark.long) for row in AXES),
     ],
 )
 def test_every_arm_and_axis_learns_in_both_steps_of_a_fast_run(
@@ -296,7 +302,7 @@ PRESETS = sorted(
     for folder in ("paper", "demo")
     for p in (conf_dir() / "experiment" / folder).glob("*.yaml")
 )
-QUICK = ("paper/code_dash_0.5b", "demo/math_sft_m", "demo/code_sft_h")
+QUICK = ("demo/math_sft_m", "demo/code_sft_h")
 
 
 def presets() -> list[Any]:

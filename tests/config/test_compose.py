@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from hydra.core.global_hydra import GlobalHydra
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, conf_dir, find_faults
 from dash_exp.config.overrides import type_of
-from dash_exp.config.schema import Config, changed
+from dash_exp.config.schema import changed
 from dash_exp.errors import UserError
+from tests.config.composed import composed
 
 OPTIONS = sorted(
     file.relative_to(conf_dir()).with_suffix("").as_posix()
@@ -29,22 +31,33 @@ NEEDS = {"filter": ["algorithm=ppo_multi"], "evaluation/reasoning_gym": ["datase
 """Options, or groups of them, that fit only beside another one."""
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_composes_to_a_config_without_faults(option: str) -> None:
-    group, _, name = option.partition("/")
-    config = compose([f"{group}={name}", *NEEDS.get(option, NEEDS.get(group, []))])
-    assert isinstance(config, Config)
+def chosen_together() -> list[tuple[str, ...]]:
+    """Every option at least once: what an arm or experiment says by itself, the other groups side by side."""
+    names = {
+        group: [o for o in OPTIONS if o.startswith(f"{group}/")]
+        for group in {o.split("/")[0] for o in OPTIONS}
+    }
+    by_itself = [(o,) for group in ("algorithm", "experiment") for o in names.pop(group)]
+    names["evaluation"].remove("evaluation/reasoning_gym")  # fits beside its own dataset only
+    by_itself.append(("evaluation/reasoning_gym",))
+    return by_itself + list(itertools.zip_longest(*names.values()))
+
+
+@pytest.mark.parametrize("options", chosen_together(), ids=lambda options: "+".join(filter(None, options)))
+def test_every_option_composes_to_a_config_without_faults(options: tuple[str | None, ...]) -> None:
+    chosen = [o.replace("/", "=", 1) for o in options if o]
+    needs = [one for o in options if o for one in NEEDS.get(o, NEEDS.get(o.split("/")[0], []))]
+    config = composed(*dict.fromkeys([*needs, *chosen]))
     if config.algorithm.source == "traces":
         config = changed(config, {"dataset.traces": __file__})  # sampled before, by another command
     assert check(config, installed=lambda package: True) == []
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_says_what_it_is(option: str) -> None:
-    lines = (conf_dir() / f"{option}.yaml").read_text().splitlines()
-    documented = lines[1] if lines[0] == "# @package _global_" else lines[0]
-    assert documented.startswith("# ")
-    assert len(documented) > 12
+def test_every_option_says_what_it_is() -> None:
+    for option in OPTIONS:
+        lines = (conf_dir() / f"{option}.yaml").read_text().splitlines()
+        documented = lines[1] if lines[0] == "# @package _global_" else lines[0]
+        assert documented.startswith("# ") and len(documented) > 12, option
 
 
 def test_options_are_named_after_their_files() -> None:

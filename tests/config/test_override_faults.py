@@ -192,7 +192,7 @@ def test_a_sweep_names_the_cells_that_contradict_themselves() -> None:
 
 
 def test_sweeps_over_all_options_and_over_intervals() -> None:
-    assert find_faults(["algorithm=glob(*,exclude=sft_m)", "debug=fast"], sweep=True) == []
+    assert find_faults(["algorithm=glob(d*)", "debug=fast"], sweep=True) == []
     [fault] = find_faults(["model=tiny", "learner.lr=interval(0,1)"], sweep=True)
     assert fault == Fault("learner.lr", "an interval has no list of values", "write learner.lr=a,b,c")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dash_exp.config.compose import compose
 from dash_exp.config.schema import Config
+from tests.config.composed import composed
 
 pytest_plugins = ["tests.config.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")
@@ -55,7 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_differs_from_dash_in_what_defines_it_only(arm: str) -> None:
-    config = compose([f"algorithm={arm}"])
+    config = composed(f"algorithm={arm}")
     differs = dict(ARMS[arm])
     assert config.filter.name == differs.pop("filter", "advantage")
     assert (config.algorithm.clip_low, config.algorithm.clip_high) == (0.2, 0.2)
@@ -65,7 +65,7 @@ def test_an_arm_differs_from_dash_in_what_defines_it_only(arm: str) -> None:
 
 
 def paper(name: str) -> Config:
-    return compose([f"experiment=paper/{name}"])
+    return composed(f"experiment=paper/{name}")
 
 
 SIZES = {"math": ("0.5b", "1.5b", "3b"), "code": ("0.5b", "1.5b")}
