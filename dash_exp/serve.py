@@ -28,7 +28,7 @@ from pathlib import Path
 from dash_exp.config.checks import check, is_loopback
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.overrides import own_settings, split_off
-from dash_exp.config.schema import Config, dataset_places
+from dash_exp.config.schema import Config, changed, dataset_places
 from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, print_error, run_command
 from dash_exp.sampling.fleet.member import KEY_VARIABLE, LAUNCH, Launch, ServerProcess, ServerSettings
 from dash_exp.sampling.transfer import ENGINES
@@ -78,7 +78,7 @@ def parse(arguments: Sequence[str]) -> Command:
     if found:
         raise UserError(faults + found)
     config = compose(overrides)
-    config.cluster.server_urls = []  # this is one of them
+    config = changed(config, {"cluster.server_urls": []})  # this command starts one of them
     faults += [f for f in check(config) if any(f.where == k or f.where.startswith(f"{k}.") for k in USED)]
     faults += setting_faults(serve, config)
     if faults:

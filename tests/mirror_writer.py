@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from dash_exp.config.schema import Config, TrackingConfig
+from dash_exp.config.schema import Config, TrackingConfig, changed
 from dash_exp.mirror.follow import Follower
 from dash_exp.record.folder import Recorder
 from tests.mirror_fixtures import attempt, begin, step
@@ -19,8 +19,8 @@ from tests.mirror_fixtures import attempt, begin, step
 
 def config_of(root: Path, uri: str | None = None) -> Config:
     config = Config()
-    config.run.dir = str(root)
-    config.tracking = TrackingConfig(name="mlflow", every_s=0.3, uri=uri)
+    tracking = TrackingConfig(name="mlflow", every_s=0.3, uri=uri)
+    config = changed(config, {"run.dir": str(root), "tracking": tracking})
     return config
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from dash_exp.cell.run import run_config
 from dash_exp.config.compose import compose, find_faults, partner_overrides, without_budget
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, changed
 from dash_exp.errors import ExitCode, UserError
 from dash_exp.record.folder import Row, read_final, read_json, write_json
 from dash_exp.record.identity import cell_id, make_cell
@@ -77,7 +77,7 @@ def test_blocked_until_the_partner_is_finished_then_cut_at_its_time(
     status = read_json(folder / "status.json")
     assert status["state"] == "blocked" and "has not been started" in status["reason"]
     assert f"the cell with the id {multi.budget.match}" in capsys.readouterr().out
-    multi.run.partner = "python -m dash_exp algorithm=dash"
+    multi = changed(multi, {"run.partner": "python -m dash_exp algorithm=dash"})
     assert run_config(multi) == ExitCode.BLOCKED
     assert "this command again:\n    python -m dash_exp algorithm=dash" in capsys.readouterr().out
 

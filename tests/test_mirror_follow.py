@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from dash_exp.config.environment import is_installed
+from dash_exp.config.schema import changed
 from dash_exp.config.tracking import Place
 from dash_exp.mirror import follow as mirror_follow
 from dash_exp.mirror.follow import Follower, SyncTimer
@@ -82,7 +83,7 @@ def test_it_sends_while_the_run_goes_on_and_hears_no_scheduler(tmp_path: Path) -
 
 def test_nothing_is_started_where_nothing_is_tracked(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    config.tracking.name = "none"
+    config = changed(config, {"tracking.name": "none"})
     with Follower(begin(tmp_path), config, pytest.fail) as follower:
         follower.start(1)
         assert follower.process is None

@@ -6,14 +6,13 @@ what they mean everywhere, and every fault is found by the same code.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +138,8 @@ def composed(overrides: Sequence[str]) -> tuple[Config | None, list[Fault]]:
         return config, [
             Fault("evaluation", "names no set to evaluate on", "choose one, e.g. evaluation=math")
         ]
-    asked = copy.deepcopy(config)
-    asked.evaluation.before = True  # whatever the cell was to do, the sets are asked now
-    asked.dataset = replace(asked.dataset, kind="arithmetic", path=None, mix={})  # needs no file
+    generated: dict[str, Any] = {"dataset.kind": "arithmetic", "dataset.path": None, "dataset.mix": {}}
+    asked = changed(config, {"evaluation.before": True, **generated})  # its sets, and no training data
     return config, [f for f in check(asked) if _below(f.where, USED)]
 
 

@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dash_exp.config.environment import is_installed
-from dash_exp.config.schema import TrackingConfig
+from dash_exp.config.schema import TrackingConfig, changed
 from dash_exp.config.tracking import URI, VARIABLE, Place, place_of, tracking_faults
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 from dash_exp.mirror.follow import follow
@@ -41,7 +41,8 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], TrackingConfig]:
         elif key not in KEYS:
             faults.append(Fault(key, "is not a setting of the mirror", nearest(key, KEYS)))
         else:
-            setattr(tracking, key.partition(".")[2], float(value) if key.endswith("every_s") else value)
+            typed = float(value) if key.endswith("every_s") else value
+            tracking = changed(tracking, {key.partition(".")[2]: typed})
     if not folders:
         faults.append(Fault("usage", "python -m dash_exp.mirror <folders> [tracking.uri=...]", KINDS))
     faults += tracking_faults(tracking, is_installed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.overrides import own_settings, split_off
-from dash_exp.config.schema import COUNT, NATURAL, Config, Range
+from dash_exp.config.schema import COUNT, NATURAL, Config, Range, changed
 from dash_exp.errors import Fault, UserError
 
 TEACHER = "qwen7b_instruct"
@@ -84,8 +84,8 @@ def parse(arguments: Sequence[str]) -> Command:
         faults.append(Fault("sampler.max_sequences", what, "a group is sampled together: raise it"))
     if faults:
         raise UserError(faults)
-    config.sampler.max_new_tokens, config.dataset.max_new_tokens = traces.max_new_tokens, None
-    return command
+    lengths = {"sampler.max_new_tokens": traces.max_new_tokens, "dataset.max_new_tokens": None}
+    return Command(changed(config, lengths), traces)
 
 
 def out_of(arguments: Sequence[str]) -> Path:
@@ -109,9 +109,8 @@ def _read(arguments: Sequence[str]) -> tuple[Command, list[Fault]]:
     found = find_faults(overrides, checked=False)
     if found:
         raise UserError(faults + found)
-    config = compose(overrides)
-    config.algorithm.source = "sampler"  # the dataset's `traces` are what is made here
-    return Command(config, traces), faults
+    sampled = {"algorithm.source": "sampler"}  # the dataset's `traces` are what is made here
+    return Command(changed(compose(overrides), sampled), traces), faults
 
 
 def settings_of(texts: Sequence[str]) -> tuple[TracesConfig, list[Fault]]:

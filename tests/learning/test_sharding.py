@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dash_exp.config.compose import compose
+from dash_exp.config.schema import changed
 from dash_exp.learning.distributed.links import Alone, Leader
 from dash_exp.learning.distributed.member import Spec
 from dash_exp.learning.distributed.parallel import ParallelLearner, in_parts
@@ -288,5 +289,5 @@ def test_a_cell_without_shards_keeps_its_id(tmp_path: Path) -> None:
     frozen, identity = described(config, tmp_path)
     before = {k: v for k, v in identity["learner"].items() if k != "sharding"}
     assert cell_of(frozen, identity).id == cell_of(frozen, {**identity, "learner": before}).id
-    config.learner.sharding = "fsdp"
+    config = changed(config, {"learner.sharding": "fsdp"})
     assert cell_of(*described(config, tmp_path)).id != cell_of(frozen, identity).id

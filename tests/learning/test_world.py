@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dash_exp.cell.run import run_config
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, changed
 from dash_exp.errors import UserError
 from dash_exp.learning.distributed.world import Place, first_host, local_ranks, placed
 
@@ -75,9 +75,9 @@ def test_an_environment_that_says_half() -> None:
 def test_another_number_of_processes_than_ranks(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    config.learner.ranks = 2
+    config = changed(config, {"learner.ranks": 2})
     with pytest.raises(UserError, match="got 2, but 4 processes were started together"):
         run_config(config)
-    config.learner.ranks = 4
+    config = changed(config, {"learner.ranks": 4})
     with pytest.raises(UserError, match="the ranks of one cell, not a sweep"):
         run_config(config, apart=True)

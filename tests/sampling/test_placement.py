@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dash_exp.config.compose import compose
+from dash_exp.config.schema import changed
 from dash_exp.errors import UserError
 from dash_exp.sampling.fleet.member import visible_gpu
 from dash_exp.sampling.fleet.sampler import gpus, processors
@@ -63,7 +64,7 @@ def test_gpus_of_a_learner(
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
     config = compose(["model=tiny", "sampler=vllm_servers"])
-    config.learner.device, config.learner.ranks = device, ranks
+    config = changed(config, {"learner.device": device, "learner.ranks": ranks})
     assert learner_gpus(config) == taken
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,7 @@ def _slurm() -> ClusterConfig:
 
 def cluster_of(**settings: Any) -> ClusterConfig:
     """`cluster=slurm` with these settings."""
-    cluster = copy.deepcopy(_slurm())
-    for name, value in settings.items():
-        assert hasattr(cluster, name), name
-        setattr(cluster, name, value)
-    return cluster
+    return replace(_slurm(), **settings)
 
 
 def made_up(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 
 from dash_exp.config.compose import compose
 from dash_exp.config.environment import GYM_PACKAGE, is_installed
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, changed
 from dash_exp.errors import UserError
 from dash_exp.modeling.source import load_tokenizer
 from dash_exp.tasks.generated import HEADER, functions, gym_examples
@@ -37,14 +36,15 @@ def judges() -> Iterator[Judges]:
 @pytest.fixture
 def mixed(tmp_path: Path) -> Config:
     """Two datasets of single letters, three to one, each with a template and a verifier of its own."""
-    config = copy.deepcopy(compose(["dataset=math_gsm8k", "model=tiny", "evaluation=arithmetic"]))
-    for one, letter in ((config.dataset, "m"), (config.dataset.mix["gsm8k"], "g")):
+    files = {letter: tmp_path / f"{letter}.jsonl" for letter in "mg"}
+    for letter, file in files.items():
         rows = [{"id": f"{n}", "problem": f"{letter}{n}", "answer": n} for n in range(20)]
-        one.path = str(tmp_path / f"{letter}.jsonl")
-        Path(one.path).write_text("\n".join(map(json.dumps, rows)))
-    part = config.dataset.mix["gsm8k"]
-    part.template, part.verifier, part.extraction = "problem_solution", "integer", "first_integer"
-    return config
+        file.write_text("\n".join(map(json.dumps, rows)))
+    part = {"template": "problem_solution", "verifier": "integer", "extraction": "first_integer"}
+    values = {f"dataset.mix.gsm8k.{key}": value for key, value in {**part, "path": str(files["g"])}.items()}
+    config = compose(["dataset=math_gsm8k", "model=tiny", "evaluation=arithmetic"])
+    mixed: Config = changed(config, {"dataset.path": str(files["m"]), **values})
+    return mixed
 
 
 def test_a_mixture_has_the_parts_templates_and_judges(mixed: Config, tokenizer: Any, judges: Judges) -> None:
@@ -64,10 +64,8 @@ def test_a_mixture_has_the_parts_templates_and_judges(mixed: Config, tokenizer: 
 def test_every_fault_of_the_data_at_once_with_its_place(
     mixed: Config, tokenizer: Any, judges: Judges
 ) -> None:
-    mixed.dataset.max_prompt_tokens = 1
-    part = mixed.dataset.mix["gsm8k"]
-    part.template = "chat"
-    mixed.evaluation.sets["arithmetic"].stop = ["two"]
+    values = {"dataset.max_prompt_tokens": 1, "dataset.mix.gsm8k.template": "chat"}
+    mixed = changed(mixed, {**values, "evaluation.sets.arithmetic.stop": ["two"]})
     with pytest.raises(UserError) as caught:
         build_task(mixed, tokenizer, 2048, judges)
     assert [f.where for f in caught.value.faults] == [
@@ -78,7 +76,7 @@ def test_every_fault_of_the_data_at_once_with_its_place(
 
 
 def test_one_template_for_all_evaluation_sets(mixed: Config, tokenizer: Any, judges: Judges) -> None:
-    mixed.evaluation.template = "problem_solution"
+    mixed = changed(mixed, {"evaluation.template": "problem_solution"})
     [held_out] = build_task(mixed, tokenizer, 2048, judges).sets
     assert held_out.prompts.prompts[0].text.startswith("Problem:\n12 + 37")
 
@@ -104,8 +102,7 @@ class Marking:
 
 
 def test_a_chat_gets_no_second_begin_token(mixed: Config, judges: Judges) -> None:
-    mixed.model.add_bos = True
-    mixed.dataset.template = "chat"
+    mixed = changed(mixed, {"model.add_bos": True, "dataset.template": "chat"})
     task = build_task(mixed, Marking(), 2048, judges)
     first = {p.task: p for p in task.prompts.prompts if p.id == "3"}
     assert first["math"].text == "\0<user>m3<assistant>"
