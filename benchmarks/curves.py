@@ -19,9 +19,9 @@ from benchmarks.report import Options, Skipped, need_vllm, print_table
 from benchmarks.streaming import WORK, places
 from benchmarks.turns import WARM_UP, median, seconds
 from dash_exp.config.schema import Config
-from dash_exp.learning.distributed.parallel import ParallelLearner
-from dash_exp.learning.distributed.ranks import start
-from dash_exp.learning.packing import nothing
+from dash_exp.learning.distributed.launch import start_workers
+from dash_exp.learning.distributed.learner import DistributedLearner
+from dash_exp.learning.packing import empty_micro_batch
 from dash_exp.record.folder import Row
 from dash_exp.sampling.protocol import arrived
 from dash_exp.tasks.prompts import batch, requests
@@ -55,16 +55,16 @@ def reduction(config: Config, ours: Ours, folder: Path, rounds: int) -> float | 
         return None
     threads = max(1, thread_count(config.cluster.threads) // 2)
     spec = make_spec(config, ours.machine.plan, ours.machine.source.folder, ours.vocabulary, threads)
-    links = start(2, config.learner.timeout_s, folder / "ranks")
+    coordinator = start_workers(2, config.learner.timeout_s, folder / "ranks")
     try:
-        learner = ParallelLearner.of(spec, links, 0)
+        learner = DistributedLearner(spec, coordinator, 0)
         times = []
         for _ in range(rounds + WARM_UP):
-            learner.accumulate((nothing(), nothing()), [None, None])
+            learner.accumulate((empty_micro_batch(), empty_micro_batch()), [None, None])
             learner.update(1.0)
             times.append(learner.take_sums()["update/reduce_s"])
     finally:
-        links.close()
+        coordinator.close()
     return statistics.median(times[WARM_UP:])
 
 

@@ -49,10 +49,10 @@ def start_up(args: argparse.Namespace) -> dict[str, Any]:
     """Start-up to first step; the model folder is made before the clock runs."""
     from benchmarks import startup
     from benchmarks.ours import config_of
-    from dash_exp.train.build import find_model
+    from dash_exp.modeling.source import locate
 
     config = config_of(args.filter, 0.04, args.threads)
-    models = find_model(config, Path(config.run.dir) / "cache").folder.parent
+    models = locate(config.model, Path(config.run.dir) / "cache").folder.parent
     times = startup.measure(models, args.startup_repeats, args.threads)
     measured = {label: spread(values) for label, values in times.items()}
     rows = [

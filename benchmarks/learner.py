@@ -83,8 +83,8 @@ def make_bare(
     since rows are complete."""
     import torch
 
+    from dash_exp.learning.learner import device_of
     from dash_exp.modeling.source import load_model
-    from dash_exp.train.build import device_of
 
     device = device_of(ours.config.learner.device)
     model = load_model(ours.machine.source.folder, torch.bfloat16, "sdpa").to(device)

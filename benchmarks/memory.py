@@ -126,8 +126,7 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
     import torch
 
     from dash_exp.config.compose import compose
-    from dash_exp.learning.distributed.links import Alone
-    from dash_exp.learning.distributed.member import make_learner
+    from dash_exp.learning import learner
     from dash_exp.train.build import make_plan, make_spec
 
     config = compose(
@@ -141,8 +140,7 @@ def load_learner(setting: Setting, folder: Path) -> Learner:
     )
     plan = make_plan(config, prompts=1)
     spec = make_spec(config, plan, folder, setting.vocabulary)
-    learner, _ = make_learner(spec, torch.device("cpu"), Alone(), 0)
-    return learner
+    return learner.load_learner(spec, torch.device("cpu"))
 
 
 def make_group(position: int, size: int, setting: Setting) -> AdvantagedGroup:

@@ -169,7 +169,7 @@ def run_cell(composed: Any) -> int:
 
     given = HydraConfig.get().overrides
     places = [text for text in given.hydra if text.startswith("hydra.searchpath")]
-    partner = resolve_match(config, [*places, *given.task], Path(config.run.dir) / "cache")
+    config, partner = resolve_match(config, [*places, *given.task], Path(config.run.dir) / "cache")
     command = shlex.join(["python", "-m", "dash_exp", *partner]) if partner else None
     return run_config(changed(config, {"run.partner": command}), apart=sweeping)
 

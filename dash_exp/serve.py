@@ -119,12 +119,11 @@ def settings_of(command: Command, cache: Path) -> ServerSettings:
     """Finds the model. Raises UserError where it cannot be had or is too small."""
     import torch
 
-    from dash_exp.modeling.source import load_tokenizer, position_limit
-    from dash_exp.train.build import find_model
+    from dash_exp.modeling.source import load_tokenizer, locate, position_limit
     from dash_exp.train.build_servers import server_settings
 
     config, serve = command.config, command.serve
-    folder = find_model(config, cache).folder
+    folder = locate(config.model, cache).folder
     limit = position_limit(folder)
     if (serve.max_model_len or 0) > limit:
         raise UserError(Fault("serve.max_model_len", f"got {serve.max_model_len}, the model takes {limit}"))

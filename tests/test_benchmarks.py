@@ -21,8 +21,7 @@ from benchmarks.rewards import CONSTANT, VARIED, SetJudge, SetRewards, is_varied
 from benchmarks.streaming import ideal
 from benchmarks.turns import alternate
 from dash_exp.capacity.model import Setting
-from dash_exp.learning.advantages import group_advantages
-from dash_exp.learning.filters import keep_large
+from dash_exp.learning.advantages import group_advantages, keep_large
 from dash_exp.tasks.prompts import PromptSet, batch
 from dash_exp.types import Decoding, Prompt, Request
 from tests.conftest import REPOSITORY

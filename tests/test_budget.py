@@ -25,9 +25,7 @@ MULTI = ["algorithm=ppo_multi", "algorithm.steps=60"]
 def composed(root: Path, *overrides: str) -> Config:
     """A config with its partner resolved, as `python -m dash_exp` does it."""
     everything = [*SMALL, f"run.dir={root}", *overrides]
-    config = compose(everything)
-    resolve_match(config, everything, root / "cache")
-    return config
+    return resolve_match(compose(everything), everything, root / "cache")[0]
 
 
 def folder_of(config: Config, root: Path) -> Path:
@@ -199,7 +197,7 @@ def test_whatever_is_changed_of_a_demo_its_partner_is_the_demo_of_dash(
     common = ["model=tiny", f"run.dir={tmp_path}"]
     assert find_faults([*common, *overrides]) == []
     config = compose([*common, *overrides])
-    command = resolve_match(config, [*common, *overrides], tmp_path / "cache")
+    config, command = resolve_match(config, [*common, *overrides], tmp_path / "cache")
     dash = make_cell(compose([*common, "experiment=demo/math_dash"]), tmp_path / "cache")
     assert config.budget.match == dash.id
     assert command == [*common, "experiment=demo/math_dash"]

@@ -39,11 +39,8 @@ NEEDS_TORCH = {
 }
 TORCH_FREE = {
     "learning.advantages",
-    "learning.filters",
-    "learning.schedules",
-    "learning.distributed.world",
-    "learning.distributed.rank_process",
-    "learning.distributed.watch",
+    "learning.distributed.launch",
+    "learning.settings",
     "train.budget",
     "train.display",
     "train.build_tasks",
@@ -52,7 +49,7 @@ TORCH_FREE = {
 
 ONE_PLACE = {
     "vllm": ("sampling/vllm/", "sampling/transfer/device.py"),
-    "peft": "learning/adapters.py",
+    "peft": "learning/weights.py",
     "reasoning_gym": ("tasks/generated.py", "config/environment.py", "verifiers/gym.py"),
     "submitit": "sweep/slurm/",
     "mlflow": "mirror/mlflow.py",

@@ -31,7 +31,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The other ranks that a run has started."""
     children = psutil.Process(process.pid).children(recursive=True)
-    return [c for c in children if "dash_exp.learning.distributed" in c.cmdline()]
+    return [c for c in children if "dash_exp.learning.distributed.launch" in c.cmdline()]
 
 
 def test_two_ranks_give_the_record_of_one(two: Path, tmp_path: Path) -> None:

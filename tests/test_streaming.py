@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from dash_exp.config.compose import compose
-from dash_exp.learning.advantages import group_advantages
-from dash_exp.learning.filters import make_filter
+from dash_exp.learning.advantages import group_advantages, make_filter
 from dash_exp.learning.learner import Learner
-from dash_exp.learning.settings import Objective
+from dash_exp.learning.settings import Forward, Objective
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.train.build import make_plan
 from dash_exp.train.loop import judge, train_step
@@ -66,7 +65,7 @@ def learned(
     in_order: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], list[list[int]]]:
     """Weights and metric sums after one step, and the groups of each micro-batch."""
-    learner = Learner(copy.deepcopy(model), goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
+    learner = Learner(copy.deepcopy(model), goal, optimization(), Forward(VOCABULARY, 16))
     prompts = tuple(replace(g.group.prompt, answer="x" * n) for n, g in enumerate(BATCH))
     sampler = Scripted(script)
     weigh = partial(group_advantages, baseline="group_mean", scale="std")

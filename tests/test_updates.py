@@ -10,11 +10,11 @@ from typing import Any, cast
 import pytest
 import torch
 
-from dash_exp.learning.distributed.parallel import ParallelLearner
-from dash_exp.learning.filters import keep_all
+from dash_exp.learning.advantages import keep_all
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.settings import Objective, Optimization, UpdateStats
+from dash_exp.learning.rounds import LocalLearner
+from dash_exp.learning.settings import Forward, Objective, Optimization, UpdateStats
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import BatchFacts, learner_values
@@ -62,7 +62,7 @@ def parts_of(learner: Learner, aggregation: str, max_tokens: int = 25, **more: A
         "filter_advantages": tuple,
         "demonstrations": None,
         "packer": Packer(max_tokens, aggregation, keep_for_kl=False),
-        "learner": ParallelLearner.alone(learner),
+        "learner": LocalLearner(learner),
     }
     return Parts(**{**values, **more})
 
@@ -96,7 +96,7 @@ def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
 def ours(
     model: Any, groups: list[AdvantagedGroup], goal: Objective, plan: Plan
 ) -> tuple[Learner, list[UpdateStats]]:
-    learner = Learner(model, goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
+    learner = Learner(model, goal, optimization(), Forward(VOCABULARY, 16))
     run = context(plan, parts_of(learner, plan.aggregation))
     arrived = [groups[i] for i in (2, 0, 3, 1)]  # finished in another order
     return learner, repeated_updates(run, mini_batches(run, arrived))
@@ -160,7 +160,7 @@ def test_a_falling_beta_weighs_the_kl_term(tiny: Any, plain: Any) -> None:
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter += 0.02
-    learner = Learner(tiny, goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
+    learner = Learner(tiny, goal, optimization(), Forward(VOCABULARY, 16))
     learner.model.load_state_dict(moved.state_dict())
     learner.updates = 3
     packer = Packer(1000, "constant", keep_for_kl=False)
@@ -211,7 +211,7 @@ def test_zero_learning_rate_keeps_every_ratio_at_one(tiny: Any) -> None:
     the ratio."""
     groups = make_groups(LENGTHS, PROMPTS)
     goal = Objective("clipped", 1e-6, 1e-6, 0.0, "constant", "k3", 1.0)
-    learner = Learner(tiny, goal, optimization(lr=0.0), vocabulary=VOCABULARY, logit_chunk=16)
+    learner = Learner(tiny, goal, optimization(lr=0.0), Forward(VOCABULARY, 16))
     run = context(plan_of(3, 2, "constant"), parts_of(learner, "constant"))
     repeated_updates(run, mini_batches(run, groups))
     sums = learner.take_sums()
@@ -229,7 +229,7 @@ def test_sft_is_cross_entropy(tiny: Any, plain: Any) -> None:
         for n, ids in enumerate(prompts)
     ]
     goal = Objective("policy_gradient", 0.2, 0.2, 0.0, "constant", "k3", 1.0)
-    learner = Learner(tiny, goal, optimization(), vocabulary=VOCABULARY, logit_chunk=16)
+    learner = Learner(tiny, goal, optimization(), Forward(VOCABULARY, 16))
     packer = Packer(1000, "token_mean", keep_for_kl=False)
     for batch in [b for g in groups for b in packer.add(g)] + list(packer.flush()):
         learner.accumulate(batch)
@@ -261,8 +261,7 @@ def test_a_filter_threshold_means_the_same_in_every_arm(tiny: Any) -> None:
     """One right among four: 1.5 and 0.5 standard deviations from the mean, however the arm scales."""
     from functools import partial
 
-    from dash_exp.learning.advantages import group_advantages
-    from dash_exp.learning.filters import keep_large
+    from dash_exp.learning.advantages import group_advantages, keep_large
 
     standard = partial(group_advantages, baseline="group_mean", scale="std")
     for baseline in ("group_mean", "leave_one_out"):

@@ -32,7 +32,7 @@ from dash_exp.errors import (
     print_error,
     run_command,
 )
-from dash_exp.learning.distributed.world import placed
+from dash_exp.learning.settings import launched_place
 from dash_exp.mirror.follow import Follower
 from dash_exp.record import provenance
 from dash_exp.record.folder import (
@@ -49,13 +49,13 @@ from dash_exp.train.budget import Blocked, find_partner
 from dash_exp.train.display import Display
 
 if TYPE_CHECKING:
-    from dash_exp.learning.distributed.links import Links
+    from dash_exp.learning.distributed.communicator import Coordinator
 
 
 def run_config(config: Config, apart: bool = False) -> int:
     """Freeze the cell of this config and run it, here or, `apart`, in a fresh process (so that the
     cells of a sweep share nothing). Returns an exit code; UserError is the caller's."""
-    if apart and placed(os.environ) is not None:
+    if apart and launched_place(os.environ) is not None:
         raise UserError(
             Fault(
                 "-m",
@@ -66,7 +66,7 @@ def run_config(config: Config, apart: bool = False) -> int:
     return together(config, lambda links: freeze_and_run(config, apart, links))
 
 
-def freeze_and_run(config: Config, apart: bool, links: Links | None) -> int:
+def freeze_and_run(config: Config, apart: bool, links: Coordinator | None) -> int:
     root = Path(config.run.dir)
     cache = root / "cache"
     with disk_errors_below(root):
@@ -89,10 +89,10 @@ def freeze_and_run(config: Config, apart: bool, links: Links | None) -> int:
     return ExitCode.SIGNALLED + (handed or -code) if handed or code < 0 else code
 
 
-def together(config: Config, cell: Callable[[Links | None], int]) -> int:
+def together(config: Config, cell: Callable[[Coordinator | None], int]) -> int:
     """Run a cell, on rank 0 only where torchrun or srun started the ranks of its learner: the others do
     what rank 0 says. They touch neither the cell's lock nor its record."""
-    place = placed(os.environ)
+    place = launched_place(os.environ)
     if place is None:
         return cell(None)
     if place.size != config.learner.ranks:
@@ -104,18 +104,18 @@ def together(config: Config, cell: Callable[[Links | None], int]) -> int:
             )
         )
     share_cores()
-    from dash_exp.learning.distributed.ranks import follow, lead
+    from dash_exp.learning.distributed.launch import connect_rank_0, run_worker
 
     if place.rank > 0:
-        return follow(place, config.learner.timeout_s)
-    links = lead(place, config.learner.timeout_s)
+        return run_worker(place, config.learner.timeout_s)
+    links = connect_rank_0(place, config.learner.timeout_s)
     try:
         return cell(links)
     finally:
         links.close()
 
 
-def run(folder: Path, config: Config, links: Links | None = None) -> int:
+def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
     """Run the cell in `folder` (frozen already). `config` supplies the actions (run, cluster, ...)."""
     display = Display(config.algorithm.steps or 0, config.run.progress)
     stop = Stop()
@@ -154,7 +154,7 @@ def tell_finished(folder: Path, display: Display) -> int:
 
 
 def run_locked(
-    folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop, links: Links | None
+    folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop, links: Coordinator | None
 ) -> int:
     """One attempt at a cell, with every way it can end turned into a status and an exit code."""
     step = int(read_json(folder / "status.json").get("step", 0))
@@ -165,7 +165,7 @@ def run_locked(
         partner = find_partner(config, folder.parent) if config.budget.match and not known else None
         from dash_exp.train.attempt import Attempt  # heavy imports only once there is something to run
 
-        Attempt(folder, config, recorder, display, stop, partner, links).whole()
+        Attempt(folder, config, recorder, display, stop, partner, links).run()
     except Blocked as reason:
         recorder.status("blocked", step, reason=str(reason))
         recorder.log(f"blocked: {reason}")

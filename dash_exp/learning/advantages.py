@@ -1,9 +1,13 @@
-"""Advantages: how much better a completion is than its group. Pure functions, torch-free."""
+"""Advantages (how much better a completion is than its group), and filters on them. Pure functions.
+
+A filter gets the advantages of one group and says which completions to keep. Dropped ones are never
+forwarded, unless `filter.kl=keep` forwards them for their KL term.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from dash_exp.config.schema import BASELINES, SCALES, STD_EPSILON
 
@@ -37,3 +41,32 @@ def group_advantages(
         std = math.sqrt(math.fsum((r - mean) ** 2 for r in finite) / (n - 1))
         factor /= std + STD_EPSILON
     return tuple((r - mean) * factor if math.isfinite(r) else 0.0 for r in rewards_G)
+
+
+Filter = Callable[[Sequence[float]], tuple[bool, ...]]
+
+
+def keep_all(advantages_G: Sequence[float]) -> tuple[bool, ...]:
+    """No filter."""
+    return (True,) * len(advantages_G)
+
+
+def keep_varied(advantages_G: Sequence[float]) -> tuple[bool, ...]:
+    """Drop a group whose advantages are all 0, that is, whose rewards are all equal."""
+    return (any(a != 0.0 for a in advantages_G),) * len(advantages_G)
+
+
+def keep_large(threshold: float) -> Filter:
+    """The paper's gradient filter: keep |A| > threshold (DASH, section 3)."""
+
+    def keep(advantages_G: Sequence[float]) -> tuple[bool, ...]:
+        return tuple(abs(a) > threshold for a in advantages_G)
+
+    return keep
+
+
+def make_filter(name: str, threshold: float) -> Filter:
+    """The filter an option names: `none`, `zero_variance` or `advantage`."""
+    if name == "advantage":
+        return keep_large(threshold)
+    return {"none": keep_all, "zero_variance": keep_varied}[name]

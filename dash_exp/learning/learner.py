@@ -1,9 +1,10 @@
-"""The learner: accumulates unnormalised gradient sums in fp32, then divides once and updates."""
+"""The learner of one process: adds up gradients in fp32, then divides once and updates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,60 +13,92 @@ from torch import Tensor
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning import losses
-from dash_exp.learning.adapters import add_adapters, disabled, plain_weights
-from dash_exp.learning.agreement import facts_of, take_state
-from dash_exp.learning.packing import MicroBatch, Packed, nothing, pack
-from dash_exp.learning.schedules import kl_coefficient, learning_rate
-from dash_exp.learning.scorer import Scorer, frozen_copy
-from dash_exp.learning.settings import BatchSums, Objective, Optimization, UpdateStats
-from dash_exp.learning.weights import Weights
-from dash_exp.record.checkpoint import Snapshot
+from dash_exp.learning.logprobs import Scorer, frozen_copy
+from dash_exp.learning.packing import MicroBatch, Packed, pack
+from dash_exp.learning.settings import (
+    BatchSums,
+    Forward,
+    LearnerSpec,
+    Objective,
+    Optimization,
+    UpdateStats,
+    kl_coefficient,
+    learning_rate,
+)
+from dash_exp.learning.weights import Weights, adapters_disabled, add_adapters, merged_weights
+from dash_exp.modeling.attention import ATTENTION
+from dash_exp.modeling.source import load_model
+from dash_exp.record.checkpoint import Snapshot, checksum
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class StateFacts:
+    """What a rank must know of a snapshot before it receives its tensors. `stored`: the snapshot's key of
+    each weight, by the weight's name; `steps`: how often each weight that has moments was moved."""
+
+    updates: int
+    stored: Mapping[str, str]
+    steps: Mapping[str, float]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> StateFacts:
+        kept = snapshot.optimizer
+        stored = {name: f"weights/{name}" for name in snapshot.weights}
+        stored |= {key.removeprefix("master/"): key for key in kept if key.startswith("master/")}
+        steps = {key.removeprefix("step/"): float(kept[key]) for key in kept if key.startswith("step/")}
+        return cls(int(snapshot.state["updates"]), stored, steps)
 
 
 class Learner:
-    """Owns the policy: what `weights` holds of it moves by the sums of its gradients."""
+    """Owns the policy, whose weights move by the sums of its gradients.
+
+    `forward`: how passes are computed; `hold`: what keeps the policy's tensors.
+    """
 
     def __init__(
         self,
         model: Any,
         objective: Objective,
-        setting: Optimization,
-        *,
-        vocabulary: int,
-        logit_chunk: int,
-        gradient_checkpointing: bool = False,
+        optimization: Optimization,
+        forward: Forward,
         hold: Callable[[Scorer, str], Weights] = Weights,
     ):
-        """`hold`: what is to keep the policy's tensors."""
-        self.objective, self.setting = objective, setting
+        self.objective, self.optimization = objective, optimization
         self.model = model.eval()  # dropout is never on: two scorings of a sample are identical
-        refuse_dropout(model)
-        if setting.adapters is not None:
-            add_adapters(model, setting.adapters)
-        elif setting.freeze_embeddings:
+        check_dropout(model)
+        if optimization.adapters is not None:
+            add_adapters(model, optimization.adapters)
+        elif optimization.freeze_embeddings:
             model.get_input_embeddings().weight.requires_grad_(False)
             model.get_output_embeddings().weight.requires_grad_(False)
-        scorer = partial(Scorer, temperature=objective.temperature, vocabulary=vocabulary, chunk=logit_chunk)
+        scorer = partial(
+            Scorer,
+            temperature=objective.temperature,
+            vocabulary=forward.vocabulary,
+            chunk=forward.logit_chunk,
+        )
         self.reference: Scorer | None = None
-        if objective.beta > 0 and setting.adapters is None:  # else the base lies beneath the adapters
-            dtype = torch.float32 if setting.precision == "fp32" else torch.bfloat16
+        if objective.beta > 0 and optimization.adapters is None:  # else the base lies beneath the adapters
+            dtype = torch.float32 if optimization.precision == "fp32" else torch.bfloat16
             self.reference = scorer(frozen_copy(model, dtype))
-        if gradient_checkpointing:
+        if forward.gradient_checkpointing:
             model.train()  # transformers checkpoints in training mode only
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = scorer(model)
-        self.weights = hold(self.policy, setting.precision)
+        self.weights = hold(self.policy, optimization.precision)
         if self.reference is not None:
-            self.weights.guard(self.reference)
+            self.weights.hold_reference(self.reference)
         self.masters, self.gradients = self.weights.masters, self.weights.gradients
         for master in self.masters.values():
             master.grad = None
         self.optimizer = torch.optim.AdamW(
             list(self.masters.values()),
-            lr=setting.lr,
-            betas=setting.betas,
-            eps=setting.eps,
-            weight_decay=setting.weight_decay,
+            lr=optimization.lr,
+            betas=optimization.betas,
+            eps=optimization.eps,
+            weight_decay=optimization.weight_decay,
             fused=True,
         )
         self.updates = 0
@@ -85,21 +118,12 @@ class Learner:
     @property
     def beta(self) -> float:
         """The KL coefficient of the update that is being accumulated."""
-        goal = self.objective
-        total = max(1, self.setting.total_updates)
-        return kl_coefficient(self.updates, beta=goal.beta, schedule=goal.beta_schedule, total=total)
+        return kl_coefficient(self.updates, self.objective, max(1, self.optimization.total_updates))
 
     @property
     def lr(self) -> float:
         """The learning rate of the update that is being accumulated."""
-        plan = self.setting
-        return learning_rate(
-            self.updates,
-            lr=plan.lr,
-            schedule=plan.schedule,
-            warmup_share=plan.warmup_share,
-            total=plan.total_updates,
-        )
+        return learning_rate(self.updates, self.optimization)
 
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -121,20 +145,20 @@ class Learner:
         """Log-probabilities [C] of the initial model; None where the objective has no KL term."""
         if self.objective.beta == 0:
             return None
-        found: Tensor
+        packed, found = self._pack(batch), None
         if self.reference is not None:
-            found = self.reference(self._pack(batch))[0]
-            return found
-        with disabled(self.model):
-            found = self.policy(self._pack(batch))[0]
-            return found
+            found = self.reference(packed)[0]
+        else:
+            with adapters_disabled(self.model):
+                found = self.policy(packed)[0]
+        return found
 
     def accumulate(
         self, batch: MicroBatch, reference: Tensor | None = None, old: Tensor | None = None
     ) -> Tensor:
-        """Forward and backward one micro-batch, adding to the gradient sums.
+        """Forward and backward of one micro-batch, adding to the gradient sums.
 
-        `reference` [C] is what `reference_logprobs` gave. `old` [C] are the log-probabilities at the
+        `reference` [C] comes from `reference_logprobs`. `old` [C] are the log-probabilities at the
         sampling weights; None where the current weights are those (the first update of a batch), whose
         own detached values then serve. Returns the log-probabilities [C], detached.
         """
@@ -169,22 +193,8 @@ class Learner:
         return detached
 
     @torch.no_grad()
-    def accompany(self, what: str) -> None:
-        """An empty micro-batch: one token of weight 0, which adds nothing. With sharded weights a rank that
-        has nothing to compute takes part in the others' `accumulate`, `score` or `reference` this way."""
-        packed = pack(nothing(), self.device)
-        if what == "reference":
-            assert self.reference is not None
-            self.reference(packed)
-            return
-        with torch.set_grad_enabled(what == "accumulate"):
-            logprobs = self.policy(packed)[0]
-            if what == "accumulate":
-                (0.0 * logprobs).sum().backward()
-
-    @torch.no_grad()
     def update(self, denominator: float) -> UpdateStats:
-        """Divide the sums once, clip by global norm, move the weights, clear the sums.
+        """Divide the gradient sums once, clip by global norm, move the weights, clear the sums.
 
         Where nothing was accumulated (every completion dropped), or nothing is counted, nothing moves,
         not even by momentum or weight decay; the update still counts for the schedule.
@@ -199,7 +209,7 @@ class Learner:
         touched.clear()
         if not math.isfinite(norm):
             return UpdateStats(norm, lr, beta, skipped=True, finite=False)
-        scale = min(1.0, self.setting.max_grad_norm / (norm + 1e-6)) / denominator
+        scale = min(1.0, self.optimization.max_grad_norm / (norm + 1e-6)) / denominator
         for name, master in self.masters.items():
             self.gradients[name] *= scale
             master.grad = self.gradients[name].to(master.dtype)
@@ -208,7 +218,7 @@ class Learner:
         self.optimizer.step()
         for master in self.masters.values():
             master.grad = None
-        self.weights.follow()
+        self.weights.copy_masters()
         return UpdateStats(norm, lr, beta, skipped=False)
 
     def discard(self) -> None:
@@ -217,28 +227,80 @@ class Learner:
         self.sums = BatchSums()
         self._laid_out = None
 
+    def preflight(self, micro_batch: MicroBatch) -> None:
+        """Forward and backward beside what the optimizer will need, and forget the gradient. Raises UserError
+        when memory runs out: better in the first minute than when the longest samples come."""
+        try:
+            fresh = not self.optimizer.state
+            moments = [torch.empty_like(m) for m in self.masters.values() for _ in range(2) if fresh]
+            self.accumulate(micro_batch, self.reference_logprobs(micro_batch))
+            del moments
+        except RuntimeError as error:  # torch.OutOfMemoryError, or the CPU allocator's plain one
+            if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
+                raise
+            tokens = micro_batch.tokens
+            what = f"a micro-batch of the longest samples ({tokens} tokens) does not fit into memory"
+            hint = "lower it, or set learner.gradient_checkpointing=true or a smaller learner.logit_chunk"
+            raise UserError(Fault("learner.micro_batch_tokens", what, hint)) from error
+        self.discard()
+
+    def checksums(self) -> dict[str, str]:
+        """Of everything that updates move, by name."""
+        return {name: checksum(master) for name, master in self.masters.items()}
+
     def snapshot(self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None) -> Snapshot:
-        """Whole weights (fp32, adapters merged), optimizer moments and counters, not copied: save before the
-        next update. `row` is what the record will say of this step. Sharded: by all ranks at once, for
-        rank 0."""
+        """Complete weights (fp32, adapters merged), optimizer moments and counters, not copied: save before
+        the next update. `row` is what the record will say of this step. Sharded: called by all ranks at once,
+        complete on rank 0."""
         held, kept = self.weights, dict[str, Tensor]()
-        if self.setting.adapters is not None:
-            weights = dict(plain_weights(self.model, torch.float32))
+        if self.optimization.adapters is not None:
+            weights = dict(merged_weights(self.model, torch.float32))
             # merged weights cannot be taken apart again, so the adapters are kept beside them
             kept = {f"master/{name}": master.detach() for name, master in self.masters.items()}
         else:
-            weights = {name: held.saved(name, held.exact(name)).float() for name in held.names()}
+            weights = {name: held.gather(name, held.exact(name)).float() for name in held.names()}
         for name, master in self.masters.items() if moments else ():
             for key, value in self.optimizer.state.get(master, {}).items():
-                kept[f"{key}/{name}"] = value if key == "step" else held.saved(name, value)
+                kept[f"{key}/{name}"] = value if key == "step" else held.gather(name, value)
         return Snapshot(weights, kept, {"step": step, "updates": self.updates, "row": row or {}})
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot of the same model and settings."""
-        take_state(self, facts_of(snapshot), snapshot, lambda tensor: None)
+    @torch.no_grad()
+    def restore(
+        self,
+        snapshot: Snapshot | None,
+        facts: StateFacts | None = None,
+        broadcast: Callable[[Tensor], None] = lambda tensor: None,
+    ) -> None:
+        """Continue from a snapshot of the same model and settings. Of several ranks only rank 0 has it: all
+        call this at once with its `facts`, and `broadcast` fills a tensor with rank 0's, one tensor at a
+        time."""
+        held = self.weights
+        if facts is None:
+            assert snapshot is not None
+            facts = StateFacts.of(snapshot)
+
+        def full(name: str, key: str) -> Tensor:
+            tensor = torch.empty(held.shape(name), dtype=torch.float32, device=held.device)
+            if snapshot is not None:
+                kind, _, rest = key.partition("/")
+                tensor.copy_(snapshot.weights[rest] if kind == "weights" else snapshot.optimizer[key])
+            broadcast(tensor)
+            return tensor
+
+        for name in held.names():
+            if name in facts.stored:  # else frozen beneath an adapter, so as it was loaded
+                held.load(name, full(name, facts.stored[name]))
+        for name, master in self.masters.items():
+            if name in facts.steps:
+                moments = {key: held.part(name, full(name, f"{key}/{name}")) for key in MOMENTS}
+                self.optimizer.state[master] = {
+                    "step": torch.tensor(facts.steps[name], dtype=torch.float32, device=master.device),
+                    **{key: value.to(master, copy=True) for key, value in moments.items()},
+                }
+        self.updates = facts.updates
 
     def take_sums(self) -> dict[str, float]:
-        """The sums since the last call, and start again from nothing."""
+        """The sums since the last call; they start again at 0."""
         sums, self.sums = self.sums.values, BatchSums()
         if self.device.type == "cuda":
             sums["gpu_peak_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
@@ -246,10 +308,30 @@ class Learner:
         return sums
 
 
-def refuse_dropout(model: Any) -> None:
+def check_dropout(model: Any) -> None:
     """Raise UserError if the model would drop anything out while training."""
     for name, module in model.named_modules():
         rate = getattr(module, "p", 0.0) if isinstance(module, torch.nn.Dropout) else 0.0
         rate = max(rate, float(getattr(module, "attention_dropout", 0.0) or 0.0))
         if rate > 0:
             raise UserError(Fault("model", f"{name} has dropout {rate}", "set it to 0 in its config.json"))
+
+
+def load_learner(spec: LearnerSpec, device: torch.device) -> Learner:
+    """A learner with the model of a folder."""
+    model = load_model(spec.folder, torch.float32, ATTENTION).to(device)
+    return Learner(model, spec.objective, spec.optimization, spec.forward)
+
+
+def device_of(name: str, local_rank: int | None = None) -> torch.device:
+    """The device that `learner.device` means; of several ranks each has a GPU of its own (the only one that
+    it sees, where the scheduler shows it no other). Raises UserError where there is none."""
+    count = torch.cuda.device_count()
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and device.index is None and local_rank is not None:
+        device = torch.device("cuda", local_rank if count > 1 else 0)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        what = f"got {name!r}, but there are {count} GPUs here"
+        hint = "set learner.device=cpu or auto, or fewer learner.ranks"
+        raise UserError(Fault("learner.device", what, hint))
+    return device

@@ -1,14 +1,27 @@
-"""Log-probabilities of given tokens from hidden states, without ever holding [T, V] for a batch."""
+"""Log-probabilities of completions: a model's hidden states, then the output layer chunk by chunk, so that
+[T, V] never exists for a batch."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dash_exp.learning.packing import Packed
+
 WEIGHT_ROWS = 1 << 14
 """Rows of the output matrix whose gradient is formed at a time: bounds the temporaries."""
+
+
+class _Output(NamedTuple):
+    """How logits are computed: divided by `temperature`, the first `vocabulary` of them, `chunk` rows at
+    once."""
+
+    temperature: float
+    vocabulary: int
+    chunk: int
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -19,23 +32,17 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        temperature: float,
-        vocabulary: int,
-        chunk: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, output: _Output
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
         unit = hidden.requires_grad and not weight.requires_grad
         direction = torch.empty_like(hidden) if unit else None
-        used = weight[:vocabulary]
-        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
+        used = weight[: output.vocabulary]
+        for rows in torch.arange(len(hidden), device=hidden.device).split(output.chunk):
             start, stop = int(rows[0]), int(rows[-1]) + 1
             y = targets[start:stop]
-            logits = _logits(hidden[start:stop], used, temperature)
+            logits = _logits(hidden[start:stop], used, output.temperature)
             picked = logits.gather(1, y[:, None]).squeeze(1)
             top = logits.amax(dim=1, keepdim=True)
             logits -= top
@@ -49,20 +56,19 @@ class _TokenLogprobs(torch.autograd.Function):
                 # 1 - p_y has to be formed before rounding: bf16 cannot tell 0.998 from 1
                 error = powers.div_(total[:, None])
                 error.scatter_add_(1, y[:, None], torch.full_like(error[:, :1], -1.0))
-                direction[start:stop] = (error.to(hidden.dtype) @ used).div_(-temperature)
+                direction[start:stop] = (error.to(hidden.dtype) @ used).div_(-output.temperature)
         ctx.save_for_backward(hidden, weight, targets, direction)
-        ctx.settings = (temperature, vocabulary, chunk)
+        ctx.output = output
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, direction = ctx.saved_tensors
-        temperature, vocabulary, chunk = ctx.settings
+        temperature, vocabulary, chunk = ctx.output
         upstream = grads[0]
-        none = (None, None, None, None)
         if direction is not None:
-            return (upstream[:, None].to(direction.dtype) * direction, None, *none)
+            return upstream[:, None].to(direction.dtype) * direction, None, None, None
         used = weight[:vocabulary]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
@@ -79,7 +85,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     grad_weight[rows] += low[:, rows].t() @ hidden[part]
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return (grad_hidden, grad_weight, *none)
+        return grad_hidden, grad_weight, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -111,5 +117,42 @@ def token_logprobs(
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     size = weight.shape[0] if vocabulary is None else min(vocabulary, weight.shape[0])
-    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(hidden, weight, targets, temperature, size, chunk)
+    out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(
+        hidden, weight, targets, _Output(temperature, size, chunk)
+    )
     return out
+
+
+class Scorer(torch.nn.Module):
+    """From a micro-batch to the log-probabilities and entropies [C] of its completions. One module, so that
+    every weight is used inside one forward: those of a sharded model are complete only there."""
+
+    def __init__(self, model: Any, *, temperature: float, vocabulary: int, chunk: int):
+        super().__init__()
+        self.model = model
+        self.temperature, self.vocabulary, self.chunk = temperature, vocabulary, chunk
+
+    def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        hidden = self.model.get_decoder()(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            context=batch.context,
+            use_cache=False,
+        ).last_hidden_state[0]
+        return token_logprobs(
+            hidden.index_select(0, batch.logit_index),
+            self.model.get_output_embeddings().weight,
+            batch.targets,
+            temperature=self.temperature,
+            vocabulary=self.vocabulary,
+            chunk=self.chunk,
+        )
+
+
+def frozen_copy(model: Any, dtype: torch.dtype) -> Any:
+    """An equal model without gradients, in another type; no tensor is ever held in both at once."""
+    made = {
+        id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo=made).eval()

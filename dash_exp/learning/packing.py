@@ -15,17 +15,12 @@ import torch
 from torch import Tensor
 
 from dash_exp.learning.losses import token_weight
-from dash_exp.modeling.attention import (
-    AttentionContext,
-    Block,
-    CompletionRows,
-    GroupRows,
-    additive_mask,
-)
+from dash_exp.modeling.attention import AttentionContext, Block, CompletionRows, GroupRows, additive_mask
 from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, ScoredGroup
 
 GROUP_ROW_CELLS = 1 << 18
-"""Cells (rows x length^2) up to which whole groups share an attention row; longer ones go by completion."""
+"""Cells (rows x length^2) up to which complete groups share an attention row; longer ones go by
+completion."""
 
 PLAIN_CELLS = 1 << 18
 """Cells (rows x length x keys) up to which plain attention beats torch's kernel on CPU."""
@@ -47,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What fits one forward and backward, not yet laid out: light enough to be handed to another rank.
+    """What fits one forward and backward, not yet laid out: light enough to be sent to another rank.
     `rows`: how attention is laid out, `group`, `completion` or `auto`; the result is the same."""
 
     pieces: tuple[Piece, ...]
@@ -119,30 +114,46 @@ class Packer:
         self.max_tokens = max_tokens
         self.aggregation = aggregation
         self.keep_for_kl = keep_for_kl
-        self._waiting: list[Piece] = []
+        self._pending: list[Piece] = []
         self._tokens = 0
 
     def add(self, group: AdvantagedGroup) -> Iterator[MicroBatch]:
         """Take a group; yield every micro-batch that this completes."""
         for piece in pieces_of(group, self.max_tokens, self.keep_for_kl):
-            if self._waiting and self._tokens + piece.tokens > self.max_tokens:
+            if self._pending and self._tokens + piece.tokens > self.max_tokens:
                 yield from self.flush()
-            self._waiting.append(piece)
+            self._pending.append(piece)
             self._tokens += piece.tokens
 
     def flush(self) -> Iterator[MicroBatch]:
-        """Yield what is waiting, if anything is."""
-        if self._waiting:
-            yield MicroBatch(tuple(self._waiting), self.aggregation)
-        self._waiting, self._tokens = [], 0
+        """Yield the pending micro-batch, if there is one."""
+        if self._pending:
+            yield MicroBatch(tuple(self._pending), self.aggregation)
+        self._pending, self._tokens = [], 0
 
 
-def nothing() -> MicroBatch:
+def empty_micro_batch() -> MicroBatch:
     """One token after one token, to be given weight 0."""
     completion = Completion((0,), (0.0,), "", "length", 0)
     group = Group(0, Prompt("nothing", "", "", (0,), ""), (completion,))
     source = AdvantagedGroup(ScoredGroup(group, (Score(0.0, "wrong"),)), (0.0,), (False,))
     return MicroBatch((Piece(source, (0,)),), "constant")
+
+
+def largest_micro_batch(
+    prompt_tokens: int, completion_tokens: int, group_size: int, packer: Packer
+) -> MicroBatch:
+    """The first full micro-batch of groups in which everything has its greatest length."""
+    prompt = Prompt("longest", "preflight", "", (0,) * prompt_tokens, "")
+    completion = Completion((0,) * completion_tokens, (0.0,) * completion_tokens, "", "length", 0)
+    group = Group(0, prompt, (completion,) * group_size)
+    scored = ScoredGroup(group, (Score(0.0, "wrong"),) * group_size)
+    longest = AdvantagedGroup(scored, (1.0,) * group_size, (True,) * group_size)
+    while True:  # one group more until the budget is full
+        for micro_batch in packer.add(longest):
+            for _ in packer.flush():
+                pass
+            return micro_batch
 
 
 def pack(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed:

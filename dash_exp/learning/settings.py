@@ -1,10 +1,14 @@
-"""What a learner is told, and what it tells: objective, optimization, updates, sums for the metrics."""
+"""What a learner is built from, and what it reports: plain values, no tensors."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from dash_exp.learning.adapters import Adapters
+from dash_exp.errors import Fault, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,18 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapters:
+    """LoRA settings; `seed` draws the random half. Empty `targets`: every linear layer but the output."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Optimization:
-    """How the weights move. `adapters`: only these do."""
+    """How the weights move. `adapters`: only these are trained."""
 
     lr: float
     schedule: str
@@ -36,6 +50,30 @@ class Optimization:
     precision: str
     freeze_embeddings: bool
     adapters: Adapters | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """How a forward and backward pass is computed; none of it changes a gradient. `vocabulary`: ids of the
+    tokenizer (a model may have more rows); `logit_chunk`: rows of logits that exist at once."""
+
+    vocabulary: int
+    logit_chunk: int = 512
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSpec:
+    """Everything that a rank builds its learner from. `folder`: of the model, seen by every rank. `threads`:
+    of each rank while it learns on a CPU (None: as they are). `sharding`: `fsdp` or `none`."""
+
+    folder: Path
+    objective: Objective
+    optimization: Optimization
+    forward: Forward
+    device: str = "cpu"
+    threads: int | None = None
+    sharding: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +99,94 @@ class BatchSums:
         for name, value in sums.items():
             key = f"{which}/{name}"
             self.values[key] = self.values.get(key, 0.0) + value
+
+
+# --- schedules depend on the plan alone: a skipped update counts, an early end changes nothing before it ---
+
+
+def learning_rate(update: int, plan: Optimization) -> float:
+    """The rate of update number `update` (from 0): linear warm-up over a share of the planned updates
+    (rounded up), then constant or linear to 0 over the rest."""
+    lr, total = plan.lr, plan.total_updates
+    warmup = math.ceil(plan.warmup_share * total)
+    if update < warmup:
+        return lr * (update + 1) / warmup
+    if plan.schedule == "constant":
+        return lr
+    return lr * max(0, total - update) / max(1, total - warmup)
+
+
+def kl_coefficient(update: int, goal: Objective, total: int) -> float:
+    """beta of update number `update` (from 0): constant, or linear to 0 over the planned updates."""
+    return goal.beta if goal.beta_schedule == "constant" else goal.beta * max(0, total - update) / total
+
+
+# --- processes that torchrun or srun started ---
+
+START_S = 120.0
+"""Ranks may take at least so long to start, to meet, and to load a model, whatever `learner.timeout_s`."""
+FIRST_PORT, PORTS = 20_000, 20_000
+"""The ranks of a SLURM step meet at a port derived from the numbers of its job and step, so that jobs on one
+node use different ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Rank `rank` of `size`; `local_rank` of `local_size` on its machine. `address`, `port`: rank 0's."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+
+
+def launched_place(environ: Mapping[str, str]) -> Place | None:
+    """This process among those that torchrun or srun started; None for a single process. Raises UserError
+    where the variables are incomplete or malformed."""
+    try:
+        if int(environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in environ:
+            return Place(
+                int(environ["RANK"]),
+                int(environ["WORLD_SIZE"]),
+                int(environ["LOCAL_RANK"]),
+                int(environ["LOCAL_WORLD_SIZE"]),
+                environ["MASTER_ADDR"],
+                int(environ["MASTER_PORT"]),
+            )
+        if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+            return _slurm_place(environ)
+    except KeyError as error:
+        hint = "start all ranks with torchrun or srun"
+        raise UserError(Fault(error.args[0], "is not set, but RANK and WORLD_SIZE are", hint)) from error
+    except ValueError as error:
+        raise UserError(Fault("environment", f"of torchrun or srun is broken: {error}")) from error
+    return None
+
+
+def _slurm_place(environ: Mapping[str, str]) -> Place:
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", "0"))
+    each = re.match(r"\d+", environ["SLURM_STEP_TASKS_PER_NODE"])  # "2(x2),1": rank 0 is on the first
+    return Place(
+        int(environ["SLURM_PROCID"]),
+        int(environ["SLURM_STEP_NUM_TASKS"]),
+        int(environ["SLURM_LOCALID"]),
+        int(each[0]) if each else 1,
+        environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"]),
+        int(environ.get("MASTER_PORT") or FIRST_PORT + (job + 101 * step) % PORTS),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first of a SLURM list of nodes: `gpu[03-05,9],other` begins with `gpu03`."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if not found:
+        raise ValueError(f"no list of nodes: {nodes!r}")
+    return f"{found[1]}{found[2] or ''}{found[3] or ''}"
+
+
+def local_ranks(ranks: int, environ: Mapping[str, str]) -> int:
+    """How many of the learner's ranks are on this machine."""
+    place = launched_place(environ)
+    return ranks if place is None else place.local_size

@@ -2,8 +2,8 @@
 attention (Llama, Qwen2 and their like).
 
 Everything but attention works token by token, so tokens of a whole micro-batch lie in one row
-[1, T] without padding. Only attention needs to know who sees whom, and it asks a *context* handed
-down the forward call as `context=`:
+[1, T] without padding. Only attention needs to know which token sees which; it asks a *context*, which the
+forward call passes down as `context=`:
 
 `GroupRows`        training: one row per group, a prompt followed by all its completions; a
                    completion sees the prompt and itself. The prompt is computed once per group.
@@ -12,7 +12,7 @@ down the forward call as `context=`:
                    length attend together.
 `DecodeCache`      sampling: prefill once per prompt, then one token per completion at a time.
 
-Shapes inside: q [1, Hq, T, D], k and v [1, Hkv, T, D], as transformers hands them over; returned
+Shapes inside: q [1, Hq, T, D], k and v [1, Hkv, T, D], as transformers passes them; returned
 [1, T, Hq, D]. Softmax in fp32.
 """
 
@@ -38,18 +38,15 @@ def _dispatch(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    context: AttentionContext | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **unused: Any,
+    **given: Any,
 ) -> tuple[Tensor, None]:
+    """What transformers calls for each layer; `context` is what the model was called with."""
+    context, scale = given.get("context"), given.get("scaling")
     if context is None:
         raise ValueError("this model was prepared for packed groups: call it with context=")
-    if sliding_window is not None or softcap is not None or s_aux is not None:
+    if any(given.get(name) is not None for name in ("sliding_window", "softcap", "s_aux")):
         raise ValueError("packed groups know plain attention only: no sliding window, softcap or sink")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     return context.attend(module.layer_idx, query, key, value, scale), None
 
 

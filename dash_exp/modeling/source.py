@@ -1,4 +1,4 @@
-"""Where weights come from. Whatever the source, the rest of the program sees a Hugging Face folder."""
+"""Where weights come from. Every source becomes a Hugging Face folder, which is all that other code sees."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
+from dash_exp.config.schema import ModelConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.identity import file_hash, package_path
 
@@ -27,29 +28,20 @@ class ModelSource:
     origin: str
 
 
-def locate(
-    *,
-    name: str,
-    path: str | None,
-    package: str | None,
-    package_file: str | None,
-    hub: str | None,
-    revision: str | None,
-    random: Mapping[str, int] | None,
-    cache: Path,
-) -> ModelSource:
+def locate(model: ModelConfig, cache: Path) -> ModelSource:
     """Find or make the folder: `path`, else `package` (a GGUF file, converted once), else `hub`
     (downloaded once), else `random` (made once). Raises UserError when it cannot be had."""
-    if path:
-        return ModelSource(Path(path).expanduser().resolve(), f"path:{path}")
-    if package and package_file:
-        gguf = package_path(package) / package_file
+    name = model.name
+    if model.path:
+        return ModelSource(Path(model.path).expanduser().resolve(), f"path:{model.path}")
+    if model.package and model.package_file:
+        gguf = package_path(model.package) / model.package_file
         digest = file_hash(gguf, cache)[:8]
         folder = _make_once(cache / "models" / f"{name}-{digest}", lambda to: convert_gguf(gguf, to))
-        return ModelSource(folder, f"package:{package}/{package_file}")
-    if hub:
-        return ModelSource(_download(hub, revision), f"hub:{hub}@{revision or 'main'}")
-    if random:
+        return ModelSource(folder, f"package:{model.package}/{model.package_file}")
+    if hub := model.hub:
+        return ModelSource(_download(hub, model.revision), f"hub:{hub}@{model.revision or 'main'}")
+    if random := model.random:
         text = json.dumps(dict(random), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         folder = _make_once(cache / "models" / f"{name}-{digest}", lambda to: make_random(random, to))
@@ -60,7 +52,7 @@ def locate(
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Build a folder beside its place and rename it, under a lock: no one sees half of it."""
+    """Build a folder beside its place and rename it, under a lock: nobody sees an incomplete one."""
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -102,13 +94,9 @@ def _download(hub: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UserError(
-            Fault(
-                "model.hub",
-                f"{hub!r} could not be downloaded: {first_line(error)}",
-                "offline? set model.path=<folder with its config.json, safetensors and tokenizer>",
-            )
-        ) from error
+        what = f"{hub!r} could not be downloaded: {first_line(error)}"
+        hint = "offline? set model.path=<folder with its config.json, safetensors and tokenizer>"
+        raise UserError(Fault("model.hub", what, hint)) from error
 
 
 CHARACTERS = "\n" + "".join(c for c in string.printable if c.isprintable())
@@ -160,7 +148,7 @@ def load_model(folder: Path, dtype: Any, attention: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a local folder loads in a moment; downloads keep their bar
-    model, facts = _understood(
+    model, facts = _load(
         folder,
         lambda: AutoModelForCausalLM.from_pretrained(
             folder,
@@ -174,7 +162,7 @@ def load_model(folder: Path, dtype: Any, attention: str) -> Any:
     )
     if missing := sorted(facts["missing_keys"]):
         raise UserError(
-            Fault("model", f"{folder} lacks {len(missing)} tensors, e.g. {missing[0]}", "is it whole?")
+            Fault("model", f"{folder} lacks {len(missing)} tensors, e.g. {missing[0]}", "is it complete?")
         )
     return model
 
@@ -195,7 +183,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder. Raises UserError for a broken one or one without an end token."""
     from transformers import AutoTokenizer
 
-    tokenizer = _understood(
+    tokenizer = _load(
         folder, lambda: AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     )
     if tokenizer.eos_token_id is None:
@@ -209,7 +197,7 @@ def position_limit(folder: Path) -> int:
     """Tokens that the model of a folder can take, prompt and completion together."""
     from transformers import AutoConfig
 
-    config = _understood(folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    config = _load(folder, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False))
     limit = getattr(config, "max_position_embeddings", None)
     if not limit:
         raise UserError(Fault("model", f"{folder}/config.json names no max_position_embeddings"))
@@ -223,8 +211,8 @@ def position_limit(folder: Path) -> int:
 Loaded = TypeVar("Loaded")
 
 
-def _understood(folder: Path, load: Callable[[], Loaded]) -> Loaded:
-    """What `load` gives, or a UserError for the ways in which a folder can be broken."""
+def _load(folder: Path, load: Callable[[], Loaded]) -> Loaded:
+    """The result of `load`; UserError for the ways in which a folder can be broken."""
     from safetensors import SafetensorError
 
     try:

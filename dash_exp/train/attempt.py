@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from dash_exp.config.schema import Config
 from dash_exp.evaluation.metrics import EvalResult, EvalSet, base_key, evaluate, shared
-from dash_exp.learning.distributed.links import Links
-from dash_exp.learning.preflight import largest_micro_batch
+from dash_exp.learning.packing import largest_micro_batch
 from dash_exp.record import checkpoint, provenance
 from dash_exp.record.folder import Recorder, Row, read_final, read_json, read_rows, write_json
 from dash_exp.record.identity import model_hash, weights_hash
@@ -22,6 +22,9 @@ from dash_exp.train.build import build, engine_facts, thread_count
 from dash_exp.train.display import Display
 from dash_exp.train.loop import evaluation_due, train
 from dash_exp.train.parts import Ending, Hooks
+
+if TYPE_CHECKING:
+    from dash_exp.learning.distributed.communicator import Coordinator
 
 TRUNCATION_WARNING, CONSTANT_WARNING = 0.5, 0.9
 
@@ -36,24 +39,24 @@ class Attempt:
     display: Display
     stop: Stop
     partner: Partner | None = None
-    links: Links | None = None
-    """To the learner's other ranks, where they were started together with this process."""
+    coordinator: Coordinator | None = None
+    """Of the learner's ranks, where they were started together with this process."""
     evaluated: set[tuple[int, str]] = field(default_factory=set)
     """Steps and sets with results of the weights at hand; a resumed run makes later ones anew."""
 
-    def whole(self) -> None:
-        """All of it. Raises Interrupted after a signal, UserError for what the user can mend."""
+    def run(self) -> None:
+        """Everything. Raises Interrupted after a signal, UserError for what the user can fix."""
         keep_freed_memory()
         self.cache = self.folder.parent.parent / "cache"
-        self.say(f"cell {format_path(self.folder)}")
+        self.log(f"cell {format_path(self.folder)}")
         event, logs = self.recorder.event, self.folder / "servers"
-        self.machine = build(self.config, self.cache, self.say, logs, event, self.links)
+        self.machine = build(self.config, self.cache, self.log, logs, event, self.coordinator)
         try:
             self.train()
         finally:
             self.machine.close()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.recorder.log(text)
         self.display.note(text)
 
@@ -89,10 +92,10 @@ class Attempt:
             self.stop.patient = False
 
     def resume(self) -> int:
-        """Go back to the newest whole checkpoint. Returns its step, 0 without one."""
+        """Continue from the newest intact checkpoint. Returns its step, 0 without one."""
         snapshot, damaged = checkpoint.latest(self.folder)
         for one in damaged:
-            self.say(f"checkpoint {one.folder.name} is damaged ({one.reason}); using the one before")
+            self.log(f"checkpoint {one.folder.name} is damaged ({one.reason}); using the one before")
             now = time.time()
             self.recorder.event("fault", now, now, what="damaged checkpoint", where=one.folder.name)
             one.folder.rename(one.folder.with_name(f"damaged-{one.folder.name}-{time.time_ns()}"))
@@ -103,7 +106,7 @@ class Attempt:
         rows = read_rows(self.folder / "steps.jsonl").rows
         if all(row["step"] != step for row in rows):  # killed between the checkpoint and its row
             self.recorder.append("steps", [snapshot.state["row"]])
-        self.say(f"resuming after step {step}")
+        self.log(f"resuming after step {step}")
         return step
 
     def spent_seconds(self, done: int) -> float:
@@ -128,7 +131,7 @@ class Attempt:
         if budget is not None:
             plan = replace(machine.plan, budget_s=float(budget["seconds"]))
             self.machine = replace(machine, plan=plan)
-            self.say(f"budget: {budget['seconds']:.1f} s of training, as {budget['match']} had")
+            self.log(f"budget: {budget['seconds']:.1f} s of training, as {budget['match']} had")
         facts = provenance.collect(
             known,
             self.recorder.attempt,
@@ -143,7 +146,7 @@ class Attempt:
             verifiers=sorted(judges),
         )
         if known and known.get("code_hash") != facts["code_hash"]:
-            self.say("note: this cell was begun by other code; provenance.json lists both")
+            self.log("note: this cell was begun by other code; provenance.json lists both")
         write_json(path, facts)
 
     def preflight(self) -> None:
@@ -154,7 +157,7 @@ class Attempt:
         longest = max(len(p.token_ids) for p in parts.prompts.prompts)
         new = parts.decoding.max_new_tokens
         parts.learner.preflight(largest_micro_batch(longest, new, plan.group_size, parts.packer))
-        self.say("preflight: a micro-batch of the longest samples fits")
+        self.log("preflight: a micro-batch of the longest samples fits")
 
     def evaluate(self, step: int) -> None:
         """Evaluate every set now; the base model's result is shared through the cache."""
@@ -169,7 +172,7 @@ class Attempt:
             self.recorder.append("eval_samples", ({"step": step, **r} for r in result.prompts))
             self.recorder.append("evals", ({"step": step, **r} for r in result.metrics))
             source = "known already" if hit else format_seconds(end - start)
-            self.say(f"{self.display.accuracy(result.metrics[0])} at step {step} ({source})")
+            self.log(f"{self.display.accuracy(result.metrics[0])} at step {step} ({source})")
 
     def evaluate_one(self, one: EvalSet, step: int) -> tuple[EvalResult, bool]:
         """The result of one set, and whether it was known already (the base model's, from the cache)."""

@@ -1,4 +1,4 @@
-"""A budget taken from a partner: train as long as another cell did (Table 5). Torch-free.
+"""A budget taken from a partner: train as long as another cell did (Table 5).
 
 `budget.match` names the partner by its cell id, or by what makes it from this cell: `dash` for
 `algorithm=dash`, or overrides such as `experiment=paper/math_dash_0.5b`. The latter are turned into the
@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from dash_exp.config.compose import CELL_ID, MATCH, compose, partner_of, partner_overrides, without_budget
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, changed
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_json
 from dash_exp.record.identity import make_cell
 from dash_exp.record.ledger import training_seconds
 
 COMPARED = ("cpu", "threads", "gpus")
-"""Of what provenance says of a machine; nodes of one kind differ by a little memory."""
+"""Of what provenance knows of a machine; nodes of one kind differ by a little memory."""
+COMPARABLE = "seconds are comparable for equal seed, model and hardware only"
 
 
 class Blocked(Exception):
@@ -40,23 +41,29 @@ class Partner:
     weights: str | None
 
 
-def resolve_match(config: Config, overrides: Sequence[str], cache: Path) -> list[str] | None:
-    """Replace the partner's description in `config` by its cell id; a cell that is its own partner has
-    no budget, so that one sweep can hold both. Returns the overrides that make the partner, None where
-    they are not known or there is none.
+def resolve_match(config: Config, overrides: Sequence[str], cache: Path) -> tuple[Config, list[str] | None]:
+    """The config with its partner's cell id in place of a description; a cell that is its own partner has no
+    budget, so that one sweep can hold both. Also the overrides that make the partner, None where they are not
+    known or there is none.
 
     Raises UserError with everything that is wrong with the partner.
     """
     match = config.budget.match
     if match is None or CELL_ID.fullmatch(match):
-        return None
+        return config, None
     faults, partner = partner_of(match, overrides, compose)
     if partner is None:
         raise UserError(faults)
     own = make_cell(without_budget(config), cache).id
     theirs = make_cell(partner, cache).id
-    config.budget.match = None if theirs == own else theirs
-    return None if theirs == own else partner_overrides(match, overrides)
+    if theirs == own:
+        return changed(config, {"budget.match": None}), None
+    return changed(config, {"budget.match": theirs}), partner_overrides(match, overrides)
+
+
+def refuse(what: str, hint: str) -> NoReturn:
+    """Raise UserError about the partner."""
+    raise UserError(Fault(MATCH, what, hint), "nothing was trained")
 
 
 def find_partner(config: Config, pool: Path) -> Partner:
@@ -72,13 +79,9 @@ def find_partner(config: Config, pool: Path) -> Partner:
     status = read_json(folder / "status.json")
     state = status.get("state", "pending")
     if state in ("failed", "cancelled"):
-        raise UserError(
-            Fault(
-                MATCH,
-                f"the partner {folder.name} {state}: {status.get('failure') or 'no reason is known'}",
-                "mend and run the partner, then this cell again",
-            ),
-            "nothing was trained",
+        refuse(
+            f"the partner {folder.name} {state}: {status.get('failure') or 'no reason is known'}",
+            "fix and run the partner, then this cell again",
         )
     if state != "finished":
         raise Blocked(f"waits for its partner {folder.name}, which is {state} (step {status.get('step', 0)})")
@@ -86,14 +89,7 @@ def find_partner(config: Config, pool: Path) -> Partner:
     mine = {"seed": config.seed, "model": config.model.name}
     other = {"seed": theirs["seed"], "model": theirs["model"]["name"]}
     if mine != other:
-        raise UserError(
-            Fault(
-                MATCH,
-                f"the partner {folder.name} has {other}, this cell {mine}",
-                "seconds are comparable for equal seed, model and hardware only",
-            ),
-            "nothing was trained",
-        )
+        refuse(f"the partner {folder.name} has {other}, this cell {mine}", COMPARABLE)
     seconds = spent_seconds(read_final(folder, "steps"))
     if seconds == 0:
         raise UserError(Fault(MATCH, f"the partner {folder.name} was not trained", "name one that was"))
@@ -106,29 +102,19 @@ def find_partner(config: Config, pool: Path) -> Partner:
 def check_equal(partner: Partner, here: dict[str, Any], weights: str) -> None:
     """Raises UserError when the partner started from other weights, or ran on another machine."""
     if partner.weights != weights:
-        raise UserError(
-            Fault(
-                MATCH,
-                f"the partner {partner.name} started from other weights than this cell",
-                "seconds are comparable for equal seed, model and hardware only",
-            ),
-            "nothing was trained",
-        )
+        refuse(f"the partner {partner.name} started from other weights than this cell", COMPARABLE)
     different = {k: there.get(k) for there in partner.machines for k in COMPARED if there.get(k) != here[k]}
     if different:
-        told = ", ".join(f"{k} {value!r} there, {here[k]!r} here" for k, value in different.items())
-        raise UserError(
-            Fault(
-                MATCH,
-                f"the partner {partner.name} ran on other hardware: {told}",
-                "run both on one kind of machine, or set budget.seconds instead",
-            ),
-            "nothing was trained",
+        listed = ", ".join(f"{k} {value!r} there, {here[k]!r} here" for k, value in different.items())
+        refuse(
+            f"the partner {partner.name} ran on other hardware: {listed}",
+            "run both on one kind of machine, or set budget.seconds instead",
         )
 
 
 def spent_seconds(rows: Sequence[Row]) -> float:
-    """Training seconds of these steps: neither evaluation nor checkpoints; redone steps come once."""
+    """Training seconds of these steps: neither evaluation nor checkpoints; of a repeated step only the
+    last."""
     phases = ("evaluate", "checkpoint")
     spent = [training_seconds(r["time/step_s"], {p: r[f"time/{p}_s"] for p in phases}) for r in rows]
     return float(sum(spent))

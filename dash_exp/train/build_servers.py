@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor
 from dash_exp.config.checks import is_loopback
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
-from dash_exp.learning.distributed.member import device_of
-from dash_exp.learning.distributed.world import local_ranks
+from dash_exp.learning.settings import local_ranks
 from dash_exp.sampling.fleet.fleet import FleetSettings
 from dash_exp.sampling.fleet.member import (
     KEY_VARIABLE,
@@ -28,16 +28,8 @@ from dash_exp.sampling.fleet.member import (
 from dash_exp.sampling.fleet.sampler import Processors, ServerSampler, gpus, processors
 from dash_exp.sampling.transfer import Transfer
 from dash_exp.sampling.transfer.path import FileWeights, PathTransfer, SharedWeights
-
-Named = Iterable[tuple[str, Tensor]]
-
-
-def overlapped(config: Config) -> bool:
-    """Whether the learner works while groups are still being sampled: one-update arms with servers on
-    devices of their own."""
-    a, s = config.algorithm, config.sampler
-    one_update = a.passes == 1 and a.mini_batch is None and a.source == "sampler"
-    return s.name == "vllm_servers" and s.streaming and not s.colocated and one_update
+from dash_exp.train.build import learner_device
+from dash_exp.train.parts import Policy, overlapped
 
 
 def split(config: Config) -> Processors:
@@ -48,49 +40,33 @@ def split(config: Config) -> Processors:
 
 
 def make_servers(
-    config: Config,
-    model: Path,
-    *,
-    vocabulary: int,
-    longest: int,
-    decode: Callable[[Sequence[int]], str],
-    weights: Callable[[], Named],
-    folder: Path,
-    event: Callable[..., None],
-    release: Callable[[], None] | None = None,
+    config: Config, policy: Policy, logs: Path, event: Callable[..., None] = lambda *what, **more: None
 ) -> ServerSampler:
-    """Start the servers, or reach those that are named, and wait until all answer. `longest`: tokens of the
-    longest prompt with its completion; `folder`: for their logs; `release`: of a learner's memory on its
-    GPUs, None where nothing learns."""
+    """Start the servers, or connect to those that are named, and wait until all answer."""
     s, named = config.sampler, bool(config.cluster.server_urls)
     key = os.environ.get(KEY_VARIABLE, "") if named else secrets.token_urlsafe(32)
     if not key:
-        raise UserError(
-            Fault(
-                KEY_VARIABLE,
-                "is not set, but cluster.server_urls names servers",
-                "set it to the key they were started with",
-            )
-        )
+        what = "is not set, but cluster.server_urls names servers"
+        raise UserError(Fault(KEY_VARIABLE, what, "set it to the key they were started with"))
     transfer = make_transfer(config)
     sampler = ServerSampler(
-        make_members(config, model, vocabulary, longest, transfer.engine, release is not None),
-        or_of_folder(weights, model),
+        make_members(config, policy, transfer.engine),
+        policy.weights or partial(folder_weights, policy.folder),
         transfer,
         FleetSettings(
-            vocabulary=vocabulary,
+            vocabulary=policy.vocabulary,
             max_sequences=s.max_sequences,
-            decode=decode,
-            launch=Launch(key, folder),
+            decode=policy.decode,
+            launch=Launch(key, logs),
             policy=RestartPolicy(s.restarts, stall_s=s.stall_s),
             in_order=config.learner.deterministic,
             colocated=s.colocated,
             tag=f"-{secrets.token_hex(4)}" if named else "",
         ),
         event,
-        release or (lambda: None),
+        policy.release or (lambda: None),
     )
-    if named:  # whatever a run before this one has left in them
+    if named:  # they may still hold the weights of an earlier run
         try:
             sampler.load_weights(0)
         except BaseException:
@@ -100,9 +76,8 @@ def make_servers(
 
 
 def make_transfer(config: Config) -> Transfer:
-    """The way weights take to the servers of this config."""
-    local = local_ranks(config.learner.ranks, os.environ)
-    device = device_of(config.learner.device, 0 if local > 1 else None)
+    """How weights reach the servers of this config."""
+    device = learner_device(config)
     kind = transfer_of(config, torch.cuda.device_count(), device.type == "cuda")
     dtype = getattr(torch, config.sampler.dtype)
     if kind == "shared":
@@ -133,8 +108,7 @@ def make_transfer(config: Config) -> Transfer:
 
 def learner_gpus(config: Config) -> tuple[int, ...]:
     """The GPUs here that the learner's ranks use."""
-    local = local_ranks(config.learner.ranks, os.environ)
-    device = device_of(config.learner.device, 0 if local > 1 else None)
+    local, device = local_ranks(config.learner.ranks, os.environ), learner_device(config)
     if device.type != "cuda":
         return ()
     if local == 1 or ":" in config.learner.device:  # which puts all ranks on one
@@ -142,17 +116,15 @@ def learner_gpus(config: Config) -> tuple[int, ...]:
     return tuple(range(min(local, torch.cuda.device_count())))
 
 
-def make_members(
-    config: Config, model: Path, vocabulary: int, longest: int, engine: str, learns: bool
-) -> list[Member]:
-    """The servers, not started yet. `learns`: something besides them needs GPUs."""
+def make_members(config: Config, policy: Policy, engine: str) -> list[Member]:
+    """The servers, not started yet. `engine`: how they receive weights."""
     s, urls, count = config.sampler, config.cluster.server_urls, torch.cuda.device_count()
     if urls:
-        needs = Needs(vocabulary, longest, s.dtype, engine)
+        needs = Needs(policy.vocabulary, policy.longest, s.dtype, engine)
         return [Member(f"server-{n}", None, url, needs) for n, url in enumerate(urls)]
-    plain = server_settings(config, model, vocabulary, longest, engine)
+    plain = server_settings(config, policy.folder, policy.vocabulary, policy.longest, engine)
     if count:
-        taken = learner_gpus(config) if learns else ()
+        taken = learner_gpus(config) if policy.release is not None else ()
         settings = [replace(plain, gpu=gpu) for gpu in gpus(count, s.servers, taken, s.colocated)]
     else:
         settings = [replace(plain, cores=cores) for cores in split(config).servers]
@@ -162,7 +134,7 @@ def make_members(
 def server_settings(
     config: Config, model: Path, vocabulary: int, longest: int, engine: str
 ) -> ServerSettings:
-    """Of a server anywhere."""
+    """Of a server on any device."""
     s = config.sampler
     return ServerSettings(
         model=str(model.resolve()),
@@ -178,21 +150,8 @@ def server_settings(
     )
 
 
-def or_of_folder(weights: Callable[[], Named], model: Path) -> Callable[[], Named]:
-    """The learner's weights; those of the model's folder where nothing learns."""
-
-    def named() -> Iterator[tuple[str, Tensor]]:
-        count = 0
-        for count, pair in enumerate(weights(), 1):  # noqa: B007
-            yield pair
-        if count == 0:
-            yield from weights_in(model)
-
-    return named
-
-
-def weights_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files, by name."""
+def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's safetensors files, by name: what servers get where nothing learns."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
@@ -202,7 +161,7 @@ def weights_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def transfer_of(config: Config, gpus: int, learner_on_gpu: bool) -> str:
-    """The way that `cluster.transfer=auto` takes. `gpus`: of this machine."""
+    """The kind of transfer; resolves `cluster.transfer=auto`. `gpus`: of this machine."""
     c, s = config.cluster, config.sampler
     if c.transfer != "auto":
         return c.transfer

@@ -187,9 +187,9 @@ def tokenize(tokenizer: Any, add_bos: bool, texts: list[str]) -> list[list[int]]
     return ids
 
 
-def note_prompts(task: Task, note: Callable[[str], None]) -> None:
+def log_prompts(task: Task, log: Callable[[str], None]) -> None:
     for label, prompts in [("training", task.prompts), *((s.label, s.prompts) for s in task.sets)]:
         dropped = f", {prompts.dropped} too long and dropped" if prompts.dropped else ""
-        note(f"{label}: {len(prompts.prompts)} prompts of {prompts.name}{dropped}")
+        log(f"{label}: {len(prompts.prompts)} prompts of {prompts.name}{dropped}")
     for warning in task.warnings:
-        note(f"note: {warning}")
+        log(f"note: {warning}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,14 +12,15 @@ from typing import Any, Self
 import torch
 
 from dash_exp.config.schema import Config
-from dash_exp.learning.distributed.member import device_of
+from dash_exp.learning.learner import device_of
 from dash_exp.modeling.attention import ATTENTION
-from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, position_limit
+from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, locate, position_limit
 from dash_exp.record.provenance import hardware
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.tasks.prompts import PromptSet
-from dash_exp.train.build import engine_facts, find_model, make_sampler, thread_count
+from dash_exp.train.build import engine_facts, make_sampler, thread_count
 from dash_exp.train.build_tasks import Questions
+from dash_exp.train.parts import Policy
 from dash_exp.types import Decoding
 from dash_exp.verifiers.judges import Judges
 
@@ -42,7 +44,7 @@ class Answerer:
     def of(cls, config: Config, cache: Path) -> Self:
         """Find the model of a config. Raises UserError when it cannot be had."""
         torch.set_num_threads(thread_count(config.cluster.threads))
-        source = find_model(config, cache)
+        source = locate(config.model, cache)
         v = config.verifier
         judges = Judges(v.workers, v.timeout_s, v.memory_mb)
         return cls(config, source, load_tokenizer(source.folder), judges)
@@ -55,15 +57,9 @@ class Answerer:
         """The engine, large enough for everything in `asked`; the same one when called again."""
         if self._sampler is None:
             longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts)
-            self._sampler = make_sampler(
-                self.config,
-                self.source.folder,
-                self.tokenizer,
-                model=self._model,
-                weights=lambda: iter(()),
-                longest=longest,
-                logs=Path(self.config.run.dir) / "servers",
-            )
+            decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+            policy = Policy(self.source.folder, len(self.tokenizer), decode, longest, self._model)
+            self._sampler = make_sampler(self.config, policy, Path(self.config.run.dir) / "servers")
         return self._sampler
 
     def _model(self) -> Any:

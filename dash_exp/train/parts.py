@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from dash_exp.evaluation.metrics import Judge
-from dash_exp.learning.distributed.parallel import ParallelLearner
-from dash_exp.learning.filters import Filter
+from torch import Tensor
+
+from dash_exp.config.schema import Config
+from dash_exp.learning.advantages import Filter
 from dash_exp.learning.packing import Packer
+from dash_exp.learning.rounds import RoundLearner
 from dash_exp.record.folder import Row
 from dash_exp.sampling.protocol import Sampler, groups_at_once
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Completion, Decoding
+from dash_exp.verifiers.types import Judge
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a run does, as plain numbers. `prompts_per_call`: prompts sampled at a time (all of the
-    step's in the preemptive schedule). `waves`: parts in which they are asked for over `servers`, so that
+    step's in the preemptive schedule). `waves`: parts in which they are requested from `servers`, so that
     groups finish one after the other and a learner beside the sampler can begin (None: nothing is beside it).
-    `prompts_per_update`: a mini-batch, or the whole batch."""
+    `prompts_per_update`: a mini-batch, or the complete batch."""
 
     seed: int
     steps: int
@@ -41,12 +46,12 @@ class Plan:
 
     @property
     def groups_at_once(self) -> int | None:
-        """As many completions as this many groups have may be on their way at a time; None: all."""
+        """At most the completions of this many groups are in flight at a time; None: all."""
         return groups_at_once(self.prompts_per_call, self.waves or 1, self.servers)
 
     @property
     def updates_per_batch(self) -> int:
-        """What the arm declares; asserted in every step."""
+        """Optimizer updates per step; asserted in every step."""
         return self.passes * (self.prompts_per_step // self.prompts_per_update)
 
 
@@ -63,15 +68,15 @@ class Parts:
     advantages: Callable[[Sequence[float]], tuple[float, ...]]
     keep: Filter
     packer: Packer
-    learner: ParallelLearner
+    learner: RoundLearner
     filter_advantages: Callable[[Sequence[float]], tuple[float, ...]]
     demonstrations: Mapping[str, Completion] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the loop calls besides: evaluation and checkpoint of a step (whether it is the last
-    one, and the step's row so far), progress, and whether a signal asked to stop."""
+    """What the loop calls besides: evaluation of a step; its checkpoint (whether it is the last step, and its
+    row so far); progress; and which signal asked to stop, if any."""
 
     evaluate: Callable[[int], None]
     checkpoint: Callable[[int, bool, Row], None]
@@ -86,3 +91,31 @@ class Ending:
     step: int
     reason: str
     signal: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The model that is sampled from, as engines need it.
+
+    `vocabulary`: tokens of the tokenizer; `longest`: tokens of the longest prompt with its completion.
+    `model` gives a model to an engine in this process (`shared`: the learner's own). `weights`: what an
+    engine with weights of its own copies at each sync, and `release` frees memory of a learner on its GPUs;
+    both None where nothing learns.
+    """
+
+    folder: Path
+    vocabulary: int
+    decode: Callable[[Sequence[int]], str]
+    longest: int
+    model: Callable[[], Any]
+    weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    shared: bool = True
+    release: Callable[[], None] | None = None
+
+
+def overlapped(config: Config) -> bool:
+    """Whether the learner works while groups are still being sampled: one-update arms with servers on
+    devices of their own."""
+    a, s = config.algorithm, config.sampler
+    one_update = a.passes == 1 and a.mini_batch is None and a.source == "sampler"
+    return s.name == "vllm_servers" and s.streaming and not s.colocated and one_update

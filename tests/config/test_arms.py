@@ -340,7 +340,7 @@ def test_every_preset_runs_two_updates(
         overrides.append(f"dataset.traces={write_traces(tmp_path, name)}")
     config = compose(overrides)
     if config.budget.match:
-        resolve_match(config, overrides, tmp_path / "cache")
+        config, _ = resolve_match(config, overrides, tmp_path / "cache")
         assert config.budget.match is not None and len(config.budget.match) == 8
         config = changed(config, {"budget.match": None})  # its partner is another preset
     assert run_config(config) == 0

@@ -13,8 +13,7 @@ from dash_exp.config import checks
 from dash_exp.config.checks import check, largest_deviation
 from dash_exp.config.schema import FILTERS, TEMPLATES, Config, changed, declared
 from dash_exp.errors import Fault
-from dash_exp.learning.advantages import group_advantages
-from dash_exp.learning.filters import make_filter
+from dash_exp.learning.advantages import group_advantages, make_filter
 
 pytest_plugins = ["tests.config.config_fixtures"]
 

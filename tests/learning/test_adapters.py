@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dash_exp.errors import UserError
-from dash_exp.learning.adapters import Adapters, plain_weights
 from dash_exp.learning.learner import Learner
-from dash_exp.learning.settings import Objective
+from dash_exp.learning.settings import Adapters, Forward, Objective
+from dash_exp.learning.weights import merged_weights
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, reference_logprobs
 from tests.learning.test_learner import batches_of, setting
@@ -23,7 +23,7 @@ def adapted(model: Any, beta: float = 0.04, precision: str = "fp32", **changes: 
     own = Adapters(**{"rank": 4, "alpha": 8.0, "targets": (), "seed": 7, **changes})
     goal = Objective("policy_gradient", 0.2, 0.2, beta, "constant", "k3", 1.0)
     chosen = setting(precision=precision, adapters=own, lr=1e-2)
-    return Learner(model, goal, chosen, vocabulary=VOCABULARY, logit_chunk=16)
+    return Learner(model, goal, chosen, Forward(VOCABULARY, 16))
 
 
 def advance(learner: Learner, updates: int = 2) -> None:
@@ -61,7 +61,7 @@ def test_only_adapters_move_and_every_linear_layer_but_the_output_has_them(tiny:
 def test_plain_weights_are_an_equal_model(tiny: Any, plain: Any) -> None:
     learner = adapted(tiny)
     advance(learner)
-    merged = dict(plain_weights(learner.model))
+    merged = dict(merged_weights(learner.model))
     assert merged.keys() == {name for name, _ in plain.named_parameters()}
     other = copy.deepcopy(plain)
     other.load_state_dict(merged, strict=False)

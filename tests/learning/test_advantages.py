@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp.learning.advantages import group_advantages
-from dash_exp.learning.filters import keep_all, keep_large, keep_varied
+from dash_exp.learning.advantages import group_advantages, keep_all, keep_large, keep_varied
 
 
 def test_group_of_four_with_one_right() -> None:

@@ -14,7 +14,7 @@ from dash_exp.config.schema import AGGREGATIONS, SURROGATES
 from dash_exp.learning import losses
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import MicroBatch, Packer, Piece
-from dash_exp.learning.settings import Objective, Optimization
+from dash_exp.learning.settings import Forward, Objective, Optimization
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, reference_gradient, reference_logprobs
@@ -45,7 +45,7 @@ def setting(**changes: Any) -> Optimization:
 
 
 def learner_of(model: Any, goal: Objective, chunk: int = 512, **changes: Any) -> Learner:
-    return Learner(model, goal, setting(**changes), vocabulary=VOCABULARY, logit_chunk=chunk)
+    return Learner(model, goal, setting(**changes), Forward(VOCABULARY, chunk))
 
 
 def perturbed(model: Any, scale: float = 0.02) -> Any:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dash_exp.errors import UserError
-from dash_exp.learning.learner import Learner, refuse_dropout
-from dash_exp.learning.packing import Packer
-from dash_exp.learning.preflight import largest_micro_batch, preflight
+from dash_exp.learning.learner import Learner, check_dropout
+from dash_exp.learning.packing import Packer, largest_micro_batch
+from dash_exp.learning.settings import Forward
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, reference_gradient
@@ -130,15 +130,13 @@ def test_two_scorings_are_identical_and_dropout_is_refused(tiny: Any) -> None:
     assert torch.equal(learner.logprobs(batch), learner.logprobs(batch))
     tiny.model.layers[0].self_attn.attention_dropout = 0.1
     with pytest.raises(UserError, match=r"dropout 0\.1"):
-        refuse_dropout(tiny)
+        check_dropout(tiny)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny: Any) -> None:
     groups = make_groups(LENGTHS, PROMPTS)
     one = learner_of(copy.deepcopy(tiny), objective())
-    two = Learner(
-        tiny, objective(), setting(), vocabulary=VOCABULARY, logit_chunk=512, gradient_checkpointing=True
-    )
+    two = Learner(tiny, objective(), setting(), Forward(VOCABULARY, gradient_checkpointing=True))
     batches = batches_of(groups, 1000, "constant")
     expected = learner_gradient(one, batches, groups, "constant")
     assert_close(learner_gradient(two, batches, groups, "constant"), expected)
@@ -175,7 +173,7 @@ def test_preflight_takes_the_largest_micro_batch_and_leaves_no_trace(
     largest = largest_micro_batch(20, 30, 4, packer)
     assert 200 - (20 + 4 * 29) < largest.tokens <= 200
     assert list(packer.flush()) == []
-    preflight(learner, largest)
+    learner.preflight(largest)
     assert learner.update(1.0).skipped and learner.take_sums() == {}
     assert all(torch.equal(before[n], p) for n, p in learner.model.named_parameters())
 
@@ -184,7 +182,7 @@ def test_preflight_takes_the_largest_micro_batch_and_leaves_no_trace(
 
     monkeypatch.setattr(learner.policy, "forward", full)
     with pytest.raises(UserError, match="micro_batch_tokens"):
-        preflight(learner, largest)
+        learner.preflight(largest)
 
 
 def test_nothing_counted_is_a_skipped_update(tiny: Any) -> None:

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from dash_exp.learning import losses
-from dash_exp.learning.adapters import Adapters
-from dash_exp.learning.distributed.links import Alone, Leader, Links
-from dash_exp.learning.distributed.member import Spec
-from dash_exp.learning.distributed.parallel import ParallelLearner, compare
-from dash_exp.learning.distributed.ranks import start
+from dash_exp.learning.distributed.communicator import Coordinator
+from dash_exp.learning.distributed.launch import start_workers
+from dash_exp.learning.distributed.learner import DistributedLearner, compare
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.rounds import Rounds
-from dash_exp.learning.settings import Objective, UpdateStats
+from dash_exp.learning.rounds import RoundLearner, Rounds
+from dash_exp.learning.settings import Adapters, Forward, LearnerSpec, Objective, UpdateStats
+from dash_exp.train.build import make_learner
 from dash_exp.train.loop import mini_batches, repeated_updates
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
@@ -43,44 +42,44 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
-def links(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Leader]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
     """Connections to real ranks; the learners they hold are built anew by each test."""
-    made = start(RANKS, 60.0, tmp_path_factory.mktemp("ranks"))
+    made = start_workers(RANKS, 60.0, tmp_path_factory.mktemp("ranks"))
     yield made
     made.close()
-    assert all(member.ending() is not None for member in made.members.values())
+    assert all(worker.exit_reason() is not None for worker in made.workers.values())
 
 
 def filtered(kept: list[tuple[bool, ...]]) -> list[AdvantagedGroup]:
     return [replace(g, kept=k) for g, k in zip(make_groups(LENGTHS, PROMPTS), kept, strict=True)]
 
 
-def spec_of(folder: Path, goal: Objective, **changes: Any) -> Spec:
+def spec_of(folder: Path, goal: Objective, **changes: Any) -> LearnerSpec:
     """Adam's eps is large, so that an entry whose gradient is almost 0 does not turn rounding into a step."""
     chosen = setting(**{"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1, **changes})
-    return Spec(folder, goal, chosen, VOCABULARY, 16, False, threads=1)
+    return LearnerSpec(folder, goal, chosen, Forward(VOCABULARY, 16), threads=1)
 
 
 @dataclass
 class Learned:
     """What came of some updates."""
 
-    learner: ParallelLearner
+    learner: RoundLearner
     gradients: list[dict[str, Tensor]]
     stats: list[UpdateStats]
     sums: dict[str, float]
 
 
 def learn(
-    spec: Spec,
-    links: Links,
+    spec: LearnerSpec,
+    coordinator: Coordinator | None,
     groups: list[AdvantagedGroup],
     aggregation: str,
     updates: int = 2,
     max_tokens: int = 25,
 ) -> Learned:
     """Updates on the same batch, as the loop makes them."""
-    learner = ParallelLearner.of(spec, links)
+    learner = make_learner(spec, coordinator)
     counted = [len(c.token_ids) for g in groups for c in g.group.completions]
     divisor = losses.denominator(counted, MAX_NEW, aggregation)
     gradients, stats = [], []
@@ -110,19 +109,20 @@ def assert_equal(several: Learned, one: Learned) -> None:
         if not name.endswith("computed"):  # a prompt that two ranks share is computed by both
             exact = name.endswith(counts)
             assert several.sums[name] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-4)), name
+    assert isinstance(several.learner, DistributedLearner)
     several.learner.check_equal()
 
 
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize(("surrogate", "aggregation", "beta"), OBJECTIVES)
 def test_ranks_make_the_update_of_one_process(
-    links: Leader, tiny_folder: Path, surrogate: str, aggregation: str, beta: float, kept: str
+    ranks: Coordinator, tiny_folder: Path, surrogate: str, aggregation: str, beta: float, kept: str
 ) -> None:
     spec = spec_of(tiny_folder, objective(surrogate, beta, 0.8))
     groups = filtered(KEPT[kept])
-    one = learn(spec, Alone(), groups, aggregation)
+    one = learn(spec, None, groups, aggregation)
     assert not one.stats[0].skipped and one.stats[0].grad_norm > 0
-    assert_equal(learn(spec, links, groups, aggregation), one)
+    assert_equal(learn(spec, ranks, groups, aggregation), one)
 
 
 @pytest.mark.parametrize(
@@ -135,37 +135,38 @@ def test_ranks_make_the_update_of_one_process(
     ],
     ids=lambda c: next(iter(c)),
 )
-def test_other_settings(links: Leader, tiny_folder: Path, changes: dict[str, Any]) -> None:
+def test_other_settings(ranks: Coordinator, tiny_folder: Path, changes: dict[str, Any]) -> None:
     """Masters apart from the weights, a clipped gradient, adapters drawn from a seed, fewer tensors."""
     spec = spec_of(tiny_folder, objective(beta=0.04), **changes)
     rough = "precision" in changes
-    one = learn(spec, Alone(), filtered(KEPT["some"]), "constant", updates=1 if rough else 2)
-    several = learn(spec, links, filtered(KEPT["some"]), "constant", updates=1 if rough else 2)
+    one = learn(spec, None, filtered(KEPT["some"]), "constant", updates=1 if rough else 2)
+    several = learn(spec, ranks, filtered(KEPT["some"]), "constant", updates=1 if rough else 2)
     if not rough:  # each forward of another cut is rounded to bf16 in another way
         assert_equal(several, one)
+    assert isinstance(several.learner, DistributedLearner)
     several.learner.check_equal()
     assert several.stats[0].grad_norm == pytest.approx(one.stats[0].grad_norm, rel=0.05 if rough else 1e-4)
 
 
-def test_nothing_kept_moves_nothing_on_any_rank(links: Leader, tiny_folder: Path) -> None:
+def test_nothing_kept_moves_nothing_on_any_rank(ranks: Coordinator, tiny_folder: Path) -> None:
     """To the bit, not even by momentum or weight decay; the update counts on every rank."""
     spec = spec_of(tiny_folder, objective(), schedule="linear")
-    learner = learn(spec, links, filtered(KEPT["all"]), "constant", updates=1).learner
-    before = learner._all("fingerprint", None)
+    learner = learn(spec, ranks, filtered(KEPT["all"]), "constant", updates=1).learner
+    before = learner._all("checksums", None)
     rounds = Rounds(Packer(25, "constant", keep_for_kl=False), RANKS)
     nothing = filtered([(False,) * 4] * 4)
     assert [one for g in nothing for one in rounds.add(g)] + list(rounds.flush()) == []
     stats = learner.update(100.0)
     assert stats.skipped and stats.lr == pytest.approx(1e-2 * 9 / 10)
-    assert learner._all("fingerprint", None) == before
+    assert learner._all("checksums", None) == before
     assert learner.update(100.0).lr == pytest.approx(1e-2 * 8 / 10)
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
-    links: Leader, tiny_folder: Path
+    ranks: Coordinator, tiny_folder: Path
 ) -> None:
-    learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
-    before = learner._all("fingerprint", None)
+    learner = DistributedLearner(spec_of(tiny_folder, objective()), ranks)
+    before = learner._all("checksums", None)
     groups = filtered(KEPT["all"])
     groups[3] = replace(groups[3], advantages=(float("inf"),) * 4)
     rounds = Rounds(Packer(25, "constant", keep_for_kl=False), RANKS)
@@ -173,19 +174,19 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     learner.accumulate(ready, learner.reference_logprobs(ready))
     stats = learner.update(100.0)
     assert stats.skipped and not stats.finite
-    assert learner._all("fingerprint", None) == before
+    assert learner._all("checksums", None) == before
 
 
 @pytest.mark.parametrize(("passes", "prompts_per_update", "beta"), [(3, 4, 0.0), (1, 1, 0.04), (2, 2, 0.04)])
 def test_several_updates_of_a_batch(
-    links: Leader, tiny_folder: Path, passes: int, prompts_per_update: int, beta: float
+    ranks: Coordinator, tiny_folder: Path, passes: int, prompts_per_update: int, beta: float
 ) -> None:
     """PPO-Multi and PPO-Mini: old and reference log-probabilities travel with their micro-batch."""
     plan = plan_of(passes, prompts_per_update, "constant")
     spec = spec_of(tiny_folder, Objective("clipped", 0.2, 0.2, beta, "constant", "k3", 0.9))
     found = []
-    for chosen in (links, Alone()):
-        learner = ParallelLearner.of(spec, chosen)
+    for chosen in (ranks, None):
+        learner = make_learner(spec, chosen)
         parts = replace(parts_of(learner.local, "constant"), learner=learner)
         run = context(plan, parts)
         stats = repeated_updates(run, mini_batches(run, filtered(KEPT["some"])))
@@ -195,29 +196,29 @@ def test_several_updates_of_a_batch(
     assert_equal(*found)
 
 
-def test_state_goes_from_rank_0_to_all(links: Leader, tiny_folder: Path) -> None:
+def test_state_goes_from_rank_0_to_all(ranks: Coordinator, tiny_folder: Path) -> None:
     """Moments and counters too: the next update is that of a run that was never interrupted, to the bit."""
     spec = spec_of(tiny_folder, objective(beta=0.04), precision="bf16_mixed", schedule="linear")
     groups = filtered(KEPT["some"])
 
-    def advance(learner: ParallelLearner) -> UpdateStats:
+    def advance(learner: RoundLearner) -> UpdateStats:
         rounds = Rounds(Packer(25, "constant", keep_for_kl=False), RANKS)
         for ready in [one for g in groups for one in rounds.add(g)] + list(rounds.flush()):
             learner.accumulate(ready, learner.reference_logprobs(ready))
         return learner.update(100.0)
 
-    whole = learn(spec, links, groups, "constant").learner
+    whole = learn(spec, ranks, groups, "constant").learner
     snapshot = copy.deepcopy(whole.snapshot(2))
     stats, expected = advance(whole), whole.local.masters
-    fresh = ParallelLearner.of(spec, links)
+    fresh = DistributedLearner(spec, ranks)
     fresh.restore(snapshot)
     assert repr(advance(fresh)) == repr(stats)
     assert all(torch.equal(expected[name], m) for name, m in fresh.local.masters.items())
     fresh.check_equal()
 
 
-def test_ranks_with_different_weights_are_found_out(links: Leader, tiny_folder: Path) -> None:
-    learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
+def test_ranks_with_different_weights_are_found_out(ranks: Coordinator, tiny_folder: Path) -> None:
+    learner = DistributedLearner(spec_of(tiny_folder, objective()), ranks)
     with torch.no_grad():
         learner.local.model.model.norm.weight[0] += 1e-3
     with pytest.raises(RuntimeError, match=r"ranks 0 and 1 hold different weights: 1 tensors of \d+.*norm"):
@@ -230,16 +231,16 @@ def test_ranks_that_loaded_other_weights_are_found_out() -> None:
         compare([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}])
 
 
-def test_ranks_with_different_updates_are_found_out(links: Leader, tiny_folder: Path) -> None:
-    learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
+def test_ranks_with_different_updates_are_found_out(ranks: Coordinator, tiny_folder: Path) -> None:
+    learner = DistributedLearner(spec_of(tiny_folder, objective()), ranks)
     learner.local.updates = 5
-    learner.local.setting = replace(learner.local.setting, lr=1.0)
+    learner.local.optimization = replace(learner.local.optimization, lr=1.0)
     with pytest.raises(RuntimeError, match="ranks made different updates"):
         learner.update(100.0)
 
 
-def test_preflight_on_every_rank(links: Leader, tiny_folder: Path) -> None:
-    learner = ParallelLearner.of(spec_of(tiny_folder, objective()), links)
+def test_preflight_on_every_rank(ranks: Coordinator, tiny_folder: Path) -> None:
+    learner = DistributedLearner(spec_of(tiny_folder, objective()), ranks)
     rounds = Rounds(Packer(1000, "constant", keep_for_kl=False), 1)
     (ready,) = [*(one for g in filtered(KEPT["all"]) for one in rounds.add(g)), *rounds.flush()]
     learner.preflight(ready[0])

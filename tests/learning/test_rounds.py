@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_exp.learning.packing import MicroBatch, Packer, nothing, pack, pieces_of
+from dash_exp.learning.packing import MicroBatch, Packer, empty_micro_batch, pack, pieces_of
 from dash_exp.learning.rounds import Round, Rounds, balanced, length
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
@@ -115,6 +115,6 @@ def test_nothing_kept_makes_no_round(width: int) -> None:
 
 
 def test_an_empty_micro_batch_is_one_token_without_weight() -> None:
-    packed = pack(nothing())
+    packed = pack(empty_micro_batch())
     assert packed.input_ids.tolist() == [0] and len(packed.targets) == 1
     assert packed.advantages.tolist() == [0.0]

@@ -17,20 +17,19 @@ import torch
 
 from dash_exp.config.compose import compose
 from dash_exp.config.schema import changed
-from dash_exp.learning.distributed.links import Alone, Leader
-from dash_exp.learning.distributed.member import Spec
-from dash_exp.learning.distributed.parallel import ParallelLearner, in_parts
-from dash_exp.learning.distributed.ranks import start
+from dash_exp.learning.distributed.communicator import Coordinator
+from dash_exp.learning.distributed.launch import start_workers
+from dash_exp.learning.distributed.learner import in_parts
 from dash_exp.learning.packing import Packer
-from dash_exp.learning.rounds import Rounds
-from dash_exp.learning.settings import Objective, UpdateStats
+from dash_exp.learning.rounds import RoundLearner, Rounds
+from dash_exp.learning.settings import LearnerSpec, Objective, UpdateStats
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import load_computing, load_model
 from dash_exp.record import checkpoint
 from dash_exp.record.checkpoint import Snapshot
 from dash_exp.record.identity import cell_of, described
 from dash_exp.sampling.hf import HFSampler
-from dash_exp.train.build import model_to_sample
+from dash_exp.train.build import make_learner, model_to_sample
 from dash_exp.train.loop import mini_batches, repeated_updates
 from dash_exp.types import AdvantagedGroup
 from tests.learning.test_learner import objective
@@ -42,14 +41,14 @@ RANKS = 3
 
 
 @pytest.fixture(scope="module")
-def links(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Leader]:
-    made = start(RANKS, 60.0, tmp_path_factory.mktemp("ranks"))
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
+    made = start_workers(RANKS, 60.0, tmp_path_factory.mktemp("ranks"))
     yield made
     made.close()
     assert not torch.distributed.is_initialized()
 
 
-def shards(spec: Spec) -> Spec:
+def shards(spec: LearnerSpec) -> LearnerSpec:
     return replace(spec, sharding="fsdp")
 
 
@@ -89,41 +88,41 @@ def assert_equal(several: Learned, one: Learned, tolerance: float = 2e-6) -> Non
     ],
 )
 def test_shards_make_the_update_of_one_process(
-    links: Leader, tiny_folder: Path, surrogate: str, aggregation: str, beta: float, kept: str
+    ranks: Coordinator, tiny_folder: Path, surrogate: str, aggregation: str, beta: float, kept: str
 ) -> None:
     """After one update the first moment is (1 - beta1) times the gradient; after two everything has moved."""
     spec = spec_of(tiny_folder, objective(surrogate, beta, 0.8))
     groups = filtered(KEPT[kept])
     for updates in (1, 2):
-        one = learn(spec, Alone(), groups, aggregation, updates)
+        one = learn(spec, None, groups, aggregation, updates)
         assert not one.stats[0].skipped and one.stats[0].grad_norm > 0
-        assert_equal(learn(shards(spec), links, groups, aggregation, updates), one)
+        assert_equal(learn(shards(spec), ranks, groups, aggregation, updates), one)
 
 
 @pytest.mark.parametrize(
     "changes", [{"max_grad_norm": 0.01}, {"freeze_embeddings": True}], ids=lambda c: next(iter(c))
 )
-def test_other_settings(links: Leader, tiny_folder: Path, changes: dict[str, Any]) -> None:
+def test_other_settings(ranks: Coordinator, tiny_folder: Path, changes: dict[str, Any]) -> None:
     spec = spec_of(tiny_folder, objective(beta=0.04), **changes)
-    one = learn(spec, Alone(), filtered(KEPT["some"]), "constant")
-    assert_equal(learn(shards(spec), links, filtered(KEPT["some"]), "constant"), one)
+    one = learn(spec, None, filtered(KEPT["some"]), "constant")
+    assert_equal(learn(shards(spec), ranks, filtered(KEPT["some"]), "constant"), one)
 
 
-def test_gradient_checkpointing(links: Leader, tiny_folder: Path) -> None:
+def test_gradient_checkpointing(ranks: Coordinator, tiny_folder: Path) -> None:
     spec = spec_of(tiny_folder, objective(beta=0.04))
-    one = learn(spec, Alone(), filtered(KEPT["some"]), "constant")
-    saving = replace(shards(spec), gradient_checkpointing=True)
-    assert_equal(learn(saving, links, filtered(KEPT["some"]), "constant"), one)
+    one = learn(spec, None, filtered(KEPT["some"]), "constant")
+    saving = replace(shards(spec), forward=replace(spec.forward, gradient_checkpointing=True))
+    assert_equal(learn(saving, ranks, filtered(KEPT["some"]), "constant"), one)
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["all", "embeddings frozen"])
-def test_bf16_computes_with_rounded_masters(links: Leader, tiny_folder: Path, freeze: bool) -> None:
+def test_bf16_computes_with_rounded_masters(ranks: Coordinator, tiny_folder: Path, freeze: bool) -> None:
     """The same cut, all of it on one rank or a micro-batch on each: every forward and backward is rounded
     alike, and what is added is not, so equal but for the order of fp32 sums."""
     spec = spec_of(tiny_folder, objective(beta=0.04), precision="bf16_mixed", freeze_embeddings=freeze)
     found = []
-    for chosen, how in ((Alone(), spec), (links, shards(spec))):
-        learner = ParallelLearner.of(how, chosen)
+    for chosen, how in ((None, spec), (ranks, shards(spec))):
+        learner = make_learner(how, chosen)
         packer = Packer(16, "constant", keep_for_kl=False)
         cut = [b for g in filtered(KEPT["all"]) for b in packer.add(g)] + list(packer.flush())
         assert len(cut) > RANKS
@@ -140,9 +139,9 @@ def test_bf16_computes_with_rounded_masters(links: Leader, tiny_folder: Path, fr
     assert all(torch.equal(rounded[name], masters[name].bfloat16()) for name in masters)
 
 
-def test_every_rank_holds_its_rows_only(links: Leader, tiny_folder: Path) -> None:
+def test_every_rank_holds_its_rows_only(ranks: Coordinator, tiny_folder: Path) -> None:
     learner = learn(
-        shards(spec_of(tiny_folder, objective(beta=0.04))), links, filtered(KEPT["all"]), "constant", 1
+        shards(spec_of(tiny_folder, objective(beta=0.04))), ranks, filtered(KEPT["all"]), "constant", 1
     ).learner
     whole = dict(load_model(tiny_folder, torch.float32, ATTENTION).named_parameters())
     local = learner.local
@@ -161,9 +160,9 @@ def test_every_rank_holds_its_rows_only(links: Leader, tiny_folder: Path) -> Non
         assert held <= sum(-(-len(p) // RANKS) * p[0].numel() for p in whole.values())
 
 
-def test_nothing_kept_moves_nothing(links: Leader, tiny_folder: Path) -> None:
+def test_nothing_kept_moves_nothing(ranks: Coordinator, tiny_folder: Path) -> None:
     learner = learn(
-        shards(spec_of(tiny_folder, objective())), links, filtered(KEPT["all"]), "constant", 1
+        shards(spec_of(tiny_folder, objective())), ranks, filtered(KEPT["all"]), "constant", 1
     ).learner
     before = copy.deepcopy(learner.snapshot(1))
     stats = learner.update(100.0)
@@ -174,9 +173,9 @@ def test_nothing_kept_moves_nothing(links: Leader, tiny_folder: Path) -> None:
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
-    links: Leader, tiny_folder: Path
+    ranks: Coordinator, tiny_folder: Path
 ) -> None:
-    learner = ParallelLearner.of(shards(spec_of(tiny_folder, objective())), links)
+    learner = make_learner(shards(spec_of(tiny_folder, objective())), ranks)
     before = copy.deepcopy(learner.snapshot(1))
     groups = filtered(KEPT["all"])
     groups[3] = replace(groups[3], advantages=(float("inf"),) * 4)
@@ -189,13 +188,13 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     assert all(torch.equal(before.weights[name], t) for name, t in after.weights.items())
 
 
-def test_several_updates_of_a_batch(links: Leader, tiny_folder: Path) -> None:
+def test_several_updates_of_a_batch(ranks: Coordinator, tiny_folder: Path) -> None:
     """PPO-Mini: a mini-batch that the filter has emptied; ranks without work in forwards alone, too."""
     plan = plan_of(2, 1, "constant")
     spec = spec_of(tiny_folder, Objective("clipped", 0.2, 0.2, 0.04, "constant", "k3", 0.9))
     found = []
-    for chosen, how in ((links, shards(spec)), (Alone(), spec)):
-        learner = ParallelLearner.of(how, chosen)
+    for chosen, how in ((ranks, shards(spec)), (None, spec)):
+        learner = make_learner(how, chosen)
         parts = replace(parts_of(learner.local, "constant"), learner=learner)
         run = context(plan, parts)
         stats = repeated_updates(run, mini_batches(run, filtered(KEPT["some"])))
@@ -204,23 +203,23 @@ def test_several_updates_of_a_batch(links: Leader, tiny_folder: Path) -> None:
     assert_equal(*found)
 
 
-def advance(learner: ParallelLearner, groups: list[AdvantagedGroup]) -> UpdateStats:
+def advance(learner: RoundLearner, groups: list[AdvantagedGroup]) -> UpdateStats:
     rounds = Rounds(Packer(25, "constant", keep_for_kl=False), learner.width)
     for ready in [one for g in groups for one in rounds.add(g)] + list(rounds.flush()):
         learner.accumulate(ready, learner.reference_logprobs(ready))
     return learner.update(100.0)
 
 
-def test_state_goes_to_any_sharding(links: Leader, tiny_folder: Path, tmp_path: Path) -> None:
+def test_state_goes_to_any_sharding(ranks: Coordinator, tiny_folder: Path, tmp_path: Path) -> None:
     """Written by shards, read by one process and by shards, and back again: the same bits; the next update is
     that of a run that was never interrupted, to the bit where it is made in the same way."""
     spec, groups = spec_of(tiny_folder, objective(beta=0.04), schedule="linear"), filtered(KEPT["some"])
-    whole = learn(shards(spec), links, groups, "constant").learner
+    whole = learn(shards(spec), ranks, groups, "constant").learner
     folder = checkpoint.save(tmp_path, 2, whole.snapshot(2, row={"step": 2}), tiny_folder)
     written = checkpoint.load(folder)
     stats, expected = advance(whole, groups), copy.deepcopy(whole.snapshot(3))
-    for chosen, how in ((Alone(), spec), (links, shards(spec))):
-        fresh = ParallelLearner.of(how, chosen)
+    for chosen, how in ((None, spec), (ranks, shards(spec))):
+        fresh = make_learner(how, chosen)
         fresh.restore(written)
         read = fresh.snapshot(2, row={"step": 2})
         assert all(torch.equal(t, written.weights[n]) for n, t in read.weights.items())
@@ -233,8 +232,8 @@ def test_state_goes_to_any_sharding(links: Leader, tiny_folder: Path, tmp_path: 
     assert all(torch.equal(t, expected.weights[n]) for n, t in fresh.snapshot(3).weights.items())
 
 
-def test_a_checkpoint_is_a_whole_folder(links: Leader, tiny_folder: Path, tmp_path: Path) -> None:
-    learner = ParallelLearner.of(shards(spec_of(tiny_folder, objective())), links)
+def test_a_checkpoint_is_a_whole_folder(ranks: Coordinator, tiny_folder: Path, tmp_path: Path) -> None:
+    learner = make_learner(shards(spec_of(tiny_folder, objective())), ranks)
     folder = checkpoint.save(tmp_path, 0, learner.snapshot(0), tiny_folder)
     assert checkpoint.damage(folder) is None
     found, expected = (load_model(f, torch.float32, ATTENTION) for f in (folder, tiny_folder))
@@ -242,10 +241,10 @@ def test_a_checkpoint_is_a_whole_folder(links: Leader, tiny_folder: Path, tmp_pa
         assert torch.equal(value, other), name
 
 
-def test_weights_for_samplers_are_whole_and_taken_as_one_likes(links: Leader, tiny_folder: Path) -> None:
+def test_weights_for_samplers_are_whole_and_taken_as_one_likes(ranks: Coordinator, tiny_folder: Path) -> None:
     """Some at a time, and a consumer that stops early leaves nobody waiting."""
     spec = shards(spec_of(tiny_folder, objective(), precision="bf16_mixed"))
-    learner = ParallelLearner.of(spec, links)
+    learner = make_learner(spec, ranks)
     assert len(list(islice(learner.compute_weights(), 2))) == 2
     expected = dict(load_computing(tiny_folder, "bf16_mixed", ATTENTION).named_parameters())
     found = dict(learner.compute_weights())
@@ -255,12 +254,12 @@ def test_weights_for_samplers_are_whole_and_taken_as_one_likes(links: Leader, ti
     assert [name for names in some for name in names] == list(expected) and len(some) > 3
 
 
-def test_the_sampler_in_this_process_has_a_copy(links: Leader, tiny_folder: Path) -> None:
+def test_the_sampler_in_this_process_has_a_copy(ranks: Coordinator, tiny_folder: Path) -> None:
     """It begins as the learner does, and follows when it is told to."""
     config = compose(["model=tiny", "learner.ranks=3", "learner.sharding=fsdp", "paths.data=null"])
     spec = shards(spec_of(tiny_folder, objective(), precision="bf16_mixed"))
-    learner = ParallelLearner.of(spec, links)
-    model = model_to_sample(config, learner, tiny_folder, torch.device("cpu"))
+    learner = make_learner(spec, ranks)
+    model = model_to_sample(config, learner, tiny_folder)
     sampler = HFSampler(model, str, vocabulary=100, max_sequences=64, weights=learner.compute_weights)
 
     def follows() -> bool:
@@ -274,8 +273,8 @@ def test_the_sampler_in_this_process_has_a_copy(links: Leader, tiny_folder: Path
     assert follows() and sampler.policy_version == 1
 
 
-def test_preflight_on_every_rank(links: Leader, tiny_folder: Path) -> None:
-    learner = ParallelLearner.of(shards(spec_of(tiny_folder, objective(beta=0.04))), links)
+def test_preflight_on_every_rank(ranks: Coordinator, tiny_folder: Path) -> None:
+    learner = make_learner(shards(spec_of(tiny_folder, objective(beta=0.04))), ranks)
     rounds = Rounds(Packer(1000, "constant", keep_for_kl=False), 1)
     (ready,) = [*(one for g in filtered(KEPT["all"]) for one in rounds.add(g)), *rounds.flush()]
     learner.preflight(ready[0])

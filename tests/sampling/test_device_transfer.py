@@ -207,6 +207,7 @@ def test_weights_reach_a_real_server_on_a_gpu(kind: str, tiny_folder: Path, tmp_
     from dash_exp.modeling.attention import ATTENTION
     from dash_exp.modeling.source import load_model
     from dash_exp.train.build_servers import make_servers
+    from dash_exp.train.parts import Policy
     from tests.sampling.test_vllm import FREE, SEEN, learner_gap
 
     if kind == "nccl" and torch.cuda.device_count() < 2:
@@ -223,17 +224,16 @@ def test_weights_reach_a_real_server_on_a_gpu(kind: str, tiny_folder: Path, tmp_
         ]
     )
     model = load_model(tiny_folder, torch.float32, ATTENTION).to("cuda")
-    sampler = make_servers(
-        config,
+    policy = Policy(
         tiny_folder,
-        vocabulary=SEEN,
-        longest=64,
-        decode=str,
+        SEEN,
+        str,
+        64,
+        model=lambda: None,
         weights=model.named_parameters,
-        folder=tmp_path,
-        event=lambda *what, **more: None,
         release=torch.cuda.empty_cache,
     )
+    sampler = make_servers(config, policy, tmp_path)
     (member,) = sampler.fleet.members
     try:
         for version in (1, 2):

@@ -264,24 +264,16 @@ def test_where_nothing_learns_they_get_the_models_own_weights(two: list[Served],
 
     from dash_exp.config.compose import compose
     from dash_exp.modeling.attention import ATTENTION
-    from dash_exp.modeling.source import load_model
-    from dash_exp.train.build import find_model
+    from dash_exp.modeling.source import load_model, locate
     from dash_exp.train.build_servers import make_servers
+    from dash_exp.train.parts import Policy
     from tests.sampling.test_hf import ask, by_position, sampler_of
     from tests.sampling.test_vllm import GREEDY
 
     config = compose(["model=tiny", *FP32, urls(*two)])
-    folder = find_model(config, tmp_path).folder
-    sampler = make_servers(
-        config,
-        folder,
-        vocabulary=99,
-        longest=40,
-        decode=str,
-        weights=lambda: iter(()),
-        folder=tmp_path,
-        event=lambda *what, **more: None,
-    )
+    folder = locate(config.model, tmp_path).folder
+    policy = Policy(folder, 99, str, 40, model=lambda: None)
+    sampler = make_servers(config, policy, tmp_path)
     try:
         requests = ask([5, 11, 3, 8], repeats=1)
         theirs = by_position(arrived(sampler.stream(requests, GREEDY)))

@@ -14,6 +14,7 @@ import torch
 
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer, pack
+from dash_exp.learning.settings import Forward
 from dash_exp.sampling.protocol import EngineSettings
 from dash_exp.types import AdvantagedGroup, Completion, Decoding, Group, Score, ScoredGroup
 from tests.learning.test_learner import objective, setting
@@ -62,7 +63,7 @@ def engine(tiny_folder: Path) -> Iterator[Any]:
 def learner_gap(model: Any, groups: list[Group], temperature: float) -> torch.Tensor:
     """Learner's minus sampler's log-probability of every sampled token."""
     goal = objective(temperature=temperature)
-    learner = Learner(model, goal, setting(), vocabulary=SEEN, logit_chunk=512)
+    learner = Learner(model, goal, setting(), Forward(SEEN))
     packer = Packer(10_000, "constant", keep_for_kl=False)
     for g in groups:
         n = len(g.completions)

@@ -39,7 +39,7 @@ def test_two_ranks_with_vllm_killed_and_resumed(tmp_path: Path, sampler: str) ->
     first = start(tmp_path, options)
     wait_for_steps(tmp_path, 3, first, 400)  # vLLM starts slowly on a busy machine
     others = psutil.Process(first.pid).children(recursive=True)
-    assert any("dash_exp.learning.distributed" in c.cmdline() for c in others)
+    assert any("dash_exp.learning.distributed.launch" in c.cmdline() for c in others)
     first.kill()
     first.communicate()
     _, alive = psutil.wait_procs(others, timeout=30)

@@ -17,7 +17,7 @@ from dash_exp.errors import UserError
 from dash_exp.modeling.source import load_tokenizer
 from dash_exp.tasks.generated import HEADER, functions, gym_examples
 from dash_exp.tasks.prompts import batch
-from dash_exp.train.build_tasks import build_task, note_prompts
+from dash_exp.train.build_tasks import build_task, log_prompts
 from dash_exp.verifiers.judges import Judges, PooledJudge
 
 
@@ -57,7 +57,7 @@ def test_a_mixture_has_the_parts_templates_and_judges(mixed: Config, tokenizer: 
     assert isinstance(task.judges["math"], PooledJudge)
     assert task.judges["gsm8k"].submit("It is 7.", "7").result().outcome == "correct"
     notes: list[str] = []
-    note_prompts(task, notes.append)
+    log_prompts(task, notes.append)
     assert notes[0] == "training: 40 prompts of math+gsm8k"
 
 

@@ -1,12 +1,10 @@
-"""Weights of which every rank holds a part only (`learner.sharding=fsdp`), by torch's FSDP2.
+"""Weights of which every rank holds only a part (`learner.sharding=fsdp`), by torch's FSDP2.
 
-A tensor's rows are dealt out over the ranks, the first to rank 0. While a layer computes, its tensors are
-whole: gathered before, in the type that computes, and let go of after. Its gradients are added over the
-ranks, in fp32 and undivided, at the end of its backward, each rank keeping the rows that are its own. So an
-update has nothing left to add; it moves the rows that it finds.
-
-Every rank must take part in every gathering: one that has nothing to compute in a round computes one token of
-weight 0 (`Learner.accompany`).
+The rows of a tensor are split over the ranks, the first to rank 0. While a layer computes, its tensors are
+complete: gathered before, in the type that computes, and freed after. Its gradients are summed over the
+ranks, in fp32 and undivided, at the end of its backward, each rank keeping its own rows. So an update has
+nothing left to reduce: it moves the rows that it has. Every rank must take part in every gathering, also one
+that has nothing to compute in a round (`Worker._take_part`).
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from dash_exp.learning.scorer import Scorer
+from dash_exp.learning.logprobs import Scorer
 from dash_exp.learning.weights import Weights
 
 
@@ -53,8 +51,8 @@ def shard(scorer: Scorer, across: Across, dtype: torch.dtype | None) -> None:
 
 
 class Shards(Weights):
-    """This rank's rows of every tensor. What the optimizer moves is fp32, and what FSDP gathers from: there
-    is no other copy."""
+    """This rank's rows of every tensor. What the optimizer moves is fp32, and FSDP gathers from it: there is
+    no other copy."""
 
     sharded = True
 
@@ -70,26 +68,26 @@ class Shards(Weights):
         self.held: dict[str, Any] = dict(self.model.named_parameters())
         self.masters = {name: p.to_local().detach() for name, p in self.held.items() if p.requires_grad}
         self._reference: Any = None
-        self._collect()
+        self._register_hooks()
 
-    def _here(self, tensor: Any) -> Tensor:
+    def _local(self, tensor: Any) -> Tensor:
         own: Tensor = tensor.to_local()
         return own
 
-    def guard(self, reference: Scorer) -> None:
+    def hold_reference(self, reference: Scorer) -> None:
         shard(reference, self.across, None)
         self._reference = reference
 
-    def add_others(self, total: Callable[[Tensor], None]) -> None:
-        """Nothing: each backward has done it."""
+    def all_reduce_gradients(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Nothing to do: each backward has done it."""
 
     def norm(self) -> float:
         square = torch.tensor(super().norm() ** 2, dtype=torch.float64).to(self.device)
         dist.all_reduce(square)
         return float(square.sqrt())
 
-    def follow(self) -> None:
-        """Nothing: they are gathered anew. What FSDP notes of forwards without a backward is forgotten."""
+    def copy_masters(self) -> None:
+        """Nothing to copy: they are gathered again. FSDP forgets its notes of forwards without a backward."""
         if self._reference is not None and hasattr(self._reference, "reset_iter_state"):
             self._reference.reset_iter_state()
 
@@ -98,9 +96,9 @@ class Shards(Weights):
         return found
 
     def exact(self, name: str) -> Tensor:
-        return self._here(self.held[name]).detach()
+        return self._local(self.held[name]).detach()
 
-    def saved(self, name: str, own: Tensor) -> Tensor:
+    def gather(self, name: str, own: Tensor) -> Tensor:
         """On rank 0, on the CPU; others get nothing. Every rank calls it at the same time."""
         return self._gathered(name, own).cpu()
 
@@ -115,17 +113,18 @@ class Shards(Weights):
         dist.gather(padded, parts, dst=0)
         return torch.cat(parts)[: shape[0]]
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        rows = -(-len(whole) // self.across.width)
-        return whole[rows * self.across.rank :][:rows]
+    def part(self, name: str, full: Tensor) -> Tensor:
+        rows = -(-len(full) // self.across.width)
+        return full[rows * self.across.rank :][:rows]
 
-    def take(self, name: str, whole: Tensor) -> None:
-        self.exact(name).copy_(self.part(name, whole))
+    def load(self, name: str, full: Tensor) -> None:
+        self.exact(name).copy_(self.part(name, full))
 
     def names(self) -> list[str]:
         return list(self.held)
 
     def computed(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Whole on rank 0, on its device; others get nothing. Every rank takes the same at the same time."""
+        """Complete on rank 0, on its device; others get nothing. Every rank asks for the same at the same
+        time."""
         for name in self.held if names is None else names:
             yield name, self._gathered(name, self.exact(name).to(self.dtype))
