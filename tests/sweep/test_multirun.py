@@ -48,7 +48,7 @@ class Sweeps:
 
     def run(self, *overrides: str, real: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*overrides, real=real, **variables)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
         return subprocess.CompletedProcess([], process.returncode, out, err)
 
     def cells(self) -> dict[str, Path]:
@@ -56,8 +56,8 @@ class Sweeps:
         names = sorted((self.root / "cells").iterdir())
         return {f.name.rpartition("-")[0].replace("tiny-digits-", ""): f for f in names}
 
-    def states(self) -> dict[str, str]:
-        return {name: read_json(folder / "status.json")["state"] for name, folder in self.cells().items()}
+    def states(self) -> dict[str, str | None]:
+        return {name: read_json(folder / "status.json").get("state") for name, folder in self.cells().items()}
 
     def starts(self) -> dict[str, int]:
         return {name: len(read_rows(f / "seen.jsonl").rows) for name, f in self.cells().items()}
@@ -304,10 +304,10 @@ def test_the_plugin_is_found_from_anywhere_and_hydras_own_launchers_stay(sweeps:
 
 @pytest.mark.long
 def test_real_cells_two_at_once_give_the_records_of_one_after_the_other(sweeps: Sweeps) -> None:
-    done = sweeps.run("seed=0,1", "algorithm=dash,pg", "hydra.launcher.n_jobs=2", real=True)
+    done = sweeps.run("algorithm=dash,pg", "hydra.launcher.n_jobs=2", real=True)
     assert done.returncode == 0, done.stdout + done.stderr
     single = Sweeps(sweeps.root.with_name("single"))
-    assert single.run("seed=0,1", "algorithm=dash,pg", real=True).returncode == 0
+    assert single.run("algorithm=dash,pg", real=True).returncode == 0
     for name, folder in sweeps.cells().items():
         assert differences(folder, single.cells()[name]) == []
 

@@ -26,7 +26,7 @@ from tests.test_run import SMALL
 
 SWEEP = ["hydra.launcher.n_jobs=2", "cluster.retries.node=1000", "run.sweep=killed"]
 CONTROLLER_SHARE = 0.2
-KILLS, STEPS = 40, 40
+KILLS, STEPS = 40, 80
 """A cell has so many steps that the kills come before its end."""
 KEYS = {
     "steps": ("step",),
