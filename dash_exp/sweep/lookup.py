@@ -1,4 +1,4 @@
-"""Which sweep, and which of its cells, a person means. Torch-free."""
+"""Which sweep, and which of its cells, a name or a pattern on the command line means."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dash_exp.sweep import spec as specs
 from dash_exp.sweep.spec import Spec
 
 LIST_HINT = "python -m dash_exp.sweep list names them"
+UNCHANGED = "nothing was changed"
 WILD = set("*?[")
 
 
@@ -36,14 +37,9 @@ class Target:
     def manifest(self) -> Manifest:
         """What was launched. Raises UserError where nothing was."""
         if not self.launched:
-            raise UserError(
-                Fault(
-                    self.name,
-                    f"has not been launched: there is no {self.folder / manifests.NAME}",
-                    f"python -m dash_exp.sweep launch {self.name}; run.dir=<folder> looks elsewhere",
-                ),
-                "nothing was changed",
-            )
+            what = f"has not been launched: there is no {self.folder / manifests.NAME}"
+            hint = f"python -m dash_exp.sweep launch {self.name}; run.dir=<folder> looks elsewhere"
+            raise UserError(Fault(self.name, what, hint), UNCHANGED)
         return manifests.read(self.folder)
 
 
@@ -84,14 +80,9 @@ def find(text: str, root: Path, name: str | None = None) -> Target:
     if (folder / manifests.NAME).is_file():
         return Target(text, folder, root, None)
     there = [path.name for path in launched_folders(root)]
-    raise UserError(
-        Fault(
-            text,
-            f"is no sweep: neither a file in sweeps/, nor one launched in {root}, nor a folder",
-            nearest(text, {*known, *there}) if known or there else LIST_HINT,
-        ),
-        "nothing was changed",
-    )
+    what = f"is no sweep: neither a file in sweeps/, nor one launched in {root}, nor a folder"
+    hint = nearest(text, {*known, *there}) if known or there else LIST_HINT
+    raise UserError(Fault(text, what, hint), UNCHANGED)
 
 
 def matches(entry: Entry, pattern: str) -> bool:
@@ -113,14 +104,11 @@ def select(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
         if not any(matches(entry, pattern) for entry in entries)
     ]
     if faults:
-        raise UserError(faults, "nothing was changed")
+        raise UserError(faults, UNCHANGED)
     chosen = [entry for entry in entries if all(matches(entry, pattern) for pattern in patterns)]
     if patterns and not chosen:
-        text = " ".join(patterns)
-        raise UserError(
-            Fault(text, "no cell is selected by all of these", "each pattern narrows the choice"),
-            "nothing was changed",
-        )
+        hint = "each pattern narrows the choice"
+        raise UserError(Fault(" ".join(patterns), "no cell is selected by all of these", hint), UNCHANGED)
     return chosen
 
 
@@ -134,8 +122,8 @@ def _nearest_pattern(pattern: str, entries: Sequence[Entry]) -> str:
 
 
 def labels(entries: Sequence[tuple[str, ...]], folders: Sequence[str]) -> list[str]:
-    """What tells the cells of a sweep apart, from their overrides: what all have in common is left out,
-    and so are the names of the best-known keys, as long as no two cells look alike."""
+    """Short names of a sweep's cells, from their overrides. Overrides that all cells have are left out, and
+    so are well-known keys, unless two cells would get the same name."""
     common = set(entries[0]).intersection(*entries[1:]) if len(entries) > 1 else set()
     own = [[text for text in overrides if text not in common] for overrides in entries]
     for shorten in (_short, _plain):
@@ -146,7 +134,7 @@ def labels(entries: Sequence[tuple[str, ...]], folders: Sequence[str]) -> list[s
 
 
 SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe")
-"""Keys whose options speak for themselves."""
+"""Keys whose options need no key beside them."""
 
 
 def _short(override: str) -> str:

@@ -192,8 +192,8 @@ def _differ(settings: Iterable[Settings]) -> bool:
 
 
 def _compose_drafts(context: PlanContext, prepared: Sequence[Combination], times: bool) -> list[Draft]:
-    """Compose and check what can be, and report what is wrong with the rest. An override with a fault is left
-    out, so that it does not hide others; without an option nothing else can be said of a cell."""
+    """Compose and check every combination, and report what is wrong. Overrides with a fault are left out, so
+    that other faults show; a combination without its option is not composed at all."""
     texts = dict.fromkeys(text for combination in prepared for text in combination)
     wrong = {text: faults for text in texts if (faults := context.composer.faults_of(text))}
     drafts = []

@@ -150,9 +150,6 @@ def test_all_errors_are_reported_at_once_and_nothing_is_written(sweeps: Sweeps) 
     assert (done.returncode, done.stdout) == (2, "")
     assert "2 problems, nothing was started" in done.stderr
     assert "hydra.launcher.n_jobs: got 0" in done.stderr and "hydra.launcher.wait: got 'maybe'" in done.stderr
-    done = sweeps.run("seed=0,1", "cluster.threads=1,2", "run.sweep=../x")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "cluster.threads: has several values: 1, 2" in done.stderr
     with pytest.raises(UserError, match="cannot name a folder"):
         detached(sweeps.root, name="../x")
     with pytest.raises(UserError, match="must be at least 1"):
@@ -287,6 +284,7 @@ def test_a_controller_that_cannot_start_is_reported(sweeps: Sweeps, monkeypatch:
         detached(sweeps.root)
 
 
+@pytest.mark.long
 def test_the_plugin_is_found_from_anywhere_and_hydras_own_launchers_stay(sweeps: Sweeps) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dash_exp", "--info", "plugins"],

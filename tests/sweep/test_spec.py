@@ -1,4 +1,4 @@
-"""Sweeps as files: what they say is read, and everything wrong with one is told at once."""
+"""Sweeps as files: what they say is read, and every fault of one is reported at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dash_exp.errors import UserError
 from dash_exp.sweep import spec as specs
 from dash_exp.sweep.spec import combinations
 
-WHOLE = """
+COMPLETE = """
 claim: DASH is faster.
 question: By how much?
 feeds: [table_3, figure_1]
@@ -40,8 +40,8 @@ def faults(folder: Path, text: str) -> str:
     return str(error.value).replace(str(folder), "")
 
 
-def test_a_whole_file(tmp_path: Path) -> None:
-    path = written(tmp_path, WHOLE)
+def test_a_complete_file(tmp_path: Path) -> None:
+    path = written(tmp_path, COMPLETE)
     spec = specs.load(str(path))
     assert (spec.name, spec.claim, spec.feeds) == ("mine", "DASH is faster.", ("table_3", "figure_1"))
     assert spec.overrides == ("learner.lr=0.0001", "budget.match='experiment=demo/math_dash'")
@@ -65,8 +65,8 @@ def test_a_whole_file(tmp_path: Path) -> None:
     }
 
 
-def test_every_fault_of_a_file_is_told_at_once(tmp_path: Path) -> None:
-    told = faults(
+def test_every_fault_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
+    message = faults(
         tmp_path,
         """
 claims: DASH is faster.
@@ -86,7 +86,7 @@ grid:
   - model: [tinny]
 """,
     )
-    assert told.startswith("dash_exp: 17 problems")  # with those of keys and options, which nothing hides
+    assert message.startswith("dash_exp: 17 problems")  # with those of keys and options, which nothing hides
     for expected in (
         "/mine.yaml: claims: unknown key\n    did you mean 'claim'?",
         "claim: is missing",
@@ -106,7 +106,7 @@ grid:
         "\n  a: unknown key",
         "model: unknown option 'tinny'\n    did you mean 'tiny'?",
     ):
-        assert expected in told, expected
+        assert expected in message, expected
 
 
 @pytest.mark.parametrize(

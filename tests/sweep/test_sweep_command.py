@@ -217,6 +217,9 @@ def test_nothing_to_retry_starts_nothing(root: Path, capsys: Capture) -> None:
     assert not (manifest.folder / "controller.json").exists()
 
 
+HEAVY = {"torch", "numpy", "transformers", "vllm", "mlflow"}
+
+
 def test_the_command_needs_no_torch(root: Path) -> None:
     sweep_of(root, [cell_of("dash", 0, 1)], name="mine")
     code = (
@@ -224,7 +227,8 @@ def test_the_command_needs_no_torch(root: Path) -> None:
         f"assert main(['status', 'mine', 'run.dir={root}']) == 0\n"
         f"assert main(['list', 'run.dir={root}']) == 0\n"
         f"assert main(['plan', 'mine', 'run.dir={root}']) == 0\n"
-        "sys.exit(str({'torch', 'transformers', 'vllm'} & set(sys.modules)).replace('set()', '') or 0)\n"
+        f"assert main(['plan', 'demo_minute', 'run.dir={root}']) == 0\n"
+        f"sys.exit(str({HEAVY} & set(sys.modules)).replace('set()', '') or 0)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
