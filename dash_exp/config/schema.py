@@ -106,8 +106,17 @@ def number(range: Range | None, meaning: str, default: Any = MISSING, example: s
     return _declare(Key(meaning, range=range, related=range is None, example=example), default)
 
 
+class Constant:
+    """A dataclass whose fields are set once. (OmegaConf cannot fill mappings of frozen dataclasses.)"""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            raise AttributeError(f"{name}: a config is never assigned to, `changed` makes a copy")
+        super().__setattr__(name, value)
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig(Constant):
     """Where the weights come from: the first that is set of `path`, `package`, `hub` and `random`."""
 
     name: str = setting("the model's name, part of the cell's")
@@ -123,7 +132,7 @@ class ModelConfig:
 
 
 @dataclass
-class AlgorithmConfig:
+class AlgorithmConfig(Constant):
     """An arm: how one update is computed. Its sizes (`steps` to `group_size`) come from the recipe."""
 
     name: str = setting("the arm's name, part of the cell's")
@@ -148,7 +157,7 @@ class AlgorithmConfig:
 
 
 @dataclass
-class SamplerConfig:
+class SamplerConfig(Constant):
     """How completions are sampled."""
 
     name: str = choice("hf", "vllm", "vllm_servers", meaning="the engine")
@@ -173,7 +182,7 @@ class SamplerConfig:
 
 
 @dataclass
-class FilterConfig:
+class FilterConfig(Constant):
     """Which completions are dropped before any forward pass."""
 
     name: str = choice(*FILTERS, meaning="the filter; an arm says which fit it")
@@ -183,7 +192,7 @@ class FilterConfig:
 
 
 @dataclass
-class DatasetConfig:
+class DatasetConfig(Constant):
     """Where prompts come from, and how an answer is judged."""
 
     name: str = setting("the dataset's name, part of the cell's")
@@ -219,7 +228,7 @@ class DatasetConfig:
 
 
 @dataclass
-class RecipeConfig:
+class RecipeConfig(Constant):
     """Sizes of the supervised arms; a recipe's other values go into the other groups."""
 
     name: str = setting("the recipe's name")
@@ -230,7 +239,7 @@ class RecipeConfig:
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(Constant):
     """Low-rank adapters beside frozen weights (Hu et al. 2021), by peft."""
 
     rank: int = number(NATURAL, "train adapters instead of all weights; 0: off", 0, example="16")
@@ -239,7 +248,7 @@ class LoraConfig:
 
 
 @dataclass
-class LearnerConfig:
+class LearnerConfig(Constant):
     """The optimizer, its precision, and how a batch is cut (which never changes the result)."""
 
     lr: float = number(POSITIVE, "learning rate", example="3e-5")
@@ -265,7 +274,7 @@ class LearnerConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Constant):
     """When and on what the model is evaluated."""
 
     name: str = setting("the evaluation's name")
@@ -282,7 +291,7 @@ class EvaluationConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Constant):
     """When a resumable checkpoint is written, and how many are kept."""
 
     every: int = number(NATURAL, "steps between two; 0: only when interrupted and at the end")
@@ -290,7 +299,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class VerifierConfig:
+class VerifierConfig(Constant):
     """The pool of worker processes that judge answers."""
 
     workers: int = number(COUNT, "worker processes")
@@ -299,7 +308,7 @@ class VerifierConfig:
 
 
 @dataclass
-class TrackingConfig:
+class TrackingConfig(Constant):
     """A mirror of the records, for people who look at many runs. No run depends on it."""
 
     name: str = choice("none", "mlflow", meaning="the tracker")
@@ -309,7 +318,7 @@ class TrackingConfig:
 
 
 @dataclass
-class ClusterConfig:
+class ClusterConfig(Constant):
     """Where cells run, and what each may use there."""
 
     name: str = choice("local", "slurm", meaning="this machine, or a SLURM cluster")
@@ -344,7 +353,7 @@ class BudgetConfig:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Constant):
     """Actions and places. Never part of a cell's identity."""
 
     dir: str = setting("where records go", example="outputs")
@@ -355,14 +364,14 @@ class RunConfig:
 
 
 @dataclass
-class PathsConfig:
+class PathsConfig(Constant):
     """Folders of this machine."""
 
     data: str | None = setting("a folder of dataset files (default: DASH_DATA)", None, "data")
 
 
 @dataclass
-class Config:
+class Config(Constant):
     """One cell, and how to run it."""
 
     seed: int = number(NATURAL, "every random choice of the run", example="0")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from dash_exp.config.compose import conf_dir
@@ -69,3 +70,10 @@ def test_a_changed_config_is_a_copy(config: Config) -> None:
     other = changed(config, {"seed": 5, "learner.lora.rank": 2, "evaluation.sets.arithmetic.limit": 3})
     assert (other.seed, other.learner.lora.rank, other.evaluation.sets["arithmetic"].limit) == (5, 2, 3)
     assert (config.seed, config.learner.lora.rank, config.evaluation.sets["arithmetic"].limit) == (0, 0, None)
+
+
+def test_a_config_is_never_assigned_to(config: Config) -> None:
+    held_out = config.evaluation.sets["arithmetic"]
+    for part, name in ((config, "seed"), (config.learner, "lr"), (held_out, "path")):
+        with pytest.raises(AttributeError, match="changed"):
+            setattr(part, name, None)
