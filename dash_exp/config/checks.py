@@ -189,36 +189,27 @@ def _sharding(config: Config) -> Iterator[Fault]:
     learner = config.learner
     if learner.sharding != "fsdp":
         return
+    sampler, device = config.sampler.name, learner.device
+    group = "both need torch's default process group of one process"
+    adapters = "adapters leave hardly anything to share out: leave learner.sharding out"
     rows = (
         (
             learner.ranks == 1,
-            "with learner.ranks=1: there is no other rank to share the weights with",
-            "set learner.ranks to the number of GPUs, or leave it out",
+            "learner.ranks=1: no other rank shares the weights",
+            "raise learner.ranks",
         ),
         (
             learner.precision == "bf16",
-            "with learner.precision=bf16, whose gradient sums would be rounded",
+            "learner.precision=bf16: sums are rounded",
             "use bf16_mixed or fp32",
         ),
-        (
-            learner.lora.rank > 0,
-            "with learner.lora.rank above 0",
-            "adapters leave hardly anything to share out: leave learner.sharding out",
-        ),
-        (
-            config.sampler.name == "vllm",
-            "with sampler=vllm: both need torch's default process group of one process",
-            "use sampler=vllm_servers",
-        ),
-        (
-            ":" in learner.device,
-            f"with learner.device={learner.device}, one device for all ranks",
-            "use learner.device=auto",
-        ),
+        (learner.lora.rank > 0, "learner.lora.rank above 0", adapters),
+        (sampler == "vllm", f"sampler=vllm: {group}", "use sampler=vllm_servers"),
+        (":" in device, f"learner.device={device}, one device for all ranks", "use learner.device=auto"),
     )
     for wrong, what, hint in rows:
         if wrong:
-            yield Fault("learner.sharding", f"got fsdp {what}", hint)
+            yield Fault("learner.sharding", f"got fsdp with {what}", hint)
 
 
 def _budget(config: Config) -> Iterator[Fault]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.config.checks import check
+from dash_exp.config.checks import check, declared_faults
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.overrides import own_settings, split_off
-from dash_exp.config.schema import COUNT, NATURAL, Config, Range, changed
+from dash_exp.config.schema import COUNT, NATURAL, SHARE, Config, changed, number, setting
 from dash_exp.errors import Fault, UserError
 
 TEACHER = "qwen7b_instruct"
@@ -34,27 +34,13 @@ class TracesConfig:
     """How a teacher is sampled; the paper's values for SFT-M. Keys of the command line: `traces.samples`
     and so on."""
 
-    samples: int = 10
-    """Completions per prompt."""
-    temperature: float = 0.7
-    top_p: float = 0.95
-    max_new_tokens: int = 1024
-    out: str | None = None
-    """The file written; null: `<run.dir>/traces/<dataset>-<model>.jsonl`."""
-    limit: int | None = None
-    """Use the first so many prompts of the dataset."""
-    chunk: int = 256
-    """Prompts asked at a time: what a kill can cost at most."""
-
-
-RANGES: Mapping[str, Range] = {
-    "samples": COUNT,
-    "temperature": NATURAL,
-    "top_p": Range(0, 1, open_low=True),
-    "max_new_tokens": COUNT,
-    "limit": COUNT,
-    "chunk": COUNT,
-}
+    samples: int = number(COUNT, "completions per prompt", 10)
+    temperature: float = number(NATURAL, "0: greedy", 0.7)
+    top_p: float = number(SHARE, "share of the probability that is sampled from", 0.95)
+    max_new_tokens: int = number(COUNT, "longest completion", 1024)
+    out: str | None = setting("the file; null: `<run.dir>/traces/<dataset>-<model>.jsonl`", None)
+    limit: int | None = number(COUNT, "use the first so many prompts of the dataset", None)
+    chunk: int = number(COUNT, "prompts requested at a time: the most that a kill can lose", 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +106,7 @@ def settings_of(texts: Sequence[str]) -> tuple[TracesConfig, list[Fault]]:
 
 
 def _setting_faults(made: TracesConfig) -> Iterator[Fault]:
-    for name, allowed in RANGES.items():
-        value = getattr(made, name)
-        if value is not None and not allowed.holds(value):
-            yield Fault(f"traces.{name}", f"got {value:g}, must be {allowed}")
+    yield from declared_faults(made, "traces.")
     if made.temperature == 0 and made.samples > 1:
         what = f"got {made.samples} with traces.temperature=0: they would all be equal"
         yield Fault("traces.samples", what, "set traces.samples=1, or a temperature above 0")

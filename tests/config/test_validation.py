@@ -315,7 +315,7 @@ def test_random_model_lacks_or_knows_no_size(config: Config) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("learner.ranks", 1, "no other rank"),
+        ("learner.ranks", 1, "no other rank shares"),
         ("learner.precision", "bf16", "rounded"),
         ("learner.lora.rank", 4, "adapters"),
         ("sampler.name", "vllm", "sampler=vllm_servers"),
