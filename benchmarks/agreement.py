@@ -7,11 +7,11 @@ from typing import Any
 
 from benchmarks.ours import Ours
 from benchmarks.peer import Rewards, Seen, integer_rewards
-from dash_exp.evaluation.metrics import Judge
 from dash_exp.sampling.protocol import arrived
 from dash_exp.tasks.prompts import batch, requests
 from dash_exp.types import Prompt
 from dash_exp.verifiers.judges import judge_integer
+from dash_exp.verifiers.types import Judge
 
 TEXTS = (
     " 85",

@@ -22,7 +22,6 @@ from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import ExitCode, Fault, UserError, run_command
-from dash_exp.evaluation.metrics import Judge
 from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example
@@ -31,6 +30,7 @@ from dash_exp.train.build_tasks import load_examples
 from dash_exp.types import Score
 from dash_exp.verifiers.judges import Judges
 from dash_exp.verifiers.math.extract import extract
+from dash_exp.verifiers.types import Judge
 
 USAGE = "python -m dash_exp.judge dataset=<option> [completions=<jsonl>] [key=value ...]"
 ID_FIELDS = ("id", "prompt")
@@ -60,14 +60,14 @@ class Answer:
 
 def reference(example: Example, data: DatasetConfig) -> str:
     """The dataset's own solution; where it has none, or one in which the answer is not marked as the
-    extraction wants it, the gold answer alone: an integer as it is, anything else in a box."""
+    extraction wants it, only the gold answer: an integer as it is, anything else in a box."""
     if example.solution and not unmarked(example, data):
         return example.solution
     return example.answer if data.verifier == "integer" else f"\\boxed{{{example.answer}}}"
 
 
 def references(golds: Sequence[Gold]) -> list[Answer]:
-    """What each example should be answered. Raises UserError where only the task's own checks know."""
+    """The answer each example should get. Raises UserError if only the task's own checks know it."""
     blind = [g for g in golds if g.data.verifier in ("code", "reasoning_gym") and not g.example.solution]
     if blind:
         what = f"{len(blind)} examples have no reference solution, e.g. {blind[0].example.id}"
@@ -76,8 +76,7 @@ def references(golds: Sequence[Gold]) -> list[Answer]:
 
 
 def unmarked(example: Example, data: DatasetConfig) -> bool:
-    """Whether a worked solution states no answer that the extraction finds: some are written by people
-    who put no box around it."""
+    """Whether a worked solution contains no answer that the extraction finds, a box for example."""
     return (
         bool(example.solution) and data.verifier == "math" and not extract(example.solution, data.extraction)
     )

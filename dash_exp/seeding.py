@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, never on what ran before. Torch-free.
+"""Random numbers that depend on what they are for, never on what ran before.
 
 A resumed run, a run with another batch order, and another arm with the same seed all draw the same
 numbers for the same (run seed, purpose, step, prompt, sample), which pairs arms and makes resume exact.

@@ -2,12 +2,12 @@
 
     python -m dash_exp.serve [model=<option>] [sampler.max_new_tokens=...] [serve.port=8000] [key=value ...]
 
-Give it the model, dataset, evaluation and sampler of the runs: from them follows how long prompts and
-completions can be. A run brings its own weights along, so one server can be used by one run after another.
+Give it the model, dataset, evaluation and sampler of the runs: they determine how long prompts and
+completions can be. A run sends its own weights, so one server can serve one run after another.
 
 The key that every request needs is read from the variable DASH_SERVER_KEY. Without it a key is made, in
-`<run.dir>/servers/key`, for the owner's eyes only; servers that are started later take it from there. The
-server ends at Ctrl-C or SIGTERM. What it says goes to `<run.dir>/servers/serve-<port>.log`.
+`<run.dir>/servers/key`, readable by its owner only; servers started later use it too. The server
+ends at Ctrl-C or SIGTERM. Its output goes to `<run.dir>/servers/serve-<port>.log`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def longest(config: Config) -> int:
 
 
 def settings_of(command: Command, cache: Path) -> ServerSettings:
-    """Finds the model. Raises UserError where it cannot be had or is too small."""
+    """Finds the model. Raises UserError if there is none, or it is too small."""
     import torch
 
     from dash_exp.modeling.source import load_tokenizer, locate, position_limit
@@ -140,8 +140,8 @@ def settings_of(command: Command, cache: Path) -> ServerSettings:
 
 
 def key_of(folder: Path) -> tuple[str, Path | None]:
-    """The key, and the file that it lies in; None: it is the user's own. The file is made once, whole, and
-    readable by its owner only; raises UserError where others could read it."""
+    """The key, and the file that it lies in; None: the user's own key. The file is written once, atomically,
+    readable by its owner only; raises UserError if others could read it."""
     if given := os.environ.get(KEY_VARIABLE, ""):
         return given, None
     path = folder / "key"
@@ -161,7 +161,7 @@ def key_of(folder: Path) -> tuple[str, Path | None]:
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """Say at once what vLLM would say after it has loaded the model."""
+    """Refuse at once what vLLM would refuse after it has loaded the model."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -173,7 +173,7 @@ def refuse_taken(host: str, port: int) -> None:
 
 
 def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
-    """Serve until told to end. `launch`: the program of the server. Returns an exit code."""
+    """Serve until a signal ends it. `launch`: the program of the server. Returns an exit code."""
     share_cores()
     root = Path(command.config.run.dir)
     folder = root / "servers"
@@ -185,7 +185,7 @@ def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
     try:
         print(f"starting, this takes a while; log  {format_path(process.log)}", flush=True)
         if answers(process):
-            print("\n".join(told(command, settings, process, file)), flush=True)
+            print("\n".join(usage_lines(command, settings, process, file)), flush=True)
             process.process.wait()
     finally:
         process.kill()
@@ -215,8 +215,10 @@ def reachable(url: str, name: str = "127.0.0.1") -> str:
     return url.replace("//0.0.0.0:", f"//{name}:")
 
 
-def told(command: Command, settings: ServerSettings, process: ServerProcess, file: Path | None) -> list[str]:
-    """How to use it."""
+def usage_lines(
+    command: Command, settings: ServerSettings, process: ServerProcess, file: Path | None
+) -> list[str]:
+    """How runs use the server."""
     url = reachable(str(process.url), socket.gethostname())
     name = command.config.model.name
     lines = [

@@ -18,7 +18,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 SCHEDULERS = (signal.SIGTERM, signal.SIGUSR2)
 """What a scheduler sends to every process of a job at once."""
 ECHO_S = 2.0
-"""A scheduler's signal reaches a process by itself and again from its parent, who hands it on: the same one
+"""A scheduler's signal reaches a process directly and again from its parent, which forwards it: the same one
 within so many seconds is the same request."""
 
 Handler = Callable[[int, FrameType | None], None]
@@ -53,7 +53,7 @@ class Stop:
 
 @contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Let `handler` have the stopping signals meanwhile."""
+    """Handle the stopping signals by `handler` inside the block."""
     before = {number: signal.signal(number, handler) for number in STOPPING}
     try:
         yield
@@ -63,9 +63,9 @@ def handling(handler: Handler) -> Iterator[None]:
 
 
 @contextmanager
-def sheltered(*numbers: int) -> Iterator[None]:
-    """Children started meanwhile, and theirs, do not hear these signals: their parent hears them too, and
-    decides when its helpers end. A signal that arrives here meanwhile is handled right afterwards."""
+def block_signals(*numbers: int) -> Iterator[None]:
+    """Block signals, also for children started inside and theirs: the parent receives them too, and decides
+    when its helpers end. A signal that arrives here inside the block is handled right after it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
@@ -74,25 +74,25 @@ def sheltered(*numbers: int) -> Iterator[None]:
 
 
 def run_forwarding(command: list[str], output: Path | None = None) -> tuple[int, int | None]:
-    """Run a command in a session of its own, handing on each stopping signal exactly once. `output`: a file
-    that gets what it says. Returns its exit code and the signal handed on, if any."""
-    handed: list[int] = []
+    """Run a command in a session of its own and forward each stopping signal exactly once. `output`: a file
+    for its output. Returns its exit code and the first signal forwarded, if any."""
+    forwarded: list[int] = []
     with output.open("ab") if output else nullcontext() as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        handed.append(number)
+        forwarded.append(number)
         process.send_signal(number)
 
     with handling(forward):
         code = process.wait()
-    return code, handed[0] if handed else None
+    return code, forwarded[0] if forwarded else None
 
 
 def share_cores() -> None:
     """Before torch is imported: let its threads sleep soon when they wait for each other. GNU OpenMP
-    spins for milliseconds by default, which is no faster alone, and beside another busy process makes
-    a step many times slower. An explicit choice of the user stays."""
+    spins for milliseconds by default, which is no faster on an idle machine and makes a step many times
+    slower beside another busy process. OMP_WAIT_POLICY, if set, wins."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

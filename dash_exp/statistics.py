@@ -1,4 +1,4 @@
-"""Statistics shared by training and analysis: pass@k and intervals. Torch-free."""
+"""Statistics shared by training and analysis: pass@k and intervals."""
 
 from __future__ import annotations
 

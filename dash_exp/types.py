@@ -1,4 +1,4 @@
-"""The records that travel through a training step, each wrapping the one before it. Torch-free.
+"""The records that travel through a training step, each wrapping the one before it.
 
 Axis legend, used in names and docstrings everywhere:
 P prompts of a step, G completions of one prompt (a group), N completions, T tokens, V vocabulary.
@@ -23,7 +23,7 @@ demonstration, which nobody judges."""
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A question as the model sees it. `task` names its dataset. `answer` is gold, for the verifier
-    alone: the answer's text, or a JSON document where more is needed (`verifiers/types.py`)."""
+    only: the answer's text, or a JSON document where more is needed (`verifiers/types.py`)."""
 
     id: str
     task: str
@@ -55,7 +55,7 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Which engine sampled a group, and when (seconds since the epoch). `ends`: of each completion; none
-    where the engine does not tell, or another one was asked before and was lost."""
+    if the engine does not report them, or the group was retried on another engine."""
 
     worker: str
     start: float

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dash_exp.config.schema import DatasetConfig
-from dash_exp.judge import reference
+from dash_exp.judge import main, reference
 from dash_exp.tasks.examples import Example
 from tests.conftest import REPOSITORY
 
@@ -24,7 +26,17 @@ OWN = ["dataset=gsm8k", "dataset.verifier=integer", "dataset.extraction=first_in
 
 
 def judge(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """The command; that it imports no torch is asserted in its own process."""
+    """The command, run in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.delenv("DASH_DATA", raising=False)
+        patch.chdir(folder)
+        code = main(arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def judge_as_typed(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, which must not import torch."""
     variables = {k: v for k, v in os.environ.items() if k != "DASH_DATA"}
     return subprocess.run(
         [sys.executable, "-c", TORCH_FREE, *arguments],
@@ -59,7 +71,11 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("option", "file", "n"),
-    [("math500", "math500_test", 500), ("gsm8k_test", "gsm8k_test", 1319), ("aime24", "aime24_test", 30)],
+    [
+        pytest.param("math500", "math500_test", 500, marks=pytest.mark.long),
+        pytest.param("gsm8k_test", "gsm8k_test", 1319, marks=pytest.mark.long),
+        ("aime24", "aime24_test", 30),
+    ],
 )
 def test_every_reference_solution_is_correct(data_folder: Path, option: str, file: str, n: int) -> None:
     done = judge(f"dataset={option}", f"dataset.path={data_folder / f'{file}.jsonl'}")
@@ -80,7 +96,7 @@ def test_every_reference_solution_of_the_large_sets_is_correct(
 
 
 def test_a_generated_set_needs_no_file(tmp_path: Path) -> None:
-    done = judge("dataset=arithmetic_test", folder=tmp_path)
+    done = judge_as_typed("dataset=arithmetic_test", folder=tmp_path)
     assert summary(done) == {"dataset": "arithmetic", "n": 500, "outcomes": {"correct": 500}}
     assert list(tmp_path.iterdir()) == []  # and leaves none
 

@@ -139,7 +139,9 @@ def test_killed_and_resumed_equals_undisturbed(whole: Path, tmp_path: Path) -> N
     assert ours["counts"] == theirs["counts"] and ours["settings"] == theirs["settings"]
 
 
-@pytest.mark.parametrize("lines", [0, 5, 25])
+@pytest.mark.parametrize(
+    "lines", [pytest.param(0, marks=pytest.mark.long), 5, pytest.param(25, marks=pytest.mark.long)]
+)
 def test_resumed_from_any_number_of_prompts(whole: Path, tmp_path: Path, lines: int) -> None:
     """Also where the kill tore the settings themselves (0), and before the last file was written (25)."""
     kept: list[bytes] = []

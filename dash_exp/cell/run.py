@@ -1,9 +1,9 @@
-"""Run one cell, whatever its end: `python -m dash_exp.cell <folder> [run.progress=... cluster.threads=...]`.
+"""Run one cell: `python -m dash_exp.cell <folder> [run.progress=... cluster.threads=...]`.
 
-Freezes a composed config, takes the folder's lock, makes an attempt (train/attempt.py), and leaves a status
-that tells the truth however it ends. Imports no torch until there is something to run.
+Freezes a composed config, takes the folder's lock, makes an attempt (train/attempt.py), and records the state
+in which the attempt ended. Torch is imported only if there is something to run.
 
-Exit codes: 0 finished, 1 failed, 2 the user can mend it, 3 blocked by its partner, 4 another process is
+Exit codes: 0 finished, 1 failed, 2 the user can fix it, 3 blocked by its partner, 4 another process is
 running it (nothing was done), 128 + n ended by signal n.
 """
 
@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,6 @@ from dash_exp.errors import (
     run_command,
 )
 from dash_exp.learning.settings import launched_place
-from dash_exp.mirror.follow import Follower
-from dash_exp.record import provenance
 from dash_exp.record.folder import (
     CellBusy,
     Recorder,
@@ -53,17 +52,12 @@ if TYPE_CHECKING:
 
 
 def run_config(config: Config, apart: bool = False) -> int:
-    """Freeze the cell of this config and run it, here or, `apart`, in a fresh process (so that the
-    cells of a sweep share nothing). Returns an exit code; UserError is the caller's."""
+    """Freeze the cell of this config and run it, in this process or, `apart`, in a new one (so that the
+    cells of a sweep share nothing). Returns an exit code. Raises UserError."""
     if apart and launched_place(os.environ) is not None:
-        raise UserError(
-            Fault(
-                "-m",
-                "torchrun and srun start the ranks of one cell, not a sweep",
-                "leave them out: a sweep starts the ranks of each cell itself",
-            )
-        )
-    return together(config, lambda links: freeze_and_run(config, apart, links))
+        what = "torchrun and srun start the ranks of one cell, not a sweep"
+        raise UserError(Fault("-m", what, "leave them out: a sweep starts the ranks of each cell itself"))
+    return run_on_ranks(config, lambda links: freeze_and_run(config, apart, links))
 
 
 def freeze_and_run(config: Config, apart: bool, links: Coordinator | None) -> int:
@@ -85,24 +79,20 @@ def freeze_and_run(config: Config, apart: bool, links: Coordinator | None) -> in
     actions = [f"run.progress={config.run.progress}", f"cluster.threads={config.cluster.threads or 'null'}"]
     actions += [f"run.partner={config.run.partner}"] if config.run.partner else []
     command = [sys.executable, "-m", "dash_exp.cell", str(folder.resolve()), *actions]
-    code, handed = run_forwarding(command)
-    return ExitCode.SIGNALLED + (handed or -code) if handed or code < 0 else code
+    code, forwarded = run_forwarding(command)
+    return ExitCode.SIGNALLED + (forwarded or -code) if forwarded or code < 0 else code
 
 
-def together(config: Config, cell: Callable[[Coordinator | None], int]) -> int:
-    """Run a cell, on rank 0 only where torchrun or srun started the ranks of its learner: the others do
-    what rank 0 says. They touch neither the cell's lock nor its record."""
+def run_on_ranks(config: Config, cell: Callable[[Coordinator | None], int]) -> int:
+    """Run a cell. If torchrun or srun started the ranks of its learner, rank 0 runs it and the others serve
+    rank 0; they touch neither the cell's lock nor its record."""
     place = launched_place(os.environ)
     if place is None:
         return cell(None)
     if place.size != config.learner.ranks:
-        raise UserError(
-            Fault(
-                "learner.ranks",
-                f"got {config.learner.ranks}, but {place.size} processes were started together",
-                f"set learner.ranks={place.size}, or start {config.learner.ranks}",
-            )
-        )
+        what = f"got {config.learner.ranks}, but {place.size} processes were started together"
+        hint = f"set learner.ranks={place.size}, or start {config.learner.ranks}"
+        raise UserError(Fault("learner.ranks", what, hint))
     share_cores()
     from dash_exp.learning.distributed.launch import connect_rank_0, run_worker
 
@@ -120,17 +110,22 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
     display = Display(config.algorithm.steps or 0, config.run.progress)
     stop = Stop()
     try:
-        mirror = Follower(folder, config, display.note)  # ends last, when the cell's lock is free again
-        with handling(stop), mirror, Recorder(folder) as recorder:
+        with handling(stop), ExitStack() as stack:
+            mirror = None
+            if config.tracking.name == "mlflow":
+                from dash_exp.mirror.follow import Follower
+
+                mirror = stack.enter_context(Follower(folder, config, display.note))
+            recorder = stack.enter_context(Recorder(folder))  # released before the mirror's last sync
             if read_json(folder / "status.json").get("state") == "finished":
-                return tell_finished(folder, display)
-            mirror.start(recorder.attempt)
+                return show_finished(folder, display)
+            if mirror is not None:
+                mirror.start(recorder.attempt)
             return run_locked(folder, config, recorder, display, stop, links)
     except CellBusy as error:
-        raise UserError(
-            Fault(format_path(folder), "is being run by another process", "see its log.txt")
-        ) from error
-    except Interrupted as error:  # before or after the record could say so
+        fault = Fault(format_path(folder), "is being run by another process", "see its log.txt")
+        raise UserError(fault) from error
+    except Interrupted as error:  # before the attempt began, or after it had ended
         return ExitCode.SIGNALLED + error.number
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -140,12 +135,14 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
         display.stop()
 
 
-def tell_finished(folder: Path, display: Display) -> int:
-    if any(folder.glob("checkpoints/*/resume")):  # a kill came between the end and the tidying
+def show_finished(folder: Path, display: Display) -> int:
+    from dash_exp.record import provenance
+
+    if any(folder.glob("checkpoints/*/resume")):  # killed between its last status and its clean-up
         from dash_exp.record.checkpoint import finalise
 
         finalise(folder)
-    display.note(f"{format_path(folder)} is finished; run.force=true archives it and starts anew.")
+    display.note(f"{format_path(folder)} is finished; run.force=true archives it and starts again.")
     if read_json(folder / "provenance.json").get("code_hash") != provenance.code_hash():
         display.note("It is stale: it was recorded by other code than this.")
     reason = str(read_json(folder / "status.json").get("reason"))
@@ -156,7 +153,7 @@ def tell_finished(folder: Path, display: Display) -> int:
 def run_locked(
     folder: Path, config: Config, recorder: Recorder, display: Display, stop: Stop, links: Coordinator | None
 ) -> int:
-    """One attempt at a cell, with every way it can end turned into a status and an exit code."""
+    """One attempt at a cell; whichever way it ends becomes a status and an exit code."""
     step = int(read_json(folder / "status.json").get("step", 0))
     recorder.status("running", step)
     share_cores()
@@ -174,28 +171,28 @@ def run_locked(
         return ExitCode.BLOCKED
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
-        return tell_interrupted(recorder, display, number)
+        return record_interrupted(recorder, display, number)
     except Exception as error:
         failure, trace = str(error), ""
         if not isinstance(error, UserError):
             failure, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        if stop.asked is not None:  # the same signal has ended a helper that the step still needed
-            return tell_interrupted(recorder, display, stop.asked, f"{failure}\n{trace}")
-        say_last(recorder, "failed", failure, trace)
+        if stop.asked is not None:  # the signal ended a helper process that the step still needed
+            return record_interrupted(recorder, display, stop.asked, f"{failure}\n{trace}")
+        record_end(recorder, "failed", failure, trace)
         raise
     return ExitCode.OK
 
 
-def tell_interrupted(recorder: Recorder, display: Display, number: int, trace: str = "") -> int:
+def record_interrupted(recorder: Recorder, display: Display, number: int, trace: str = "") -> int:
     name = signal.Signals(number).name
-    say_last(recorder, "interrupted", name, trace)
+    record_end(recorder, "interrupted", name, trace)
     display.stop()
-    display.note(f"Interrupted by {name}; the same command goes on from the last checkpoint.")
+    display.note(f"Interrupted by {name}; the same command continues from the last checkpoint.")
     return ExitCode.SIGNALLED + number
 
 
-def say_last(recorder: Recorder, state: str, failure: str, trace: str = "") -> None:
-    """Record how it ended, if the disk lets us."""
+def record_end(recorder: Recorder, state: str, failure: str, trace: str = "") -> None:
+    """Record how the attempt ended, if the disk can be written."""
     step = int(read_json(recorder.folder / "status.json").get("step", 0))
     try:
         recorder.status(state, step, failure=failure)
@@ -242,4 +239,4 @@ def run_folder(arguments: Sequence[str]) -> int:
                 "run the experiment again: it becomes a cell of its own",
             )
         )
-    return together(config, lambda links: run(folder, config, links))
+    return run_on_ranks(config, lambda links: run(folder, config, links))

@@ -3,10 +3,10 @@
     python -m dash_exp.evaluate cell=<folder> [checkpoint=<step or folder>] [key=value ...]
     python -m dash_exp.evaluate model=<option> [key=value ...]
 
-A cell's frozen config is where its evaluation starts from: `evaluation=math` and keys of evaluation,
-sampler and verifier are put on top. What the cell recorded is never touched: results lie in a folder of
-their own, `<cell>/evaluations/` or `outputs/evaluations/`, named by a hash of weights, prompts, decoding,
-engine and judge, so that the same question is not asked twice. `run=` means the same as `cell=`.
+An evaluation starts from the cell's frozen config; `evaluation=math` and keys of evaluation, sampler and
+verifier override it. The cell's record is never changed: results lie in folders of their own below
+`<cell>/evaluations/` or `outputs/evaluations/`, named by a hash of weights, prompts, decoding, engine and
+judge, so that the same evaluation is not run twice. `run=` means the same as `cell=`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def run(subject: Subject) -> int:
-    """Evaluate, or show what is known. Returns an exit code."""
+    """Evaluate, or show the recorded result. Returns an exit code."""
     share_cores()
     from dash_exp.train.engine import Answerer
 
@@ -69,7 +69,7 @@ def run(subject: Subject) -> int:
         freeze(frozen, folder)
         with Recorder(folder) as recorder:
             if read_json(folder / "status.json").get("state") == "finished":
-                display.note(f"{format_path(folder)} is known; run.force=true archives it and asks again.")
+                display.note(f"{format_path(folder)} is known; run.force=true archives it and runs again.")
             else:
                 job = Job(subject, answerer, sets, keys, cache, recorder, display)
                 code = job.run()
@@ -106,7 +106,7 @@ def _readable(name: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation at work, in its folder."""
+    """One evaluation, writing to its folder."""
 
     subject: Subject
     answerer: Answerer
@@ -130,7 +130,7 @@ class Job:
             code = error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
             name = signal.Signals(code).name
             recorder.status("interrupted", step, failure=name)
-            self.say(f"Interrupted by {name}; the same command goes on with the next set.")
+            self.say(f"Interrupted by {name}; the same command continues with the next set.")
             return ExitCode.SIGNALLED + code
         except Exception as error:
             recorder.status("failed", step, failure=f"{type(error).__name__}: {error}")
@@ -139,8 +139,8 @@ class Job:
         return ExitCode.OK
 
     def ask(self, one: EvalSet, step: int) -> None:
-        """One set. A base model's result comes from the cache that all cells share, or goes there; unless it
-        was asked for again by force."""
+        """Evaluate one set. A base model's result comes from the cache that all cells share, or is put there,
+        unless run.force is set."""
         if any(row["dataset"] == one.label for row in read_final(self.recorder.folder, "evals")):
             return
         asked = [(s.prompts, s.decoding) for s in self.sets]

@@ -1,7 +1,7 @@
-"""What an evaluation is about: a command line made into a config and a folder of weights. Torch-free.
+"""What an evaluation is about: a command line made into a config and a folder of weights.
 
-A cell's frozen config is put before Hydra as an option, so overrides on top of it, group choices too, mean
-what they mean everywhere, and every fault is found by the same code.
+A cell's frozen config becomes an option of Hydra's, so overrides and group choices on top of it mean what
+they mean everywhere, and the same code finds every fault.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ USAGE = (
     "       python -m dash_exp.evaluate model=<option> [key=value ...]"
 )
 UNKNOWN_STEP = -1
-"""Of a checkpoint whose folder's name does not tell; its rows say step 0, its provenance which one."""
+"""For a checkpoint whose folder's name has no step; its rows have step 0, its provenance names it."""
 CELL_KEYS = (
     "evaluation",
     "sampler",
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str]) -> Wanted:
 
 
 def subject_of(wanted: Wanted) -> Subject:
-    """Everything that can be said without loading anything. Raises UserError with all faults."""
+    """What is evaluated, found without loading a model. Raises UserError with all faults."""
     faults = list(wanted.faults)
     if wanted.cell is None:
         config, more = composed(wanted.overrides)
@@ -113,8 +113,8 @@ def subject_of(wanted: Wanted) -> Subject:
     faults += more
     faults += [fault for text in wanted.overrides for fault in _of_training(text)]
     if frozen is None or checkpoint is None:
-        alone = find_faults(wanted.overrides, checked=False)
-        raise UserError(faults + [f for f in alone if not f.where.startswith("evaluation.sets")])
+        unchosen = find_faults(wanted.overrides, checked=False)
+        raise UserError(faults + [f for f in unchosen if not f.where.startswith("evaluation.sets")])
     with as_option(frozen, checkpoint, wanted.overrides) as chosen:
         config, more = composed([*chosen, *wanted.overrides])
     if faults + more or config is None:
@@ -204,8 +204,7 @@ def find_checkpoint(folder: Path, named: str | None) -> tuple[Path | None, list[
 
 @contextmanager
 def as_option(frozen: Config, checkpoint: Path, overrides: Sequence[str]) -> Iterator[list[str]]:
-    """A frozen config as an option of Hydra's, in a folder that lasts as long as this context: overrides
-    on top of it, group choices too, then mean what they mean everywhere. Yields overrides that choose it."""
+    """A frozen config as an option of Hydra's, in a temporary folder. Yields the overrides that choose it."""
     plain = {key: value for key, value in asdict(frozen).items() if key not in ACTIONS}
     plain["model"]["path"] = str(checkpoint)
     chosen = {text.partition("=")[0] for text in overrides}

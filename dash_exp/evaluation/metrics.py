@@ -2,7 +2,7 @@
 
 A prompt asked n times has one value, its mean verdict; accuracy is the mean of these values (greedy
 accuracy for n = 1, avg@n beyond). pass@k is estimated per prompt from all n samples, so the samples of a
-prompt are never taken for independent observations. docs/evaluation.md says more.
+prompt never count as independent observations. docs/evaluation.md says more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock
 
@@ -24,20 +24,12 @@ from dash_exp.sampling.protocol import Sampler, arrived
 from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet, requests
 from dash_exp.types import Decoding, Group, Score
+from dash_exp.verifiers.types import Judge
 
 UNRELIABLE = ("timeout", "crashed", "verifier_error")
 """Outcomes that may be the machine's fault."""
 SAMPLING_CODE = ("sampling", "modeling", "evaluation/metrics.py", "seeding.py", "tasks/prompts.py")
 """What of the package decides which tokens an untrained model answers with, beside the prompts."""
-
-
-class Judge(Protocol):
-    """Submits a completion to a verifier; see `verifiers`."""
-
-    @property
-    def version(self) -> str: ...
-
-    def submit(self, text: str, answer: str) -> Future[Score]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.config.tracking import VARIABLE, Place, place_of
 from dash_exp.errors import UserError
 from dash_exp.record.folder import read_json
-from dash_exp.signals import Interrupted, sheltered
+from dash_exp.signals import Interrupted, block_signals
 
 if TYPE_CHECKING:
     from dash_exp.mirror.sync import CellSync
@@ -65,7 +65,7 @@ class Follower:
         command += [f"tracking.every_s={self.tracking.every_s}"]
         environment = {**os.environ, VARIABLE: self.place.uri, "OMP_NUM_THREADS": "1"}  # may hold a password
         try:
-            with (self.folder / LOG).open("ab") as output, sheltered(*IGNORED):
+            with (self.folder / LOG).open("ab") as output, block_signals(*IGNORED):
                 self.process = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,

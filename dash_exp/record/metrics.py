@@ -1,4 +1,4 @@
-"""Rows of the record, from what a step did. An absent value is left out, never 0. Torch-free."""
+"""Rows of the record, from what a step did. An absent value is left out, never 0."""
 
 from __future__ import annotations
 

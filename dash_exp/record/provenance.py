@@ -1,4 +1,4 @@
-"""What produced a record: code, packages, hardware, model, data. Torch-free."""
+"""What produced a record: code, packages, hardware, model, data."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Every prompt is answered `traces.samples` times; correct and different completio
 object per line, in the dataset's order: id, problem, solution (the completion without its stop token),
 tokens (as sampled, stop token included), index (which of the samples), finish (`length`: it was cut).
 
-Work is kept prompt by prompt in `<out>.partial.jsonl`, so a killed run goes on where it was. Seeds are
+Work is kept prompt by prompt in `<out>.partial.jsonl`, so a killed run continues where it was. Seeds are
 functions of (seed, prompt, index) and prompts are asked in fixed chunks, of which a broken one is asked
 again: with the `hf` sampler on CPU a resumed file equals that of an undisturbed run.
 """
@@ -29,7 +29,6 @@ from rich.live import Live
 from rich.text import Text
 
 from dash_exp.errors import ExitCode, disk_errors_below, run_command
-from dash_exp.evaluation.metrics import Judge
 from dash_exp.record import provenance
 from dash_exp.record.folder import Row
 from dash_exp.record.identity import model_hash, resolve_paths, weights_hash
@@ -42,6 +41,7 @@ from dash_exp.traces.file import TraceFile, prompt_line, totals
 from dash_exp.traces.settings import Command, TracesConfig, parse
 from dash_exp.train.build_tasks import load_examples
 from dash_exp.types import Decoding, Group, Prompt, Request, Score
+from dash_exp.verifiers.types import Judge
 
 if TYPE_CHECKING:
     from dash_exp.train.engine import Answerer
@@ -52,7 +52,7 @@ EVERY_S = 10.0
 
 
 def run(command: Command) -> int:
-    """Sample, or say that it is done. Returns an exit code."""
+    """Sample, unless it is done already. Returns an exit code."""
     share_cores()
     from dash_exp.train.engine import Answerer
 
@@ -69,17 +69,17 @@ def run(command: Command) -> int:
             if facts is not None:
                 file.partial.unlink(missing_ok=True)
                 progress.say(f"{format_path(file.out)} is there, made with these settings.")
-                progress.say(told(facts["counts"]))
+                progress.say(counts_text(facts["counts"]))
                 return ExitCode.OK
             done = work.sample(file, progress)
             counts = {**totals(done.values()), "dropped_prompts": work.prompts.dropped}
             file.finish(done, [p.id for p in work.prompts.prompts], {**work.facts(cache), "counts": counts})
-    progress.say(told(counts))
+    progress.say(counts_text(counts))
     progress.say(f"traces  {format_path(file.out)}")
     return ExitCode.OK
 
 
-def told(counts: Mapping[str, int]) -> str:
+def counts_text(counts: Mapping[str, int]) -> str:
     """Counts as two short lines."""
     c = counts
     return (
@@ -91,7 +91,7 @@ def told(counts: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked, of whom, and who judges."""
+    """Prompts, the teacher and the judge."""
 
     command: Command
     answerer: Answerer
@@ -138,7 +138,7 @@ class Work:
             sampler = self.answerer.sampler([(self.prompts, self.decoding)])
             groups = arrived(sampler.stream(self.requests(chunk), self.decoding))
             for group, scores in judged(groups, self.judge):
-                if group.prompt.id in done:  # from before a kill: asked again for its neighbours' sake
+                if group.prompt.id in done:  # its chunk is sampled again
                     continue
                 line = self.line(group, scores)
                 file.append(line)

@@ -1,8 +1,8 @@
-"""The file of traces: while it grows, and whole. Torch-free.
+"""The file of traces, while it grows and when it is complete.
 
 <out>.jsonl             one row per trace, in the dataset's order; there once everything is sampled
 <out>.provenance.json   how it was made: settings, counts, teacher, data, code
-<out>.partial.jsonl     until then: the settings, then one whole line per prompt, as they are done
+<out>.partial.jsonl     until then: the settings, then one line per prompt, as they are done
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TraceFile:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Have the file for oneself. Raises UserError when another process has it."""
+        """Lock the file. Raises UserError if another process samples into it."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.out.with_suffix(".lock"))
         try:
@@ -61,8 +61,8 @@ class TraceFile:
             lock.release()
 
     def finished(self) -> Row | None:
-        """The provenance of the whole file, or None while there is none. Raises UserError for a file that
-        was made with other settings."""
+        """The provenance of the complete file, or None if there is none. Raises UserError for a file made
+        with other settings."""
         if not self.out.exists():
             return None
         facts = read_json(self.provenance)
@@ -84,12 +84,12 @@ class TraceFile:
         return {row["id"]: row for row in rows[1:]}
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one whole line to the partial file."""
+        """Add one line to the partial file."""
         with self.partial.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self, done: Mapping[str, Row], order: Sequence[str], facts: Mapping[str, Any]) -> None:
-        """Write the whole file, in the order of these prompts, and drop the partial one. May be stopped
+        """Write the complete file, in the order of these prompts, and drop the partial one. May be stopped
         anywhere and repeated: the file appears last, and at once."""
         write_json(self.provenance, {**facts, "settings": dict(self.settings)})
         temporary = self.out.with_name(f".{self.out.name}.{os.getpid()}")
@@ -127,7 +127,7 @@ def _brief(value: object) -> str:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut a file behind its last whole line."""
+    """Cut a file after its last complete line."""
     if not path.exists():
         return
     content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The settings of `python -m dash_exp.traces`, and a command line made into them. Torch-free."""
+"""The settings of `python -m dash_exp.traces`, and a command line made into them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ USED = (
     "learner.precision",
     "config",
 )
-"""Where a fault of the whole config matters: nothing is trained or evaluated."""
+"""Keys whose faults matter here: nothing is trained or evaluated."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import dash_exp
-from dash_exp.signals import SCHEDULERS, sheltered
+from dash_exp.signals import SCHEDULERS, block_signals
 from dash_exp.types import Score
 from dash_exp.verifiers.types import VerifyTask, score
 
@@ -252,7 +252,7 @@ class WorkerProcess:
 
     def __init__(self, program: Program, timeout_s: float, memory_mb: int):
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
-        with sheltered(*SCHEDULERS):
+        with block_signals(*SCHEDULERS):
             self._process = subprocess.Popen(
                 program.command(timeout_s, memory_mb),
                 stdin=subprocess.PIPE,

@@ -17,7 +17,7 @@ from dash_exp import signals
 from dash_exp.cell.run import run_config
 from dash_exp.config.compose import compose
 from dash_exp.record.folder import read_final, read_json, read_rows
-from dash_exp.signals import SCHEDULERS, Interrupted, Stop, sheltered
+from dash_exp.signals import SCHEDULERS, Interrupted, Stop, block_signals
 from tests.conftest import REPOSITORY
 from tests.test_run import SMALL
 
@@ -53,7 +53,7 @@ def test_another_signal_and_a_second_ctrl_c_mean_at_once() -> None:
 
 def test_helpers_do_not_hear_them() -> None:
     code = "import time; print('up', flush=True); time.sleep(30)"
-    with sheltered(*SCHEDULERS):
+    with block_signals(*SCHEDULERS):
         helper = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     cell = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for process in (helper, cell):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.settings import START_S, Place
-from dash_exp.signals import SCHEDULERS, handling, keep_freed_memory, sheltered
+from dash_exp.signals import SCHEDULERS, block_signals, handling, keep_freed_memory
 
 if TYPE_CHECKING:
     from dash_exp.learning.distributed.communicator import Coordinator, WorkerCommunicator
@@ -70,7 +70,7 @@ class WorkerProcess:
     def __init__(self, settings: dict[str, Any], folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / f"rank-{settings['rank']}.log"
-        with self.log.open("ab") as log, sheltered(*SCHEDULERS):
+        with self.log.open("ab") as log, block_signals(*SCHEDULERS):
             self.process = subprocess.Popen(
                 COMMAND, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )

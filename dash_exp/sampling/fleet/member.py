@@ -20,7 +20,7 @@ from dash_exp.record.folder import read_json
 from dash_exp.sampling.fleet.client import CALL_ERRORS, RefusedError, Sampled, ServerClient
 from dash_exp.sampling.protocol import EngineSettings
 from dash_exp.sampling.transfer import ENGINES, IPC
-from dash_exp.signals import SCHEDULERS, sheltered
+from dash_exp.signals import SCHEDULERS, block_signals
 from dash_exp.types import Request
 
 LAUNCH = (sys.executable, "-c", "from dash_exp.sampling.vllm.server import main; main()")
@@ -84,7 +84,7 @@ class ServerProcess:
         self._ready.unlink(missing_ok=True)
         self.host = settings.host
         given = {**asdict(settings), "key": launch.key, "ready": str(self._ready.resolve())}
-        with self.log.open("ab") as log, sheltered(*SCHEDULERS):
+        with self.log.open("ab") as log, block_signals(*SCHEDULERS):
             self.process = subprocess.Popen(
                 list(launch.command),
                 stdin=subprocess.PIPE,
