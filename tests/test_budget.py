@@ -132,7 +132,7 @@ def pretend(pool: Path, state: str, **more: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("state", ["pending", "blocked", "running", "interrupted"])
+@pytest.mark.parametrize("state", ["pending", "running"])
 def test_an_unfinished_partner_blocks(tmp_path: Path, state: str) -> None:
     pretend(tmp_path / "cells", state)
     config = composed(tmp_path, *MULTI, "budget.match=0123abcd")

@@ -184,7 +184,9 @@ def test_killed_at_any_step_and_resumed_equals_undisturbed(whole: Path, tmp_path
     assert read_json(folder / "status.json")["attempt"] == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_the_step_saves_and_can_be_resumed(
     whole: Path, tmp_path: Path, number: int, code: int
 ) -> None:

@@ -119,9 +119,16 @@ class Rewards:
 SCRIPTS: list[list[int | None]] = [[3, 0, 2, 1], [None, 1, None, None, 0, 3, 2, None], [2, 1, 0, 3, None]]
 
 
-@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("script", "aggregation", "beta"),
+    [
+        (SCRIPTS[0], "constant", 0.04),
+        (SCRIPTS[0], "token_mean", 0.0),
+        (SCRIPTS[1], "sequence_mean", 0.04),
+        (SCRIPTS[1], "constant", 0.0),
+        (SCRIPTS[2], "token_mean", 0.04),
+    ],
+)
 def test_the_streamed_step_is_the_synchronous_one(
     tiny: Any, script: list[int | None], aggregation: str, beta: float
 ) -> None:

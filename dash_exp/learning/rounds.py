@@ -68,7 +68,7 @@ class RoundLearner(Protocol):
 
 
 class LocalLearner:
-    """A learner in this process alone."""
+    """A learner in this process."""
 
     def __init__(self, learner: Learner):
         self.local = learner

@@ -1,7 +1,7 @@
 """Attention over groups that share their prompt, plugged into transformers' decoders with plain causal
 attention (Llama, Qwen2 and their like).
 
-Everything but attention works token by token, so tokens of a whole micro-batch lie in one row
+Everything but attention works token by token, so tokens of a micro-batch lie in one row
 [1, T] without padding. Only attention needs to know which token sees which; it asks a *context*, which the
 forward call passes down as `context=`:
 

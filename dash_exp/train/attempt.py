@@ -31,7 +31,7 @@ TRUNCATION_WARNING, CONSTANT_WARNING = 0.5, 0.9
 
 @dataclass
 class Attempt:
-    """What an attempt works with; `machine` exists once everything is built."""
+    """An attempt and what it works with; `machine` exists once everything is built."""
 
     folder: Path
     config: Config
@@ -42,7 +42,7 @@ class Attempt:
     coordinator: Coordinator | None = None
     """Of the learner's ranks, where they were started together with this process."""
     evaluated: set[tuple[int, str]] = field(default_factory=set)
-    """Steps and sets with results of the weights at hand; a resumed run makes later ones anew."""
+    """Steps and sets that have results of the current weights; a resumed run repeats later ones."""
 
     def run(self) -> None:
         """Everything. Raises Interrupted after a signal, UserError for what the user can fix."""
@@ -67,11 +67,11 @@ class Attempt:
         self.evaluated |= {(r["step"], r["dataset"]) for r in rows if r["step"] in (0, done)}
         self.note_provenance(done)
         self.preflight()
-        if done and self.machine.parts.demonstrations is None:  # else when it is first asked
-            self.machine.parts.sampler.load_weights(done)  # wakes colocated servers: not before preflight
+        if done and self.machine.parts.demonstrations is None:  # else before its first evaluation
+            self.machine.parts.sampler.load_weights(done)  # wakes colocated servers, so only after preflight
         if self.config.evaluation.before:
             self.evaluate(0)
-        if evaluation_due(self.machine.plan, done):  # a signal may have come before its evaluation
+        if evaluation_due(self.machine.plan, done):  # a signal may have prevented its evaluation
             self.evaluate(done)
         ending = self.loop(done)
         if ending.signal is not None:
@@ -146,11 +146,11 @@ class Attempt:
             verifiers=sorted(judges),
         )
         if known and known.get("code_hash") != facts["code_hash"]:
-            self.log("note: this cell was begun by other code; provenance.json lists both")
+            self.log("note: this cell was started by other code; provenance.json lists both")
         write_json(path, facts)
 
     def preflight(self) -> None:
-        """Fail now rather than in an hour, if the longest samples do not fit."""
+        """Check that the longest samples fit. Raises UserError now rather than in an hour."""
         if not self.config.learner.preflight:
             return
         parts, plan = self.machine.parts, self.machine.plan
@@ -175,9 +175,9 @@ class Attempt:
             self.log(f"{self.display.accuracy(result.metrics[0])} at step {step} ({source})")
 
     def evaluate_one(self, one: EvalSet, step: int) -> tuple[EvalResult, bool]:
-        """The result of one set, and whether it was known already (the base model's, from the cache)."""
+        """The result of one set, and whether it is a cache hit (the base model's)."""
         sampler, seed = self.machine.parts.sampler, self.config.seed
-        if sampler.policy_version != step:  # a supervised arm hands its weights on only here
+        if sampler.policy_version != step:  # a supervised arm syncs its weights only here
             sampler.load_weights(step)
         if step > 0:
             return evaluate(one, sampler, seed), False
@@ -186,8 +186,8 @@ class Attempt:
         return shared(one, key, self.cache / "base_results", lambda: evaluate(one, sampler, seed))
 
     def save(self, step: int, last: bool, row: Row) -> None:
-        """Write a checkpoint, then drop the oldest. After the last step no optimizer goes on, so its
-        moments, more than half of the bytes, are left out."""
+        """Write a checkpoint, then delete the oldest. After the last step moments, more than half of the
+        bytes, are left out: no update follows."""
         start = time.time()
         snapshot = self.machine.parts.learner.snapshot(step, moments=not last, row=row)
         checkpoint.save(self.folder, step, snapshot, self.machine.source.folder)
@@ -202,7 +202,7 @@ class Attempt:
                 self.display.note(text)
 
     def finish(self, ending: Ending) -> None:
-        """The status first, then the tidying: a kill in between is made good by the next launch."""
+        """The status first, then the tidying: after a kill in between the next launch tidies up."""
         self.recorder.status("finished", ending.step, reason=ending.reason)
         checkpoint.finalise(self.folder)
         self.recorder.log(f"finished after step {ending.step} ({ending.reason})")
@@ -211,7 +211,7 @@ class Attempt:
 
 
 def warnings_of(row: Row) -> list[str]:
-    """What usually means a wrong setting rather than a hard task."""
+    """What usually indicates a wrong setting rather than a hard task."""
     found = []
     if row.get("length/truncated_share", 0.0) > TRUNCATION_WARNING:
         found.append(

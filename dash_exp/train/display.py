@@ -1,4 +1,4 @@
-"""What a person sees: live progress on a terminal, plain lines elsewhere, and the summary."""
+"""What the user sees: live progress on a terminal, plain lines elsewhere, and the summary."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def columns_of(row: Row, steps: int, left_s: float) -> list[tuple[str, str]]:
 
 
 def is_supervised(row: Row) -> bool:
-    """Whether a step was shown its completions."""
+    """Whether the completions of a step were given, not sampled."""
     return "completions/shown" in row
 
 
 def quality_columns(row: Row) -> list[tuple[str, str]]:
-    """What a batch was worth: reward and kept share, or the likelihood of what was shown."""
+    """Reward and kept share; of a supervised step the likelihood of the given completions."""
     if is_supervised(row):
         return [("log-lik.", format_number(row.get(LIKELIHOOD)))]
     return [("reward", format_number(row.get(REWARD))), ("kept", f"{row['filter/kept_share']:.2f}")]

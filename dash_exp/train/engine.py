@@ -1,4 +1,4 @@
-"""A model that only answers: an engine over the weights of one folder, without a learner."""
+"""A model that is sampled but not trained: an engine on the weights of one folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Asked = Sequence[tuple[PromptSet, Decoding]]
 @dataclass
 class Answerer:
     """A model's folder and tokenizer, judges, and an engine that starts when it is first needed: a result
-    that is known already costs no loading of weights. Use as a context manager."""
+    from the cache costs no loading of weights. Use as a context manager."""
 
     config: Config
     source: ModelSource
@@ -42,7 +42,7 @@ class Answerer:
 
     @classmethod
     def of(cls, config: Config, cache: Path) -> Self:
-        """Find the model of a config. Raises UserError when it cannot be had."""
+        """Find the model of a config. Raises UserError when it is not available."""
         torch.set_num_threads(thread_count(config.cluster.threads))
         source = locate(config.model, cache)
         v = config.verifier

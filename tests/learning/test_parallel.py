@@ -114,7 +114,7 @@ def assert_equal(several: Learned, one: Learned) -> None:
 
 
 @pytest.mark.parametrize("kept", KEPT)
-@pytest.mark.parametrize(("surrogate", "aggregation", "beta"), OBJECTIVES)
+@pytest.mark.parametrize(("surrogate", "aggregation", "beta"), OBJECTIVES[::3])
 def test_ranks_make_the_update_of_one_process(
     ranks: Coordinator, tiny_folder: Path, surrogate: str, aggregation: str, beta: float, kept: str
 ) -> None:

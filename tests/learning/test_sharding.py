@@ -78,7 +78,7 @@ def assert_equal(several: Learned, one: Learned, tolerance: float = 2e-6) -> Non
             assert several.sums[name] == (value if exact else pytest.approx(value, rel=1e-4, abs=1e-4)), name
 
 
-@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("kept", ["some", "one"])
 @pytest.mark.parametrize(
     ("surrogate", "aggregation", "beta"),
     [
