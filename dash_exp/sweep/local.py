@@ -19,13 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from dash_exp.errors import Fault, UserError
 from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import read_json, write_json
 from dash_exp.record.journal import is_done
-from dash_exp.record.locks import HERE, Locks
+from dash_exp.record.locks import HERE, Locks, take_lock
 from dash_exp.record.manifest import Entry, Manifest, held
 from dash_exp.signals import handling
 from dash_exp.sweep.pool import Log, Relay, Terms, print_log, run_pool
@@ -165,20 +163,20 @@ def unsettled(manifest: Manifest, order: Order) -> tuple[str, ...]:
 
 
 class ControllerLock:
-    """Makes this process the controller of a sweep, until it is released or the process ends. Raises Timeout
-    if another process holds it."""
+    """Makes this process the controller of a sweep, until it is released or the process ends. Raises
+    BlockingIOError if another process holds it."""
 
     def __init__(self, folder: Path):
-        self.folder, self._lock = folder, FileLock(folder / LOCK)
-        self._lock.acquire(blocking=False)
+        self.folder, self._lock = folder, take_lock(folder / LOCK)
         write_json(folder / CONTROLLER, {"pid": os.getpid(), "host": HERE, "started": time.time()})
 
     def release(self) -> None:
         """May be called twice."""
-        if self._lock.is_locked:
+        if self._lock >= 0:
             with suppress(OSError):
                 (self.folder / CONTROLLER).unlink(missing_ok=True)
-            self._lock.release()
+            os.close(self._lock)
+            self._lock = -1
 
 
 def wait_for_lock(folder: Path, log: Log, relay: Relay) -> ControllerLock | None:
@@ -187,7 +185,7 @@ def wait_for_lock(folder: Path, log: Log, relay: Relay) -> ControllerLock | None
     while relay.first is None:
         try:
             return ControllerLock(folder)
-        except Timeout:
+        except BlockingIOError:
             if not logged:
                 pid = Locks.now().holder(folder / LOCK) or read_json(folder / CONTROLLER).get("pid")
                 log(f"process {pid} is running this sweep; waiting for it to end")
@@ -203,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
     with handling(relay):
         try:
             lock = ControllerLock(folder)
-        except Timeout:
+        except BlockingIOError:
             return OTHER_CONTROLLER
         print_log(f"controller of {folder}")
         try:
