@@ -345,7 +345,7 @@ class ClusterConfig(Constant):
 
 
 @dataclass
-class BudgetConfig:
+class BudgetConfig(Constant):
     """When training stops before its last step."""
 
     seconds: float | None = number(POSITIVE, "stop after so much training time", None, "3600")
