@@ -25,7 +25,7 @@ CODE = [
 ]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 SOURCE_FILE = re.compile(r"`((?:conf/|sweeps/)[\w./-]+\.yaml|[\w./-]+\.(?:py|md))(?::(\w+))?`")
-EXAMPLES = {"mine.yaml"}
+EXAMPLES = {"mine.yaml", "mine_test.yaml"}
 """Files that a reader is asked to write."""
 
 

@@ -10,19 +10,10 @@ from dash_exp.config.compose import conf_dir
 from dash_exp.sweep import spec as specs
 from dash_exp.sweep.plan import SweepOptions, make_plan, plan_spec
 from dash_exp.sweep.spec import combinations, key_of
-from tests.conftest import REPOSITORY
 
 NAMES = specs.names()
 DEMOS = [name for name in NAMES if name.startswith("demo")]
 PAPER = [name for name in NAMES if name not in DEMOS]
-DATA = REPOSITORY.parent / "shared" / "data"
-
-
-@pytest.fixture(autouse=True)
-def data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The datasets' files where they are; without them the hub's names are enough to plan."""
-    if DATA.is_dir():
-        monkeypatch.setenv("DASH_DATA", str(DATA))
 
 
 @pytest.mark.parametrize("name", NAMES)
