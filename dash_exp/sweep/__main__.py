@@ -34,9 +34,8 @@ from rich.text import Text
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 from dash_exp.record import journal
 from dash_exp.sweep import spec as specs
-from dash_exp.sweep.lookup import launched, select
 from dash_exp.sweep.report import counts_text
-from dash_exp.sweep.status import SweepCell, SweepState, read_sweep, read_sweeps
+from dash_exp.sweep.status import SweepCell, SweepState, launched, read_sweep, read_sweeps, select
 from dash_exp.sweep.watch import (
     ROOT,
     chosen_of,

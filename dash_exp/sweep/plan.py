@@ -3,13 +3,11 @@ is written or queued."""
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -44,10 +42,10 @@ from dash_exp.sweep.resources import (
     split,
 )
 from dash_exp.sweep.spec import Combination, Spec, combinations, key_of, quoted
+from dash_exp.sweep.states import frozen_values
 from dash_exp.traces.settings import out_of
 
 TRACES = "dataset.traces"
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,12 +379,12 @@ def _unequal(context: PlanContext, draft: Draft, match: str, partners: Mapping[s
     if match not in partners and match not in context.pool:
         what = f"there is no cell {match}, neither in this sweep nor in {context.root / 'cells'}"
         return [Fault(MATCH, what, PARTNER_HINT)]
-    path = context.root / "cells" / context.pool.get(match, "") / "config.yaml"
+    folder = context.root / "cells" / context.pool.get(match, "")
     try:
-        frozen = partners[match].frozen if match in partners else _frozen_in(path)
+        frozen = partners[match].frozen if match in partners else frozen_values(folder)
         theirs = {"seed": frozen["seed"], "model": frozen["model"]["name"]}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        return [Fault(MATCH, f"the partner {match} cannot be read from {path}: {error}")]
+        return [Fault(MATCH, f"the partner {match} cannot be read from {folder / 'config.yaml'}: {error}")]
     mine = {"seed": draft.config.seed, "model": draft.config.model.name}
     hint = "seconds are comparable for equal seed, model and hardware only"
     return [
@@ -394,10 +392,3 @@ def _unequal(context: PlanContext, draft: Draft, match: str, partners: Mapping[s
         for key in mine
         if mine[key] != theirs[key]
     ]
-
-
-@functools.lru_cache(maxsize=256)
-def _frozen_in(path: Path) -> Mapping[str, Any]:
-    """A frozen config as plain values, read once: it never changes."""
-    loaded: Mapping[str, Any] = yaml.load(path.read_text(encoding="utf-8"), LOADER)
-    return loaded

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,10 +18,9 @@ from rich.text import Text
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import Plan, PlannedCell, Resources
-from dash_exp.sweep.lookup import labels, launched_folders
-from dash_exp.sweep.plan import LOADER
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, table
-from dash_exp.sweep.states import CellState, median_of, recent_steps, states_of
+from dash_exp.sweep.states import CellState, frozen_values, median_of, recent_steps, states_of
+from dash_exp.sweep.status import labels, launched_folders
 from dash_exp.text import format_path
 
 NEW = "new"
@@ -175,17 +173,12 @@ def _hours(plan: Plan, root: Path) -> dict[str, float]:
         cells = [cell for cell in plan.cells if (cell.resources.gpus > 0) == gpus]
         known = hours_by_profile(root, (c.folder_name for c in cells), gpus) if cells else {}
         if known:
-            profiles = ((cell.id, profile(_frozen(cell, root))) for cell in cells)
+            profiles = (
+                (cell.id, profile(cell.cell.frozen or frozen_values(cell.cell.folder(root))))
+                for cell in cells
+            )
             found.update({one: known[kind] for one, kind in profiles if kind in known})
     return found
-
-
-def _frozen(cell: PlannedCell, root: Path) -> Mapping[str, Any]:
-    """A cell's config; that of a launched sweep is in its folder only."""
-    if cell.cell.frozen:
-        return cell.cell.frozen
-    loaded: dict[str, Any] = yaml.load((cell.cell.folder(root) / "config.yaml").read_text("utf-8"), LOADER)
-    return loaded
 
 
 def profile(frozen: Mapping[str, Any]) -> Profile:
@@ -217,8 +210,7 @@ def hours_by_profile(root: Path, names: Iterable[str], gpus: bool) -> dict[Profi
         took = _hours_of(folder, gpus)
         if took is not None:
             read[prefix] += 1
-            frozen = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), LOADER)
-            hours[profile(frozen)].append(took)
+            hours[profile(frozen_values(folder))].append(took)
     return {one: statistics.median(many) for one, many in hours.items()}
 
 

@@ -12,9 +12,8 @@ from rich.text import Text
 
 from dash_exp.record.folder import Row, read_final
 from dash_exp.record.manifest import Manifest
-from dash_exp.sweep.lookup import default_root
 from dash_exp.sweep.states import CellState
-from dash_exp.sweep.status import SweepCell, SweepState, end_of_output
+from dash_exp.sweep.status import SweepCell, SweepState, default_root, end_of_output
 from dash_exp.sweep.worker import error_line
 from dash_exp.text import format_number, format_path, format_seconds
 from dash_exp.train.display import REWARD

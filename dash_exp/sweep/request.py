@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig
 
 from dash_exp.config.compose import compose
@@ -20,9 +19,8 @@ from dash_exp.record.folder import read_json
 from dash_exp.record.identity import read_frozen
 from dash_exp.record.manifest import NAME, Manifest, Plan, PlannedCell, sweep_folder
 from dash_exp.sweep.dispatch import LaunchRequest, launch
-from dash_exp.sweep.local import read_order
-from dash_exp.sweep.lookup import find
-from dash_exp.sweep.plan import LOADER, make_plan, plan_spec
+from dash_exp.sweep.local import planned_cell, read_order
+from dash_exp.sweep.plan import make_plan, plan_spec
 from dash_exp.sweep.resources import (
     NOT_REPEATED,
     OF_A_CELL,
@@ -35,7 +33,8 @@ from dash_exp.sweep.resources import (
     split,
 )
 from dash_exp.sweep.spec import Spec, key_of
-from dash_exp.sweep.teachers import planned_cell
+from dash_exp.sweep.states import frozen_values
+from dash_exp.sweep.status import find
 from dash_exp.text import format_path
 
 N_JOBS, WAIT = "hydra.launcher.n_jobs", "hydra.launcher.wait"
@@ -215,9 +214,5 @@ def plan_of(manifest: Manifest) -> Plan:
 
 def with_configs(plan: Plan, root: Path) -> Plan:
     """A plan whose cells can be frozen again after their records have been archived."""
-
-    def read(cell: PlannedCell) -> PlannedCell:
-        text = (cell.cell.folder(root) / "config.yaml").read_text(encoding="utf-8")
-        return replace(cell, cell=replace(cell.cell, frozen=yaml.load(text, LOADER)))
-
-    return replace(plan, cells=tuple(map(read, plan.cells)))
+    cells = [replace(c, cell=replace(c.cell, frozen=frozen_values(c.cell.folder(root)))) for c in plan.cells]
+    return replace(plan, cells=tuple(cells))

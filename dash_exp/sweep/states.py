@@ -7,6 +7,7 @@ under SLURM by the queue, elsewhere by the age of its heartbeat.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dash_exp.record import journal
 from dash_exp.record.folder import Row, last_attempts, read_json
@@ -23,6 +26,7 @@ from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm.queue import JobState
 from dash_exp.text import end_of, format_seconds
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SHOWN = ("running", "queued", "pending", "blocked", "interrupted", "failed", "cancelled", "finished")
 ACTIVE = ("running", "queued")
 LOST = ("preemption", "timeout", "node")
@@ -324,6 +328,13 @@ def _in_config(folder: Path, pattern: re.Pattern[str]) -> str | None:
     except OSError:
         return None
     return found.group(1) if found else None
+
+
+@functools.lru_cache(maxsize=256)
+def frozen_values(folder: Path) -> dict[str, Any]:
+    """A cell's frozen config as plain values, read once: it never changes. Raises OSError and YAMLError."""
+    loaded: dict[str, Any] = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), LOADER)
+    return loaded
 
 
 def recorded_state(folder: Path) -> str:

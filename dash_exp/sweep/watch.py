@@ -18,10 +18,21 @@ from rich.text import Text
 
 from dash_exp.errors import ExitCode, Fault, UserError, print_error
 from dash_exp.record.manifest import Manifest
-from dash_exp.sweep import lookup
-from dash_exp.sweep.lookup import LIST_HINT, Target, find, launched, select
 from dash_exp.sweep.report import status_view, sweep_lines
-from dash_exp.sweep.status import OPEN, SweepCell, SweepState, output_path, read_sweep, read_sweeps
+from dash_exp.sweep.status import (
+    LIST_HINT,
+    OPEN,
+    SweepCell,
+    SweepState,
+    Target,
+    default_root,
+    find,
+    launched,
+    output_path,
+    read_sweep,
+    read_sweeps,
+    select,
+)
 from dash_exp.text import format_path, last_lines, shown_lines
 
 ROOT = "run.dir="
@@ -50,7 +61,7 @@ def say_json(value: Any) -> None:
 def root_of(words: Sequence[str]) -> Path:
     """The folder of outputs: the last `run.dir=`, else the default."""
     given = [word.removeprefix(ROOT) for word in words if word.startswith(ROOT)]
-    return Path(given[-1]) if given else lookup.default_root()
+    return Path(given[-1]) if given else default_root()
 
 
 def named(args: Namespace) -> tuple[Target | None, list[str], Path]:

@@ -14,12 +14,20 @@ from dash_exp.errors import UserError
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import Recorder
 from dash_exp.record.manifest import Plan, Resources, Traces, Waiting
-from dash_exp.sweep.lookup import find, labels, matches, select
 from dash_exp.sweep.preview import hours_by_profile, plan_view, preview, profile
 from dash_exp.sweep.report import status_view, sweep_lines
 from dash_exp.sweep.request import plan_of
 from dash_exp.sweep.states import CellState
-from dash_exp.sweep.status import SweepCell, read_sweep, read_sweeps, sweep_eta_s
+from dash_exp.sweep.status import (
+    SweepCell,
+    find,
+    labels,
+    matches,
+    read_sweep,
+    read_sweeps,
+    select,
+    sweep_eta_s,
+)
 from tests.sweep.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 
 

@@ -22,11 +22,11 @@ from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import Row
 from dash_exp.record.journal import BY_SCHEDULER, is_cancelled, may_retry, set_state
 from dash_exp.signals import handling, run_forwarding
+from dash_exp.sweep.local import make_traces
 from dash_exp.sweep.pool import Relay, Terms, print_log, run_pool
 from dash_exp.sweep.resources import cluster_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.states import open_need, recorded_state
-from dash_exp.sweep.teachers import make_traces
 from dash_exp.sweep.worker import OUTPUT, Job, cell_actions
 from dash_exp.text import last_lines
 
