@@ -34,14 +34,13 @@ from rich.text import Text
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 from dash_exp.record import journal
 from dash_exp.sweep import spec as specs
-from dash_exp.sweep.report import counts_text
-from dash_exp.sweep.status import SweepCell, SweepState, launched, read_sweep, read_sweeps, select
+from dash_exp.sweep.report import by_state, counts_text, print_parts
+from dash_exp.sweep.status import counts_of, launched, read_sweep, read_sweeps, select
 from dash_exp.sweep.watch import (
     ROOT,
     chosen_of,
     logs_command,
     needed,
-    out,
     root_of,
     say,
     say_json,
@@ -148,18 +147,11 @@ def list_sweeps(root: Path) -> tuple[list[ListedSweep], list[Fault]]:
             continue
         counts = states.pop(name).counts if name in states else None
         rows.append(ListedSweep(name, spec.claim, spec.feeds, count, counts, str(spec.source)))
-    return rows + [_listed(state) for state in states.values()], faults
-
-
-def _listed(state: SweepState) -> ListedSweep:
-    """A launched sweep that has no file in sweeps/."""
-    about = state.manifest.about
-    feeds = about.get("feeds")
-    names = tuple(map(str, feeds)) if isinstance(feeds, list) else ()
-    source = str(about["source"]) if about.get("source") else None
-    return ListedSweep(
-        state.manifest.name, str(about.get("claim") or "by -m"), names, None, state.counts, source
-    )
+    for name, state in states.items():  # launched ones without a file
+        about = state.manifest.about
+        claim, feeds, source = about.get("claim") or "by -m", about.get("feeds") or (), about.get("source")
+        rows.append(ListedSweep(name, claim, tuple(feeds), None, state.counts, source))
+    return rows, faults
 
 
 def list_command(args: Namespace) -> int:
@@ -174,7 +166,7 @@ def list_command(args: Namespace) -> int:
     if args.json:
         say_json([asdict(row) for row in rows])
     else:
-        out(*([part for row in rows for part in row.view()] or [Text("no sweeps")]))
+        print_parts(*([part for row in rows for part in row.view()] or [Text("no sweeps")]))
     if faults:
         raise UserError(faults, "the other sweeps are listed")
     return ExitCode.OK
@@ -198,7 +190,7 @@ def plan_command(args: Namespace) -> int:
     if args.json:
         say_json({**made.as_json(), "refused": [str(fault) for fault in faults]})
     else:
-        out(plan_view(made))
+        print_parts(plan_view(made))
         for number, text in enumerate(scripts, 1):
             say(f"\nscript {number} of {len(scripts)}:\n\n{text.strip()}")
         say("\nNothing was written, started or queued.")
@@ -222,7 +214,7 @@ def retry_command(args: Namespace) -> int:
     chosen = chosen_of(read_sweep(manifest), patterns)
     ready = [one for one in chosen if one.cell.state in wanted]
     others = [one for one in chosen if one not in ready]
-    left = f"; the others: {_states(others)}" if others else ""
+    left = f"; the others: {by_state(counts_of(others))}" if others else ""
     say(f"{len(ready)} of {len(chosen)} cells start again{left}")
     if not ready:
         return ExitCode.OK
@@ -248,16 +240,11 @@ def cancel_command(args: Namespace) -> int:
         say(f"{one.label} ({one.entry.id}) is skipped: {why}; name it to cancel it as well")
     if not (done.ended or done.ending or done.skipped):
         found = [one for one in read_sweep(manifest).cells if one.entry in chosen]
-        say(f"nothing to cancel: {_states(found)}")
+        say(f"nothing to cancel: {by_state(counts_of(found))}")
         return ExitCode.OK
     open_text = f", {len(done.ending)} ending" if done.ending else ""
     say(f"{len(done.ended)} of {len(chosen)} cells cancelled{open_text}; launch or retry goes on with them")
     return ExitCode.OK
-
-
-def _states(cells: Sequence[SweepCell]) -> str:
-    states = sorted(one.cell.state for one in cells)
-    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Namespace], int]]] = {

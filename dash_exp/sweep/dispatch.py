@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from dash_exp.config.schema import ClusterConfig
 from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below
 from dash_exp.record import journal, provenance
@@ -25,7 +23,14 @@ from dash_exp.record.locks import Locks, ask_to_end
 from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest, Plan, held
 from dash_exp.sweep import local
 from dash_exp.sweep.pool import Log, Relay
-from dash_exp.sweep.report import closing_lines, closing_table, count_of, status_command
+from dash_exp.sweep.report import (
+    by_state,
+    closing_lines,
+    closing_table,
+    count_of,
+    print_parts,
+    status_command,
+)
 from dash_exp.sweep.resources import tracking_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
@@ -188,8 +193,7 @@ def _follow(manifest: Manifest, cluster: ClusterConfig, log: Log) -> None:
         state = read_sweep(manifest)
         if state.counts != before:
             before = state.counts
-            counts = ", ".join(f"{count} {name}" for name, count in before.items())
-            log(f"{time.strftime('%H:%M:%S')} {counts}")
+            log(f"{time.strftime('%H:%M:%S')} {by_state(before)}")
         if not state.is_moving and not (cluster.name == "slurm" and slurm.teachers_active(manifest)):
             return
         time.sleep(FOLLOW_S)
@@ -200,11 +204,7 @@ def _conclude(request: LaunchRequest, manifest: Manifest, relay: Relay, log: Log
     state = read_sweep(manifests.read(manifest.folder))
     cells = [one for one in state.cells if request.includes(one.entry)]
     counts = counts_of(cells, len(state.waiting))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=80)
-    console.print()
-    console.print(closing_table(cells))
+    print_parts("", closing_table(cells))
     for line in closing_lines(state.manifest, cells, counts):
         log(line)
     if relay.first is not None:

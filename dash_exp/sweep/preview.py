@@ -18,7 +18,7 @@ from rich.text import Text
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import Plan, PlannedCell, Resources
-from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, table
+from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, table
 from dash_exp.sweep.states import CellState, frozen_values, median_of, recent_steps, states_of
 from dash_exp.sweep.status import labels, launched_folders
 from dash_exp.text import format_path
@@ -257,16 +257,13 @@ def plan_view(made: Preview) -> RenderableType:
     """A dry run: the sweep, its cells, what they ask for, what is known of their cost."""
     plan = made.plan
     parts: list[RenderableType] = [*_about_lines(plan), *_counts(made), Text("")]
-    rows = table(
-        ("cell", False), ("id", False), ("state", False), ("hours", True), ("GPU-h", True), ("", False)
-    )
+    rows = table("cell", "id", "state", "hours", "GPU-h", "")
     for line in made.lines[:SHOWN_CELLS]:
         hours = (_hours_text(line.hours_left), _hours_text(line.gpu_hours))
         style = STYLES.get(line.state, "")
         add(rows, line.label, line.planned.id, line.state, *hours, _remark(line), style=style)
     parts += [rows] if made.lines else []
-    if len(made.lines) > SHOWN_CELLS:
-        parts.append(Text(f"... and {len(made.lines) - SHOWN_CELLS} more: --json has them all"))
+    parts += more_cells(len(made.lines), "--json has them all")
     for traces in dict.fromkeys(one.traces for one in plan.waiting):
         many = sum(one.traces == traces for one in plan.waiting)
         command = f"python -m dash_exp.traces {' '.join(traces.arguments)}"
@@ -304,8 +301,7 @@ def _remark(line: Line) -> str:
 
 def _resource_table(made: Preview) -> Table:
     """What cells ask for, and how many hours are left, by profile."""
-    numbers = ((name, True) for name in ("cells", "to run", "hours", "GPU-hours"))
-    rows = table(("each cell asks for", False), *numbers)
+    rows = table("each cell asks for", "cells", "to run", "hours", "GPU-hours")
     for resources, lines in made.profiles().items():
         left = [line for line in lines if line.rest > 0]
         hours = (_sum_text([one.hours_left for one in left]), _sum_text([one.gpu_hours for one in left]))

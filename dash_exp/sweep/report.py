@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Literal
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +27,8 @@ STYLES = {
     "queued": "cyan",
     "stale": "yellow",
 }
+OF_TEXT = ("sweep", "cell", "id", "state", "other", "each cell asks for", "")
+"""Headings of columns that are aligned to the left; the others hold numbers."""
 SHOWN_CELLS = 100
 """Cells that a table lists; more are counted, and `--json` has them all."""
 SHOWN_FAILURES, SHOWN_REASONS = 3, 5
@@ -35,12 +38,24 @@ END_STEPS = 5
 """Steps whose mean reward is shown as the first, and as the last."""
 
 
-def table(*columns: tuple[str, bool]) -> Table:
-    """An empty table: headings, and whether a column holds numbers. The first and the last may wrap."""
+def print_parts(*parts: RenderableType) -> None:
+    """Print. If the output is not a terminal, lines have no trailing blanks."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+        return
+    with console.capture() as caught:
+        console.print(*parts, sep="\n")
+    print("\n".join(line.rstrip() for line in caught.get().splitlines()), flush=True)
+
+
+def table(*headings: str) -> Table:
+    """An empty table. Its first and last column may wrap."""
     made = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
-    for place, (name, is_number) in enumerate(columns):
-        wraps = place in (0, len(columns) - 1)
-        made.add_column(name, justify="right" if is_number else "left", no_wrap=not wraps, overflow="fold")
+    for place, name in enumerate(headings):
+        wraps = place in (0, len(headings) - 1)
+        justify: Literal["left", "right"] = "left" if name in OF_TEXT else "right"
+        made.add_column(name, justify=justify, no_wrap=not wraps, overflow="fold")
     return made
 
 
@@ -53,11 +68,15 @@ def count_of(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
+def by_state(counts: Mapping[str, int]) -> str:
+    """`1 running, 5 finished`."""
+    return ", ".join(f"{number} {state}" for state, number in counts.items())
+
+
 def counts_text(counts: Mapping[str, int]) -> str:
     """`6 cells: 1 running, 5 finished`."""
     total = sum(counts.values())
-    states = ", ".join(f"{n} {state}" for state, n in counts.items())
-    return f"{count_of(total, 'cell')}: {states}" if total else "no cells"
+    return f"{count_of(total, 'cell')}: {by_state(counts)}" if total else "no cells"
 
 
 def eta_text(seconds: float | None) -> str:
@@ -67,13 +86,7 @@ def eta_text(seconds: float | None) -> str:
 def sweep_lines(states: Sequence[SweepState]) -> RenderableType:
     """All sweeps, a line each."""
     columns = ("finished", "running", "failed")
-    rows = table(
-        ("sweep", False),
-        ("cells", True),
-        *((name, True) for name in columns),
-        ("left", True),
-        ("other", False),
-    )
+    rows = table("sweep", "cells", *columns, "left", "other")
     for one in states:
         counts = one.counts
         add(
@@ -82,7 +95,7 @@ def sweep_lines(states: Sequence[SweepState]) -> RenderableType:
             str(sum(counts.values())),
             *(str(counts.get(name, 0)) for name in columns),
             "-" if one.eta_s is None else format_seconds(one.eta_s),
-            ", ".join(f"{n} {state}" for state, n in counts.items() if state not in columns),
+            by_state({state: number for state, number in counts.items() if state not in columns}),
         )
     return rows
 
@@ -92,7 +105,7 @@ def status_view(state: SweepState, chosen: Sequence[SweepCell], long: bool) -> R
     chosen cells."""
     parts: list[RenderableType] = [_head(state), Text("")]
     parts += [_cell_table(chosen[:SHOWN_CELLS])] if chosen else []
-    parts += _more(len(chosen), "name a pattern, or --json for all of them")
+    parts += more_cells(len(chosen), "name a pattern, or --json for all of them")
     if len(chosen) == len(state.cells):
         paths = [str(one.traces.path) for one in state.waiting]
         for path in dict.fromkeys(paths):
@@ -110,8 +123,7 @@ def _head(state: SweepState) -> RenderableType:
 
 
 def _cell_table(chosen: Sequence[SweepCell]) -> Table:
-    numbers = [(name, True) for name in ("step", "reward", "s/step")]
-    rows = table(("cell", False), ("id", False), ("state", False), *numbers, ("", False))
+    rows = table("cell", "id", "state", "step", "reward", "s/step", "")
     for one in chosen:
         cell = one.cell
         add(
@@ -144,7 +156,7 @@ def _remark(cell: CellState) -> str:
     return ", ".join(text for text in texts if text)
 
 
-def _more(count: int, hint: str) -> list[RenderableType]:
+def more_cells(count: int, hint: str) -> list[RenderableType]:
     return [Text(f"... and {count - SHOWN_CELLS} more: {hint}")] if count > SHOWN_CELLS else []
 
 
@@ -184,17 +196,12 @@ def _advice(state: SweepState) -> list[RenderableType]:
 
 def closing_table(cells: Sequence[SweepCell]) -> Table:
     """Cell, state, steps, sampled reward (first -> last), accuracy (before -> after) and training time."""
-    rows = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    rows.add_column("cell", overflow="fold")
-    for name in ("state", "steps", "reward", "accuracy", "time"):
-        rows.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    rows = table("cell", "state", "steps", "reward", "accuracy", "time")
     for one in cells[:SHOWN_CELLS]:
         cell = one.cell
         steps = read_final(cell.folder, "steps") if cell.step else []
         rewards = [float(row[REWARD]) for row in steps if REWARD in row]
-        ends = (
-            [statistics.fmean(rewards[:END_STEPS]), statistics.fmean(rewards[-END_STEPS:])] if rewards else []
-        )
+        ends = [fmean(part) for part in (rewards[:END_STEPS], rewards[-END_STEPS:]) if part]
         time_text = format_seconds(sum(float(row["time/step_s"]) for row in steps)) if steps else "-"
         accuracy = _accuracy(read_final(cell.folder, "evals"))
         add(rows, one.label, cell.state, _steps(cell), _change(ends), _change(accuracy), time_text)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dash_exp.errors import ExitCode, Fault, UserError, print_error
 from dash_exp.record.manifest import Manifest
-from dash_exp.sweep.report import status_view, sweep_lines
+from dash_exp.sweep.report import print_parts, status_view, sweep_lines
 from dash_exp.sweep.status import (
     LIST_HINT,
     OPEN,
@@ -37,17 +37,6 @@ from dash_exp.text import format_path, last_lines, shown_lines
 
 ROOT = "run.dir="
 FOLLOW_S = 0.5
-
-
-def out(*parts: RenderableType) -> None:
-    """Print. If the output is not a terminal, lines have no trailing blanks."""
-    to = Console(highlight=False)
-    if to.is_terminal:
-        to.print(*parts, sep="\n")
-        return
-    with to.capture() as caught:
-        to.print(*parts, sep="\n")
-    print("\n".join(line.rstrip() for line in caught.get().splitlines()), flush=True)
 
 
 def say(text: str) -> None:
@@ -137,7 +126,7 @@ def status_command(args: Namespace) -> int:
     elif args.json:
         say_json(look().as_json())
     else:
-        out(look().render())
+        print_parts(look().render())
     return ExitCode.OK
 
 
@@ -147,7 +136,7 @@ def _watch(look: Callable[[], View], every_s: float) -> None:
     if not console.is_terminal:
         while True:
             view = look()
-            out(view.render())
+            print_parts(view.render())
             if not view.is_open:
                 return
             time.sleep(every_s)

@@ -81,7 +81,7 @@ def test_cancel_ends_what_runs_and_marks_what_does_not(root: Path, capsys: Captu
     ]
     assert read_json(folders[2] / "status.json")["step"] == 3
     assert command("cancel", "mine", f"run.dir={root}") == 0
-    assert "nothing to cancel: 2 cancelled, 1 failed, 1 finished" in capsys.readouterr().out
+    assert "nothing to cancel: 1 failed, 2 cancelled, 1 finished" in capsys.readouterr().out
     assert [len(journal.read(folder)) for folder in folders] == [0, 0, 1, 1]
 
 

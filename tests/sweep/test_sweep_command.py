@@ -213,7 +213,7 @@ def test_nothing_to_retry_starts_nothing(root: Path, capsys: Capture) -> None:
     manifest = sweep_of(root, [cell_of("dash", 0, 1), cell_of("grpo", 0, 2)], name="mine")
     ran(manifest.cell(manifest.entries[0]), "finished", 20)
     assert command("retry", "mine", "--failed", f"run.dir={root}") == 0
-    assert capsys.readouterr().out == "0 of 2 cells start again; the others: 1 finished, 1 pending\n"
+    assert capsys.readouterr().out == "0 of 2 cells start again; the others: 1 pending, 1 finished\n"
     assert not (manifest.folder / "controller.json").exists()
 
 
