@@ -52,7 +52,7 @@ def run_row(name: str, options: Options) -> dict[str, Any]:
 
 def child(name: str, given: str, out: str) -> None:
     """Measure one row here. Torch is not imported before its environment is what a run's is."""
-    from dash_exp.cell.run import share_cores
+    from dash_exp.cell.__main__ import share_cores
 
     share_cores()
     values = json.loads(given)

@@ -164,7 +164,7 @@ def run_cell(composed: Any) -> int:
         faults = check(config)
         if faults:
             raise UserError(faults)
-    from dash_exp.cell.run import run_config
+    from dash_exp.cell.__main__ import run_config
     from dash_exp.train.budget import resolve_match
 
     given = HydraConfig.get().overrides

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.cell.run import run_config
+from dash_exp.cell.__main__ import run_config
 from dash_exp.config.compose import compose, find_faults, partner_overrides, without_budget
 from dash_exp.config.schema import Config, changed
 from dash_exp.errors import ExitCode, UserError

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dash_exp.cell.run import run_config
+from dash_exp.cell.__main__ import run_config
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.evaluate import __main__ as evaluate

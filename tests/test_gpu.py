@@ -44,7 +44,7 @@ def test_gradient_equals_that_of_the_cpu(tiny: Any, tiny_folder: Path) -> None:
 
 
 def test_a_run_on_the_gpu_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dash_exp.cell.run import run_config
+    from dash_exp.cell.__main__ import run_config
     from dash_exp.config.compose import compose
     from dash_exp.train import attempt
     from tests.test_run import SMALL

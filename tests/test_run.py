@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dash_exp.cell.run import run_config
+from dash_exp.cell.__main__ import run_config
 from dash_exp.config.compose import compose
 from dash_exp.errors import UserError
 from dash_exp.record.folder import Recorder, Row, differences, read_final, read_json, read_rows
@@ -449,7 +449,7 @@ def _drop_tensor(path: Path) -> None:
 
 
 def test_a_damaged_frozen_config_is_a_clear_error(whole: Path, tmp_path: Path) -> None:
-    from dash_exp.cell.run import main
+    from dash_exp.cell.__main__ import main
 
     text = (whole / "config.yaml").read_text()
     broken = {"yaml": "a: [", "key": text + "nonsense: 1\n", "value": text.replace("seed: 0", "seed: 1", 1)}

@@ -1,0 +1,1 @@
+"""Settings: their schema, and how yaml files and a command line become a checked config."""

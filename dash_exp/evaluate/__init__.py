@@ -1,0 +1,1 @@
+"""Evaluate a checkpoint of a cell, or a base model, from the command line."""

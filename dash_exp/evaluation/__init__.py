@@ -1,0 +1,1 @@
+"""Evaluation: metrics of sampled answers, with confidence intervals over prompts."""

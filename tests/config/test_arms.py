@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dash_exp.cell.run import run_config
+from dash_exp.cell.__main__ import run_config
 from dash_exp.config.compose import compose, conf_dir
 from dash_exp.config.schema import changed
 from dash_exp.errors import UserError

@@ -53,9 +53,9 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delenv("DASH_DATA", raising=False)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    cell: Any = types.ModuleType("dash_exp.cell.run")
+    cell: Any = types.ModuleType("dash_exp.cell.__main__")
     cell.run_config = run_config
-    monkeypatch.setitem(sys.modules, "dash_exp.cell.run", cell)
+    monkeypatch.setitem(sys.modules, "dash_exp.cell.__main__", cell)
 
     def run(*arguments: str, **variables: str) -> Done:
         for name, value in variables.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dash_exp.cell.run import run_config
+from dash_exp.cell.__main__ import run_config
 from dash_exp.config.schema import Config, changed
 from dash_exp.errors import UserError
 from dash_exp.learning.settings import Place, first_host, launched_place, local_ranks

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from dash_exp import signals
-from dash_exp.cell.run import run_config
+from dash_exp.cell.__main__ import run_config
 from dash_exp.config.compose import compose
 from dash_exp.record.folder import read_final, read_json, read_rows
 from dash_exp.signals import SCHEDULERS, Interrupted, Stop, block_signals
