@@ -35,7 +35,7 @@ def chosen_together() -> list[tuple[str, ...]]:
     """Every option at least once: what an arm or experiment says by itself, the other groups side by side."""
     names = {
         group: [o for o in OPTIONS if o.startswith(f"{group}/")]
-        for group in {o.split("/")[0] for o in OPTIONS}
+        for group in sorted({o.split("/")[0] for o in OPTIONS})
     }
     by_itself = [(o,) for group in ("algorithm", "experiment") for o in names.pop(group)]
     names["evaluation"].remove("evaluation/reasoning_gym")  # fits beside its own dataset only
