@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dash_exp.errors import Fault, UserError
@@ -64,7 +64,8 @@ def launch(manifest: Manifest, n_jobs: int, cells: Sequence[str] | None, log: Lo
         if lock is None:
             return
         try:
-            if _is_taken(read_order(folder)):  # by the other controller, which may have been killed
+            placed = read_order(folder)
+            if placed is None or placed.taken:  # by the other controller, which may have been killed
                 run_order(folder, replace(order, cells=unsettled(manifest, order)), log, live, relay)
             run_orders(lock, log, live, relay)
         finally:
@@ -107,7 +108,7 @@ def place_order(folder: Path, n_jobs: int, cells: Sequence[str] | None) -> Order
         if before is not None and not before.taken and chosen is not None:
             chosen = None if before.cells is None else tuple(dict.fromkeys((*before.cells, *chosen)))
         order = Order(n_jobs, chosen)
-        _write_order(folder, order)
+        write_json(folder / ORDER, asdict(order))
     return order
 
 
@@ -120,14 +121,6 @@ def read_order(folder: Path) -> Order | None:
         return None
 
 
-def _write_order(folder: Path, order: Order) -> None:
-    write_json(folder / ORDER, {"n_jobs": order.n_jobs, "cells": order.cells, "taken": order.taken})
-
-
-def _is_taken(order: Order | None) -> bool:
-    return order is None or order.taken
-
-
 def run_orders(lock: ControllerLock, log: Log, live: bool, relay: Relay) -> None:
     """Run orders until none is left, then release the lock; or until a signal came."""
     while relay.first is None:
@@ -136,7 +129,7 @@ def run_orders(lock: ControllerLock, log: Log, live: bool, relay: Relay) -> None
             if order is None or order.taken:
                 lock.release()
                 return
-            _write_order(lock.folder, replace(order, taken=True))
+            write_json(lock.folder / ORDER, asdict(replace(order, taken=True)))
         run_order(lock.folder, order, log, live, relay)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from dash_exp.record.manifest import Plan, PlannedCell, Traces, Waiting
 from dash_exp.sweep.resources import (
     NOT_REPEATED,
     OF_A_CELL,
-    Settings,
     common_actions,
     differing_faults,
     hardware_label,
@@ -42,7 +41,7 @@ from dash_exp.sweep.resources import (
     split,
 )
 from dash_exp.sweep.spec import Combination, Spec, combinations, key_of, quoted
-from dash_exp.sweep.states import frozen_values
+from dash_exp.sweep.states import frozen_values, names_by_id
 from dash_exp.traces.settings import out_of
 
 TRACES = "dataset.traces"
@@ -146,14 +145,17 @@ def make_plan(
     searchpath = {text: None for one in prepared for text in one if key_of(text) == "hydra.searchpath"}
     with opened():
         composer = CachingComposer(tuple(searchpath))
-        context = PlanContext(composer, faults, root, _cache_below(root), _pool_of(root), installed)
+        context = PlanContext(
+            composer, faults, root, _cache_below(root), names_by_id(root / "cells"), installed
+        )
         drafts = _compose_drafts(context, prepared, options.times)
         settings = {draft.number: settings_of(draft.config) for draft in drafts}
         faults.add_all(differing_faults(list(settings.values())))
         traces = _pending_traces(context, drafts, options.traces, split(prepared[0])[1])
         cells = _identify(context, [draft for draft in drafts if draft.pending_traces is None])
         faults.raise_if_any()
-    keep = OF_A_CELL if _differ(settings.values()) else frozenset()
+    differ = len({tuple(one.items()) for one in settings.values()}) > 1
+    keep = OF_A_CELL if differ else frozenset()
     planned = [PlannedCell(c, kept_overrides(d, keep), resources_of(d.config), d.needs) for d, c in cells]
     pending = [(draft, draft.pending_traces) for draft in drafts]
     waiting = [Waiting(kept_overrides(draft, keep), traces[path]) for draft, path in pending if path]
@@ -185,10 +187,6 @@ def kept_overrides(draft: Draft, settings: frozenset[str]) -> Combination:
     return tuple(text for text in draft.overrides if not is_setting(text) or key_of(text) in kept)
 
 
-def _differ(settings: Iterable[Settings]) -> bool:
-    return len({tuple(one.items()) for one in settings}) > 1
-
-
 def _compose_drafts(context: PlanContext, prepared: Sequence[Combination], times: bool) -> list[Draft]:
     """Compose and check every combination, and report what is wrong. Overrides with a fault are left out, so
     that other faults show; a combination without its option is not composed at all."""
@@ -211,15 +209,11 @@ def _compose_drafts(context: PlanContext, prepared: Sequence[Combination], times
         drafts.append(draft)
     if times or any(draft.has_budget for draft in drafts):
         for draft in drafts:
-            _label_hardware(context, draft)
+            if draft.config.hardware is None:
+                draft.overrides = (*draft.overrides, f"hardware={hardware_label(draft.config)}")
+                draft.config = context.composer.compose(draft.overrides)
+                draft.labelled = True
     return drafts
-
-
-def _label_hardware(context: PlanContext, draft: Draft) -> None:
-    if draft.config.hardware is None:
-        draft.overrides = (*draft.overrides, f"hardware={hardware_label(draft.config)}")
-        draft.config = context.composer.compose(draft.overrides)
-        draft.labelled = True
 
 
 def _pending_traces(
@@ -282,15 +276,6 @@ def _cache_below(root: Path) -> Path | None:
     cache = root / "cache"
     deepest = next((path for path in (cache / "hashes", cache, root) if path.exists()), root)
     return cache if os.access(deepest, os.W_OK | os.X_OK) else None
-
-
-def _pool_of(root: Path) -> dict[str, str]:
-    """Names of the cells' folders that exist, by id."""
-    try:
-        names = os.listdir(root / "cells")
-    except OSError:
-        return {}
-    return {name.rpartition("-")[2]: name for name in names if "-" in name}
 
 
 @dataclass(frozen=True, slots=True)

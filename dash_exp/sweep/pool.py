@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dash_exp.errors import ExitCode
 from dash_exp.record import journal
@@ -19,7 +18,7 @@ from dash_exp.record.folder import read_json
 from dash_exp.record.journal import classify, is_cancelled, is_done, may_retry, note_end, set_state, signal_of
 from dash_exp.record.locks import HERE, Locks
 from dash_exp.signals import handling
-from dash_exp.sweep.states import ACTIVE, LOST, state_of
+from dash_exp.sweep.states import ACTIVE, LOST, folder_of, state_of
 from dash_exp.sweep.worker import Gpus, Job, Lease, Worker, cell_actions, threads_each, visible_gpus
 from dash_exp.text import format_seconds
 
@@ -75,7 +74,7 @@ def run_pool(
 
 
 class Pool:
-    """The state of `run_pool`. `states`: of the cells that are done with."""
+    """The state of `run_pool`. `states`: of the cells that this pool will not start again."""
 
     def __init__(self, jobs: Sequence[Job], terms: Terms, log: Log, relay: Relay):
         self.terms, self.log, self.relay = terms, log, relay
@@ -94,7 +93,9 @@ class Pool:
         while self.running or (self.waiting and self.relay.first is None):
             if self._collect() or time.monotonic() >= look_at:
                 look_at = time.monotonic() + LOOK_S
-                self._end_cancelled()
+                for worker in self.running:
+                    if is_cancelled(journal.read(worker.job.folder)):
+                        worker.ask_to_end()
                 self._start_ready()
             for worker in self.running:
                 worker.forward(self.relay.numbers)
@@ -143,8 +144,13 @@ class Pool:
     def _needs_met(self, job: Job) -> bool:
         """Whether all that a cell needs is finished. If that cannot happen any more, the cell is blocked."""
         for need in job.needs:
-            folder = self._folders.get(need) or next(iter(job.folder.parent.glob(f"*-{need}")), None)
-            state = "missing" if folder is None else self._state(need, folder)
+            folder = self._folders.get(need) or folder_of(job.folder.parent, need)
+            if folder is None:
+                state = "missing"
+            elif need in self._folders:
+                state = self.states.get(folder.name, "queued")  # while it waits in this pool
+            else:
+                state = state_of(folder, time.time(), jobs={}).state
             if state == "finished":
                 continue
             if state not in ACTIVE:
@@ -153,12 +159,6 @@ class Pool:
                 self._settle(job, "blocked", f"is blocked: it {reason}")
             return False
         return True
-
-    def _state(self, need: str, folder: Path) -> str:
-        """The state of a cell that another one needs; `queued` while it waits in this pool."""
-        if need in self._folders:
-            return self.states.get(folder.name, "queued")
-        return state_of(folder, time.time(), jobs={}).state
 
     def _start(self, job: Job, lease: Lease) -> None:
         actions = cell_actions(self.terms.actions, self._threads)
@@ -175,11 +175,6 @@ class Pool:
             journal.note(job.folder, "start", host=HERE, pid=pid, job=self.terms.job, sweep=sweep)
         if not self.terms.live:
             self.log(f"{job.name} started")
-
-    def _end_cancelled(self) -> None:
-        for worker in self.running:
-            if is_cancelled(journal.read(worker.job.folder)):
-                worker.ask_to_end()
 
     def _collect(self) -> bool:
         """Handle the workers that have ended. Returns whether there were any."""
@@ -238,7 +233,7 @@ class Pool:
             self.log(f"{job.name} is being run by {by}; waiting for it")
 
     def _settle(self, job: Job, state: str, text: str) -> None:
-        """Record that the pool is done with a cell."""
+        """Record the state of a cell that the pool will not start again."""
         self.states[job.name] = state
         if job in self.waiting:
             self.waiting.remove(job)

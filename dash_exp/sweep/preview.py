@@ -19,7 +19,7 @@ from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import Plan, PlannedCell, Resources
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, table
-from dash_exp.sweep.states import CellState, frozen_values, median_of, recent_steps, states_of
+from dash_exp.sweep.states import CellState, folder_of, frozen_values, median_of, recent_steps, states_of
 from dash_exp.sweep.status import labels, launched_folders
 from dash_exp.text import format_path
 
@@ -147,7 +147,7 @@ def _states(plan: Plan, root: Path) -> dict[str, CellState]:
     """States by id, of the cells and of cells of other sweeps that they need, as far as they have folders."""
     own = {cell.id: cell.cell.folder(root) for cell in plan.cells}
     others = {need for cell in plan.cells for need in cell.needs} - set(own)
-    theirs = {one: path for one in others for path in sorted((root / "cells").glob(f"*-{one}"))[:1]}
+    theirs = {one: path for one in others if (path := folder_of(root / "cells", one))}
     known = {one: path for one, path in {**own, **theirs}.items() if path.is_dir()}
     states = states_of(known.values(), time.time(), code=provenance.code_hash())
     return dict(zip(known, states, strict=True))
@@ -256,7 +256,7 @@ def _launched_s(folder: Path, heartbeat: float) -> float | None:
 def plan_view(made: Preview) -> RenderableType:
     """A dry run: the sweep, its cells, what they ask for, what is known of their cost."""
     plan = made.plan
-    parts: list[RenderableType] = [*_about_lines(plan), *_counts(made), Text("")]
+    parts: list[RenderableType] = [Text("\n".join(_head(made))), Text("")]
     rows = table("cell", "id", "state", "hours", "GPU-h", "")
     for line in made.lines[:SHOWN_CELLS]:
         hours = (_hours_text(line.hours_left), _hours_text(line.gpu_hours))
@@ -274,23 +274,17 @@ def plan_view(made: Preview) -> RenderableType:
     return Group(*parts, Text(""), _resource_table(made), *([Text(note)] if unknown else []))
 
 
-def _about_lines(plan: Plan) -> list[RenderableType]:
-    about = plan.about or {}
-    feeds = about.get("feeds")
-    lines = [f"{plan.name}: {about['claim']}" if about.get("claim") else plan.name]
-    if isinstance(feeds, list | tuple) and feeds:
-        lines.append(f"feeds {', '.join(map(str, feeds))}")
-    if about.get("source"):
-        lines.append(f"from {format_path(Path(str(about['source'])))}")
-    return [Text(line) for line in lines]
-
-
-def _counts(made: Preview) -> list[RenderableType]:
-    shared = sum(bool(line.shared) for line in made.lines)
-    texts = [counts_text(made.counts())]
-    texts += [f"{made.plan.duplicates} duplicates left out"] if made.plan.duplicates else []
-    texts += [f"{shared} shared with other sweeps"] if shared else []
-    return [Text("; ".join(texts))]
+def _head(made: Preview) -> list[str]:
+    """The sweep's claim, what it feeds, its file and its counts, a line each."""
+    about: Mapping[str, Any] = made.plan.about or {}
+    lines = [f"{made.plan.name}: {about['claim']}" if about.get("claim") else made.plan.name]
+    lines += [f"feeds {', '.join(about['feeds'])}"] if about.get("feeds") else []
+    lines += [f"from {format_path(Path(about['source']))}"] if about.get("source") else []
+    duplicates, shared = made.plan.duplicates, sum(bool(line.shared) for line in made.lines)
+    counts = [counts_text(made.counts())]
+    counts += [f"{duplicates} duplicates left out"] if duplicates else []
+    counts += [f"{shared} shared with other sweeps"] if shared else []
+    return [*lines, "; ".join(counts)]
 
 
 def _remark(line: Line) -> str:

@@ -34,13 +34,11 @@ from dash_exp.sweep.resources import (
 )
 from dash_exp.sweep.spec import Spec, key_of
 from dash_exp.sweep.states import frozen_values
-from dash_exp.sweep.status import find
+from dash_exp.sweep.status import SPEAKING, find
 from dash_exp.text import format_path
 
 N_JOBS, WAIT = "hydra.launcher.n_jobs", "hydra.launcher.wait"
 SHOWN_VALUES, NAME_LENGTH = 4, 80
-SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe", "sampler")
-"""Keys whose options need no key beside them."""
 
 
 # python -m dash_exp -m ----------------------------------------------------------------------------
@@ -128,7 +126,7 @@ def _shown(key: str, values: Sequence[str]) -> str:
     if len(values) > SHOWN_VALUES:
         return f"{len(values)}x{last}"
     short = "+".join(value.rpartition("/")[2] for value in values)
-    return short if key in SPEAKING else f"{last}{short}"
+    return short if key in (*SPEAKING, "sampler") else f"{last}{short}"
 
 
 # python -m dash_exp.sweep plan, launch, retry -----------------------------------------------------

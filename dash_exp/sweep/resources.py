@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from dash_exp.config.schema import ACTIONS, ClusterConfig, Config, TrackingConfi
 from dash_exp.errors import Fault
 from dash_exp.record.manifest import Resources
 from dash_exp.sweep.spec import Combination, key_of, quoted
-from dash_exp.sweep.worker import threads_each
+from dash_exp.sweep.worker import VISIBLE_GPUS, nvidia_smi, threads_each
 
 T = TypeVar("T")
 Settings = Mapping[str, str]
@@ -34,7 +33,6 @@ OF_A_CELL = frozenset(
 """What cells of one sweep may ask for differently."""
 NOT_REPEATED = frozenset({"run.dir", "run.force", "run.sweep", "run.partner"})
 """Settings of a single launch, not of every start."""
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 
 
 # What a cell asks for -----------------------------------------------------------------------------
@@ -81,7 +79,7 @@ def _takes_nodes(config: Config, gpus: int) -> bool:
 
 
 def resource_faults(config: Config) -> Iterator[Fault]:
-    """What no machine of this kind can give. Whether a cluster has it is asked there (slurm/submit.py)."""
+    """What no machine of this kind can give. Whether a cluster has it is asked there (slurm/arrays.py)."""
     cluster, asked = config.cluster, resources_of(config)
     learners, servers = devices(config)
     needed, per_node = learners + servers, cluster.gpus_per_node
@@ -144,14 +142,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 @functools.cache
 def gpus_here() -> tuple[str, ...]:
     """Names of the GPUs that a run here would see; none where nvidia-smi is missing or fails."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    names = tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
-    if done.returncode != 0:
-        return ()
+    visible, names = os.environ.get(VISIBLE_GPUS), nvidia_smi("name")
     return names if visible is None else names[: len([one for one in visible.split(",") if one.strip()])]
 
 

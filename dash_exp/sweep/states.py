@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,8 +35,8 @@ LOST = ("preemption", "timeout", "node")
 NOTHING_DONE = (0, 3)
 """Exit codes of a process that recorded nothing: the cell was finished already, or is blocked."""
 QUIET_S, QUIET_STEPS, QUIET_BEFORE_STEPS_S = 900.0, 10, 3600.0
-"""A run on another machine that nobody can ask counts as dead if its heartbeat is older than QUIET_STEPS of
-its own steps, at least QUIET_S; before its first step, while it builds and evaluates,
+"""A run on another machine, which cannot be queried from here, counts as dead if its heartbeat is older than
+QUIET_STEPS of its own steps, at least QUIET_S; before its first step, while it builds and evaluates,
 QUIET_BEFORE_STEPS_S."""
 
 RECENT_STEPS, RECENT_REWARDS = 10, 5
@@ -138,10 +139,9 @@ class Evidence:
     @property
     def silent_s(self) -> float | None:
         """Seconds since its run recorded anything, or was started."""
-        heard = max(
-            self.heartbeat if self.status.get("attempt", 0) else 0.0, self.last("start").get("time", 0.0)
-        )
-        return max(0.0, self.now - heard) if heard else None
+        heartbeat = self.heartbeat if self.status.get("attempt", 0) else 0.0
+        newest = max(heartbeat, self.last("start").get("time", 0.0))
+        return max(0.0, self.now - newest) if newest else None
 
     @property
     def recorded_nothing(self) -> bool:
@@ -207,7 +207,7 @@ def _active(seen: Evidence) -> tuple[str, str] | None:
         return "running", asked or ("" if seen.recorded == "running" else "starting")
     if job != "unknown" or ended:
         return None
-    if not seen.is_here and (seen.recorded == "running" or seen.recorded_nothing):  # nobody to ask
+    if not seen.is_here and (seen.recorded == "running" or seen.recorded_nothing):  # cannot be queried
         limit_s = QUIET_BEFORE_STEPS_S if seen.step_s is None else max(QUIET_S, QUIET_STEPS * seen.step_s)
         silent_s = seen.silent_s or 0.0
         if silent_s <= limit_s:
@@ -253,9 +253,8 @@ def states_of(
     seen = [Evidence.read(folder) for folder in folders]
     if jobs is None:
         jobs = queue.jobs(one.job_id for one in seen if one.job_id and one.recorded != "finished")
-    locks = (
-        Locks.now()
-    )  # after the statuses: a run that recorded "running" and holds no lock now has ended since
+    # Locks after statuses: a run that recorded "running" and holds no lock now has ended since.
+    locks = Locks.now()
     pids = [one.process(locks) for one in seen]
     doubtful = [
         n for n, one in enumerate(seen) if pids[n] is None and (one.recorded == "running" or one.open_start)
@@ -342,9 +341,23 @@ def recorded_state(folder: Path) -> str:
     return str(read_json(folder / "status.json").get("state", "pending"))
 
 
+def names_by_id(cells: Path) -> dict[str, str]:
+    """Names of all cells' folders in `cells`, by id."""
+    try:
+        names = os.listdir(cells)
+    except OSError:
+        return {}
+    return {name.rpartition("-")[2]: name for name in names if "-" in name}
+
+
+def folder_of(cells: Path, cell_id: str) -> Path | None:
+    """The folder in `cells` of the cell with this id, if it exists."""
+    return next(iter(sorted(cells.glob(f"*-{cell_id}"))), None)
+
+
 def open_need(cells: Path, need: str) -> str | None:
     """The name and recorded state of a needed cell; None if it is finished."""
-    folder = next(iter(sorted(cells.glob(f"*-{need}"))), None)
+    folder = folder_of(cells, need)
     if folder is None:
         return f"{need} (missing)"
     state = recorded_state(folder)

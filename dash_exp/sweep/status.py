@@ -30,6 +30,8 @@ from dash_exp.text import last_lines
 LIST_HINT = "python -m dash_exp.sweep list names them"
 UNCHANGED = "nothing was changed"
 WILD = set("*?[")
+SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe")
+"""Keys whose options need no key beside them."""
 CONTROLLER = "controller.json"
 OPEN = ("running", "queued", "pending", "blocked", "interrupted")
 """States of cells that may still finish."""
@@ -198,13 +200,9 @@ class Target:
     root: Path
     spec: Spec | None
 
-    @property
-    def launched(self) -> bool:
-        return (self.folder / manifests.NAME).is_file()
-
     def manifest(self) -> Manifest:
         """What was launched. Raises UserError where nothing was."""
-        if not self.launched:
+        if not (self.folder / manifests.NAME).is_file():
             what = f"has not been launched: there is no {self.folder / manifests.NAME}"
             hint = f"python -m dash_exp.sweep launch {self.name}; run.dir=<folder> looks elsewhere"
             raise UserError(Fault(self.name, what, hint), UNCHANGED)
@@ -284,31 +282,21 @@ def _nearest_pattern(pattern: str, entries: Sequence[Entry]) -> str:
     known = sorted({text for entry in entries for text in entry.overrides})
     if 0 < len(known) <= 40:
         return nearest(pattern, known)
-    return (
-        "a part of the name of a cell's folder, one of its overrides (algorithm=dash), or wildcards (*-s0-*)"
-    )
+    return "a part of a cell's folder's name, one of its overrides (algorithm=dash), or wildcards (*-s0-*)"
 
 
 def labels(entries: Sequence[tuple[str, ...]], folders: Sequence[str]) -> list[str]:
     """Short names of a sweep's cells, from their overrides. Overrides that all cells have are left out, and
     so are well-known keys, unless two cells would get the same name."""
     common = set(entries[0]).intersection(*entries[1:]) if len(entries) > 1 else set()
-    own = [[text for text in overrides if text not in common] for overrides in entries]
-    for shorten in (_short, _plain):
+    own = [[text.lstrip("+~") for text in overrides if text not in common] for overrides in entries]
+    for shorten in (_short, str):
         texts = [" ".join(map(shorten, parts)) for parts in own]
         if len(set(texts)) == len(texts) and all(texts):
             return texts
     return [folder.rpartition("-")[0] for folder in folders]
 
 
-SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe")
-"""Keys whose options need no key beside them."""
-
-
 def _short(override: str) -> str:
-    key, _, value = override.lstrip("+~").partition("=")
+    key, _, value = override.partition("=")
     return value.rpartition("/")[2] if key in SPEAKING else f"{key.rpartition('.')[2]}={value}"
-
-
-def _plain(override: str) -> str:
-    return override.lstrip("+~")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -61,14 +60,17 @@ def visible_gpus(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     given = (os.environ if environ is None else environ).get(VISIBLE_GPUS)
     if given is not None:
         return tuple(name.strip() for name in given.split(",") if name.strip() not in ("", "-1"))
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return nvidia_smi("index")
+
+
+def nvidia_smi(field: str) -> tuple[str, ...]:
+    """A field of every GPU of this machine; nothing where nvidia-smi is missing or fails."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True)
+    except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(line.strip() for line in done.stdout.splitlines()) if done.returncode == 0 else ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
 
 
 @dataclass(frozen=True, slots=True)

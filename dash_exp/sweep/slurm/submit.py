@@ -26,7 +26,7 @@ from dash_exp.sweep.resources import resources_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm.arrays import Array, parameters, plan_arrays
 from dash_exp.sweep.slurm.job import SlurmJob, TeacherJob
-from dash_exp.sweep.states import recorded_state
+from dash_exp.sweep.states import names_by_id, recorded_state
 from dash_exp.traces.settings import parse
 
 JOBS = "jobs"
@@ -35,7 +35,7 @@ NO_ANSWER = Fault("cluster", "SLURM does not answer", "squeue says more; try aga
 
 
 class Executor(SlurmExecutor):
-    """submitit's, also usable for a dry run without SLURM (slurm/faults.py checks whether SLURM is there)."""
+    """submitit's, also usable for a dry run without SLURM; `find_faults` checks whether SLURM is there."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -156,9 +156,8 @@ def _cell_folders(manifest: Manifest, ids: Iterable[str]) -> dict[str, Path]:
     known = {entry.id: manifest.cell(entry) for entry in manifest.entries}
     wanted = list(dict.fromkeys(ids))
     if any(one not in known for one in wanted):
-        pool = manifest.root / "cells"
-        names = [entry.name for entry in os.scandir(pool)] if pool.is_dir() else []
-        known = {name.rpartition("-")[2]: pool / name for name in names} | known
+        cells = manifest.root / "cells"
+        known = {one: cells / name for one, name in names_by_id(cells).items()} | known
     return {one: known[one] for one in wanted if one in known}
 
 
