@@ -25,6 +25,7 @@ CODE = [
 ]
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 SOURCE_FILE = re.compile(r"`((?:conf/|sweeps/)[\w./-]+\.yaml|[\w./-]+\.(?:py|md))(?::(\w+))?`")
+PAGE = re.compile(r"\bdocs/\w+\.md\b")
 EXAMPLES = {"mine.yaml", "mine_test.yaml"}
 """Files that a reader is asked to write."""
 
@@ -65,6 +66,14 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 def test_files_that_docstrings_and_comments_name_exist() -> None:
     found = {str(path.relative_to(REPOSITORY)): missing(prose(path)) for path in CODE}
     assert {name: files for name, files in found.items() if files} == {}
+
+
+def test_pages_that_code_and_configs_mention_exist() -> None:
+    """Also outside docstrings: the meaning of a config key, an error message, a comment in a yaml file."""
+    configs = [*(REPOSITORY / "conf").rglob("*.yaml"), *(REPOSITORY / "sweeps").rglob("*.yaml")]
+    mentions = {page for path in (*CODE, *configs) for page in PAGE.findall(path.read_text(encoding="utf-8"))}
+    assert mentions
+    assert [page for page in sorted(mentions) if not (REPOSITORY / page).is_file()] == []
 
 
 def missing(text: str) -> list[str]:
