@@ -50,7 +50,7 @@ TORCH_FREE = {
 ONE_PLACE = {
     "vllm": ("sampling/vllm/", "sampling/transfer/device.py"),
     "peft": "learning/weights.py",
-    "reasoning_gym": ("tasks/generated.py", "config/environment.py", "verifiers/gym.py"),
+    "reasoning_gym": ("tasks/generated.py", "config/environment.py", "verifiers/code/candidate.py"),
     "submitit": "sweep/slurm/",
     "mlflow": "mirror/mlflow.py",
 }

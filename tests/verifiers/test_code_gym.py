@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from code_fixtures import BEST_AND_LIMITS, HandPool
 
-from dash_exp.verifiers import gym
-from dash_exp.verifiers.gym import is_formula, read_literal
+from dash_exp.verifiers.code import candidate
+from dash_exp.verifiers.code.candidate import is_formula, read_literal
 from dash_exp.verifiers.judges import PooledJudge, answer_tag, gym_judge
 from dash_exp.verifiers.types import GymGold
 
@@ -147,7 +147,7 @@ def test_the_library_evaluates_nowhere_else() -> None:
     """A new release may: then `EVALUATE_ANSWERS` or `PARSE_ANSWERS` has to grow."""
     root = Path(reasoning_gym.__file__).parent
     known = {
-        *gym.EVALUATE_ANSWERS,
+        *candidate.EVALUATE_ANSWERS,
         "arithmetic.bitwise_arithmetic",
         "arithmetic.basic_arithmetic",  # its own
         "arithmetic.gsm_symbolic.generators_00_49",
@@ -160,7 +160,7 @@ def test_the_library_evaluates_nowhere_else() -> None:
         if " eval(" in source or "(eval(" in source:
             evaluating.add(name)
         if "import parse_expr" in source or "import sympify" in source:
-            assert name in gym.PARSE_ANSWERS
+            assert name in candidate.PARSE_ANSWERS
     assert evaluating <= known
 
 

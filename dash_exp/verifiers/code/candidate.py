@@ -1,4 +1,5 @@
-"""The process that runs an untrusted program: it loads it, and calls what the tests ask for.
+"""The process that runs an untrusted program: it loads it, and calls what the tests ask for. It also runs the
+scorers of reasoning-gym.
 
 It was forked before the tests were read and knows neither them nor the verdict. Whatever the program does
 to this process, it can only answer calls, rightly or wrongly, or not at all.
@@ -6,6 +7,8 @@ to this process, it can only answer calls, rightly or wrongly, or not at all.
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
 import copy
 import gc
@@ -14,14 +17,18 @@ import math
 import operator
 import os
 import random
+import re
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dash_exp.types import Score
 from dash_exp.verifiers.code.confine import limit_cpu
 from dash_exp.verifiers.code.values import Channel, ChannelClosedError, describe_error, encode, plain_error
+from dash_exp.verifiers.types import GymGold, score
 
 MODULE_NAME = "program"
 """`__name__` inside the program: what stands under `if __name__ == "__main__"` does not run."""
@@ -73,10 +80,8 @@ class Candidate:
         return ("ok", None, None)
 
     def _do_score(self, answer: str, gold: str, cpu_s: int) -> Reply:
-        from dash_exp.verifiers import gym
-
         limit_cpu(cpu_s)
-        verdict = gym.judge(answer, gold)
+        verdict = score_gym(answer, gold)
         return ("ok", (verdict.value, verdict.outcome, verdict.detail), None)
 
     def _do_globals(self, names: list[str]) -> Reply:
@@ -100,41 +105,25 @@ def _can_change(value: Any) -> bool:
     return isinstance(value, _MUTABLE) or type(value).__name__ in ("ndarray", "deque", "array")
 
 
-_OPERATORS = "add sub mul truediv floordiv mod pow matmul lshift rshift and_ or_ xor neg pos abs invert index"
+def _comparison(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool]:
+    return lambda value, other: bool(compare(value, other))
+
+
+_BUILT_IN = "getattr setattr delattr iter next len bool hash divmod float int complex round str repr"
+_OPERATORS = """
+getitem setitem delitem contains add sub mul truediv floordiv mod pow matmul lshift rshift and or xor neg pos
+abs invert index
+"""
+_COMPARISONS = "eq lt le gt ge"
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
-    "attribute": getattr,
-    "assign": setattr,
-    "forget": delattr,
-    "iterate": iter,
-    "next": next,
-    "length": len,
-    "item": operator.getitem,
-    "set_item": operator.setitem,
-    "delete_item": operator.delitem,
-    "contains": operator.contains,
-    "true": bool,
-    "hash": hash,
-    "equal": lambda value, other: bool(value == other),
-    "less": lambda value, other: bool(value < other),
-    "at_most": lambda value, other: bool(value <= other),
-    "greater": lambda value, other: bool(value > other),
-    "at_least": lambda value, other: bool(value >= other),
-    **{name: getattr(operator, name) for name in _OPERATORS.split()},
-    "divmod": divmod,
-    "float": float,
-    "int": int,
-    "complex": complex,
-    "round": round,
-    "floor": math.floor,
-    "ceil": math.ceil,
+    **{name: getattr(builtins, name) for name in _BUILT_IN.split()},
+    **{name: getattr(operator, f"__{name}__") for name in _OPERATORS.split()},
+    **{name: _comparison(getattr(operator, name)) for name in _COMPARISONS.split()},
+    **{function.__name__: function for function in (math.floor, math.ceil, copy.copy, copy.deepcopy)},
     "enter": lambda value: value.__enter__(),
-    "leave": lambda value: bool(value.__exit__(None, None, None)),
-    "copy": copy.copy,
-    "deep_copy": copy.deepcopy,
-    "is_instance": lambda kind, value: isinstance(value, kind),
-    "is_subclass": lambda kind, value: issubclass(value, kind),
-    "text": str,
-    "representation": repr,
+    "exit": lambda value: bool(value.__exit__(None, None, None)),
+    "isinstance": lambda kind, value: isinstance(value, kind),
+    "issubclass": lambda kind, value: issubclass(value, kind),
 }
 """What tests may do with an object that stays here."""
 
@@ -156,3 +145,84 @@ def serve(channel: Channel, candidate: Candidate) -> None:
             os._exit(0)
         except BaseException as error:  # noqa: BLE001 (a value that cannot be read is the program's)
             channel.send(("raised", plain_error(*describe_error(error))))
+
+
+# reasoning-gym's own scorers, some of which evaluate the answer as Python. Such a scorer gets a function that
+# reads literals, or formulas without attributes, strings or unknown names, so an answer cannot look for the
+# solution in the scorer's memory. Verdicts on honest answers are the library's.
+
+EVALUATE_ANSWERS = (
+    "algorithmic.string_insertion",
+    "algorithmic.spiral_matrix",
+    "algorithmic.number_sorting",
+    "algorithmic.binary_matrix",
+    "games.n_queens",
+)
+"""Modules of reasoning_gym 0.1.25 whose scorers call `eval` on the answer, which is a list at best."""
+PARSE_ANSWERS = ("games.puzzle24", "games.countdown")
+"""Modules that hold sympy's `parse_expr`, which evaluates, under this name."""
+
+_MAX_FORMULA = 2_000
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_ATTRIBUTE = re.compile(r"[\w)\]]\s*\.\s*[A-Za-z_]")
+_FUNCTIONS = "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log ln sqrt Abs pi Rational"
+_NAMES = frozenset(_FUNCTIONS.split())
+
+
+def prepare_gym() -> None:
+    """Import the library, and replace `eval` in those of its scorers that evaluate answers."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MPLCONFIGDIR"] = folder  # else matplotlib leaves one behind
+        importlib.import_module("reasoning_gym")
+    for name in EVALUATE_ANSWERS:
+        module: Any = importlib.import_module(f"reasoning_gym.{name}")
+        module.eval = read_literal
+    sympy: Any = importlib.import_module("sympy")
+    guarded = guard(sympy.parse_expr)
+    sympy.parse_expr = guarded
+    for name in PARSE_ANSWERS:
+        module = importlib.import_module(f"reasoning_gym.{name}")
+        module.parse_expr = guarded
+
+
+def read_literal(text: str) -> Any:
+    """What `eval` gives for a literal. Raises ValueError or SyntaxError for anything else."""
+    return ast.literal_eval(text.strip())
+
+
+def guard(parse: Callable[..., Any]) -> Callable[..., Any]:
+    """`parse` for formulas only; ValueError for what could be a program."""
+
+    def parse_formula(text: Any, *arguments: Any, **named: Any) -> Any:
+        if not is_formula(str(text)):
+            raise ValueError("not a formula")
+        return parse(text, *arguments, **named)
+
+    return parse_formula
+
+
+def is_formula(text: str) -> bool:
+    """Numbers, operators, one- and two-letter variables and named functions, and nothing else."""
+    if len(text) > _MAX_FORMULA or not text.isascii() or _ATTRIBUTE.search(text):
+        return False
+    if re.search(r"[^\w\s+\-*/^().,=]|__", text):
+        return False
+    return all(len(name) <= 2 or name in _NAMES for name in _NAME.findall(text))
+
+
+def score_gym(answer: str, gold: str) -> Score:
+    """The library's score of an extracted answer; `correct` at 1."""
+    try:
+        known = GymGold.from_text(gold)
+        scorer = importlib.import_module("reasoning_gym").get_score_answer_fn(known.task)
+    except (ValueError, TypeError, KeyError) as error:
+        return score("verifier_error", f"the gold is broken: {error}")
+    try:
+        value = float(scorer(answer, known.entry))
+    except MemoryError:
+        return score("crashed", "out of memory")
+    except Exception as error:  # noqa: BLE001 (a scorer's fault on an odd answer scores nothing)
+        return score("wrong", f"the scorer failed: {type(error).__name__}: {error}"[:300])
+    if not 0.0 <= value <= 1.0:
+        return score("verifier_error", f"the scorer gave {value}")
+    return Score(value, "correct" if value >= 1.0 else "wrong", f"{known.task}: {value:g}")

@@ -17,7 +17,7 @@ import sys
 import traceback
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dash_exp.types import Score
@@ -53,11 +53,11 @@ def _between(operation: str) -> Callable[[Remote, object], Any]:
 
 
 class Remote:
-    # An object of the program, seen from the tests. Operations on it run in the candidate; `==` with
-    # anything but another such object is False, whatever its class says.
+    # An object of the program, seen from the tests. Operations on it (those in `_SPECIAL` too) run in the
+    # candidate; `==` with anything but another such object is False, whatever its class says.
 
     __slots__ = ("_remote_examiner", "_remote_number")
-    __doc__ = property(lambda self: self._remote_apply("attribute", "__doc__"))  # type: ignore[assignment]
+    __doc__ = property(lambda self: self._remote_apply("getattr", "__doc__"))  # type: ignore[assignment]
 
     def __init__(self, examiner: Examiner, number: int):
         object.__setattr__(self, "_remote_examiner", examiner)
@@ -72,71 +72,46 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_remote_") or (name.startswith("__") and name not in _FORWARDED):
             raise AttributeError(name)  # protocols of numpy and others are not the program's to answer
-        return self._remote_apply("attribute", name)
+        return self._remote_apply("getattr", name)
 
     def __iter__(self) -> Iterator[Any]:
-        iterator = self._remote_apply("iterate")
+        iterator = self._remote_apply("iter")
         return iterator if isinstance(iterator, Remote) else iter(iterator)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and bool(self._remote_apply("equal", other))
+        return isinstance(other, Remote) and bool(self._remote_apply("eq", other))
 
     def __deepcopy__(self, memo: object) -> Any:
-        return self._remote_apply("deep_copy")
+        return self._remote_apply("deepcopy")
 
     def __exit__(self, *error: object) -> None:
         """Never suppresses an exception, which may be an assertion's, and does not pass it on."""
-        self._remote_apply("leave")
+        self._remote_apply("exit")
 
     def __instancecheck__(self, instance: object) -> bool:
-        return isinstance(instance, Remote) and bool(self._remote_apply("is_instance", instance))
+        return isinstance(instance, Remote) and bool(self._remote_apply("isinstance", instance))
 
     def __subclasscheck__(self, kind: object) -> bool:
-        return isinstance(kind, Remote) and bool(self._remote_apply("is_subclass", kind))
+        return isinstance(kind, Remote) and bool(self._remote_apply("issubclass", kind))
 
-    __setattr__ = _remote("assign")
-    __delattr__ = _remote("forget")
     __next__ = _remote("next")
-    __len__ = _remote("length", int)
-    __getitem__ = _remote("item")
-    __setitem__ = _remote("set_item")
-    __delitem__ = _remote("delete_item")
-    __contains__ = _remote("contains", bool)
-    __lt__ = _between("less")
-    __le__ = _between("at_most")
-    __gt__ = _between("greater")
-    __ge__ = _between("at_least")
-    __add__ = _between("add")
-    __sub__ = _between("sub")
-    __mul__ = _between("mul")
-    __truediv__ = _between("truediv")
-    __floordiv__ = _between("floordiv")
-    __mod__ = _between("mod")
-    __divmod__ = _between("divmod")
-    __pow__ = _between("pow")
-    __matmul__ = _between("matmul")
-    __lshift__ = _between("lshift")
-    __rshift__ = _between("rshift")
-    __and__ = _between("and_")
-    __or__ = _between("or_")
-    __xor__ = _between("xor")
-    __neg__ = _remote("neg")
-    __pos__ = _remote("pos")
-    __abs__ = _remote("abs")
-    __invert__ = _remote("invert")
-    __bool__ = _remote("true", bool)
-    __float__ = _remote("float", float)
-    __int__ = _remote("int", int)
-    __index__ = _remote("index", int)
-    __complex__ = _remote("complex", complex)
-    __round__ = _remote("round")
-    __floor__ = _remote("floor")
-    __ceil__ = _remote("ceil")
-    __hash__ = _remote("hash", int)
-    __str__ = _remote("text", str)
-    __repr__ = _remote("representation", str)
-    __copy__ = _remote("copy")
-    __enter__ = _remote("enter")
+
+
+_BETWEEN = "lt le gt ge add sub mul truediv floordiv mod divmod pow matmul lshift rshift and or xor"
+_ALONE = "setattr delattr getitem setitem delitem neg pos abs invert round floor ceil copy enter"
+_CONVERTED: Mapping[str, Callable[[Any], Any]] = {
+    **{kind.__name__: kind for kind in (bool, float, int, complex, str)},
+    **dict.fromkeys(("len", "index", "hash"), int),
+    "contains": bool,
+    "repr": str,
+}
+_SPECIAL = {
+    **{name: _between(name) for name in _BETWEEN.split()},
+    **{name: _remote(name) for name in _ALONE.split()},
+    **{name: _remote(name, convert) for name, convert in _CONVERTED.items()},
+}
+for _name, _method in _SPECIAL.items():
+    setattr(Remote, f"__{_name}__", _method)
 
 
 class UnparsedError(Exception):

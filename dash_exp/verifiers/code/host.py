@@ -117,9 +117,7 @@ def _warm(judge: str) -> None:
         with contextlib.suppress(ImportError):
             __import__(name)
     if judge == "reasoning_gym":
-        from dash_exp.verifiers import gym
-
-        gym.prepare()
+        candidates.prepare_gym()
     gc.collect()
     gc.freeze()  # a collection in a child would copy every page it looks at
 
@@ -144,8 +142,7 @@ def _serve(channel: IO[bytes], options: Options) -> None:
         if began is None:
             return
         limit = max(options.timeout_s, float(began.get("timeout_s") or 0.0))
-        deadline = time.monotonic() + limit
-        verdict, healthy = _watch(examiner, limit, deadline)
+        verdict, healthy = _watch(examiner, limit)
         _kill(candidate.pid)
         examiner.uses += 1
         spent = not healthy or examiner.uses >= _USES
@@ -163,10 +160,10 @@ def _serve(channel: IO[bytes], options: Options) -> None:
         _wait(gone)
 
 
-def _watch(examiner: Child, limit_s: float, deadline: float) -> tuple[Score, bool]:
+def _watch(examiner: Child, limit_s: float) -> tuple[Score, bool]:
     """The verdict, and whether the examiner can reach another."""
     try:
-        message = _line_of(examiner.end, deadline)
+        message = _line_of(examiner.end, time.monotonic() + limit_s)
     except TimeoutError:
         return score("timeout", f"no verdict within {limit_s:g} s"), False
     if message is None:
