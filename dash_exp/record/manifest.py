@@ -145,8 +145,8 @@ def write(plan: Plan, root: Path) -> Manifest:
             "created": known.get("created", time.time()),
             "about": dict(plan.about or {}),
             "actions": list(plan.actions),
-            "cells": [_row(cell) for cell in plan.cells],
-            "waiting": [_waiting_row(one) for one in plan.waiting],
+            "cells": [cell_row(cell) for cell in plan.cells],
+            "waiting": [waiting_row(one) for one in plan.waiting],
         }
         write_json(folder / NAME, value)
     return read(folder)
@@ -156,7 +156,8 @@ def _state(root: Path, cell: PlannedCell) -> str:
     return str(read_json(cell.cell.folder(root) / "status.json").get("state", "pending"))
 
 
-def _row(cell: PlannedCell) -> dict[str, Any]:
+def cell_row(cell: PlannedCell) -> dict[str, Any]:
+    """A planned cell as the manifest lists it."""
     return {
         "id": cell.id,
         "folder": cell.folder_name,
@@ -166,7 +167,8 @@ def _row(cell: PlannedCell) -> dict[str, Any]:
     }
 
 
-def _waiting_row(waiting: Waiting) -> dict[str, Any]:
+def waiting_row(waiting: Waiting) -> dict[str, Any]:
+    """Overrides that wait for traces, as the manifest lists them."""
     traces = waiting.traces
     return {
         "overrides": list(waiting.overrides),

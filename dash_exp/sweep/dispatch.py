@@ -271,15 +271,11 @@ def _jobs_of(chosen: Sequence[SweepCell], state: SweepState) -> set[str]:
     """The SLURM jobs of these cells. Raises UserError if one of them runs other cells too, or SLURM does not
     answer."""
     jobs = {one.cell.job for one in chosen if one.cell.job and one.cell.state != "interrupted"}
-    ids, hint = {one.entry.id for one in chosen}, "name both, or none of them"
-    others = [
-        one
-        for one in state.cells
-        if one.cell.job in jobs and one.entry.id not in ids and one.cell.state in ACTIVE
-    ]
-    if others:
-        what = "is run by the same job as what you named"
-        raise UserError([Fault(o.label, f"{what} ({o.cell.job})", hint) for o in others], NOTHING_CANCELLED)
+    sharing = [one for one in state.cells if one.cell.job in jobs and one.cell.state in ACTIVE]
+    what, hint = "is run by the same job as what you named", "name both, or none of them"
+    faults = [Fault(o.label, f"{what} ({o.cell.job})", hint) for o in sharing if o not in chosen]
+    if faults:
+        raise UserError(faults, NOTHING_CANCELLED)
     if jobs and queue.active(jobs) is None:
         raise UserError(Fault("scancel", "SLURM does not answer", "try again later"), NOTHING_CANCELLED)
     return jobs

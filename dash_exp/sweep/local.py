@@ -4,7 +4,7 @@ dash_exp.sweep.local <sweep folder>`.
 A sweep has one controller at a time, by a lock in its folder; `controller.json` names it. What to run is an
 order, `launch.json`. A launch while a controller is at work replaces the order, and that controller runs it
 next. A controller may be killed at any moment: its cells go on running, and the next controller waits for
-them.
+them. It first makes the traces that cells learn from and plans these cells, as a SLURM job does too.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ def detach(manifest: Manifest, n_jobs: int, cells: Sequence[str] | None, log: Lo
             break
         time.sleep(POLL_S / 3)
     if process.poll() == OTHER_CONTROLLER:
-        log(
-            f"run by process {read_json(folder / CONTROLLER).get('pid')} already, which runs what is new next"
-        )
+        pid = read_json(folder / CONTROLLER).get("pid")
+        log(f"run by process {pid} already, which runs what is new next")
     elif process.poll():
         reason = " | ".join(last_lines(log_file, 3)) or f"exit code {process.poll()}"
         raise UserError(Fault(str(log_file), f"the sweep's controller could not be started: {reason}"))
@@ -255,7 +254,6 @@ def _are_times(manifest: Manifest) -> bool:
 def main(arguments: Sequence[str]) -> int:
     """The detached controller. Its exit code is about itself, not about the cells."""
     folder, relay = Path(arguments[0]), Relay()
-
     with handling(relay):
         try:
             lock = ControllerLock(folder)

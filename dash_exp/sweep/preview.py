@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
-from dash_exp.record.manifest import Plan, PlannedCell, Resources
+from dash_exp.record.manifest import Plan, PlannedCell, Resources, cell_row, waiting_row
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, table
 from dash_exp.sweep.states import CellState, folder_of, frozen_values, median_of, recent_steps, states_of
 from dash_exp.sweep.status import labels, launched_folders
@@ -56,15 +56,11 @@ class Line:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "id": self.planned.id,
-            "folder": self.planned.folder_name,
-            "overrides": list(self.planned.overrides),
+            **cell_row(self.planned),
             "state": self.state,
             "note": self.note,
             "stale": self.stale,
-            "needs": list(self.planned.needs),
             "shared": list(self.shared),
-            "resources": asdict(self.planned.resources),
             "hours_left": self.hours_left,
             "gpu_hours_left": self.gpu_hours,
         }
@@ -82,13 +78,6 @@ class Preview:
     def counts(self) -> dict[str, int]:
         return dict(Counter(line.state for line in self.lines))
 
-    def profiles(self) -> dict[Resources, list[Line]]:
-        """The lines by what they ask for, largest first."""
-        found: dict[Resources, list[Line]] = defaultdict(list)
-        for line in self.lines:
-            found[line.planned.resources].append(line)
-        return dict(sorted(found.items(), reverse=True))
-
     def as_json(self) -> dict[str, Any]:
         return {
             "name": self.plan.name,
@@ -98,14 +87,7 @@ class Preview:
             "duplicates": self.plan.duplicates,
             "counts": self.counts(),
             "cells": [line.as_json() for line in self.lines],
-            "waiting": [
-                {
-                    "overrides": list(w.overrides),
-                    "traces": str(w.traces.path),
-                    "arguments": list(w.traces.arguments),
-                }
-                for w in self.plan.waiting
-            ],
+            "waiting": [waiting_row(one) for one in self.plan.waiting],
             "sbatch": list(self.sbatch),
         }
 
@@ -294,9 +276,12 @@ def _remark(line: Line) -> str:
 
 
 def _resource_table(made: Preview) -> Table:
-    """What cells ask for, and how many hours are left, by profile."""
+    """What cells ask for, and how many hours are left, by profile, the largest first."""
+    profiles: dict[Resources, list[Line]] = defaultdict(list)
+    for line in made.lines:
+        profiles[line.planned.resources].append(line)
     rows = table("each cell asks for", "cells", "to run", "hours", "GPU-hours")
-    for resources, lines in made.profiles().items():
+    for resources, lines in sorted(profiles.items(), reverse=True):
         left = [line for line in lines if line.rest > 0]
         hours = (_sum_text([one.hours_left for one in left]), _sum_text([one.gpu_hours for one in left]))
         add(rows, str(resources), str(len(lines)), str(len(left)), *hours)

@@ -220,7 +220,7 @@ class Reader:
         value = self._loaded()
         for key in value:
             if key not in KEYS:
-                self._fault(f"{key}", "unknown key", nearest(str(key), KEYS))
+                self._fault(str(key), "unknown key", nearest(str(key), KEYS))
         for key in NEEDED:
             if value.get(key) in (None, "", []):
                 self._fault(key, "is missing", f"a sweep has {', '.join(NEEDED)}")

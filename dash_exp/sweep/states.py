@@ -256,9 +256,8 @@ def states_of(
     # Locks after statuses: a run that recorded "running" and holds no lock now has ended since.
     locks = Locks.now()
     pids = [one.process(locks) for one in seen]
-    doubtful = [
-        n for n, one in enumerate(seen) if pids[n] is None and (one.recorded == "running" or one.open_start)
-    ]
+    running = [n for n, one in enumerate(seen) if one.recorded == "running" or one.open_start]
+    doubtful = [n for n in running if pids[n] is None]
     if doubtful:  # it may have recorded its end meanwhile; and the kernel's table is not read atomically
         seen = [Evidence.read(one.folder) if n in doubtful else one for n, one in enumerate(seen)]
         locks = Locks.now()

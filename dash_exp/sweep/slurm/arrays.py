@@ -223,19 +223,14 @@ def read_nodes(text: str) -> list[Nodes]:
     """The lines of sinfo."""
     found = []
     for line in text.splitlines():
-        fields = line.strip().split("|")
-        if len(fields) != 7:
+        if line.count("|") != 6:
             continue
-        name, limit, count, cpus, memory, gres, features = fields
-        count_n, cpus_n, memory_n = (
-            int((re.match(r"\d+", one) or ["0"])[0]) for one in (count, cpus, memory)
-        )
-        memory_mb = math.inf if memory_n <= UNKNOWN_MEMORY_MB else memory_n
-        known = frozenset(features.split(",")) - {"(null)"}
+        name, limit, *numbers, gres, features = line.strip().split("|")
+        count, cpus, memory = (int((re.match(r"\d+", one) or ["0"])[0]) for one in numbers)
+        memory_mb = math.inf if memory <= UNKNOWN_MEMORY_MB else memory
+        known, gpus = frozenset(features.split(",")) - {"(null)"}, gpus_of(gres)
         default, minutes = name.endswith("*"), minutes_of(limit)
-        found.append(
-            Nodes(name.rstrip("*"), default, minutes, count_n, cpus_n, memory_mb, gpus_of(gres), known)
-        )
+        found.append(Nodes(name.rstrip("*"), default, minutes, count, cpus, memory_mb, gpus, known))
     return found
 
 
@@ -263,9 +258,8 @@ def _partition_faults(nodes: Sequence[Nodes], cluster: ClusterConfig) -> list[Fa
         return [_unknown(where, name, "which this cluster does not have", known) for name in unknown]
     if any(one.default for one in nodes):
         return []
-    return [
-        Fault(where, "is not set, and this cluster has no default", f"allowed: {', '.join(sorted(known))}")
-    ]
+    allowed = f"allowed: {', '.join(sorted(known))}"
+    return [Fault(where, "is not set, and this cluster has no default", allowed)]
 
 
 def _unknown(where: str, name: str, why: str, known: Collection[str]) -> Fault:
@@ -304,10 +298,9 @@ def _lacking(demand: Demand, name: str, nodes: Sequence[Nodes]) -> list[Fault]:
         ("cpus", "CPUs", demand.cpus_per_node, max(one.cpus for one in nodes)),
         ("memory_gb", "GB of memory", demand.memory_gb, max(one.memory_mb for one in nodes) / 1024),
     ]
+    at_most = f"partition {name} has at most"
     found = [
-        Fault(
-            f"cluster.{key}", f"asks for {want} {unit} of a node", f"partition {name} has at most {have:.4g}"
-        )
+        Fault(f"cluster.{key}", f"asks for {want} {unit} of a node", f"{at_most} {have:.4g}")
         for key, unit, want, have in sizes
         if want > have
     ]
