@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,10 @@ def _value(key: str, text: str) -> Any:
             raise ValueError(f"a whole number, {least} or more")
         return int(text)
     if key == "kept":
-        try:
-            share = float(text)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= 1:
-            raise ValueError("a share between 0 and 1")
-        return share
+        with suppress(ValueError):
+            if 0 <= (share := float(text)) <= 1:
+                return share
+        raise ValueError("a share between 0 and 1")
     if text.lower() not in SWITCHES:
         raise ValueError("true or false")
     return SWITCHES[text.lower()]
@@ -96,9 +94,10 @@ def _value(key: str, text: str) -> Any:
 def setting_of(values: dict[str, Any], measured: Setting) -> Setting:
     """What was measured, changed to what was asked for. Raises UserError where the two do not fit."""
     changes = {key: value for key, value in values.items() if key not in (*SOURCES, "gpus")}
-    call = changes.get("call")
-    setting = replace(measured, **{**changes, **({"call": None} if call == 0 else {})})
-    if call and setting.prompts % call:
+    if changes.get("call") == 0:
+        changes["call"] = None
+    setting = replace(measured, **changes)
+    if (call := changes.get("call")) and setting.prompts % call:
         raise UserError(Fault("call", f"got {call}, which does not divide prompts={setting.prompts}"))
     return setting
 
@@ -119,12 +118,10 @@ def notes_of(curves: Curves, setting: Setting, prediction: Prediction) -> list[s
 def format_setting(setting: Setting) -> str:
     waves = "one wave" if setting.waves == 1 else f"{setting.waves} waves"
     how = f"streaming in {waves}" if setting.streaming else "synchronous"
-    if setting.call is not None:
-        how += f", {setting.call} prompts at a time"
-    return (
-        f"servers {setting.servers}, learners {setting.learners}, {setting.prompts} prompts x "
-        f"{setting.group}, {setting.tokens} tokens, kept {setting.kept:.2f},\n  {how}"
-    )
+    at_a_time = "" if setting.call is None else f", {setting.call} prompts at a time"
+    devices = f"servers {setting.servers}, learners {setting.learners}"
+    batch = f"{setting.prompts} prompts x {setting.group}, {setting.tokens} tokens, kept {setting.kept:.2f}"
+    return f"{devices}, {batch},\n  {how}{at_a_time}"
 
 
 def prediction_table(p: Prediction) -> list[str]:
@@ -167,9 +164,8 @@ def run(arguments: Sequence[str]) -> int:
     places: list[Path] = values[source]
     measured: Measured = read_cells(places) if source == "cell" else read_curves(places[0])
     curves, setting = measured.curves, setting_of(values, measured.setting)
-    found: list[tuple[Setting, Prediction]] = []
-    if "gpus" in values:
-        found = splits(curves, setting, values["gpus"])
+    found = splits(curves, setting, values["gpus"]) if "gpus" in values else []
+    if found:
         setting = found[0][0]
     prediction = predict(curves, setting)
     best, at_best = best_waves(curves, setting)

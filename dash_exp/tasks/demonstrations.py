@@ -27,11 +27,8 @@ class Demonstrations:
     unmatched: int
 
     def summary(self) -> str:
-        """The counts, as text."""
-        return (
-            f"{len(self.completions)} for {self.prompts.name}, {self.too_long} too long and dropped, "
-            f"{self.unmatched} without a prompt"
-        )
+        dropped = f"{self.too_long} too long and dropped, {self.unmatched} without a prompt"
+        return f"{len(self.completions)} for {self.prompts.name}, {dropped}"
 
 
 def demonstrate(

@@ -87,9 +87,7 @@ def _function(words: str, python: str, values: Sequence[tuple[int, int]]) -> Exa
 
 
 GENERATED: Mapping[str, Callable[[str], ExampleSet]] = {
-    "arithmetic": arithmetic,
-    "digits": digits,
-    "functions": functions,
+    make.__name__: make for make in (arithmetic, digits, functions)
 }
 """By `dataset.kind`: from a split's name to its examples."""
 
@@ -149,7 +147,7 @@ def to_gold(task: str, entry: dict[str, Any]) -> GymGold:
     try:
         return GymGold(task, json.loads(json.dumps(entry)))
     except (TypeError, ValueError) as error:
-        raise UserError(_unfit(task, f"an entry cannot be written as JSON: {error}")) from error
+        raise _unfit(task, f"an entry cannot be written as JSON: {error}") from error
 
 
 def try_scoring(source: Any, gold: GymGold, entry: dict[str, Any]) -> None:
@@ -159,10 +157,11 @@ def try_scoring(source: Any, gold: GymGold, entry: dict[str, Any]) -> None:
         before = source.score_answer(entry["answer"], entry)
         after = source.score_answer(entry["answer"], gold.entry)
     except Exception as error:
-        raise UserError(_unfit(task=gold.task, why=f"its scorer fails: {error!r}")) from error
+        raise _unfit(gold.task, f"its scorer fails: {error!r}") from error
     if before != after:
-        raise UserError(_unfit(gold.task, f"JSON changes a score from {before:g} to {after:g}"))
+        raise _unfit(gold.task, f"JSON changes a score from {before:g} to {after:g}")
 
 
-def _unfit(task: str, why: str) -> Fault:
-    return Fault("task", f"{task} cannot be judged in another process: {why}", "choose another task")
+def _unfit(task: str, why: str) -> UserError:
+    what = f"{task} cannot be judged in another process: {why}"
+    return UserError(Fault("task", what, "choose another task"))

@@ -58,11 +58,9 @@ def make_prompts(
         else:
             rows.append(Prompt(example.id, examples.name, text, tuple(tokens), example.answer))
     if too_long:
-        worst = max(too_long, key=lambda pair: pair[1])
-        what = (
-            f"{len(too_long)} prompts are longer than the {model_limit} tokens this model has "
-            f"room for beside the completion (longest: {worst[0]}, {worst[1]} tokens)"
-        )
+        worst, most = max(too_long, key=lambda pair: pair[1])
+        room = f"the {model_limit} tokens this model has room for beside the completion"
+        what = f"{len(too_long)} prompts are longer than {room} (longest: {worst}, {most} tokens)"
         hint = f"set it to {model_limit} to drop them" if model_limit > 0 else "shorten the completion"
         raise UserError(Fault("max_prompt_tokens", what, hint))
     if not rows:

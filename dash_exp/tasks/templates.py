@@ -66,13 +66,8 @@ def chat_boxed(example: Example, style: Style) -> str:
 
 
 RENDERERS: dict[str, Callable[[Example, Style], str]] = {
-    "bare": bare,
-    "problem_solution": problem_solution,
-    "docstring": docstring,
-    "few_shot": few_shot,
-    "answer_tag": answer_tag,
-    "chat": chat,
-    "chat_boxed": chat_boxed,
+    render.__name__: render
+    for render in (bare, problem_solution, docstring, few_shot, answer_tag, chat, chat_boxed)
 }
 CHATS = ("chat", "chat_boxed")
 """Their text holds all special tokens: the tokenizer must not add any."""

@@ -1,0 +1,1 @@
+"""Many vLLM servers as one sampler: their processes, their HTTP, and which requests go where."""

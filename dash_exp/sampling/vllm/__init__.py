@@ -1,0 +1,1 @@
+"""vLLM: in this process, and in the process of a server."""

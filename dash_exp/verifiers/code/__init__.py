@@ -1,0 +1,1 @@
+"""Judges programs by tests, in sandboxed processes."""

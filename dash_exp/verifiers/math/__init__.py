@@ -1,0 +1,1 @@
+"""Judges answers to maths problems: extract, normalise, parse, compare."""

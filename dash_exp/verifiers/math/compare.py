@@ -75,9 +75,9 @@ def judge_candidate(candidate: str, answer: str) -> Score:
     match = _judge(candidate, answer)
     if match is Match.SAME and _qualified_otherwise(candidate, answer):
         match = Match.DIFFERENT
-    shown = f"found {candidate[:80]!r}, expected {answer[:80]!r}"
     if match is Match.SAME:
         return score("correct")
+    shown = f"found {candidate[:80]!r}, expected {answer[:80]!r}"
     return score("wrong" if match is Match.DIFFERENT else "unparsed", shown)
 
 
@@ -209,8 +209,7 @@ def _as_relation(form: Form) -> tuple[Sequence[str], Sequence[str]] | None:
 def _relations(gold: Form, candidate: Form) -> Match:
     first, second = _as_relation(gold), _as_relation(candidate)
     if first is not None and second is not None:
-        same = leaves.same_relation(first, second)
-        return Match.of(same)
+        return Match.of(leaves.same_relation(first, second))
     if isinstance(candidate, Relation) and set(candidate.signs) == {"="}:
         # `a^2 + b^2 = 13` for gold `13`: every side that is a number has to be right
         values = [side for side in candidate.sides if not has_symbols(side)]
@@ -233,9 +232,8 @@ def _groups(gold: Group, candidate: Group) -> Match:
         return Match.DIFFERENT
     if gold.unordered and candidate.unordered and not _is_ranking(gold):
         return _matched(gold.items, candidate.items)
-    pairs = zip(gold.items, candidate.items, strict=True)
     found = []
-    for expected, item in pairs:
+    for expected, item in zip(gold.items, candidate.items, strict=True):
         found.append(compare(expected, item))
         if found[-1] is Match.DIFFERENT:
             break
@@ -290,16 +288,14 @@ def _matched(gold: Sequence[Form], candidate: Sequence[Form]) -> Match:
     rest = list(candidate)
     unreadable = False
     for expected in gold:
-        found = None
         for index, item in enumerate(rest):
             match = compare(expected, item)
             unreadable = unreadable or match is Match.UNREADABLE
             if match is Match.SAME:
-                found = index
+                del rest[index]
                 break
-        if found is None:
+        else:
             return Match.UNREADABLE if unreadable else Match.DIFFERENT
-        rest.pop(found)
     return Match.SAME
 
 
@@ -316,8 +312,7 @@ def _sets(gold: Form, candidate: Form) -> Match:
         if any(item is None for item in sets):
             return Match.DIFFERENT
         sides.append((sets[: len(union)], sets[len(union) :]))
-    same = leaves.same_set(sides[0], sides[1])
-    return Match.of(same)
+    return Match.of(leaves.same_set(sides[0], sides[1]))
 
 
 def _as_set(form: Form) -> sympy.Set | None:

@@ -37,6 +37,8 @@ _SAME_NAME = re.compile(r"\s*,?\s*(?:\band\s+)?([A-Za-z])\s?=\s?")
 _NAMED = re.compile(r"\s*([A-Za-z])(?:_\S{1,4})?\s*=")
 _JOINT_WORD = re.compile(r"\s*(?:and|or|和|或)\b")
 _PUNCTUATION = re.compile(r"\s*(?:[.,;:!?。，]|$|\n)")
+_PROSE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
+"""Words around a number rather than one formula."""
 _HASHED_NUMBER = re.compile(rf"(?:{_NUMBER.pattern})(?:\s[A-Za-z]{{1,20}})?\.?")
 
 
@@ -63,11 +65,11 @@ def last_boxed(text: str) -> str | None:
                 found = (start, token.start())
         pending = token.end() if symbol in ("\\boxed", "\\fbox") else -1
         if pending >= 0:
-            bare = _bare_box(text, pending)
-            found = bare or found
+            found = _bare_box(text, pending) or found
     if found is None:
         return None
-    return _unbox(text[found[0] : min(found[1], _limit(found[0]))]) or None
+    content = text[found[0] : min(found[1], _limit(found[0]))]
+    return _BOX.sub("", content).strip() or None  # boxes inside a box become plain groups
 
 
 def _bare_box(text: str, start: int) -> tuple[int, int] | None:
@@ -81,11 +83,6 @@ def _bare_box(text: str, start: int) -> tuple[int, int] | None:
 
 def _limit(start: int) -> int:
     return start + MAX_CANDIDATE_CHARS
-
-
-def _unbox(content: str) -> str:
-    """Boxes inside a box become plain groups."""
-    return _BOX.sub("", content).strip()
 
 
 def last_number(text: str) -> str | None:
@@ -143,18 +140,11 @@ def _after_answer_phrase(text: str) -> str | None:
     end = _SENTENCE_END.search(rest)
     sentence = (rest[: end.start()] if end else rest).strip().strip("*").strip()
     sentence = _FILLER.sub("", sentence, count=1)
-    formula = _MATH.search(sentence)
-    number = _NUMBER.search(sentence)
-    if formula is not None:
+    if (formula := _MATH.search(sentence)) is not None:
         return _with_joined(formula, sentence)
-    if number is not None and _is_prose(sentence):
+    if (number := _NUMBER.search(sentence)) is not None and _PROSE.search(sentence):
         return _with_alternatives(number, sentence)
     return sentence or None
-
-
-def _is_prose(sentence: str) -> bool:
-    """Whether a sentence is words around a number rather than one formula."""
-    return re.search(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}", sentence) is not None
 
 
 def _formula(match: re.Match[str]) -> str:

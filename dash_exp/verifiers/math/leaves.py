@@ -220,29 +220,17 @@ def colon_parts(text: str) -> tuple[Fraction, ...] | None:
 Expression = Any
 """A sympy object; sympy carries no types."""
 
-SYMPY_ERRORS = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    NotImplementedError,
-    ArithmeticError,
-    LookupError,
-    RecursionError,
-    sympy.SympifyError,
-    sympy.PolynomialError,
-)
+_PYTHON_ERRORS = (TypeError, ValueError, AttributeError, ArithmeticError, LookupError)
+_LIMITS = (NotImplementedError, RecursionError)
+SYMPY_ERRORS = (*_PYTHON_ERRORS, *_LIMITS, sympy.SympifyError, sympy.PolynomialError)
 """What sympy raises on expressions it has no answer for."""
 
 # Units, percent signs, boxes and decimals are settled before: math-verify would drop a trailing
 # `t` or `h` as a unit, and compare decimals at 6 places.
-_CONFIG = (
-    LatexExtractionConfig(
-        boxed_match_priority=-1,
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
-        ),
-    ),
+_SPELLING = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
 )
+_CONFIG = (LatexExtractionConfig(boxed_match_priority=-1, normalization_config=_SPELLING),)
 
 
 @lru_cache(maxsize=512)
@@ -250,13 +238,8 @@ def expression(text: str) -> Expression | None:
     """The sympy object that a LaTeX string stands for, decimals made exact; None if unreadable."""
     if not text or "$" in text:
         return None
-    found = parse(
-        f"${text}$",
-        _CONFIG,
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=None,
-    )
+    modes = {"fallback_mode": "no_fallback", "extraction_mode": "first_match"}
+    found = parse(f"${text}$", _CONFIG, **modes, parsing_timeout=None)
     if not found or isinstance(found[0], str):
         return None
     return _exact(found[0])
