@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dash_exp.modeling.attention import DecodeCache
 from dash_exp.seeding import uniforms
-from dash_exp.types import Completion, Decoding, Group, Request
+from dash_exp.types import Completion, Decoding, FinishReason, Group, Request
 
 BLOCK = 256
 """Tokens per block of the two-level inverse-CDF draw."""
@@ -164,9 +165,9 @@ class HFSampler:
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
                 if token in decoding.stop_ids or column + 1 == decoding.max_new_tokens:
-                    left[row // repeats] -= 1
-                    if left[row // repeats] == 0:
-                        number = row // repeats
+                    number = row // repeats
+                    left[number] -= 1
+                    if left[number] == 0:
                         own = slice(number * repeats, (number + 1) * repeats)
                         yield self._group(wave[number], tokens[own], logprobs[own], decoding)
                 else:
@@ -182,19 +183,11 @@ class HFSampler:
     def _group(
         self, request: Request, tokens: list[list[int]], logprobs: list[list[float]], decoding: Decoding
     ) -> Group:
-        completions = []
-        for ids, values in zip(tokens, logprobs, strict=True):
-            stopped = ids[-1] in decoding.stop_ids
-            completions.append(
-                Completion(
-                    tuple(ids),
-                    tuple(values),
-                    self.decode(ids),
-                    "stop" if stopped else "length",
-                    self.policy_version,
-                )
-            )
-        return Group(request.position, request.prompt, tuple(completions))
+        def completion(ids: list[int], values: list[float]) -> Completion:
+            reason: FinishReason = "stop" if ids[-1] in decoding.stop_ids else "length"
+            return Completion(tuple(ids), tuple(values), self.decode(ids), reason, self.policy_version)
+
+        return Group(request.position, request.prompt, tuple(map(completion, tokens, logprobs)))
 
     def _uniforms(self, wave: list[Request], decoding: Decoding, device: torch.device) -> Tensor | None:
         if decoding.temperature == 0:
@@ -211,22 +204,15 @@ class HFSampler:
         width = max(map(len, prompts))
         index = torch.zeros(len(prompts), width, dtype=torch.long)
         present = torch.zeros(len(prompts), width, dtype=torch.bool)
-        start = 0
-        ends = []
-        for row, prompt in enumerate(prompts):
-            index[row, width - len(prompt) :] = torch.arange(start, start + len(prompt))
+        ends = list(accumulate(map(len, prompts)))
+        for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
+            index[row, width - len(prompt) :] = torch.arange(end - len(prompt), end)
             present[row, width - len(prompt) :] = True
-            start += len(prompt)
-            ends.append(start - 1)
-        cache = DecodeCache(
-            index.to(device),
-            present.to(device),
-            self.model.config.num_hidden_layers,
-            decoding.max_new_tokens,
-        )
+        layers = self.model.config.num_hidden_layers
+        cache = DecodeCache(index.to(device), present.to(device), layers, decoding.max_new_tokens)
         flat = torch.tensor([t for p in prompts for t in p], device=device)
         places = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
-        hidden = self._forward(cache, flat, places)[torch.tensor(ends, device=device)]
+        hidden = self._forward(cache, flat, places)[torch.tensor(ends, device=device) - 1]
         cache.spread(len(wave[0].seeds))
         return cache, self._logits(hidden, decoding)
 

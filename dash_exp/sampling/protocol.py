@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from dash_exp.types import Decoding, Group, Request
 
@@ -47,6 +47,20 @@ class EngineSettings:
     enforce_eager: bool = False
     kv_cache_gb: float = 1.0
     gpu_memory_utilization: float | None = None
+
+
+def sampling_parameters(decoding: Decoding, seed: int) -> dict[str, Any]:
+    """vLLM's parameters of one completion, by their names there."""
+    return {
+        "max_tokens": decoding.max_new_tokens,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "seed": seed,
+        "logprobs": 0,
+        "stop_token_ids": list(decoding.stop_ids),
+        "ignore_eos": True,  # only the stop tokens above end a completion
+        "detokenize": False,
+    }
 
 
 def arrived(stream: Iterator[Group | None]) -> Iterator[Group]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from dash_exp.sampling.protocol import sampling_parameters
 from dash_exp.types import Decoding, FinishReason
 
 GENERATE = "/inference/v1/generate"
@@ -48,19 +49,7 @@ class Sampled:
 
 def completion_request(prompt: Sequence[int], seed: int, decoding: Decoding) -> dict[str, Any]:
     """The body of a request for one completion of these tokens."""
-    return {
-        "token_ids": list(prompt),
-        "sampling_params": {
-            "max_tokens": decoding.max_new_tokens,
-            "temperature": decoding.temperature,
-            "top_p": decoding.top_p,
-            "seed": seed,
-            "logprobs": 0,
-            "stop_token_ids": list(decoding.stop_ids),
-            "ignore_eos": True,  # only the stop tokens above end a completion
-            "detokenize": False,
-        },
-    }
+    return {"token_ids": list(prompt), "sampling_params": sampling_parameters(decoding, seed)}
 
 
 def parse_completion(body: Any, decoding: Decoding, vocabulary: int, label: str) -> Sampled:
@@ -121,10 +110,8 @@ class ServerClient:
         except InvalidResponseError:  # the process that began an earlier update was killed before its end
             await self.call("/finish_weight_update")
             await self.call("/start_weight_update")
-        await _gather(
-            self.call("/update_weights", {"update_info": update}),
-            *([] if beside is None else [beside()]),
-        )
+        updating = self.call("/update_weights", {"update_info": update})
+        await _gather(updating, *([] if beside is None else [beside()]))
         await self.call("/finish_weight_update", {"weight_version": label})
         reply = await self.call("/reset_prefix_cache")
         if not reply.get("success"):
@@ -152,10 +139,7 @@ class ServerClient:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(TOKENS_METRIC))
 
     async def call(
-        self,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        timeout_s: float | None = CONTROL_TIMEOUT_S,
+        self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = CONTROL_TIMEOUT_S
     ) -> Any:
         """POST to a route."""
         request = self._session.post(f"{self.url}{path}", json=body)
@@ -175,10 +159,9 @@ async def _gather(*coroutines: Awaitable[Any]) -> None:
 
 async def _parse(reply: aiohttp.ClientResponse) -> Any:
     text = await reply.text(errors="replace")
-    if reply.status in (400, 401, 404, 413, 422):
-        raise RefusedError(f"{reply.url.path} answers {reply.status}: {text[:500]}")
     if reply.status != 200:
-        raise InvalidResponseError(f"{reply.url.path} answers {reply.status}: {text[:500]}")
+        kind = RefusedError if reply.status in (400, 401, 404, 413, 422) else InvalidResponseError
+        raise kind(f"{reply.url.path} answers {reply.status}: {text[:500]}")
     try:
         return json.loads(text)
     except ValueError as error:

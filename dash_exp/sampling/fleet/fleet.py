@@ -143,15 +143,8 @@ class Fleet:
             return
         member.state, member.reason = "lost", reason
         groups = sorted(member.pending)
-        self._record_fault(
-            member,
-            "server lost",
-            time.time(),
-            reason=reason,
-            groups=groups,
-            log=member.log_tail(),
-            restarts_left=self.restarts_left,
-        )
+        more = {"groups": groups, "log": member.log_tail(), "restarts_left": self.restarts_left}
+        self._record_fault(member, "server lost", time.time(), reason=reason, **more)
         if self.batch is not None:
             self.batch.queue.extendleft(member.pending[p] for p in reversed(groups))
         self._cancel_requests(member)
@@ -183,9 +176,9 @@ class Fleet:
             except (RuntimeError, UserError, *CALL_ERRORS) as error:
                 member.state = "lost"
                 self._record_fault(member, "server did not start again", start, reason=str(error))
-                if member.settings is not None:
-                    continue
-                break
+                if member.settings is None:
+                    break
+                continue
             self.event("restart", start, time.time(), worker=member.name, version=self._version)
             return
         member.state = "gone"

@@ -138,9 +138,8 @@ class ServerProcess:
 
 def environment(settings: ServerSettings, given: Mapping[str, str] | None = None) -> dict[str, str]:
     """The server's environment: ours, with what must be set before vLLM is imported."""
-    made = dict(os.environ if given is None else given)
-    for name in REMOVED_VARIABLES:
-        made.pop(name, None)
+    ours = os.environ if given is None else given
+    made = {name: value for name, value in ours.items() if name not in REMOVED_VARIABLES}
     made |= {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that load weights; all of them require the key
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1" if settings.transfer == IPC else "0",
@@ -148,12 +147,11 @@ def environment(settings: ServerSettings, given: Mapping[str, str] | None = None
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, settings.cores)) or "nobind",
         "CUDA_VISIBLE_DEVICES": visible_gpu(settings.gpu, made.get("CUDA_VISIBLE_DEVICES")),
     }
-    made.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    made.setdefault("VLLM_NO_USAGE_STATS", "1")
-    made.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "60")  # seconds: longer than we keep an unused connection
+    defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    defaults["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "60"  # seconds: longer than we keep an unused connection
     if "OMP_WAIT_POLICY" not in made:
-        made.setdefault("GOMP_SPINCOUNT", "2000")
-    return made
+        defaults["GOMP_SPINCOUNT"] = "2000"
+    return defaults | made
 
 
 def visible_gpu(index: str | None, ours: str | None) -> str:
@@ -176,26 +174,19 @@ class Needs:
 
     def unmet(self, url: str, facts: Mapping[str, Any]) -> list[Fault]:
         """`facts`: what it says of itself."""
-        model = "start it with the model and sampler of the run"
-        own = next(name for name, engine in ENGINES.items() if engine == self.transfer)
-        length, transfer = int(facts.get("max_model_len", 0)), facts.get("transfer")
-        rows = [
-            (facts.get(name) == wanted, f"has {name} {facts.get(name)}, this run {wanted}", model)
-            for name, wanted in (("dtype", self.dtype), ("vocabulary", self.vocabulary))
-        ]
-        rows += [
-            (
-                length >= self.longest,
-                f"takes {length} tokens, this run needs {self.longest}",
-                f"start it with serve.max_model_len={self.longest}",
-            ),
-            (
-                transfer == self.transfer,
-                f"takes weights by {transfer}, not {self.transfer}",
-                f"start it with serve.transfer={own}, or set cluster.transfer",
-            ),
-        ]
-        return [Fault(WHERE, f"{url} {what}", hint) for met, what, hint in rows if not met]
+        found: list[tuple[str, str]] = []
+        for name, wanted in (("dtype", self.dtype), ("vocabulary", self.vocabulary)):
+            if facts.get(name) != wanted:
+                what = f"has {name} {facts.get(name)}, this run {wanted}"
+                found.append((what, "start it with the model and sampler of the run"))
+        if (length := int(facts.get("max_model_len", 0))) < self.longest:
+            what = f"takes {length} tokens, this run needs {self.longest}"
+            found.append((what, f"start it with serve.max_model_len={self.longest}"))
+        if (transfer := facts.get("transfer")) != self.transfer:
+            own = next(name for name, engine in ENGINES.items() if engine == self.transfer)
+            what = f"takes weights by {transfer}, not {self.transfer}"
+            found.append((what, f"start it with serve.transfer={own}, or set cluster.transfer"))
+        return [Fault(WHERE, f"{url} {what}", hint) for what, hint in found]
 
 
 @dataclass(eq=False, slots=True)

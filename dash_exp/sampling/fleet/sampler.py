@@ -185,13 +185,8 @@ def gpus(count: int, servers: int, learners: Sequence[int], colocated: bool = Fa
     others = [n for n in range(count) if n not in learners]
     free = [str(n) for n in ([*learners, *others] if colocated else others)]
     if len(free) < servers:
+        what = f"got {servers}, but beside the {len(learners)} of the learner there are {len(free)} GPUs here"
         hint = f"allowed: 1 to {len(free)}; or " if free else ""
-        raise UserError(
-            Fault(
-                "sampler.servers",
-                f"got {servers}, but beside the {len(learners)} of the learner there are {len(free)} "
-                "GPUs here",
-                f"{hint}share with sampler.colocated=true, or name servers elsewhere in cluster.server_urls",
-            )
-        )
+        hint += "share with sampler.colocated=true, or name servers elsewhere in cluster.server_urls"
+        raise UserError(Fault("sampler.servers", what, hint))
     return tuple(free[:servers])

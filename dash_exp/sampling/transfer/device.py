@@ -150,22 +150,15 @@ class BroadcastTransfer(DeviceTransfer):
         size = max(BUFFER_BYTES, *(t.nbytes for t in tensors.values()))
         listener = socket.create_server((address_towards(client.url), 0))
         host, port = listener.getsockname()[:2]
-        info = {
-            "master_address": host,
-            "master_port": port,
-            "rank_offset": 1,
-            "world_size": 2,
-            "packed": True,
-            "packed_buffer_size_bytes": size,
-            "packed_num_buffers": BUFFERS,
-        }
+        group = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": 2}
+        packing = {"packed": True, "packed_buffer_size_bytes": size, "packed_num_buffers": BUFFERS}
         with suppress(InvalidResponseError, RefusedError):  # a group with an earlier run, or none
             await client.call(SHUTDOWN)
         joining = asyncio.ensure_future(
             _in_thread("joining the server", lambda: self._connect(listener, size))
         )
         try:
-            _, link = await asyncio.gather(client.call(INIT, {"init_info": info}), joining)
+            _, link = await asyncio.gather(client.call(INIT, {"init_info": group | packing}), joining)
         except BaseException:
             joining.cancel()
             raise

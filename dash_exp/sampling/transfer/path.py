@@ -107,8 +107,7 @@ class SharedWeights(Writer):
             save_file(self.convert(weights), path)
             self._views[path] = map_file(path)
             return path, self._views[path]
-        views = self._views[path]
-        filled = 0
+        views, filled = self._views[path], 0
         for name, tensor in weights:
             views[name].copy_(tensor.detach())
             filled += 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dash_exp.sampling.protocol import EngineSettings
+from dash_exp.sampling.protocol import EngineSettings, sampling_parameters
 from dash_exp.types import Completion, Decoding, Group, Request
 
 WeightSource = Callable[[], Iterable[tuple[str, Tensor]]]
@@ -87,22 +87,10 @@ class VLLMSampler:
         prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
         (rendered,) = self.engine.renderer.render_cmpl([prompt])
         for index, seed in enumerate(request.seeds):
-            self.engine.add_request(
-                f"{request.position}-{index}",
-                rendered,
-                self._vllm.SamplingParams(
-                    max_tokens=decoding.max_new_tokens,
-                    temperature=decoding.temperature,
-                    top_p=decoding.top_p,
-                    seed=seed,
-                    logprobs=0,
-                    stop_token_ids=list(decoding.stop_ids),
-                    ignore_eos=True,
-                    detokenize=False,
-                    skip_special_tokens=True,
-                    output_kind=self._final,
-                ),
+            parameters = self._vllm.SamplingParams(
+                **sampling_parameters(decoding, seed), skip_special_tokens=True, output_kind=self._final
             )
+            self.engine.add_request(f"{request.position}-{index}", rendered, parameters)
 
     def _completion(self, output: Any, decoding: Decoding) -> Completion:
         ids = tuple(output.token_ids)
