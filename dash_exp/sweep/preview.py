@@ -221,15 +221,16 @@ def _hours_of(folder: Path, gpus: bool) -> float | None:
 
 def _launched_s(folder: Path, heartbeat: float) -> float | None:
     """Seconds between all starts and ends in the journal."""
-    total, since, known = 0.0, None, False
+    spans, since = [], None
     for row in journal.read(folder):
         if row["kind"] == "start":
             since = float(row["time"])
         elif row["kind"] == "end" and since is not None:
-            total, since, known = total + float(row["time"]) - since, None, True
+            spans.append(float(row["time"]) - since)
+            since = None
     if since is not None:  # the launcher died before the cell
-        total, known = total + max(0.0, heartbeat - since), True
-    return total if known else None
+        spans.append(max(0.0, heartbeat - since))
+    return sum(spans) if spans else None
 
 
 # What is printed ----------------------------------------------------------------------------------

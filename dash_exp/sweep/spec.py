@@ -272,8 +272,7 @@ class Reader:
         feeds = [str(name) for name in self._list("feeds", value)]
         for name in feeds:
             if not FEED.fullmatch(name):
-                hint = "write table_3, figure_1, or one's own, as table_filter"
-                self._fault("feeds", f"got {name!r}", hint)
+                self._fault("feeds", f"got {name!r}", "write table_3, figure_1, or your own, as table_filter")
         return tuple(feeds)
 
     def _seeds(self, value: object) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -321,11 +322,10 @@ def _remaining_s(folder: Path, step: int, steps: int | None, step_s: float | Non
 
 def _in_config(folder: Path, pattern: re.Pattern[str]) -> str | None:
     """A number from a frozen config. Parsing the yaml of a thousand cells would take too long."""
-    try:
+    with suppress(OSError):
         found = pattern.search((folder / "config.yaml").read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return found.group(1) if found else None
+        return found.group(1) if found else None
+    return None
 
 
 @functools.lru_cache(maxsize=256)
@@ -372,12 +372,9 @@ def last_rows(path: Path, count: int, size: int = STEP_BYTES) -> list[Row]:
     """The last complete rows of a JSON-lines file, oldest first."""
     rows: list[Row] = []
     for line in reversed(end_of(path, size).splitlines()):
-        try:
+        with suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
+            rows += [row] if isinstance(row, dict) else []
         if len(rows) == count:
             break
     return rows[::-1]

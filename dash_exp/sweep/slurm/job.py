@@ -95,8 +95,8 @@ class SlurmJob:
         return Path(self.root) / "cells" / name
 
     def _run_rank(self, place: Place, relay: Relay) -> dict[str, str]:
-        """Run another rank of the learner than rank 0, which takes all decisions; nothing if rank 0 runs
-        nothing."""
+        """Run a rank of the learner other than 0. Only rank 0 records states and requeues; if it runs no
+        cell, neither does this one."""
         (name,) = self.cells
         if self._obstacle(name, place) is not None or relay.first is not None:
             return {}
