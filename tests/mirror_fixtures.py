@@ -18,6 +18,7 @@ CONFIG = {
     "model": {"name": "tiny", "random": {"layers": 2}},
     "dataset": {"stop": [], "split": "train"},
 }
+RESOURCES = {"gpus": 0, "cpus": 1, "memory_gb": 1, "minutes": 1}
 BORN = 1_700_000_000.0
 """When the first attempt of a record began, in seconds since the epoch; the second one 1,000 s later."""
 
@@ -98,7 +99,11 @@ def sweep(root: Path, name: str, cells: Sequence[str], created: float, claim: st
         "name": name,
         "created": created,
         "about": {"claim": claim} if claim else {},
-        "cells": [{"folder": one} for one in cells],
+        "actions": [],
+        "cells": [
+            {"id": one[-8:], "folder": one, "overrides": [], "resources": RESOURCES, "needs": []}
+            for one in cells
+        ],
         "waiting": [],
     }
     write_json(folder / "manifest.json", value)

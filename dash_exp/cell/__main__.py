@@ -34,6 +34,7 @@ from dash_exp.errors import (
     run_command,
 )
 from dash_exp.learning.settings import launched_place
+from dash_exp.mirror.follow import Follower
 from dash_exp.record.folder import CellBusy, Recorder, archive, read_final, read_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, run_forwarding, share_cores
@@ -105,16 +106,11 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
     stop = Stop()
     try:
         with handling(stop), ExitStack() as stack:
-            mirror = None
-            if config.tracking.name == "mlflow":
-                from dash_exp.mirror.follow import Follower
-
-                mirror = stack.enter_context(Follower(folder, config, display.note))
+            mirror = stack.enter_context(Follower(folder, config, display.note))
             recorder = stack.enter_context(Recorder(folder))  # released before the mirror's last sync
             if read_json(folder / "status.json").get("state") == "finished":
                 return show_finished(folder, display)
-            if mirror is not None:
-                mirror.start(recorder.attempt)
+            mirror.start(recorder.attempt)
             return run_locked(folder, config, recorder, display, stop, links)
     except CellBusy as error:
         fault = Fault(format_path(folder), "is being run by another process", "see its log.txt")

@@ -22,8 +22,9 @@ from dash_exp.config.tracking import URI, VARIABLE, Place, place_of, tracking_fa
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 from dash_exp.mirror.follow import follow
 from dash_exp.mirror.mlflow import Store, StoreError
-from dash_exp.mirror.sync import BusyError, CellSync, Sweep, cell_lock, read_sweep, sweeps_below, sync_sweep
+from dash_exp.mirror.sync import BusyError, CellSync, cell_lock, sweeps_below, sync_sweep
 from dash_exp.record.manifest import NAME as MANIFEST
+from dash_exp.record.manifest import Manifest
 
 NAME_WIDTH = 52
 KEYS = tuple(f"tracking.{one.name}" for one in fields(TrackingConfig) if one.name != "name")
@@ -51,10 +52,10 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], TrackingConfig]:
     return folders, tracking
 
 
-def find_records(folders: Sequence[Path]) -> dict[Path, tuple[dict[Path, None], dict[str, Sweep]]]:
+def find_records(folders: Sequence[Path]) -> dict[Path, tuple[dict[Path, None], dict[str, Manifest]]]:
     """The cells and sweeps that these folders stand for, by outputs folder. Raises UserError with every
     folder that holds neither."""
-    found: dict[Path, tuple[dict[Path, None], dict[str, Sweep]]] = {}
+    found: dict[Path, tuple[dict[Path, None], dict[str, Manifest]]] = {}
     faults = []
     for folder in folders:
         root, sweeps, cells = _contents(folder.resolve())
@@ -69,22 +70,23 @@ def find_records(folders: Sequence[Path]) -> dict[Path, tuple[dict[Path, None], 
     return found
 
 
-def _contents(folder: Path) -> tuple[Path, list[Sweep], list[Path]]:
+def _contents(folder: Path) -> tuple[Path, list[Manifest], list[Path]]:
     """The outputs folder, sweeps and cells that a folder stands for."""
     if (folder / "config.yaml").exists():
         return folder.parent.parent, [], [folder]
     if (folder / MANIFEST).exists():
-        root, sweeps = folder.parent.parent, [one for one in [read_sweep(folder)] if one]
+        root = folder.parent.parent
+        sweeps = [one for one in sweeps_below(root) if one.folder == folder]
     else:
         root = folder.parent if folder.name in ("cells", "sweeps") else folder
         sweeps = [] if folder.name == "cells" else sweeps_below(root)
         if folder.name != "sweeps":
             return root, sweeps, sorted(path.parent for path in (root / "cells").glob("*/config.yaml"))
-    cells = (root / "cells" / name for name in sorted({name for one in sweeps for name in one.cells}))
+    cells = sorted({one.cell(entry) for one in sweeps for entry in one.entries})
     return root, sweeps, [cell for cell in cells if cell.is_dir()]
 
 
-def rebuild(root: Path, cells: Sequence[Path], sweeps: dict[str, Sweep], place: Place) -> Iterator[Fault]:
+def rebuild(root: Path, cells: Sequence[Path], sweeps: dict[str, Manifest], place: Place) -> Iterator[Fault]:
     """Sync all cells and sweeps, and print what was done. Yields faults of cells. Raises StoreError."""
     store, known = Store(place), sweeps_below(root)
     print(f"mirror: {place.shown}, experiment {place.experiment}")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TextIO
 from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.config.tracking import VARIABLE, Place, place_of
 from dash_exp.errors import UserError
-from dash_exp.record.folder import read_json
+from dash_exp.record.folder import append_line, read_json
 from dash_exp.signals import Interrupted, block_signals
 
 if TYPE_CHECKING:
@@ -98,14 +98,9 @@ class Follower:
 
 
 def log(folder: Path, attempt: int, text: str) -> None:
-    """Append a line to the cell's log.txt in one write: the run may be writing to it too."""
-    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{attempt}] {text}\n"
+    """Append a line to the cell's log.txt, to which the run may be writing too."""
     with suppress(OSError):
-        descriptor = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        append_line(folder / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{attempt}] {text}")
 
 
 def follow(folder: Path, tracking: TrackingConfig, attempt: int) -> int:

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from filelock import FileLock
 
 from dash_exp.config.tracking import Place
 
-METRICS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100
-"""MLflow's limits."""
+BATCH = {"metrics": 1000, "params": 100, "tags": 100}
+"""The most entities that MLflow takes in one request."""
 LOCK_S = 60.0
 ENDED = ("FINISHED", "FAILED", "KILLED")
 SETTINGS = {
@@ -121,32 +120,30 @@ class Store:
     def log_points(self, run: Run, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
-        metrics = (Metric(k, v, p.time_ms, p.step) for p in points for k, v in p.values.items())
-        while batch := list(islice(metrics, METRICS_PER_BATCH)):
-            with self._call(write=True):
-                self._client.log_batch(run.id, metrics=batch)
+        metrics = [Metric(k, v, p.time_ms, p.step) for p in points for k, v in p.values.items()]
+        self._log_batches(run, "metrics", metrics)
 
     def log_params(self, run: Run, params: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        entities = (Param(name, text) for name, text in params.items())
-        while batch := list(islice(entities, PARAMS_PER_BATCH)):
-            with self._call(write=True):
-                self._client.log_batch(run.id, params=batch)
+        self._log_batches(run, "params", [Param(name, text) for name, text in params.items()])
         run.params |= params
 
     def set_tags(self, run: Run, tags: Mapping[str, str], drop: Sequence[str] = ()) -> None:
         from mlflow.entities import RunTag
 
         changed = {name: text for name, text in tags.items() if run.tags.get(name) != text}
-        if changed:
-            with self._call(write=True):
-                self._client.log_batch(run.id, tags=[RunTag(k, v) for k, v in changed.items()])
+        self._log_batches(run, "tags", [RunTag(name, text) for name, text in changed.items()])
         run.tags |= changed
         for name in drop:
             with self._call(write=True):
                 self._client.delete_tag(run.id, name)
             del run.tags[name]
+
+    def _log_batches(self, run: Run, kind: str, entities: Sequence[Any]) -> None:
+        for start in range(0, len(entities), BATCH[kind]):
+            with self._call(write=True):
+                self._client.log_batch(run.id, **{kind: entities[start : start + BATCH[kind]]})
 
     def set_status(self, run: Run, status: str, end_ms: int) -> None:
         """The status, and the time of the end if the run has ended."""

@@ -14,7 +14,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dash_exp.mirror.mlflow import ENDED, Point, Run, Store, StoreError
 from dash_exp.record import journal, manifest
 from dash_exp.record.folder import Row, read_final, read_json, read_rows
 from dash_exp.record.locks import HERE, Locks
+from dash_exp.record.manifest import Manifest
 
 FORMAT = 1
 """Raised when the meaning of what is sent changes, so that existing mirrors are synced again."""
@@ -48,9 +49,6 @@ STATUS = {
 }
 SILENT_ELSEWHERE_S = 3600.0
 """A cell on another machine counts as dead after so long without a heartbeat."""
-
-
-# What a record says --------------------------------------------------------------------------------
 
 
 def record_points(folder: Path) -> list[Point]:
@@ -182,35 +180,23 @@ def read_facts(folder: Path, sweeps: Sequence[str] = (), ended: int | None = Non
     start = min(map(milliseconds, _starts(provenance).values()), default=heartbeat)
     record = str(start) if provenance.get("attempts") else ""
     tags = {CELL: folder.name, RECORD: record, STATE: state, SWEEPS: ", ".join(sweeps)}
-    tags |= {"dash_exp.id": folder.name.rpartition("-")[2], **_provenance_tags(status, provenance)}
-    tags = {key: text for key, text in tags.items() if text}
+    tags = {key: text for key, text in tags.items() if text} | _provenance_tags(status, provenance)
+    tags["dash_exp.id"] = folder.name.rpartition("-")[2]
     return Facts(folder.name, record, STATUS[state], start, heartbeat, parameters(config), tags)
 
 
 def _provenance_tags(status: Row, provenance: Row) -> dict[str, str]:
     hardware, model = provenance.get("hardware", {}), provenance.get("model", {})
-    found = {
-        "dash_exp.attempts": status.get("attempt"),
-        **{f"dash_exp.{key}": status.get(key) for key in ("reason", "failure")},
-        **{
-            f"dash_exp.{key}": provenance.get(key)
-            for key in ("requeues", "code_hash", "diff_hash", "packages")
-        },
-        "mlflow.source.git.commit": provenance.get("commit"),
-        "mlflow.source.name": "dash_exp",
-        "dash_exp.model": model.get("origin"),
-        "dash_exp.weights_hash": model.get("weights_hash"),
-        "dash_exp.cpu": hardware.get("cpu"),
-        "dash_exp.gpus": ", ".join(hardware.get("gpus", [])),
-        "dash_exp.hosts": ", ".join(
-            dict.fromkeys(str(a.get("host")) for a in provenance.get("attempts", []))
-        ),
-    }
-    return {
-        key: shorten(_text(value), LONGEST_TAG)
-        for key, value in found.items()
-        if value not in (None, "", {}, [])
-    }
+    hosts = dict.fromkeys(str(one.get("host")) for one in provenance.get("attempts", []))
+    found = {key: provenance.get(key) for key in ("requeues", "code_hash", "diff_hash", "packages")}
+    found |= {"attempts": status.get("attempt"), "reason": status.get("reason")}
+    found |= {"failure": status.get("failure"), "model": model.get("origin"), "cpu": hardware.get("cpu")}
+    found |= {"weights_hash": model.get("weights_hash"), "gpus": ", ".join(hardware.get("gpus", []))}
+    found |= {"hosts": ", ".join(hosts)}
+    tags = {f"dash_exp.{key}": value for key, value in found.items()}
+    tags |= {"mlflow.source.name": "dash_exp", "mlflow.source.git.commit": provenance.get("commit")}
+    given = {key: value for key, value in tags.items() if value not in (None, "", {}, [])}
+    return {key: shorten(_text(value), LONGEST_TAG) for key, value in given.items()}
 
 
 def state_of(folder: Path, status: Row, provenance: Row, ended: int | None = None) -> str:
@@ -229,88 +215,66 @@ def state_of(folder: Path, status: Row, provenance: Row, ended: int | None = Non
     return "running" if not table.known or table.holder(folder / ".lock") else "interrupted"
 
 
-# Sweeps --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """A sweep's manifest. `cells`: names of folders in the pool."""
-
-    name: str
-    folder: Path
-    created_ms: int
-    claim: str
-    cells: frozenset[str]
-
-    def status(self) -> tuple[str, int]:
-        """MLflow's status (running, else waiting, else the worst end), and the last heartbeat in ms."""
-        states, last = [], 0
-        for name in sorted(self.cells):
-            folder = self.folder.parent.parent / "cells" / name
-            status = read_json(folder / "status.json")
-            provenance = read_json(folder / "provenance.json") if status.get("state") == "running" else {}
-            states.append(state_of(folder, status, provenance))
-            last = max(last, milliseconds(float(status.get("heartbeat", 0.0))))
-        return worst_status(states), last
+def sweep_status(sweep: Manifest) -> tuple[str, int]:
+    """A sweep's status for MLflow, and the last heartbeat of its cells in ms."""
+    states, last = [], 0
+    for folder in map(sweep.cell, sweep.entries):
+        status = read_json(folder / "status.json")
+        provenance = read_json(folder / "provenance.json") if status.get("state") == "running" else {}
+        states.append(state_of(folder, status, provenance))
+        last = max(last, milliseconds(float(status.get("heartbeat", 0.0))))
+    return worst_status(states), last
 
 
 def worst_status(states: Sequence[str]) -> str:
+    """Running, else waiting, else the worst end."""
     order = ("running", "pending", "failed", "interrupted", "cancelled", "blocked", "finished")
     return STATUS[next((state for state in order if state in states), "pending")]
 
 
-def read_sweep(folder: Path) -> Sweep | None:
-    """The sweep of a folder; None if there is none, or its manifest cannot be read."""
-    value = read_json(folder / manifest.NAME)
-    try:
-        claim = str(value.get("about", {}).get("claim") or "")
-        cells = frozenset(str(row["folder"]) for row in value["cells"])
-        return Sweep(str(value["name"]), folder, milliseconds(float(value["created"])), claim, cells)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
+def sweeps_below(root: Path) -> list[Manifest]:
+    """All sweeps of an outputs folder whose manifests can be read, oldest first."""
+    found = []
+    for path in (root / "sweeps").glob(f"*/{manifest.NAME}"):
+        with suppress(UserError, KeyError, TypeError, ValueError):
+            found.append(manifest.read(path.parent))
+    return sorted(found, key=lambda one: (one.created, one.name))
 
 
-def sweeps_below(root: Path) -> list[Sweep]:
-    """All sweeps of an outputs folder, oldest first."""
-    found = [read_sweep(path.parent) for path in (root / "sweeps").glob(f"*/{manifest.NAME}")]
-    return sorted((one for one in found if one), key=lambda one: (one.created_ms, one.name))
-
-
-def sweeps_of(folder: Path, sweeps: Sequence[Sweep]) -> list[Sweep]:
+def sweeps_of(folder: Path, sweeps: Sequence[Manifest]) -> list[Manifest]:
     """Those that a cell belongs to: in the order in which they started it, then by age."""
     order: dict[str, int] = {}
     for place, row in enumerate(journal.read(folder)):
         if row.get("sweep"):
             order.setdefault(str(row["sweep"]), place)
-    return sorted((s for s in sweeps if folder.name in s.cells), key=lambda s: order.get(s.name, math.inf))
+    mine = [one for one in sweeps if any(entry.folder == folder.name for entry in one.entries)]
+    return sorted(mine, key=lambda one: order.get(one.name, math.inf))
 
 
-def sweep_run(store: Store, name: str, created_ms: int) -> Run:
+def sweep_run(store: Store, name: str, created: float) -> Run:
     """The parent run of a sweep's cells, created if it does not exist."""
     with store.locked():
         found = store.find(SWEEP, name)
-        return found[0] if found else store.create(name, created_ms, {SWEEP: name})
+        return found[0] if found else store.create(name, milliseconds(created), {SWEEP: name})
 
 
-def sync_sweep(store: Store, sweep: Sweep) -> None:
+def sync_sweep(store: Store, sweep: Manifest) -> None:
     """Give a sweep's run the status of its cells. The lock is held from reading them to writing, so that of
     cells that end at the same time the last one writes the newest status."""
     with store.locked():
-        run = sweep_run(store, sweep.name, sweep.created_ms)
-        store.set_tags(run, {CLAIM: shorten(sweep.claim, LONGEST_TAG)} if sweep.claim else {})
-        store.set_status(run, *sweep.status())
+        run = sweep_run(store, sweep.name, sweep.created)
+        if claim := sweep.about.get("claim"):
+            store.set_tags(run, {CLAIM: shorten(str(claim), LONGEST_TAG)})
+        store.set_status(run, *sweep_status(sweep))
 
 
 def prepare_sweep(place: Place, name: str) -> None:
     """Create schema, experiment and a sweep's run once, before its cells start. A server that does not answer
     is reported on stderr and ignored: each cell's own process tries again."""
     try:
-        sweep_run(Store(place), name, milliseconds(time.time()))
+        sweep_run(Store(place), name, time.time())
     except StoreError as error:
         print_error(f"mirror: {place.shown} is not available yet: {error}")
-
-
-# Cells ---------------------------------------------------------------------------------------------
 
 
 class BusyError(Exception):
@@ -338,7 +302,7 @@ class CellSync:
     """The run of one cell. `run` is None until it was found or created; a failure makes the next call ask the
     server again."""
 
-    def __init__(self, folder: Path, store: Store, sweeps: Sequence[Sweep] | None = None):
+    def __init__(self, folder: Path, store: Store, sweeps: Sequence[Manifest] | None = None):
         self.folder, self.store = folder, store
         self.sweeps = sweeps_of(folder, sweeps_below(folder.parent.parent) if sweeps is None else sweeps)
         self.run: Run | None = None
@@ -398,7 +362,7 @@ class CellSync:
         tags = {**facts.tags, **({DIFFERENT: shorten(differ, LONGEST_TAG)} if differ else {})}
         if PARENT not in run.tags and self.sweeps:
             first = self.sweeps[0]
-            tags[PARENT] = sweep_run(self.store, first.name, first.created_ms).id
+            tags[PARENT] = sweep_run(self.store, first.name, first.created).id
         ours = [name for name in run.tags if name.startswith("dash_exp.") and name != DIGEST]
         self.store.set_tags(run, tags, drop=[name for name in ours if name not in tags])
         self.store.set_status(run, facts.status, facts.end_ms)

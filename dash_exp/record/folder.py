@@ -51,6 +51,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line in one write, so that other processes may append to the file too."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, f"{line}\n".encode())
+    finally:
+        os.close(descriptor)
+
+
 def read_json(path: Path) -> Row:
     """A JSON file, or an empty record where there is none or it is broken."""
     try:
@@ -76,16 +85,12 @@ def read_rows(path: Path) -> Rows:
         return Rows(rows, torn)
     with path.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
-            if not line.strip():
-                continue
-            try:
+            row = None
+            with suppress(ValueError):
                 row = json.loads(line)
-            except ValueError:
-                torn += 1
-                continue
             if isinstance(row, dict):
                 rows.append(row)
-            else:
+            elif line.strip():
                 torn += 1
     return Rows(rows, torn)
 
@@ -180,18 +185,8 @@ class Recorder:
         """Replace status.json; `heartbeat` is the time now."""
         assert state in STATES, state
         failure = more.pop("failure", None)
-        write_json(
-            self.folder / "status.json",
-            {
-                "state": state,
-                "attempt": self.attempt,
-                "step": step,
-                "heartbeat": time.time(),
-                "failure": failure,
-                **self.facts,
-                **more,
-            },
-        )
+        now = {"state": state, "attempt": self.attempt, "step": step, "heartbeat": time.time()}
+        write_json(self.folder / "status.json", {**now, "failure": failure, **self.facts, **more})
 
     def _stream(self, name: str) -> TextIO:
         if name not in self._streams:

@@ -35,7 +35,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dash_exp.errors import ExitCode
-from dash_exp.record.folder import CellBusy, Row, lock, read_json, read_rows, write_json
+from dash_exp.record.folder import CellBusy, Row, append_line, lock, read_json, read_rows, write_json
 
 NAME = "launch.jsonl"
 CLASSES = ("out_of_memory", "timeout", "preemption", "node", "nccl", "nan", "config", "verifier", "unknown")
@@ -83,12 +83,7 @@ BY_TEXT = (
 
 def note(folder: Path, kind: str, **facts: object) -> None:
     """Append one row, in one write."""
-    line = json.dumps({"time": round(time.time(), 3), "kind": kind, **facts}) + "\n"
-    descriptor = os.open(folder / NAME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    append_line(folder / NAME, json.dumps({"time": round(time.time(), 3), "kind": kind, **facts}))
 
 
 def note_end(folder: Path, exit_code: int, failure_class: str | None) -> None:

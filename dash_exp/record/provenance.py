@@ -7,11 +7,11 @@ import os
 import platform
 import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dash_exp import PACKAGE
+from dash_exp.record.identity import package_version
 
 PACKAGES = (
     "torch",
@@ -57,13 +57,8 @@ def git_state() -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: text for name in PACKAGES if (text := package_version(name))}
+    return {"python": platform.python_version(), **found}
 
 
 def hardware(threads: int, gpus: list[str]) -> dict[str, Any]:
