@@ -88,10 +88,9 @@ def _probe() -> tuple[tuple[str, ...], str]:
         return (), "it is not installed"
     reason = "it does not run"
     for prefix in _forms(program):
-        code = "import ctypes, select, socket"
         try:
             done = subprocess.run(
-                [*prefix, sys.executable, "-I", "-c", code],
+                [*prefix, sys.executable, "-I", "-c", "import ctypes, select, socket"],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

@@ -25,6 +25,13 @@ _LEAD = (
 )
 """`\\text{The answer is }` in front."""
 
+
+def _commands(table: str) -> list[tuple[str, str]]:
+    """Patterns of commands; `table` has each replacement before the commands that it stands for."""
+    rows = [row.split() for row in table.split(", ")]
+    return [(rf"\\(?:{'|'.join(commands)})(?![A-Za-z])", meaning) for meaning, *commands in rows]
+
+
 _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -34,12 +41,7 @@ _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\!|\\displaystyle|\\textstyle|\\limits(?![A-Za-z])|\\null(?![A-Za-z])", ""),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|[bB]ig{1,2}[lrm]?)(?![A-Za-z])\s*", ""),
-        (r"\\(?:lbrace)(?![A-Za-z])", r"\{"),
-        (r"\\(?:rbrace)(?![A-Za-z])", r"\}"),
-        (r"\\(?:langle|lparen)(?![A-Za-z])", "("),
-        (r"\\(?:rangle|rparen)(?![A-Za-z])", ")"),
-        (r"\\lbrack(?![A-Za-z])", "["),
-        (r"\\rbrack(?![A-Za-z])", "]"),
+        *_commands(r"\{ lbrace, \} rbrace, ( langle lparen, ) rangle rparen, [ lbrack, ] rbrack"),
         (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\\thinspace(?![A-Za-z])", " "),
         (r"\\phantom\s*(?:\{[^{}]*\}|.)", ""),
         (r"\\(?:[dtcs]|nice)frac(?![A-Za-z])", r"\\frac"),
@@ -61,11 +63,7 @@ _SIMPLE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (_LEAD, ""),
         (r"^(\d+)\s*(?:\\text\{\s*to\s*\}|\bto\b)\s*(\d+)$", r"\1:\2"),  # `3 to 4`
         (r"\\(?:mathbf|boldsymbol|mathit|bm|mathsf|emph|bf|rm)(?![A-Za-z])\s*", ""),
-        (r"\\(?:le|leqslant|leqq)(?![A-Za-z])", r"\\leq"),
-        (r"\\(?:ge|geqslant|geqq)(?![A-Za-z])", r"\\geq"),
-        (r"\\neq(?![A-Za-z])", r"\\ne"),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
+        *_commands(r"\\leq le leqslant leqq, \\geq ge geqslant geqq, \\ne neq, < lt, > gt"),
         (r"<=", r"\\leq "),
         (r">=", r"\\geq "),
         (r"\\(?:thickapprox|approxeq|doteq|simeq)(?![A-Za-z])", r"\\approx"),
@@ -264,9 +262,8 @@ _SPEEDS = {"mph": "miles per hour", "kph": "km per hour", "kmh": "km per hour", 
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWERS_AFTER = {"squared": 2, "cubed": 3}
 _KNOWN = {*_CANONICAL, *_SPEEDS, *_POWERS, *_POWERS_AFTER, "per"}
-_FUNCTIONS = frozenset(
-    ("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "mod", "gcd", "lcm")
-)
+_FUNCTION_NAMES = "sin cos tan cot sec csc log ln exp sqrt mod gcd lcm"
+_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 
 _POWER = r"(?:\^\s*+(?:\{\s*+-?\d\s*+\}|-?\d))"
 _TEXT = r"\\text\{[^{}]*\}\s*+" + _POWER + r"?+\s*+(?:(?:/|\\cdot(?![A-Za-z]))\s*+)?+"

@@ -173,11 +173,8 @@ def _equation(sides: list[str], depth: int) -> Form:
     """`x = 3`, `x = 6/2 = 3` and `6/2 = 3` are values; any other equation is a relation."""
     if NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]):
         sides = sides[::-1]
-    if (
-        len(sides) > 2
-        and all(_VARIABLE.fullmatch(side) for side in sides[:-1])
-        and not has_symbols(sides[-1])
-    ):
+    variables = all(_VARIABLE.fullmatch(side) for side in sides[:-1])
+    if len(sides) > 2 and variables and not has_symbols(sides[-1]):
         value = parse_form(sides[-1], depth=depth + 1)  # `x = y = 2` is `x = 2, y = 2`
         if isinstance(value, Leaf) and len(set(sides)) == len(sides) <= MAX_ITEMS:
             return Group("", "", tuple(replace(value, name=name_of(side)) for side in sides[:-1]))
