@@ -320,7 +320,7 @@ def test_other_code_gives_another_key(tmp_path: Path, monkeypatch: pytest.Monkey
             place = copy / file.relative_to(source) if source.is_dir() else copy
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(file.read_bytes())
-    monkeypatch.setattr(evaluation, "HERE", tmp_path)
+    monkeypatch.setattr(evaluation, "PACKAGE", tmp_path)
     assert sampling_code_hash() == before
     (tmp_path / "sampling" / "hf.py").write_text("")
     assert sampling_code_hash() != before
