@@ -188,7 +188,7 @@ def outcome_table(records: Records, own: Sequence[Variant], model: str, data: st
         rows.append((variant.label, entries))
     return Table(
         f"outcomes-{model}-{data}",
-        f"What samples were worth, {MODEL_NAMES.get(model, model)} on {data}",
+        f"Verdicts on samples, {MODEL_NAMES.get(model, model)} on {data}",
         "Share of verdicts over all completions of training; mean over runs, 95 % interval (Student's t).",
         columns,
         tuple(rows),

@@ -77,7 +77,7 @@ def before(ours: Ours, prompts: Sequence[Prompt], tokenizer: Any, rewards: Rewar
     """
     asked = tokenizer(text=[p.text for p in prompts])["input_ids"]
     tokens = [(tuple(p.token_ids), tuple(ids)) for p, ids in zip(prompts, asked, strict=True)]
-    parts, plan = ours.machine.parts, ours.machine.plan
+    parts, plan = ours.built.parts, ours.built.plan
     chosen = batch(parts.prompts, plan.seed, 1, plan.prompts_per_step)
     calls = requests(chosen, plan.seed, "sample", 1, plan.group_size)
     groups = list(arrived(parts.sampler.stream(calls, parts.decoding)))

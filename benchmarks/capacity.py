@@ -72,7 +72,7 @@ def check(ours: Ours, rounds: int) -> tuple[dict[str, Any], list[dict[str, Any]]
     """The curves, and predicted and real seconds of a step by setting. In each round every point of the
     curves is measured once and every setting run once."""
     collected = Collector(ours)
-    cap = ours.machine.parts.decoding.max_new_tokens
+    cap = ours.built.parts.decoding.max_new_tokens
     others = settings(Setting(tokens=cap, **collected.setting()))
     steps: dict[Setting, list[Row]] = {setting: [] for setting in others}
     for number in range(1, rounds + WARM_UP + 1):

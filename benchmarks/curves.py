@@ -54,7 +54,7 @@ def reduction(config: Config, ours: Ours, folder: Path, rounds: int) -> float | 
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         return None
     threads = max(1, thread_count(config.cluster.threads) // 2)
-    spec = make_spec(config, ours.machine.plan, ours.machine.source.folder, ours.vocabulary, threads)
+    spec = make_spec(config, ours.built.plan, ours.built.source.folder, ours.vocabulary, threads)
     coordinator = start_workers(2, config.learner.timeout_s, folder / "ranks")
     try:
         learner = DistributedLearner(spec, coordinator, 0)
@@ -94,7 +94,7 @@ class Collector:
 
     def __init__(self, ours: Ours):
         self.ours, self.asker = ours, _Asker(ours)
-        plan, s = ours.machine.plan, ours.config.sampler
+        plan, s = ours.built.plan, ours.config.sampler
         self.counts = counts(min(plan.prompts_per_step * plan.group_size, s.max_sequences * s.servers))
         self.decoded: dict[int, list[tuple[float, int, int, int]]] = {n: [] for n in self.counts}
         self.prefilled: list[float] = []
@@ -112,7 +112,7 @@ class Collector:
 
     def setting(self) -> dict[str, Any]:
         """What was measured, in the capacity model's words."""
-        plan, s = self.ours.machine.plan, self.ours.config.sampler
+        plan, s = self.ours.built.plan, self.ours.config.sampler
         apart = s.name == "vllm_servers"
         return {
             "prompts": plan.prompts_per_step,
@@ -135,7 +135,7 @@ class Collector:
             "prompt_tokens": prompt,
             "learner_tokens_per_s": statistics.median(learned),
             "lengths": [group for r in steps for group in r["lengths"]],
-            "cap": self.ours.machine.parts.decoding.max_new_tokens,
+            "cap": self.ours.built.parts.decoding.max_new_tokens,
             "optimizer_s": median(steps, "time/optimizer_s"),
             "sync_s": median(steps, "time/sync_s"),
             "other_s": median(steps, "time/other_s", "time/verify_s"),
@@ -163,7 +163,7 @@ class _Asker:
     """Runs only the sampler, each time with other prompts, so that no prefix is cached."""
 
     def __init__(self, ours: Ours):
-        self.parts, self.plan = ours.machine.parts, ours.machine.plan
+        self.parts, self.plan = ours.built.parts, ours.built.plan
         self.servers = ours.config.sampler.servers
         self._asked = 0
 

@@ -56,7 +56,7 @@ def skewed(longest: int) -> list[int]:
 def give(ours: Ours, *, prompt_tokens: int, lengths: Sequence[int], share: float) -> None:
     """From now on `ours` learns from given groups; in `share` of them rewards differ. The learner, its
     packing and its filter are untouched."""
-    plan, vocabulary = ours.machine.plan, ours.vocabulary
+    plan, vocabulary = ours.built.plan, ours.vocabulary
     prompts = tuple(
         Prompt(
             f"p{n}",

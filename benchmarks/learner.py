@@ -87,7 +87,7 @@ def make_bare(
     from dash_exp.modeling.source import load_model
 
     device = device_of(ours.config.learner.device)
-    model = load_model(ours.machine.source.folder, torch.bfloat16, "sdpa").to(device)
+    model = load_model(ours.built.source.folder, torch.bfloat16, "sdpa").to(device)
     head = model.get_output_embeddings()
     for module in (model.get_input_embeddings(), head):
         module.weight.requires_grad_(not ours.config.learner.freeze_embeddings)

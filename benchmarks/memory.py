@@ -49,7 +49,7 @@ class Setting:
     micro_batch_tokens: int
     logit_chunk: int
     gradient_checkpointing: bool
-    keep_freed_memory: bool
+    tune_malloc: bool
     groups: int
     group_size: int
     prompt_tokens: int
@@ -187,10 +187,10 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
 
     import dash_exp.train.build  # noqa: F401
     from dash_exp.learning.packing import Packer
-    from dash_exp.train.attempt import keep_freed_memory
+    from dash_exp.train.attempt import tune_malloc
 
-    if setting.keep_freed_memory:
-        keep_freed_memory()
+    if setting.tune_malloc:
+        tune_malloc()
     torch.set_num_threads(setting.threads)
     before = resident("VmRSS")
     learner = load_learner(setting, folder)

@@ -18,7 +18,7 @@ from dash_exp.record.folder import Recorder, Row
 from dash_exp.record.identity import resolve_paths
 from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import sample_rows, step_row
-from dash_exp.train.attempt import keep_freed_memory
+from dash_exp.train.attempt import tune_malloc
 from dash_exp.train.build import build
 from dash_exp.train.loop import StepContext, train_step
 from dash_exp.train.parts import Plan
@@ -89,13 +89,13 @@ class Ours:
     ledger and a record of its own in `folder`; no evaluation and no checkpoint."""
 
     def __init__(self, config: Config, cache: Path, folder: Path):
-        keep_freed_memory()
+        tune_malloc()
         self.config = config
-        self.machine = build(config, cache, lambda text: None, folder / "servers", tell_fault)
+        self.built = build(config, cache, lambda text: None, folder / "servers", tell_fault)
         self.ledger = Ledger()
         self.done = 0
         self._stack = ExitStack()
-        self._stack.callback(self.machine.close)
+        self._stack.callback(self.built.close)
         folder.mkdir(parents=True, exist_ok=True)
         self.recorder = self._stack.enter_context(Recorder(folder))
 
@@ -107,24 +107,24 @@ class Ours:
 
     def change(self, **parts: Any) -> None:
         """Put other parts in, for all steps to come."""
-        self.machine = replace(self.machine, parts=replace(self.machine.parts, **parts))
+        self.built = replace(self.built, parts=replace(self.built.parts, **parts))
 
     @property
     def vocabulary(self) -> int:
         """Tokens of the model's tokenizer."""
-        return len(load_tokenizer(self.machine.source.folder))
+        return len(load_tokenizer(self.built.source.folder))
 
     def plan(self, **changes: Any) -> Plan:
         """The plan with something else in it."""
-        return replace(self.machine.plan, **changes)
+        return replace(self.built.plan, **changes)
 
     def step(self, number: int | None = None, plan: Plan | None = None) -> Row:
         """Train one step: the next, or that of this number (its prompts and seeds), by this plan, or by
         the run's. Its row of the record, and the lengths that were sampled."""
         self.done = self.done + 1 if number is None else number
-        parts = self.machine.parts
+        parts = self.built.parts
         self.ledger.close_step()  # the time between two steps belongs to neither
-        plan = plan or self.machine.plan
+        plan = plan or self.built.plan
         facts = train_step(StepContext(plan, parts, self.ledger, self.recorder, self.done))
         self.recorder.append("samples", sample_rows(self.done, facts.groups))
         overlap = self.ledger.overlap_s()

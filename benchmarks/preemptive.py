@@ -63,7 +63,7 @@ def compare(options: Options, tokens: int) -> dict[str, Any]:
             for arm in ("dash", "grpo")
         ]
         dash, grpo = arms
-        prompts = dash.machine.plan.prompts_per_step
+        prompts = dash.built.plan.prompts_per_step
         try:
             sides: dict[str, Any] = {"dash": lambda number: dash.step(number)}
             for call in calls:

@@ -24,7 +24,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     config = config_of("none", 0.0, options.threads, work(options))
     with tempfile.TemporaryDirectory() as scratch, Ours(config, options.cache, Path(scratch)) as ours:
-        parts, plan = ours.machine.parts, ours.machine.plan
+        parts, plan = ours.built.parts, ours.built.plan
         chosen = batch(parts.prompts, plan.seed, 1, plan.prompts_per_step)
         calls = requests(chosen, plan.seed, "sample", 1, plan.group_size)
         sampler: Any = parts.sampler
@@ -85,15 +85,15 @@ def settings_of(ours: Any, calls: Any, threads: int) -> dict[str, Any]:
 
     from dash_exp.sampling.vllm.engine import unsplit_prompts
 
-    s, decoding = ours.config.sampler, ours.machine.parts.decoding
-    longest = ours.machine.parts.sampler.llm.llm_engine.model_config.max_model_len
+    s, decoding = ours.config.sampler, ours.built.parts.decoding
+    longest = ours.built.parts.sampler.llm.llm_engine.model_config.max_model_len
     on_gpu = torch.cuda.is_available()
     more = {"gpu_memory_utilization": s.gpu_memory_utilization} if on_gpu else unsplit_prompts(longest)
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "both engines run within their process"
     return {
         "threads": threads,
         "engine": {
-            "model": str(ours.machine.source.folder),
+            "model": str(ours.built.source.folder),
             "dtype": s.dtype,
             "max_model_len": longest,
             "max_num_seqs": s.max_sequences,

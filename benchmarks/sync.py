@@ -57,7 +57,7 @@ def syncs(options: Options, engine: str) -> dict[str, Any]:
     overrides = asked(options, f"sampler={engine}", "sampler.streaming=false")
     config = config_of("none", 0.0, options.threads, overrides)
     with tempfile.TemporaryDirectory() as scratch, Ours(config, options.cache, Path(scratch)) as ours:
-        sampler: Any = ours.machine.parts.sampler
+        sampler: Any = ours.built.parts.sampler
         ours.step()
         named = list(sampler.weights())
         size = sum(tensor.nbytes for _, tensor in named)

@@ -34,10 +34,10 @@ def take_turns(
     from dash_exp.verifiers.judges import InlineJudge, judge_integer
 
     ours = Ours(config, cache, scratch / "ours")
-    plan, count = ours.machine.plan, updates + WARM_UP
+    plan, count = ours.built.plan, updates + WARM_UP
     rewards: Rewards = integer_rewards
     if share is not None:
-        prompts = ours.machine.parts.prompts
+        prompts = ours.built.parts.prompts
         ours.change(
             prompts=marked(prompts, plan.seed, count, plan.prompts_per_step, share),
             judges={prompts.name: SetJudge(plan.group_size)},
@@ -45,12 +45,12 @@ def take_turns(
         rewards = SetRewards(plan.group_size)
     rows: list[dict[str, Any]] = []
     seen, turns = Seen(rewards), Turns(lambda: rows.append(ours.step()))
-    parts = ours.machine.parts
+    parts = ours.built.parts
     steps = range(1, count + 1)
     asked = [p for s in steps for p in batch(parts.prompts, plan.seed, s, plan.prompts_per_step)]
     trainer = make_trainer(
         config,
-        ours.machine.source.folder,
+        ours.built.source.folder,
         scratch / "trl",
         asked,
         parts.decoding.stop_ids,

@@ -32,7 +32,7 @@ from dash_exp.config.schema import Config, changed, dataset_places
 from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, print_error, run_command
 from dash_exp.sampling.fleet.member import KEY_VARIABLE, LAUNCH, Launch, ServerProcess, ServerSettings
 from dash_exp.sampling.transfer import ENGINES
-from dash_exp.signals import Interrupted, Stop, handling, share_cores
+from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning
 from dash_exp.text import format_path
 
 USAGE = "python -m dash_exp.serve [model=<option>] [serve.port=8000] [key=value ...]"
@@ -174,7 +174,7 @@ def refuse_taken(host: str, port: int) -> None:
 
 def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
     """Serve until a signal ends it. `launch`: the program of the server. Returns an exit code."""
-    share_cores()
+    reduce_openmp_spinning()
     root = Path(command.config.run.dir)
     folder = root / "servers"
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,20 +33,20 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """Remembers the first signal while `patient`, so that the step can end and a checkpoint be written;
+    """Remembers the first signal while `deferred`, so that the step can end and a checkpoint be written;
     otherwise, and at the second signal, raises `Interrupted`."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self.patient = False
-        self._asked_at = 0.0
+        self.received: int | None = None
+        self.deferred = False
+        self._received_at = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == self.asked and number in SCHEDULERS and now - self._asked_at < ECHO_S:
+        if number == self.received and number in SCHEDULERS and now - self._received_at < ECHO_S:
             return
-        first, self.asked, self._asked_at = self.asked is None, number, now
-        if not (first and self.patient):
+        first, self.received, self._received_at = self.received is None, number, now
+        if not (first and self.deferred):
             raise Interrupted(number)
         print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
@@ -89,7 +89,7 @@ def run_forwarding(command: list[str], output: Path | None = None) -> tuple[int,
     return code, forwarded[0] if forwarded else None
 
 
-def share_cores() -> None:
+def reduce_openmp_spinning() -> None:
     """Before torch is imported: let its threads sleep soon when they wait for each other. GNU OpenMP
     spins for milliseconds by default, which is no faster on an idle machine and makes a step many times
     slower beside another busy process. OMP_WAIT_POLICY, if set, wins."""
@@ -97,7 +97,7 @@ def share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Let glibc reuse freed memory instead of returning it: on CPU, fresh pages for every large
     temporary cost about a tenth of a step. Elsewhere nothing happens."""
     if sys.platform == "linux":

@@ -33,11 +33,11 @@ from dash_exp.errors import (
     print_error,
     run_command,
 )
-from dash_exp.learning.settings import launched_place
+from dash_exp.learning.settings import rank_from_environment
 from dash_exp.mirror.follow import Follower
 from dash_exp.record.folder import CellBusy, Recorder, archive, read_final, read_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen, resolve_paths
-from dash_exp.signals import Interrupted, Stop, handling, run_forwarding, share_cores
+from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning, run_forwarding
 from dash_exp.text import format_path
 from dash_exp.train.budget import Blocked, find_partner
 from dash_exp.train.display import Display
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 def run_config(config: Config, apart: bool = False) -> int:
     """Freeze the cell of this config and run it, in this process or, `apart`, in a new one (so that the
     cells of a sweep share nothing). Returns an exit code. Raises UserError."""
-    if apart and launched_place(os.environ) is not None:
+    if apart and rank_from_environment(os.environ) is not None:
         what = "torchrun and srun start the ranks of one cell, not a sweep"
         raise UserError(Fault("-m", what, "leave them out: a sweep starts the ranks of each cell itself"))
     return run_on_ranks(config, lambda links: freeze_and_run(config, apart, links))
@@ -81,14 +81,14 @@ def freeze_and_run(config: Config, apart: bool, links: Coordinator | None) -> in
 def run_on_ranks(config: Config, cell: Callable[[Coordinator | None], int]) -> int:
     """Run a cell. If torchrun or srun started the ranks of its learner, rank 0 runs it and the others serve
     rank 0; they touch neither the cell's lock nor its record."""
-    place = launched_place(os.environ)
+    place = rank_from_environment(os.environ)
     if place is None:
         return cell(None)
     if place.size != config.learner.ranks:
         what = f"got {config.learner.ranks}, but {place.size} processes were started together"
         hint = f"set learner.ranks={place.size}, or start {config.learner.ranks}"
         raise UserError(Fault("learner.ranks", what, hint))
-    share_cores()
+    reduce_openmp_spinning()
     from dash_exp.learning.distributed.launch import connect_rank_0, run_worker
 
     if place.rank > 0:
@@ -146,7 +146,7 @@ def run_locked(
     """One attempt at a cell; however it ends, the end becomes a status and an exit code."""
     step = int(read_json(folder / "status.json").get("step", 0))
     recorder.status("running", step)
-    share_cores()
+    reduce_openmp_spinning()
     try:
         known = "budget" in read_json(folder / "provenance.json")  # read by an earlier attempt
         partner = find_partner(config, folder.parent) if config.budget.match and not known else None
@@ -166,8 +166,8 @@ def run_locked(
         failure, trace = str(error), ""
         if not isinstance(error, UserError):
             failure, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        if stop.asked is not None:  # the signal ended a helper process that the step still needed
-            return record_interrupted(recorder, display, stop.asked, f"{failure}\n{trace}")
+        if stop.received is not None:  # the signal ended a helper process that the step still needed
+            return record_interrupted(recorder, display, stop.received, f"{failure}\n{trace}")
         record_end(recorder, "failed", failure, trace)
         raise
     return ExitCode.OK

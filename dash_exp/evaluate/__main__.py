@@ -37,18 +37,18 @@ from dash_exp.record.folder import (
     write_json,
 )
 from dash_exp.record.identity import freeze, model_hash, resolve_paths, weights_hash
-from dash_exp.signals import Interrupted, Stop, handling, share_cores
+from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning
 from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
 from dash_exp.train.display import Display
 
 if TYPE_CHECKING:
-    from dash_exp.train.engine import Answerer
+    from dash_exp.train.inference import InferenceModel
 
 
 def run(subject: Subject) -> int:
     """Evaluate, or show the recorded result. Returns an exit code."""
-    share_cores()
-    from dash_exp.train.engine import Answerer
+    reduce_openmp_spinning()
+    from dash_exp.train.inference import InferenceModel
 
     config = resolve_paths(subject.config)
     subject = replace(subject, config=config)
@@ -58,9 +58,9 @@ def run(subject: Subject) -> int:
     if config.model.path:
         _refuse_damage(Path(config.model.path))
     display = Display(0, config.run.progress)
-    with Answerer.of(config, cache) as answerer:
-        sets = answerer.questions.held_out()
-        keys = {one.label: _key(answerer, one, cache) for one in sets}
+    with InferenceModel.of(config, cache) as inference:
+        sets = inference.prompt_builder.held_out()
+        keys = {one.label: _key(inference, one, cache) for one in sets}
         digest = _digest({"keys": keys, "k": list(config.evaluation.k), "step": subject.step})
         frozen = {key: value for key, value in asdict(config).items() if key not in ACTIONS}
         folder = subject.place / f"{_readable(subject.name)}-{digest}"
@@ -71,7 +71,7 @@ def run(subject: Subject) -> int:
             if read_json(folder / "status.json").get("state") == "finished":
                 display.note(f"{format_path(folder)} is known; run.force=true archives it and runs again.")
             else:
-                job = Job(subject, answerer, sets, keys, cache, recorder, display)
+                job = Job(subject, inference, sets, keys, cache, recorder, display)
                 code = job.run()
                 if code != ExitCode.OK:
                     return code
@@ -79,11 +79,11 @@ def run(subject: Subject) -> int:
     return ExitCode.OK
 
 
-def _key(answerer: Answerer, one: EvalSet, cache: Path) -> dict[str, Any]:
-    from dash_exp.train.engine import engine_facts
+def _key(inference: InferenceModel, one: EvalSet, cache: Path) -> dict[str, Any]:
+    from dash_exp.train.inference import engine_facts
 
-    weights = model_hash(answerer.source.folder, cache)
-    return base_key(one, weights, engine_facts(answerer.config), answerer.config.seed)
+    weights = model_hash(inference.source.folder, cache)
+    return base_key(one, weights, engine_facts(inference.config), inference.config.seed)
 
 
 def _refuse_damage(folder: Path) -> None:
@@ -109,7 +109,7 @@ class Job:
     """One evaluation, writing to its folder."""
 
     subject: Subject
-    answerer: Answerer
+    inference: InferenceModel
     sets: tuple[EvalSet, ...]
     keys: Mapping[str, dict[str, Any]]
     cache: Path
@@ -147,7 +147,7 @@ class Job:
         start = time.time()
 
         def compute() -> Any:
-            return evaluate(one, self.answerer.sampler(asked), self.subject.config.seed)
+            return evaluate(one, self.inference.sampler(asked), self.subject.config.seed)
 
         if self.subject.step == 0 and not self.subject.config.run.force:
             result, hit = shared(one, self.keys[one.label], self.cache / "base_results", compute)
@@ -164,9 +164,9 @@ class Job:
         self.display.note(text)
 
     def note_provenance(self) -> None:
-        from dash_exp.train.engine import hardware_facts
+        from dash_exp.train.inference import hardware_facts
 
-        path, source = self.recorder.folder / "provenance.json", self.answerer.source
+        path, source = self.recorder.folder / "provenance.json", self.inference.source
         facts = provenance.collect(
             read_json(path),
             self.recorder.attempt,

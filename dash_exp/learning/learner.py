@@ -54,7 +54,7 @@ class StateFacts:
 class Learner:
     """Owns the policy, whose weights move by the sums of its gradients.
 
-    `forward`: how passes are computed; `hold`: what keeps the policy's tensors.
+    `forward`: how passes are computed; `weights_factory`: makes what keeps the policy's tensors.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Learner:
         objective: Objective,
         optimization: Optimization,
         forward: Forward,
-        hold: Callable[[Scorer, str], Weights] = Weights,
+        weights_factory: Callable[[Scorer, str], Weights] = Weights,
     ):
         self.objective, self.optimization = objective, optimization
         self.model = model.eval()  # dropout is never on: two scorings of a sample are identical
@@ -80,16 +80,17 @@ class Learner:
             chunk=forward.logit_chunk,
         )
         self.reference: Scorer | None = None
-        if objective.beta > 0 and optimization.adapters is None:  # else the base lies beneath the adapters
+        if objective.beta > 0 and optimization.adapters is None:
+            # with LoRA the reference is the model with adapters disabled
             dtype = torch.float32 if optimization.precision == "fp32" else torch.bfloat16
             self.reference = scorer(frozen_copy(model, dtype))
         if forward.gradient_checkpointing:
             model.train()  # transformers checkpoints in training mode only
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = scorer(model)
-        self.weights = hold(self.policy, optimization.precision)
+        self.weights = weights_factory(self.policy, optimization.precision)
         if self.reference is not None:
-            self.weights.hold_reference(self.reference)
+            self.weights.attach_reference(self.reference)
         self.masters, self.gradients = self.weights.masters, self.weights.gradients
         for master in self.masters.values():
             master.grad = None
@@ -145,13 +146,13 @@ class Learner:
         """Log-probabilities [C] of the initial model; None where the objective has no KL term."""
         if self.objective.beta == 0:
             return None
-        packed, found = self._pack(batch), None
+        packed = self._pack(batch)
         if self.reference is not None:
-            found = self.reference(packed)[0]
-        else:
-            with adapters_disabled(self.model):
-                found = self.policy(packed)[0]
-        return found
+            logprobs: Tensor = self.reference(packed)[0]
+            return logprobs
+        with adapters_disabled(self.model):
+            logprobs = self.policy(packed)[0]
+        return logprobs
 
     def accumulate(
         self, batch: MicroBatch, reference: Tensor | None = None, old: Tensor | None = None
@@ -159,8 +160,8 @@ class Learner:
         """Forward and backward of one micro-batch, adding to the gradient sums.
 
         `reference` [C] comes from `reference_logprobs`. `old` [C] are the log-probabilities at the
-        sampling weights; None where the current weights are those (the first update of a batch), whose
-        own detached values then serve. Returns the log-probabilities [C], detached.
+        sampling weights; None where the current weights are those (the first update of a batch): then the
+        current log-probabilities, detached, are used. Returns the log-probabilities [C], detached.
         """
         goal = self.objective
         packed = self._pack(batch)
@@ -199,14 +200,14 @@ class Learner:
         Where nothing was accumulated (every completion dropped), or nothing is counted, nothing moves,
         not even by momentum or weight decay; the update still counts for the schedule.
         """
-        lr, beta, touched = self.lr, self.beta, self.weights.touched
+        lr, beta, has_gradient = self.lr, self.beta, self.weights.has_gradient
         self.updates += 1
         self._laid_out = None
-        if not touched or denominator == 0:
-            touched.clear()
+        if not has_gradient or denominator == 0:
+            has_gradient.clear()
             return UpdateStats(0.0, lr, beta, skipped=True)
         norm = self.weights.norm() / denominator
-        touched.clear()
+        has_gradient.clear()
         if not math.isfinite(norm):
             return UpdateStats(norm, lr, beta, skipped=True, finite=False)
         scale = min(1.0, self.optimization.max_grad_norm / (norm + 1e-6)) / denominator
@@ -223,7 +224,7 @@ class Learner:
 
     def discard(self) -> None:
         """Forget what was accumulated, gradients and metrics alike."""
-        self.weights.touched.clear()
+        self.weights.has_gradient.clear()
         self.sums = BatchSums()
         self._laid_out = None
 
@@ -245,7 +246,7 @@ class Learner:
         self.discard()
 
     def checksums(self) -> dict[str, str]:
-        """Of everything that updates move, by name."""
+        """Checksums of everything that updates move, by name."""
         return {name: checksum(master) for name, master in self.masters.items()}
 
     def snapshot(self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None) -> Snapshot:
@@ -282,8 +283,8 @@ class Learner:
         def full(name: str, key: str) -> Tensor:
             tensor = torch.empty(held.shape(name), dtype=torch.float32, device=held.device)
             if snapshot is not None:
-                kind, _, rest = key.partition("/")
-                tensor.copy_(snapshot.weights[rest] if kind == "weights" else snapshot.optimizer[key])
+                kind, _, weight = key.partition("/")
+                tensor.copy_(snapshot.weights[weight] if kind == "weights" else snapshot.optimizer[key])
             broadcast(tensor)
             return tensor
 

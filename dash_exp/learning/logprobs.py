@@ -36,39 +36,39 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
-        unit = hidden.requires_grad and not weight.requires_grad
-        direction = torch.empty_like(hidden) if unit else None
+        frozen_output = hidden.requires_grad and not weight.requires_grad
+        unit_gradient = torch.empty_like(hidden) if frozen_output else None
         used = weight[: output.vocabulary]
         for rows in torch.arange(len(hidden), device=hidden.device).split(output.chunk):
             start, stop = int(rows[0]), int(rows[-1]) + 1
             y = targets[start:stop]
             logits = _logits(hidden[start:stop], used, output.temperature)
             picked = logits.gather(1, y[:, None]).squeeze(1)
-            top = logits.amax(dim=1, keepdim=True)
-            logits -= top
-            powers = logits.exp()
-            total = powers.sum(dim=1)
+            max_logit = logits.amax(dim=1, keepdim=True)
+            logits -= max_logit
+            exp_logits = logits.exp()
+            total = exp_logits.sum(dim=1)
             log_total = total.log()
-            logprobs[start:stop] = picked - top.squeeze(1) - log_total
-            weighted = torch.linalg.vecdot(powers, logits)
+            logprobs[start:stop] = picked - max_logit.squeeze(1) - log_total
+            weighted = torch.linalg.vecdot(exp_logits, logits)
             entropy[start:stop] = log_total - weighted / total
-            if direction is not None:
+            if unit_gradient is not None:
                 # 1 - p_y has to be formed before rounding: bf16 cannot tell 0.998 from 1
-                error = powers.div_(total[:, None])
+                error = exp_logits.div_(total[:, None])
                 error.scatter_add_(1, y[:, None], torch.full_like(error[:, :1], -1.0))
-                direction[start:stop] = (error.to(hidden.dtype) @ used).div_(-output.temperature)
-        ctx.save_for_backward(hidden, weight, targets, direction)
+                unit_gradient[start:stop] = (error.to(hidden.dtype) @ used).div_(-output.temperature)
+        ctx.save_for_backward(hidden, weight, targets, unit_gradient)
         ctx.output = output
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, direction = ctx.saved_tensors
+        hidden, weight, targets, unit_gradient = ctx.saved_tensors
         temperature, vocabulary, chunk = ctx.output
         upstream = grads[0]
-        if direction is not None:
-            return upstream[:, None].to(direction.dtype) * direction, None, None, None
+        if unit_gradient is not None:
+            return upstream[:, None].to(unit_gradient.dtype) * unit_gradient, None, None, None
         used = weight[:vocabulary]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
@@ -151,8 +151,8 @@ class Scorer(torch.nn.Module):
 
 def frozen_copy(model: Any, dtype: torch.dtype) -> Any:
     """An equal model without gradients, in another type; no tensor is ever held in both at once."""
-    made = {
+    copies = {
         id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
         for p in model.parameters()
     }
-    return copy.deepcopy(model, memo=made).eval()
+    return copy.deepcopy(model, memo=copies).eval()

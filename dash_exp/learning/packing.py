@@ -36,8 +36,8 @@ class Piece:
     @property
     def tokens(self) -> int:
         group = self.source.group
-        own = sum(len(group.completions[i].token_ids) - 1 for i in self.indices)
-        return len(group.prompt.token_ids) + own
+        completion_tokens = sum(len(group.completions[i].token_ids) - 1 for i in self.indices)
+        return len(group.prompt.token_ids) + completion_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +97,12 @@ def cut(piece: Piece, max_tokens: int) -> Iterator[Piece]:
     taken: list[int] = []
     room = max_tokens - len(group.prompt.token_ids)
     for i in piece.indices:
-        own = len(group.completions[i].token_ids) - 1
-        if taken and own > room:
+        tokens = len(group.completions[i].token_ids) - 1
+        if taken and tokens > room:
             yield Piece(piece.source, tuple(taken))
             taken, room = [], max_tokens - len(group.prompt.token_ids)
         taken.append(i)
-        room -= own
+        room -= tokens
     if taken:
         yield Piece(piece.source, tuple(taken))
 
@@ -272,10 +272,10 @@ def _mask(visible: Tensor, device: torch.device | str) -> Tensor:
 def _similar(owns: Sequence[Row]) -> Iterator[list[Row]]:
     """Longest first; each part holds what is at least half as long as its first."""
     part: list[Row] = []
-    for own in sorted(owns, key=lambda own: own[0] - own[1]):
-        if part and 2 * (own[1] - own[0]) < part[0][1] - part[0][0]:
+    for row in sorted(owns, key=lambda row: row[0] - row[1]):
+        if part and 2 * (row[1] - row[0]) < part[0][1] - part[0][0]:
             yield part
             part = []
-        part.append(own)
+        part.append(row)
     if part:
         yield part

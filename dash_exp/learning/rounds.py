@@ -1,5 +1,5 @@
-"""Rounds: the micro-batches that the ranks of a learner work on at the same time, one each; and what the
-training loop calls of a learner, `RoundLearner`.
+"""Rounds: the micro-batches that the ranks of a learner work on at the same time, one each (`Rounds`); and
+learners that compute them: the protocol `RoundLearner`, and `LocalLearner` for a single process.
 
 A round lasts as long as its largest micro-batch, so work is balanced by tokens. Full micro-batches are nearly
 equal; what is left at a flush, and a mini-batch that is known completely, is distributed anew where that is
@@ -28,7 +28,7 @@ Round = tuple[MicroBatch, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Backpropagated:
+class MicroBatchResult:
     """A micro-batch's log-probabilities, and when it was computed (seconds since the epoch)."""
 
     logprobs: Tensor
@@ -55,7 +55,7 @@ class RoundLearner(Protocol):
     def logprobs(self, ready: Round) -> list[Tensor]: ...
     def accumulate(
         self, ready: Round, references: Sequence[Tensor | None], old: Sequence[Tensor | None] | None = None
-    ) -> list[Backpropagated]: ...
+    ) -> list[MicroBatchResult]: ...
     def update(self, denominator: float) -> UpdateStats: ...
     def take_sums(self) -> dict[str, float]: ...
     def compute_weights(self) -> Iterator[tuple[str, Tensor]]: ...
@@ -76,30 +76,30 @@ class LocalLearner:
         self.workers: tuple[str, ...] = ("learner",)
         self.update, self.take_sums = learner.update, learner.take_sums
         self.preflight, self.snapshot, self.restore = learner.preflight, learner.snapshot, learner.restore
-        self.compute_weights = learner.weights.computed
+        self.compute_weights = learner.weights.iter_weights
 
     @property
     def updates(self) -> int:
         return self.local.updates
 
     def reference_logprobs(self, ready: Round) -> list[Tensor | None]:
-        """Of each micro-batch under the initial model; None where the objective has no KL term."""
+        """Log-probabilities of each micro-batch under the initial model; None without a KL term."""
         return [self.local.reference_logprobs(micro_batch) for micro_batch in ready]
 
     def logprobs(self, ready: Round) -> list[Tensor]:
-        """Of each micro-batch under the current policy."""
+        """Log-probabilities of each micro-batch under the current policy."""
         return [self.local.logprobs(micro_batch) for micro_batch in ready]
 
     def accumulate(
         self, ready: Round, references: Sequence[Tensor | None], old: Sequence[Tensor | None] | None = None
-    ) -> list[Backpropagated]:
+    ) -> list[MicroBatchResult]:
         """Forward and backward of each micro-batch; see `Learner.accumulate`."""
-        done = []
+        results = []
         for micro_batch, reference, before in zip(ready, references, old or [None] * len(ready), strict=True):
             start = time.time()
             logprobs = self.local.accumulate(micro_batch, reference, before)
-            done.append(Backpropagated(logprobs, start, time.time()))
-        return done
+            results.append(MicroBatchResult(logprobs, start, time.time()))
+        return results
 
     def release(self) -> None:
         """Free GPU memory that is cached but unused, for other processes."""
@@ -122,16 +122,11 @@ class Rounds:
                 yield tuple(self._pending)
                 self._pending = []
 
-    def take(self, group: AdvantagedGroup | None) -> Iterator[Round]:
-        """Add a group; None where none has finished: then the pending micro-batches are a round, so that
-        ranks do not wait. How a batch is cut depends on time then, its gradient does not."""
-        yield from self.flush() if group is None else self.add(group)
-
     def flush(self) -> Iterator[Round]:
         """Yield the rounds of all pending micro-batches."""
-        rest = [*self._pending, *self.packer.flush()]
+        pending = [*self._pending, *self.packer.flush()]
         self._pending = []
-        yield from balanced(rest, self.width, self.packer.max_tokens)
+        yield from balanced(pending, self.width, self.packer.max_tokens)
 
 
 def balanced(ready: Sequence[MicroBatch], width: int, max_tokens: int) -> list[Round]:
@@ -142,46 +137,49 @@ def balanced(ready: Sequence[MicroBatch], width: int, max_tokens: int) -> list[R
     in_order = [tuple(ready[i : i + width]) for i in range(0, len(ready), width)]
     pieces = [piece for batch in ready for piece in batch.pieces]
     prompts = [len(p.source.group.prompt.token_ids) for p in pieces]
-    own = sum(p.tokens for p in pieces) - sum(prompts)
-    share = max(prompts) + math.ceil(own / (width * len(in_order)))
+    completion_tokens = sum(p.tokens for p in pieces) - sum(prompts)
+    share = max(prompts) + math.ceil(completion_tokens / (width * len(in_order)))
     smaller = [small for p in pieces for small in cut(p, min(share, max_tokens))]
-    dealt = (deal(some, width, max_tokens) for some in (pieces, smaller))
-    rounds = [
-        [tuple(MicroBatch(tuple(own), ready[0].aggregation, ready[0].rows) for own in one) for one in way]
-        for way in dealt
-    ]
-    return min((in_order, *rounds), key=length)
+
+    def as_round(bins: Sequence[Sequence[Piece]]) -> Round:
+        return tuple(MicroBatch(tuple(content), ready[0].aggregation, ready[0].rows) for content in bins)
+
+    by_group, by_piece = (
+        [as_round(bins) for bins in balance(parts, width, max_tokens)] for parts in (pieces, smaller)
+    )
+    return min((in_order, by_group, by_piece), key=length)
 
 
 def length(rounds: Sequence[Round]) -> int:
     """Tokens that the busiest rank of each round computes, in all."""
-    return sum(max(batch.tokens for batch in one) for one in rounds)
+    return sum(max(batch.tokens for batch in ready) for ready in rounds)
 
 
-def deal(pieces: Sequence[Piece], width: int, max_tokens: int) -> list[list[list[Piece]]]:
-    """Rounds of up to `width` hands of pieces that fit `max_tokens`: longest first, each to the smallest
-    hand. Within a hand pieces keep their order; hands of like size share a round."""
+def balance(pieces: Sequence[Piece], width: int, max_tokens: int) -> list[list[list[Piece]]]:
+    """Rounds of up to `width` bins of pieces that fit `max_tokens`: longest first, each to the smallest bin.
+    Within a bin pieces keep their order; bins of like size share a round."""
     total = sum(p.tokens for p in pieces)
-    hands = width * math.ceil(total / (width * max_tokens))
-    while not _fits(made := _dealt(pieces, hands), max_tokens):
-        hands += width
-    sized = sorted((hand for hand in made if hand), key=_tokens, reverse=True)
-    return [sized[i : i + width] for i in range(0, len(sized), width)]
+    count = width * math.ceil(total / (width * max_tokens))
+    while not _fits(bins := _assign(pieces, count), max_tokens):
+        count += width
+    by_size = sorted((content for content in bins if content), key=_tokens, reverse=True)
+    return [by_size[i : i + width] for i in range(0, len(by_size), width)]
 
 
-def _dealt(pieces: Sequence[Piece], hands: int) -> list[list[Piece]]:
-    taken: list[list[int]] = [[] for _ in range(hands)]
-    loads = [0] * hands
+def _assign(pieces: Sequence[Piece], count: int) -> list[list[Piece]]:
+    """Pieces in `count` bins, some of them perhaps empty or too full."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
     for index in sorted(range(len(pieces)), key=lambda i: -pieces[i].tokens):
-        least = loads.index(min(loads))
-        taken[least].append(index)
-        loads[least] += pieces[index].tokens
-    return [[pieces[i] for i in sorted(hand)] for hand in taken]
+        smallest = loads.index(min(loads))
+        bins[smallest].append(index)
+        loads[smallest] += pieces[index].tokens
+    return [[pieces[i] for i in sorted(content)] for content in bins]
 
 
-def _fits(hands: Sequence[Sequence[Piece]], max_tokens: int) -> bool:
-    return all(len(hand) <= 1 or _tokens(hand) <= max_tokens for hand in hands)
+def _fits(bins: Sequence[Sequence[Piece]], max_tokens: int) -> bool:
+    return all(len(content) <= 1 or _tokens(content) <= max_tokens for content in bins)
 
 
-def _tokens(hand: Sequence[Piece]) -> int:
-    return sum(piece.tokens for piece in hand)
+def _tokens(content: Sequence[Piece]) -> int:
+    return sum(piece.tokens for piece in content)

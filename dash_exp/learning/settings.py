@@ -131,7 +131,7 @@ node use different ones."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankInfo:
     """Rank `rank` of `size`; `local_rank` of `local_size` on its machine. `address`, `port`: rank 0's."""
 
     rank: int
@@ -142,12 +142,12 @@ class Place:
     port: int
 
 
-def launched_place(environ: Mapping[str, str]) -> Place | None:
+def rank_from_environment(environ: Mapping[str, str]) -> RankInfo | None:
     """This process among those that torchrun or srun started; None for a single process. Raises UserError
     where the variables are incomplete or malformed."""
     try:
         if int(environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in environ:
-            return Place(
+            return RankInfo(
                 int(environ["RANK"]),
                 int(environ["WORLD_SIZE"]),
                 int(environ["LOCAL_RANK"]),
@@ -156,7 +156,7 @@ def launched_place(environ: Mapping[str, str]) -> Place | None:
                 int(environ["MASTER_PORT"]),
             )
         if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
-            return _slurm_place(environ)
+            return _slurm_rank(environ)
     except KeyError as error:
         hint = "start all ranks with torchrun or srun"
         raise UserError(Fault(error.args[0], "is not set, but RANK and WORLD_SIZE are", hint)) from error
@@ -165,10 +165,10 @@ def launched_place(environ: Mapping[str, str]) -> Place | None:
     return None
 
 
-def _slurm_place(environ: Mapping[str, str]) -> Place:
+def _slurm_rank(environ: Mapping[str, str]) -> RankInfo:
     job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", "0"))
     each = re.match(r"\d+", environ["SLURM_STEP_TASKS_PER_NODE"])  # "2(x2),1": rank 0 is on the first
-    return Place(
+    return RankInfo(
         int(environ["SLURM_PROCID"]),
         int(environ["SLURM_STEP_NUM_TASKS"]),
         int(environ["SLURM_LOCALID"]),
@@ -180,13 +180,13 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
 
 def first_host(nodes: str) -> str:
     """The first of a SLURM list of nodes: `gpu[03-05,9],other` begins with `gpu03`."""
-    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
-    if not found:
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if not match:
         raise ValueError(f"no list of nodes: {nodes!r}")
-    return f"{found[1]}{found[2] or ''}{found[3] or ''}"
+    return f"{match[1]}{match[2] or ''}{match[3] or ''}"
 
 
 def local_ranks(ranks: int, environ: Mapping[str, str]) -> int:
     """How many of the learner's ranks are on this machine."""
-    place = launched_place(environ)
-    return ranks if place is None else place.local_size
+    here = rank_from_environment(environ)
+    return ranks if here is None else here.local_size

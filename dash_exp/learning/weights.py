@@ -25,7 +25,7 @@ BUCKET = 1 << 24
 class Weights:
     """The complete tensors (distributed/sharding.py has a part of each). With `bf16_mixed` every trainable
     tensor has an fp32 master and the model holds its rounded copy; with `fp32` and `bf16` the model's own are
-    the masters. `gradients`: fp32 sums; those of tensors not in `touched` are meaningless."""
+    the masters. `gradients`: fp32 sums; those of tensors not in `has_gradient` are meaningless."""
 
     sharded = False
 
@@ -44,17 +44,17 @@ class Weights:
     def _register_hooks(self) -> None:
         """Let each backward add its gradients to the fp32 sums at once, and free them."""
         self.gradients = {name: torch.zeros_like(m, dtype=torch.float32) for name, m in self.masters.items()}
-        self.touched: set[str] = set()
+        self.has_gradient: set[str] = set()
 
         def to_sum(name: str) -> Any:
             def add(parameter: Tensor) -> None:
                 assert parameter.grad is not None
                 gradient = self._local(parameter.grad)
-                if name in self.touched:
+                if name in self.has_gradient:
                     self.gradients[name] += gradient
                 else:
                     self.gradients[name].copy_(gradient)
-                    self.touched.add(name)
+                    self.has_gradient.add(name)
                 parameter.grad = None
 
             return add
@@ -67,29 +67,29 @@ class Weights:
         """The part of a tensor of the model that this rank holds."""
         return tensor
 
-    def hold_reference(self, reference: Scorer) -> None:
+    def attach_reference(self, reference: Scorer) -> None:
         """Hold the model that the KL term refers to in the same way as the policy."""
 
     # --- an update ---
 
     def all_reduce_gradients(self, all_reduce: Callable[[Tensor], None]) -> None:
-        """Sum the gradients over all ranks; `all_reduce` sums one tensor, in place. A tensor that no rank
-        touched stays untouched; one that another rank touched counts as 0 here."""
+        """Sum the gradients over all ranks; `all_reduce` sums one tensor, in place. A tensor without
+        a gradient on any rank stays as it is; one with a gradient on another rank only counts as 0 here."""
         names = list(self.masters)
-        touched = torch.tensor([name in self.touched for name in names], dtype=torch.float32)
-        touched = touched.to(self.device)
-        all_reduce(touched)
-        wanted = [name for name, count in zip(names, touched.tolist(), strict=True) if count > 0]
+        used = torch.tensor([name in self.has_gradient for name in names], dtype=torch.float32)
+        used = used.to(self.device)
+        all_reduce(used)
+        wanted = [name for name, count in zip(names, used.tolist(), strict=True) if count > 0]
         for name in wanted:
-            if name not in self.touched:
+            if name not in self.has_gradient:
                 self.gradients[name].zero_()
         in_buckets([self.gradients[name] for name in wanted], all_reduce)
-        self.touched = set(wanted)
+        self.has_gradient = set(wanted)
 
     def norm(self) -> float:
-        """Of all gradient sums together; untouched ones become 0."""
+        """The norm of all gradient sums together; those without a gradient become 0."""
         for name, gradient in self.gradients.items():
-            if name not in self.touched:
+            if name not in self.has_gradient:
                 gradient.zero_()
         return float(torch.stack([torch.linalg.vector_norm(g) for g in self.gradients.values()]).norm())
 
@@ -103,20 +103,20 @@ class Weights:
     # --- to and from checkpoints and samplers ---
 
     def names(self) -> list[str]:
-        """Of every tensor, trained or frozen (a tied one comes once)."""
+        """The name of every tensor, trained or frozen (a tied one comes once)."""
         return [name for name, _ in self.model.named_parameters()]
 
     def shape(self, name: str) -> torch.Size:
-        """Of the complete tensor."""
+        """The shape of the complete tensor."""
         return self.model.get_parameter(name).shape
 
     def exact(self, name: str) -> Tensor:
         """A tensor in the highest precision that this rank has."""
         return self.masters.get(name, self.model.get_parameter(name)).detach()
 
-    def gather(self, name: str, own: Tensor) -> Tensor:
-        """The complete tensor, of which this rank has its `own` part; shaped like `name`."""
-        return own
+    def gather(self, name: str, local: Tensor) -> Tensor:
+        """The complete tensor, of which this rank has the part `local`; shaped like `name`."""
+        return local
 
     def part(self, name: str, full: Tensor) -> Tensor:
         """This rank's part of a complete tensor."""
@@ -128,7 +128,7 @@ class Weights:
         if name in self.masters:
             self.masters[name].copy_(full)
 
-    def computed(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def iter_weights(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """The weights that the policy computes with, by name, adapters merged."""
         if any(".lora_" in name for name in self.masters):
             yield from merged_weights(self.model)

@@ -38,13 +38,13 @@ def _dispatch(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    **given: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls for each layer; `context` is what the model was called with."""
-    context, scale = given.get("context"), given.get("scaling")
+    context, scale = kwargs.get("context"), kwargs.get("scaling")
     if context is None:
         raise ValueError("this model was prepared for packed groups: call it with context=")
-    if any(given.get(name) is not None for name in ("sliding_window", "softcap", "s_aux")):
+    if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux")):
         raise ValueError("packed groups know plain attention only: no sliding window, softcap or sink")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return context.attend(module.layer_idx, query, key, value, scale), None
@@ -217,7 +217,7 @@ class DecodeCache:
     """Keys and values of a batch being sampled. Prompts are right-aligned in `width` columns, so
     every row writes its next token in the same column.
 
-    First a `prefill` over the flat tokens of P prompts, then `spread` to N rows (one per
+    First a `prefill` over the flat tokens of P prompts, then `expand` to N rows (one per
     completion), then one `step` per token; `keep` drops finished rows.
     """
 
@@ -254,17 +254,17 @@ class DecodeCache:
         mixed = attend_rows(cells(q), keys, values, self.bias, scale)
         return mixed.transpose(1, 2).flatten(0, 1)[self.inverse][None]
 
-    def spread(self, repeats: int) -> None:
+    def expand(self, repeats: int) -> None:
         """From one row per prompt to `repeats` rows each, with room for the new tokens."""
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            self.keys[layer] = self._roomy(keys, repeats)
-            self.values[layer] = self._roomy(values, repeats)
+            self.keys[layer] = self._with_room(keys, repeats)
+            self.values[layer] = self._with_room(values, repeats)
         seen = torch.ones(len(self.present), self.columns, dtype=torch.bool, device=self.index.device)
         seen[:, : self.width] = self.present
         self.bias = additive_mask(seen.repeat_interleave(repeats, 0)[:, None, None])
         self.column = self.width - 1
 
-    def _roomy(self, cached: Tensor, repeats: int) -> Tensor:
+    def _with_room(self, cached: Tensor, repeats: int) -> Tensor:
         prompts, heads, width, dim = cached.shape
         out = cached.new_empty(prompts * repeats, heads, self.columns, dim)
         out[:, :, :width] = cached.repeat_interleave(repeats, 0)

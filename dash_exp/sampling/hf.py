@@ -213,7 +213,7 @@ class HFSampler:
         flat = torch.tensor([t for p in prompts for t in p], device=device)
         places = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
         hidden = self._forward(cache, flat, places)[torch.tensor(ends, device=device) - 1]
-        cache.spread(len(wave[0].seeds))
+        cache.expand(len(wave[0].seeds))
         return cache, self._logits(hidden, decoding)
 
     @torch.no_grad()

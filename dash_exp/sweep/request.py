@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from dash_exp.config.compose import compose
 from dash_exp.errors import Fault, UserError, disk_errors_below
-from dash_exp.learning.settings import launched_place
+from dash_exp.learning.settings import rank_from_environment
 from dash_exp.record.folder import read_json
 from dash_exp.record.identity import read_frozen
 from dash_exp.record.manifest import NAME, Manifest, Plan, PlannedCell, sweep_folder
@@ -76,7 +76,7 @@ def _launcher_settings(n_jobs: object, wait: object) -> tuple[int, bool]:
         faults.append(Fault(N_JOBS, what, "so many cells run at once on this machine"))
     if not isinstance(wait, bool):
         faults.append(Fault(WAIT, f"got {wait!r}, expected true or false"))
-    if launched_place(os.environ) is not None:
+    if rank_from_environment(os.environ) is not None:
         hint = "leave them out: a sweep starts the ranks of each cell itself"
         faults.append(Fault("-m", "torchrun and srun start the ranks of one cell, not a sweep", hint))
     if faults:

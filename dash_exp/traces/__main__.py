@@ -34,7 +34,7 @@ from dash_exp.record.folder import Row
 from dash_exp.record.identity import model_hash, resolve_paths, weights_hash
 from dash_exp.sampling.protocol import arrived
 from dash_exp.seeding import seed_for
-from dash_exp.signals import Stop, handling, share_cores
+from dash_exp.signals import Stop, handling, reduce_openmp_spinning
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.text import format_path, format_seconds
 from dash_exp.traces.file import TraceFile, prompt_line, totals
@@ -44,7 +44,7 @@ from dash_exp.types import Decoding, Group, Prompt, Request, Score
 from dash_exp.verifiers.types import Judge
 
 if TYPE_CHECKING:
-    from dash_exp.train.engine import Answerer
+    from dash_exp.train.inference import InferenceModel
 
 USAGE = "python -m dash_exp.traces [dataset=<option>] [model=<option>] [traces.samples=10] [key=value ...]"
 EVERY_S = 10.0
@@ -53,16 +53,16 @@ EVERY_S = 10.0
 
 def run(command: Command) -> int:
     """Sample, unless it is done already. Returns an exit code."""
-    share_cores()
-    from dash_exp.train.engine import Answerer
+    reduce_openmp_spinning()
+    from dash_exp.train.inference import InferenceModel
 
     config = resolve_paths(command.config)
     command = replace(command, config=config)
     cache = Path(config.run.dir) / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     progress = Progress(config.run.progress)
-    with Answerer.of(config, cache) as answerer:
-        work = Work.of(command, answerer, cache)
+    with InferenceModel.of(config, cache) as inference:
+        work = Work.of(command, inference, cache)
         file = TraceFile(command.out, work.settings)
         with file.held(), progress:
             facts = file.finished()
@@ -94,7 +94,7 @@ class Work:
     """Prompts, the teacher and the judge."""
 
     command: Command
-    answerer: Answerer
+    inference: InferenceModel
     prompts: PromptSet
     problems: Mapping[str, str]
     decoding: Decoding
@@ -102,17 +102,17 @@ class Work:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, command: Command, answerer: Answerer, cache: Path) -> Work:
-        from dash_exp.train.engine import engine_facts
+    def of(cls, command: Command, inference: InferenceModel, cache: Path) -> Work:
+        from dash_exp.train.inference import engine_facts
 
         config, traces = command.config, command.traces
-        data, questions = config.dataset, answerer.questions
-        prompts = questions.prompts(data, traces.limit if traces.limit is not None else data.limit)
-        decoding = questions.decoding(data, traces.temperature, traces.top_p)
-        judge = answerer.judges.get(data.verifier, data.extraction)
+        data, builder = config.dataset, inference.prompt_builder
+        prompts = builder.prompts(data, traces.limit if traces.limit is not None else data.limit)
+        decoding = builder.decoding(data, traces.temperature, traces.top_p)
+        judge = inference.judges.get(data.verifier, data.extraction)
         tokens = repr([(p.id, p.token_ids) for p in prompts.prompts]).encode()
         settings = {
-            "teacher": model_hash(answerer.source.folder, cache),
+            "teacher": model_hash(inference.source.folder, cache),
             "dataset": prompts.content_hash,
             "template": data.template,
             "prompts": hashlib.sha256(tokens).hexdigest(),
@@ -124,7 +124,7 @@ class Work:
             "chunk": traces.chunk,
         }
         problems = {e.id: e.problem for e in load_examples(data).examples}
-        return cls(command, answerer, prompts, problems, decoding, judge, settings)
+        return cls(command, inference, prompts, problems, decoding, judge, settings)
 
     def sample(self, file: TraceFile, progress: Progress) -> dict[str, Row]:
         """The lines of all prompts: those that are there, and the others as they are sampled."""
@@ -135,7 +135,7 @@ class Work:
             chunk = everything[start : start + size]
             if all(prompt.id in done for prompt in chunk):
                 continue
-            sampler = self.answerer.sampler([(self.prompts, self.decoding)])
+            sampler = self.inference.sampler([(self.prompts, self.decoding)])
             groups = arrived(sampler.stream(self.requests(chunk), self.decoding))
             for group, scores in judged(groups, self.judge):
                 if group.prompt.id in done:  # its chunk is sampled again
@@ -154,7 +154,7 @@ class Work:
         ]
 
     def line(self, group: Group, scores: Sequence[Score]) -> Row:
-        decode, name = self.answerer.tokenizer.decode, group.prompt.id
+        decode, name = self.inference.tokenizer.decode, group.prompt.id
         solutions = [
             decode(c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids, skip_special_tokens=True)
             for c in group.completions
@@ -162,9 +162,9 @@ class Work:
         return prompt_line(name, self.problems[name], solutions, group.completions, scores)
 
     def facts(self, cache: Path) -> dict[str, Any]:
-        from dash_exp.train.engine import hardware_facts
+        from dash_exp.train.inference import hardware_facts
 
-        source, config = self.answerer.source, self.command.config
+        source, config = self.inference.source, self.command.config
         return provenance.collect(
             {},
             1,

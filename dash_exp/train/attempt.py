@@ -15,10 +15,10 @@ from dash_exp.learning.packing import largest_micro_batch
 from dash_exp.record import checkpoint, provenance
 from dash_exp.record.folder import Recorder, Row, read_final, read_json, read_rows, write_json
 from dash_exp.record.identity import model_hash, weights_hash
-from dash_exp.signals import Interrupted, Stop, keep_freed_memory
+from dash_exp.signals import Interrupted, Stop, tune_malloc
 from dash_exp.text import format_path, format_seconds
 from dash_exp.train.budget import Partner, check_equal, spent_seconds
-from dash_exp.train.build import build, engine_facts, thread_count
+from dash_exp.train.build import BuiltRun, build, engine_facts, thread_count
 from dash_exp.train.display import Display
 from dash_exp.train.loop import evaluation_due, train
 from dash_exp.train.parts import Ending, Hooks
@@ -31,7 +31,7 @@ TRUNCATION_WARNING, CONSTANT_WARNING = 0.5, 0.9
 
 @dataclass
 class Attempt:
-    """An attempt and what it works with; `machine` exists once everything is built."""
+    """An attempt and what it works with. `run` sets `built`, all parts of the run."""
 
     folder: Path
     config: Config
@@ -40,38 +40,41 @@ class Attempt:
     stop: Stop
     partner: Partner | None = None
     coordinator: Coordinator | None = None
-    """Of the learner's ranks, where they were started together with this process."""
+    """The coordinator of the learner's ranks, where they were started together with this process."""
     evaluated: set[tuple[int, str]] = field(default_factory=set)
     """Steps and sets that have results of the current weights; a resumed run repeats later ones."""
+    built: BuiltRun = field(init=False)
+    cache: Path = field(init=False)
 
     def run(self) -> None:
-        """Everything. Raises Interrupted after a signal, UserError for what the user can fix."""
-        keep_freed_memory()
+        """Run the attempt from build to finish. Raises Interrupted after a signal, UserError for what the
+        user can fix."""
+        tune_malloc()
         self.cache = self.folder.parent.parent / "cache"
         self.log(f"cell {format_path(self.folder)}")
         event, logs = self.recorder.event, self.folder / "servers"
-        self.machine = build(self.config, self.cache, self.log, logs, event, self.coordinator)
+        self.built = build(self.config, self.cache, self.log, logs, event, self.coordinator)
         try:
             self.train()
         finally:
-            self.machine.close()
+            self.built.close()
 
     def log(self, text: str) -> None:
         self.recorder.log(text)
         self.display.note(text)
 
     def train(self) -> None:
-        self.display.steps = self.recorder.facts["steps"] = self.machine.plan.steps
+        self.display.steps = self.recorder.facts["steps"] = self.built.plan.steps
         done = self.resume()
         rows = read_final(self.folder, "evals")
         self.evaluated |= {(r["step"], r["dataset"]) for r in rows if r["step"] in (0, done)}
         self.note_provenance(done)
         self.preflight()
-        if done and self.machine.parts.demonstrations is None:  # else before its first evaluation
-            self.machine.parts.sampler.load_weights(done)  # wakes colocated servers, so only after preflight
+        if done and self.built.parts.demonstrations is None:  # else before its first evaluation
+            self.built.parts.sampler.load_weights(done)  # wakes colocated servers, so only after preflight
         if self.config.evaluation.before:
             self.evaluate(0)
-        if evaluation_due(self.machine.plan, done):  # a signal may have prevented its evaluation
+        if evaluation_due(self.built.plan, done):  # a signal may have prevented its evaluation
             self.evaluate(done)
         ending = self.loop(done)
         if ending.signal is not None:
@@ -82,26 +85,26 @@ class Attempt:
 
     def loop(self, done: int) -> Ending:
         """The training loop, in which a first signal waits for the end of a step."""
-        hooks = Hooks(self.evaluate, self.save, self.progress, lambda: self.stop.asked)
-        plan, parts = self.machine.plan, self.machine.parts
+        hooks = Hooks(self.evaluate, self.save, self.progress, lambda: self.stop.received)
+        plan, parts = self.built.plan, self.built.parts
         spent = self.spent_seconds(done)
-        self.stop.patient = True
+        self.stop.deferred = True
         try:
             return train(plan, parts, hooks, self.recorder, done=done, spent_s=spent)
         finally:
-            self.stop.patient = False
+            self.stop.deferred = False
 
     def resume(self) -> int:
         """Continue from the newest intact checkpoint. Returns its step, 0 without one."""
         snapshot, damaged = checkpoint.latest(self.folder)
-        for one in damaged:
-            self.log(f"checkpoint {one.folder.name} is damaged ({one.reason}); using the one before")
+        for bad in damaged:
+            self.log(f"checkpoint {bad.folder.name} is damaged ({bad.reason}); using the one before")
             now = time.time()
-            self.recorder.event("fault", now, now, what="damaged checkpoint", where=one.folder.name)
-            one.folder.rename(one.folder.with_name(f"damaged-{one.folder.name}-{time.time_ns()}"))
+            self.recorder.event("fault", now, now, what="damaged checkpoint", where=bad.folder.name)
+            bad.folder.rename(bad.folder.with_name(f"damaged-{bad.folder.name}-{time.time_ns()}"))
         if snapshot is None:
             return 0
-        self.machine.parts.learner.restore(snapshot)
+        self.built.parts.learner.restore(snapshot)
         step = int(snapshot.state["step"])
         rows = read_rows(self.folder / "steps.jsonl").rows
         if all(row["step"] != step for row in rows):  # killed between the checkpoint and its row
@@ -115,13 +118,13 @@ class Attempt:
 
     def note_provenance(self, done: int) -> None:
         path = self.folder / "provenance.json"
-        known, machine = read_json(path), self.machine
-        data = {"training": machine.parts.prompts, **{s.label: s.prompts for s in machine.sets}}
+        known, built = read_json(path), self.built
+        data = {"training": built.parts.prompts, **{s.label: s.prompts for s in built.sets}}
         judges = {
-            *(j.version for j in machine.parts.judges.values()),
-            *(s.judge.version for s in machine.sets),
+            *(j.version for j in built.parts.judges.values()),
+            *(s.judge.version for s in built.sets),
         }
-        weights = weights_hash(machine.source.folder, self.cache)
+        weights = weights_hash(built.source.folder, self.cache)
         budget = known.get("budget")  # as read at the first start
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         hardware = provenance.hardware(thread_count(self.config.cluster.threads), gpus)
@@ -129,8 +132,8 @@ class Attempt:
             check_equal(self.partner, hardware, weights)
             budget = {"match": self.partner.name, "seconds": self.partner.seconds}
         if budget is not None:
-            plan = replace(machine.plan, budget_s=float(budget["seconds"]))
-            self.machine = replace(machine, plan=plan)
+            plan = replace(built.plan, budget_s=float(budget["seconds"]))
+            self.built = replace(built, plan=plan)
             self.log(f"budget: {budget['seconds']:.1f} s of training, as {budget['match']} had")
         facts = provenance.collect(
             known,
@@ -139,7 +142,7 @@ class Attempt:
             hardware=hardware,
             budget=budget,
             model={
-                "origin": machine.source.origin,
+                "origin": built.source.origin,
                 "weights_hash": weights,
             },
             datasets={label: p.content_hash for label, p in data.items()},
@@ -153,7 +156,7 @@ class Attempt:
         """Check that the longest samples fit. Raises UserError now rather than in an hour."""
         if not self.config.learner.preflight:
             return
-        parts, plan = self.machine.parts, self.machine.plan
+        parts, plan = self.built.parts, self.built.plan
         longest = max(len(p.token_ids) for p in parts.prompts.prompts)
         new = parts.decoding.max_new_tokens
         parts.learner.preflight(largest_micro_batch(longest, new, plan.group_size, parts.packer))
@@ -161,12 +164,12 @@ class Attempt:
 
     def evaluate(self, step: int) -> None:
         """Evaluate every set now; the base model's result is shared through the cache."""
-        for one in self.machine.sets:
-            if (step, one.label) in self.evaluated:
+        for eval_set in self.built.sets:
+            if (step, eval_set.label) in self.evaluated:
                 continue
-            self.evaluated.add((step, one.label))
+            self.evaluated.add((step, eval_set.label))
             start = time.time()
-            result, hit = self.evaluate_one(one, step)
+            result, hit = self.evaluate_set(eval_set, step)
             end = time.time()
             self.recorder.event("evaluate", start, end, step=step, worker="main", cached=hit)
             self.recorder.append("eval_samples", ({"step": step, **r} for r in result.prompts))
@@ -174,23 +177,23 @@ class Attempt:
             source = "known already" if hit else format_seconds(end - start)
             self.log(f"{self.display.accuracy(result.metrics[0])} at step {step} ({source})")
 
-    def evaluate_one(self, one: EvalSet, step: int) -> tuple[EvalResult, bool]:
+    def evaluate_set(self, eval_set: EvalSet, step: int) -> tuple[EvalResult, bool]:
         """The result of one set, and whether it is a cache hit (the base model's)."""
-        sampler, seed = self.machine.parts.sampler, self.config.seed
+        sampler, seed = self.built.parts.sampler, self.config.seed
         if sampler.policy_version != step:  # a supervised arm syncs its weights only here
             sampler.load_weights(step)
         if step > 0:
-            return evaluate(one, sampler, seed), False
-        model = model_hash(self.machine.source.folder, self.cache)
-        key = base_key(one, model, engine_facts(self.config), seed)
-        return shared(one, key, self.cache / "base_results", lambda: evaluate(one, sampler, seed))
+            return evaluate(eval_set, sampler, seed), False
+        model = model_hash(self.built.source.folder, self.cache)
+        key = base_key(eval_set, model, engine_facts(self.config), seed)
+        return shared(eval_set, key, self.cache / "base_results", lambda: evaluate(eval_set, sampler, seed))
 
     def save(self, step: int, last: bool, row: Row) -> None:
         """Write a checkpoint, then delete the oldest. After the last step moments, more than half of the
         bytes, are left out: no update follows."""
         start = time.time()
-        snapshot = self.machine.parts.learner.snapshot(step, moments=not last, row=row)
-        checkpoint.save(self.folder, step, snapshot, self.machine.source.folder)
+        snapshot = self.built.parts.learner.snapshot(step, moments=not last, row=row)
+        checkpoint.save(self.folder, step, snapshot, self.built.source.folder)
         checkpoint.prune(self.folder, self.config.checkpoint.keep)
         self.recorder.event("checkpoint", start, time.time(), step=step, worker="main")
 
@@ -202,7 +205,8 @@ class Attempt:
                 self.display.note(text)
 
     def finish(self, ending: Ending) -> None:
-        """The status first, then the tidying: after a kill in between the next launch tidies up."""
+        """Record the end, then delete what only a resumption needs. A run killed in between is cleaned up by
+        the next launch."""
         self.recorder.status("finished", ending.step, reason=ending.reason)
         checkpoint.finalise(self.folder)
         self.recorder.log(f"finished after step {ending.step} ({ending.reason})")
@@ -212,17 +216,17 @@ class Attempt:
 
 def warnings_of(row: Row) -> list[str]:
     """What usually indicates a wrong setting rather than a hard task."""
-    found = []
+    warnings = []
     if row.get("length/truncated_share", 0.0) > TRUNCATION_WARNING:
-        found.append(
+        warnings.append(
             f"warning: {row['length/truncated_share']:.0%} of completions were cut at "
             "sampler.max_new_tokens; their answers may never have been reached"
         )
     if row.get("filter/zero_variance_share", 0.0) > CONSTANT_WARNING:
-        found.append(
+        warnings.append(
             f"warning: in {row['filter/zero_variance_share']:.0%} of groups all rewards are equal: "
             "nothing to learn from; is the task too hard, too easy, or judged wrongly?"
         )
     if row["updates/nonfinite"]:
-        found.append("warning: a gradient was infinite or not a number; that update was skipped")
-    return found
+        warnings.append("warning: a gradient was infinite or not a number; that update was skipped")
+    return warnings

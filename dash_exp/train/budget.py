@@ -72,10 +72,10 @@ def find_partner(config: Config, pool: Path) -> Partner:
     Raises Blocked until it is finished; UserError when it failed, or has another seed or model.
     """
     match = config.budget.match
-    found = sorted(pool.glob(f"*-{match}"))
-    if not found:
+    matches = sorted(pool.glob(f"*-{match}"))
+    if not matches:
         raise Blocked(f"waits for its partner {match}, which has not been started")
-    folder = found[0]
+    folder = matches[0]
     status = read_json(folder / "status.json")
     state = status.get("state", "pending")
     if state in ("failed", "cancelled"):

@@ -1,4 +1,4 @@
-"""From config to parts: the file that names concrete classes. What only some configs need is imported
+"""From config to parts: chooses the concrete classes of a run. What only some configs need is imported
 late."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ENGINE_PACKAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class BuiltRun:
     """What a run has built: parts that outlive a step, and how to free them."""
 
     plan: Plan
@@ -61,9 +61,9 @@ def build(
     logs: Path,
     event: Callable[..., None],
     coordinator: Coordinator | None = None,
-) -> Machine:
-    """Everything a run needs, cheap checks first: data and tokenizer are read before any weights. `logs`:
-    folder for the logs of servers; `coordinator`: of the learner's ranks, where these are running already."""
+) -> BuiltRun:
+    """Build everything a run needs, cheap checks first: data and tokenizer are read before any weights.
+    `logs`: folder for the logs of servers; `coordinator`: of the learner's ranks, where they run already."""
     threads = set_threads(config)
     with ExitStack() as opened:  # closed again if anything fails
         coordinator = coordinator or start_ranks(config, logs.with_name("ranks"))
@@ -81,12 +81,12 @@ def build(
             log(f"demonstrations: {shown.summary()}")
         plan = make_plan(config, len(prompts.prompts))
         learner = make_learner(make_spec(config, plan, source.folder, len(tokenizer), threads), coordinator)
-        asked = [(prompts, task.decoding), *((s.prompts, s.decoding) for s in task.sets)]
+        sampled = [(prompts, task.decoding), *((s.prompts, s.decoding) for s in task.sets)]
         policy = Policy(
             folder=source.folder,
             vocabulary=len(tokenizer),
             decode=partial(tokenizer.decode, skip_special_tokens=True),
-            longest=max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts),
+            longest=max(len(p.token_ids) + d.max_new_tokens for ps, d in sampled for p in ps.prompts),
             model=partial(model_to_sample, config, learner, source.folder),
             weights=learner.compute_weights,
             shared=not learner.sharded,
@@ -111,7 +111,7 @@ def build(
         packer=Packer(config.learner.micro_batch_tokens, a.aggregation, keep_for_kl),
         learner=learner,
     )
-    return Machine(plan, parts, task.sets, source, close)
+    return BuiltRun(plan, parts, task.sets, source, close)
 
 
 # --- plan and demonstrations ---
@@ -151,10 +151,11 @@ def make_demonstrations(config: Config, tokenizer: Any, task: Task) -> Demonstra
     texts: dict[tuple[str, str], list[str]] = {}
     if source == "traces":
         assert data.traces is not None
-        texts = {(data.name, name): found for name, found in read_traces(Path(data.traces)).items()}
+        texts = {(data.name, name): traces for name, traces in read_traces(Path(data.traces)).items()}
     else:
-        for one in (data, *data.mix.values()):
-            texts |= {(one.name, e.id): [e.solution] for e in load_examples(one).examples if e.solution}
+        for dataset in (data, *data.mix.values()):
+            examples = load_examples(dataset).examples
+            texts |= {(dataset.name, e.id): [e.solution] for e in examples if e.solution}
     return demonstrate(
         task.prompts,
         texts,
@@ -172,7 +173,7 @@ def thread_count(wanted: int | None) -> int:
 
 
 def learner_device(config: Config) -> torch.device:
-    """Of rank 0."""
+    """The device of rank 0."""
     local = local_ranks(config.learner.ranks, os.environ)
     return device_of(config.learner.device, 0 if local > 1 else None)
 

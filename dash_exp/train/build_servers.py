@@ -128,13 +128,13 @@ def make_members(config: Config, policy: Policy, engine: str) -> list[Member]:
         settings = [replace(plain, gpu=gpu) for gpu in gpus(count, s.servers, taken, s.colocated)]
     else:
         settings = [replace(plain, cores=cores) for cores in split(config).servers]
-    return [Member(f"server-{n}", one) for n, one in enumerate(settings)]
+    return [Member(f"server-{n}", server) for n, server in enumerate(settings)]
 
 
 def server_settings(
     config: Config, model: Path, vocabulary: int, longest: int, engine: str
 ) -> ServerSettings:
-    """Of a server on any device."""
+    """The settings of a server on any device."""
     s = config.sampler
     return ServerSettings(
         model=str(model.resolve()),

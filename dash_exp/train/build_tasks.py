@@ -35,44 +35,51 @@ class Task:
 
 def build_task(config: Config, tokenizer: Any, positions: int, judges: Judges) -> Task:
     """Prompts and judges. Reads the data; UserError with all that is wrong with them."""
-    ask = Questions(config, tokenizer, positions, judges)
+    builder = PromptBuilder(config, tokenizer, positions, judges)
     data = config.dataset
     wanted = config.evaluation.before or config.evaluation.after or config.evaluation.every
-    train, sets = _collect([ask.training, ask.held_out if wanted else tuple])
-    judged = {one.name: judges.get(one.verifier, one.extraction) for one in parts_of(data).values()}
-    decoding = ask.decoding(data, config.sampler.temperature)
+    train, sets = _collect([builder.training, builder.held_out if wanted else tuple])
+    judged = {part.name: judges.get(part.verifier, part.extraction) for part in parts_of(data).values()}
+    decoding = builder.decoding(data, config.sampler.temperature)
     return Task(train, decoding, judged, sets, judges.warnings)
 
 
-def load_examples(one: DatasetConfig) -> ExampleSet:
+def load_examples(dataset: DatasetConfig) -> ExampleSet:
     """The examples of a dataset whose path has been resolved."""
-    if one.kind in GENERATED:
-        return replace(GENERATED[one.kind](one.split), name=one.name)
-    if one.kind == "reasoning_gym":
-        assert one.task is not None and one.size is not None
+    if dataset.kind in GENERATED:
+        return replace(GENERATED[dataset.kind](dataset.split), name=dataset.name)
+    if dataset.kind == "reasoning_gym":
+        assert dataset.task is not None and dataset.size is not None
         return gym_examples(
-            one.name, one.task, one.task_options, split=one.split, size=one.size, extraction=one.extraction
+            dataset.name,
+            dataset.task,
+            dataset.task_options,
+            split=dataset.split,
+            size=dataset.size,
+            extraction=dataset.extraction,
         )
     from dash_exp.tasks.sources import read_hub, read_jsonl  # not loaded for generated data
 
-    if one.path:
-        return read_jsonl(Path(one.path), one.name, layout(one))
-    if one.hub:
-        return read_hub(one.name, one.hub, one.hub_config, one.hub_split or one.split, layout(one))
-    raise UserError(Fault("path", f"{one.name!r} names no file and no hub dataset", "set it to a file"))
+    if dataset.path:
+        return read_jsonl(Path(dataset.path), dataset.name, layout(dataset))
+    if dataset.hub:
+        return read_hub(
+            dataset.name, dataset.hub, dataset.hub_config, dataset.hub_split or dataset.split, layout(dataset)
+        )
+    raise UserError(Fault("path", f"{dataset.name!r} names no file and no hub dataset", "set it to a file"))
 
 
-def layout(one: DatasetConfig) -> Layout:
+def layout(dataset: DatasetConfig) -> Layout:
     """How the rows of a dataset are read."""
     return Layout(
-        fields=one.fields,
-        code=one.verifier == "code",
-        answer_after=one.answer_after,
-        solution_drop=one.solution_drop,
-        id_prefix=one.id_prefix,
-        id_range=(one.id_range[0], one.id_range[1]) if one.id_range else None,
-        tests_call=one.tests_call,
-        timeouts=one.timeouts,
+        fields=dataset.fields,
+        code=dataset.verifier == "code",
+        answer_after=dataset.answer_after,
+        solution_drop=dataset.solution_drop,
+        id_prefix=dataset.id_prefix,
+        id_range=(dataset.id_range[0], dataset.id_range[1]) if dataset.id_range else None,
+        tests_call=dataset.tests_call,
+        timeouts=dataset.timeouts,
     )
 
 
@@ -89,7 +96,7 @@ def stop_ids(tokenizer: Any, stops: list[str]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
+class PromptBuilder:
     """Turns the datasets of a config into prompts for one model, with how they are decoded and judged.
     `positions`: tokens that the model can take. Methods raise UserError with all faults of the data."""
 
@@ -101,67 +108,69 @@ class Questions:
     def training(self) -> PromptSet:
         """The prompts of the dataset and of what is mixed into it."""
         parts = parts_of(self.config.dataset)
-        sets = _collect(partial(self.prompts, one, one.limit, place) for place, one in parts.items())
-        return mixture([(made, one.weight) for made, one in zip(sets, parts.values(), strict=True)])
+        sets = _collect(partial(self.prompts, part, part.limit, place) for place, part in parts.items())
+        return mixture([(prompts, part.weight) for prompts, part in zip(sets, parts.values(), strict=True)])
 
     def held_out(self) -> tuple[EvalSet, ...]:
         """The sets to evaluate on."""
         sets = self.config.evaluation.sets.items()
-        return tuple(_collect(partial(self._held_out, label, one) for label, one in sets))
+        return tuple(_collect(partial(self._held_out, label, dataset) for label, dataset in sets))
 
-    def prompts(self, one: DatasetConfig, limit: int | None, place: str = "dataset") -> PromptSet:
+    def prompts(self, dataset: DatasetConfig, limit: int | None, place: str = "dataset") -> PromptSet:
         """The prompts of one dataset, whose key is `place`."""
-        add_bos = self.config.model.add_bos and one.template not in CHATS  # a chat has its own
-        shots = [(shot["problem"], shot["solution"]) for shot in one.shots]
+        add_bos = self.config.model.add_bos and dataset.template not in CHATS  # a chat has its own
+        shots = [(shot["problem"], shot["solution"]) for shot in dataset.shots]
         with placed(place):
             return make_prompts(
-                load_examples(one),
-                renderer(one.template, Style(shots, chat_form(self.tokenizer))),
+                load_examples(dataset),
+                renderer(dataset.template, Style(shots, chat_form(self.tokenizer))),
                 partial(tokenize, self.tokenizer, add_bos),
-                max_prompt_tokens=one.max_prompt_tokens,
-                model_limit=self.positions - self._length(one),
-                limit=limit if limit is not None else one.limit,
+                max_prompt_tokens=dataset.max_prompt_tokens,
+                model_limit=self.positions - self._length(dataset),
+                limit=limit if limit is not None else dataset.limit,
             )
 
     def decoding(
-        self, one: DatasetConfig, temperature: float, top_p: float = 1.0, place: str = "dataset"
+        self, dataset: DatasetConfig, temperature: float, top_p: float = 1.0, place: str = "dataset"
     ) -> Decoding:
         with placed(place):
-            return Decoding(self._length(one), temperature, stop_ids(self.tokenizer, one.stop), top_p)
+            return Decoding(self._length(dataset), temperature, stop_ids(self.tokenizer, dataset.stop), top_p)
 
-    def _held_out(self, label: str, one: DatasetConfig) -> EvalSet:
-        asked, place = self.config.evaluation, f"evaluation.sets.{label}"
+    def _held_out(self, label: str, dataset: DatasetConfig) -> EvalSet:
+        evaluation, place = self.config.evaluation, f"evaluation.sets.{label}"
         return EvalSet(
             label,
-            self.prompts(replace(one, template=asked.template or one.template), asked.limit, place),
-            self.judges.get(one.verifier, one.extraction),
-            self.decoding(one, asked.temperature, asked.top_p, place),
-            asked.samples,
-            f"{one.verifier}/{one.extraction}/{self.judges.limits(one.verifier)}",
-            tuple(asked.k),
+            self.prompts(
+                replace(dataset, template=evaluation.template or dataset.template), evaluation.limit, place
+            ),
+            self.judges.get(dataset.verifier, dataset.extraction),
+            self.decoding(dataset, evaluation.temperature, evaluation.top_p, place),
+            evaluation.samples,
+            f"{dataset.verifier}/{dataset.extraction}/{self.judges.limits(dataset.verifier)}",
+            tuple(evaluation.k),
         )
 
-    def _length(self, one: DatasetConfig) -> int:
-        return one.max_new_tokens or self.config.sampler.max_new_tokens
+    def _length(self, dataset: DatasetConfig) -> int:
+        return dataset.max_new_tokens or self.config.sampler.max_new_tokens
 
 
 def _collect(makers: Iterable[Callable[[], Any]]) -> list[Any]:
-    """What each of them makes. Raises UserError with the faults of all."""
-    made, faults = [], list[Fault]()
+    """Call all of them. Raises UserError with the faults of all."""
+    results, faults = [], list[Fault]()
     for make in makers:
         try:
-            made.append(make())
+            results.append(make())
         except UserError as error:
             faults.extend(error.faults)
     if faults:
         raise UserError(faults)
-    return made
+    return results
 
 
 @contextmanager
 def placed(place: str) -> Iterator[None]:
     """Faults raised inside name a key of a dataset; outside it is the key of the config."""
-    known = {one.name for one in fields(DatasetConfig)}
+    known = {key.name for key in fields(DatasetConfig)}
     try:
         yield
     except UserError as error:

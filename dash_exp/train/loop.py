@@ -73,39 +73,41 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
     return Ending(plan.steps, "planned")
 
 
-def train_step(run: StepContext) -> BatchFacts:
+def train_step(ctx: StepContext) -> BatchFacts:
     """Sample one batch, learn from it, and send the new weights to the sampler.
 
     An arm with one update per batch backpropagates a round of micro-batches as soon as it is full, while
     other groups are still being sampled: gradients add up, and weights change in `update` only, so the step
     stays on-policy. An arm with several updates needs the complete batch first.
     """
-    plan, parts = run.plan, run.parts
-    prompts = batch(parts.prompts, plan.seed, run.step, plan.prompts_per_step)
-    pending = requests(prompts, plan.seed, "sample", run.step, plan.group_size)
+    plan, parts = ctx.plan, ctx.parts
+    prompts = batch(parts.prompts, plan.seed, ctx.step, plan.prompts_per_step)
+    pending = requests(prompts, plan.seed, "sample", ctx.step, plan.group_size)
     groups: list[AdvantagedGroup] = []
     rounds = Rounds(parts.packer, parts.learner.width)
     one_update = plan.updates_per_batch == 1
 
     for first in range(0, len(pending), plan.prompts_per_call):
-        for group in advantaged_groups(run, pending[first : first + plan.prompts_per_call]):
-            if group is not None:  # None: no group has finished yet
+        for group in advantaged_groups(ctx, pending[first : first + plan.prompts_per_call]):
+            if group is not None:
                 groups.append(group)
-            if one_update:
-                for ready in rounds.take(group):
-                    backpropagate(run, ready)
+            if (
+                one_update
+            ):  # no group has finished: what is pending becomes a round, so that ranks do not wait
+                for ready in rounds.flush() if group is None else rounds.add(group):
+                    backpropagate(ctx, ready)
         for ready in rounds.flush():
-            backpropagate(run, ready)
+            backpropagate(ctx, ready)
 
     if one_update:
-        updates = [update(run, denominator(run, groups))]
+        updates = [update(ctx, denominator(ctx, groups))]
     else:
-        updates = repeated_updates(run, mini_batches(run, groups))
-    assert len(updates) == plan.updates_per_batch or run.out_of_time(), f"{len(updates)} updates"
+        updates = repeated_updates(ctx, mini_batches(ctx, groups))
+    assert len(updates) == plan.updates_per_batch or ctx.out_of_time(), f"{len(updates)} updates"
 
     if parts.demonstrations is None:  # else nothing is sampled before the next evaluation
-        with run.ledger.phase("sync"), timed_event(run.recorder, "sync", step=run.step, worker="learner"):
-            parts.sampler.load_weights(run.step)
+        with ctx.ledger.phase("sync"), timed_event(ctx.recorder, "sync", step=ctx.step, worker="learner"):
+            parts.sampler.load_weights(ctx.step)
     sums, total = parts.learner.take_sums(), parts.learner.updates
     return BatchFacts(tuple(groups), tuple(updates), sums, total, plan.waves)
 
@@ -113,33 +115,33 @@ def train_step(run: StepContext) -> BatchFacts:
 # --- groups: sample, judge, compute advantages, filter ---
 
 
-def advantaged_groups(run: StepContext, call: Sequence[Request]) -> Iterator[AdvantagedGroup | None]:
+def advantaged_groups(ctx: StepContext, call: Sequence[Request]) -> Iterator[AdvantagedGroup | None]:
     """The groups of these requests as they finish, or in prompt order where the plan asks for it; all at the
     end without streaming. None: no group has finished yet. A supervised arm looks its completions up."""
-    plan, parts = run.plan, run.parts
+    plan, parts = ctx.plan, ctx.parts
     if parts.demonstrations is not None:
         return (demonstrated(request, parts.demonstrations) for request in call)
-    scored: Iterator[ScoredGroup | None] = judge(run, sample(run, call))
+    scored: Iterator[ScoredGroup | None] = judge(ctx, sample(ctx, call))
     if plan.in_prompt_order:
         scored = in_prompt_order(scored, call[0].position)
-    groups = (None if one is None else compute_advantages(parts, one) for one in scored)
+    groups = (None if group is None else compute_advantages(parts, group) for group in scored)
     return groups if plan.streaming else iter([group for group in groups if group is not None])
 
 
-def sample(run: StepContext, call: Sequence[Request]) -> Iterator[Group | None]:
+def sample(ctx: StepContext, call: Sequence[Request]) -> Iterator[Group | None]:
     """Groups as the sampler completes them. None: an engine in another process has completed none yet."""
     start = time.time()
-    sampler, ledger = run.parts.sampler, run.ledger
+    sampler, ledger = ctx.parts.sampler, ctx.ledger
     version = sampler.policy_version
-    stream = sampler.stream(call, run.parts.decoding, run.plan.groups_at_once)
+    stream = sampler.stream(call, ctx.parts.decoding, ctx.plan.groups_at_once)
     for group in ledger.waiting("sample", iter(stream)):
         if group is not None:
             assert all(c.policy_version == version for c in group.completions), "off-policy sample"
             origin = group.origin or Origin("sampler", start, time.time())
             if group.origin is not None:
                 ledger.beside(origin.start, origin.end, "sample")
-            where = {"step": run.step, "worker": origin.worker, "group": group.position}
-            run.recorder.event("sample", origin.start, origin.end, **where)
+            where = {"step": ctx.step, "worker": origin.worker, "group": group.position}
+            ctx.recorder.event("sample", origin.start, origin.end, **where)
         yield group
 
 
@@ -156,42 +158,42 @@ class PendingVerdicts:
         return all(verdict.done() for verdict in self.verdicts)
 
 
-def judge(run: StepContext, groups: Iterator[Group | None]) -> Iterator[ScoredGroup | None]:
+def judge(ctx: StepContext, groups: Iterator[Group | None]) -> Iterator[ScoredGroup | None]:
     """Judge groups while others are being sampled. Verdicts are taken in the order in which groups arrived,
     so the speed of a verifier never changes any order. None: nothing has arrived, and nothing is judged."""
     pending: deque[PendingVerdicts] = deque()
     for group in groups:
         if group is not None:
-            pending.append(submit(run, group))
+            pending.append(submit(ctx, group))
         idle = group is None
         while pending and pending[0].done():
-            yield take_verdicts(run, pending.popleft())
+            yield take_verdicts(ctx, pending.popleft())
             idle = False
         if idle:
             yield None
     while pending:
-        yield take_verdicts(run, pending.popleft())
+        yield take_verdicts(ctx, pending.popleft())
 
 
-def submit(run: StepContext, group: Group) -> PendingVerdicts:
+def submit(ctx: StepContext, group: Group) -> PendingVerdicts:
     """Start to judge the completions of a group."""
     start, ends = time.time(), list[float]()
-    verifier = run.parts.judges[group.prompt.task]
-    with run.ledger.phase("verify"):
+    verifier = ctx.parts.judges[group.prompt.task]
+    with ctx.ledger.phase("verify"):
         verdicts = [verifier.submit(c.text, group.prompt.answer) for c in group.completions]
     for verdict in verdicts:
         verdict.add_done_callback(lambda _: ends.append(time.time()))
     return PendingVerdicts(group, start, verdicts, ends)
 
 
-def take_verdicts(run: StepContext, pending: PendingVerdicts) -> ScoredGroup:
+def take_verdicts(ctx: StepContext, pending: PendingVerdicts) -> ScoredGroup:
     """Wait for the verdicts of a group."""
-    with run.ledger.phase("verify"):
+    with ctx.ledger.phase("verify"):
         scores = tuple(verdict.result() for verdict in pending.verdicts)
     end = max(pending.ends, default=pending.start)
-    run.ledger.beside(pending.start, end, "verify")
-    where = {"step": run.step, "worker": "verifier", "group": pending.group.position}
-    run.recorder.event("judge", pending.start, end, **where)
+    ctx.ledger.beside(pending.start, end, "verify")
+    where = {"step": ctx.step, "worker": "verifier", "group": pending.group.position}
+    ctx.recorder.event("judge", pending.start, end, **where)
     return ScoredGroup(pending.group, scores)
 
 
@@ -226,40 +228,40 @@ def demonstrated(request: Request, demonstrations: Mapping[str, Completion]) -> 
 
 
 def backpropagate(
-    run: StepContext,
+    ctx: StepContext,
     ready: Round,
     references: Sequence[Tensor | None] | None = None,
     old: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """Forward and backward of a round of micro-batches; returns their log-probabilities. Unless `references`
     are given, the reference model's forward comes first; it counts as `logprob`."""
-    learner = run.parts.learner
+    learner = ctx.parts.learner
     if references is None:
-        with run.ledger.phase("logprob"):
+        with ctx.ledger.phase("logprob"):
             references = learner.reference_logprobs(ready)
-    with run.ledger.phase("backprop"):
-        done = learner.accumulate(ready, references, old)
-    for worker, micro_batch, one in zip(learner.workers, ready, done, strict=False):
-        where = {"step": run.step, "worker": worker, "groups": micro_batch.positions}
-        run.recorder.event("backprop", one.start, one.end, **where)
-    return [one.logprobs for one in done]
+    with ctx.ledger.phase("backprop"):
+        results = learner.accumulate(ready, references, old)
+    for worker, micro_batch, result in zip(learner.workers, ready, results, strict=False):
+        where = {"step": ctx.step, "worker": worker, "groups": micro_batch.positions}
+        ctx.recorder.event("backprop", result.start, result.end, **where)
+    return [result.logprobs for result in results]
 
 
-def update(run: StepContext, divisor: float) -> UpdateStats:
+def update(ctx: StepContext, divisor: float) -> UpdateStats:
     """Divide the gradient sums and move the weights."""
-    with run.ledger.phase("optimizer"):
-        return run.parts.learner.update(divisor)
+    with ctx.ledger.phase("optimizer"):
+        return ctx.parts.learner.update(divisor)
 
 
-def denominator(run: StepContext, groups: Sequence[AdvantagedGroup]) -> float:
+def denominator(ctx: StepContext, groups: Sequence[AdvantagedGroup]) -> float:
     """What the gradient sums of these groups are divided by: all of their completions, or the kept ones."""
     lengths = [
         len(completion.token_ids)
         for group in groups
         for completion, kept in zip(group.group.completions, group.kept, strict=True)
-        if kept or run.plan.denominator == "all"
+        if kept or ctx.plan.denominator == "all"
     ]
-    return losses.denominator(lengths, run.parts.decoding.max_new_tokens, run.plan.aggregation)
+    return losses.denominator(lengths, ctx.parts.decoding.max_new_tokens, ctx.plan.aggregation)
 
 
 @dataclass(slots=True)
@@ -280,38 +282,38 @@ class MiniBatch:
     divisor: float
 
 
-def mini_batches(run: StepContext, groups: Sequence[AdvantagedGroup]) -> list[MiniBatch]:
+def mini_batches(ctx: StepContext, groups: Sequence[AdvantagedGroup]) -> list[MiniBatch]:
     """The batch cut in prompt order; dropped completions count for the cut."""
     ordered = sorted(groups, key=lambda group: group.group.position)
-    size, packer, made = run.plan.prompts_per_update, run.parts.packer, []
+    size, packer, minis = ctx.plan.prompts_per_update, ctx.parts.packer, []
     for first in range(0, len(ordered), size):
-        own = ordered[first : first + size]
-        packed = [ready for group in own for ready in packer.add(group)] + list(packer.flush())
-        rounds = balanced(packed, run.parts.learner.width, packer.max_tokens)
-        made.append(MiniBatch(tuple(map(ScoredRound, rounds)), denominator(run, own)))
-    return made
+        part = ordered[first : first + size]
+        packed = [ready for group in part for ready in packer.add(group)] + list(packer.flush())
+        rounds = balanced(packed, ctx.parts.learner.width, packer.max_tokens)
+        minis.append(MiniBatch(tuple(map(ScoredRound, rounds)), denominator(ctx, part)))
+    return minis
 
 
-def repeated_updates(run: StepContext, minis: Sequence[MiniBatch]) -> list[UpdateStats]:
+def repeated_updates(ctx: StepContext, minis: Sequence[MiniBatch]) -> list[UpdateStats]:
     """One update per mini-batch, `passes` times (PPO); stops early when time is up.
 
     Old log-probabilities are those at the sampling weights, with the packing of the update itself. The first
-    mini-batch still meets those weights; the others are scored before the first update.
+    mini-batch runs at the sampling weights; the others are scored before the first update.
     """
-    learner = run.parts.learner
-    with run.ledger.phase("logprob"):
+    learner = ctx.parts.learner
+    with ctx.ledger.phase("logprob"):
         for scored in (scored for mini in minis[1:] for scored in mini.rounds):
             scored.old = learner.logprobs(scored.round)
         for scored in (scored for mini in minis for scored in mini.rounds):
             scored.references = learner.reference_logprobs(scored.round)
     updates: list[UpdateStats] = []
-    for mini in list(minis) * run.plan.passes:
+    for mini in list(minis) * ctx.plan.passes:
         for scored in mini.rounds:
-            logprobs = backpropagate(run, scored.round, scored.references, scored.old)
+            logprobs = backpropagate(ctx, scored.round, scored.references, scored.old)
             if scored.old is None:
                 scored.old = logprobs
-        updates.append(update(run, mini.divisor))
-        if run.out_of_time():
+        updates.append(update(ctx, mini.divisor))
+        if ctx.out_of_time():
             break
     return updates
 

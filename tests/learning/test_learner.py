@@ -64,7 +64,9 @@ def learner_gradient(
         learner.accumulate(batch, learner.reference_logprobs(batch))
     lengths = [len(c.token_ids) for g in groups for c in g.group.completions]
     divisor = losses.denominator(lengths, MAX_NEW, aggregation)
-    return {name: g / divisor for name, g in learner.gradients.items() if name in learner.weights.touched}
+    return {
+        name: g / divisor for name, g in learner.gradients.items() if name in learner.weights.has_gradient
+    }
 
 
 def batches_of(groups: list[AdvantagedGroup], max_tokens: int, aggregation: str) -> list[MicroBatch]:
@@ -95,7 +97,7 @@ def test_gradient_equals_the_reference_however_the_batch_is_cut(
     learner = learner_of(tiny, goal, chunk=7)
     perturbed(learner.model)  # after the reference was frozen
     for max_tokens, order in [(1000, 1), (40, -1), (20, 1), (1, -1)]:
-        learner.weights.touched.clear()
+        learner.weights.has_gradient.clear()
         batches = batches_of(groups[::order], max_tokens, aggregation)
         assert_close(learner_gradient(learner, batches, groups, aggregation), expected)
     assert len(batches_of(groups, 1, aggregation)) > len(batches_of(groups, 1000, aggregation)) == 1
@@ -160,7 +162,7 @@ def test_filter_at_threshold_zero_changes_nothing(
     learner = learner_of(tiny, objective(surrogate, beta))
     perturbed(learner.model)
     whole = learner_gradient(learner, batches_of(zeroed, 1000, aggregation), groups, aggregation)
-    learner.weights.touched.clear()
+    learner.weights.has_gradient.clear()
     packer = Packer(1000, aggregation, keep_for_kl=beta > 0)
     batches = [b for g in filtered for b in packer.add(g)] + list(packer.flush())
     assert sum(len(b.lengths) for b in batches) == (16 if beta else 8)
@@ -174,7 +176,7 @@ def test_dropped_completions_owe_no_kl_by_default(tiny: Any) -> None:
     perturbed(learner.model)
     drop = learner_gradient(learner, batches_of(groups, 1000, "constant"), groups, "constant")
     dropped_tokens = learner.take_sums()["first/tokens"]
-    learner.weights.touched.clear()
+    learner.weights.has_gradient.clear()
     packer = Packer(1000, "constant", keep_for_kl=True)
     batches = [b for g in groups for b in packer.add(g)] + list(packer.flush())
     keep = learner_gradient(learner, batches, groups, "constant")
@@ -230,6 +232,6 @@ def test_completions_forwarded_for_their_kl_have_no_policy_term(tiny: Any) -> No
     packer = Packer(1000, "constant", keep_for_kl=True)
     batches = [b for g in groups for b in packer.add(g)] + list(packer.flush())
     actual = {k: v.clone() for k, v in learner_gradient(learner, batches, groups, "constant").items()}
-    learner.weights.touched.clear()
+    learner.weights.has_gradient.clear()
     expected = learner_gradient(learner, batches_of(zeroed, 1000, "constant"), groups, "constant")
     assert_close(actual, expected)

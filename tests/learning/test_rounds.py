@@ -69,7 +69,7 @@ def test_a_batch_known_whole_takes_no_longer_than_in_order(
     assert length(balanced(ready, width, most)) <= length(in_order)
 
 
-def test_groups_are_dealt_longest_first() -> None:
+def test_groups_are_distributed_longest_first() -> None:
     """Prompts of 1 token: a group of one completion of n tokens costs n. 9 | 7 + 2 rather than 9 + 7 | 2."""
     groups = make_groups([[9], [7], [2]], [1, 1, 1])
     (one,) = rounds_of(groups, 20, 2)
@@ -100,11 +100,11 @@ def test_what_is_held_goes_out_in_a_gap(width: int) -> None:
     """Once."""
     rounds = Rounds(Packer(100, "constant", keep_for_kl=False), width)
     groups = make_groups([[8], [6]], [2, 2])
-    assert [one for g in groups for one in rounds.take(g)] == []
-    (made,) = rounds.take(None)
+    assert [one for g in groups for one in rounds.add(g)] == []
+    (made,) = rounds.flush()
     assert completions(list(made)) == Counter({(0, 0): 1, (1, 0): 1})
     assert len(made) == width
-    assert list(rounds.take(None)) == list(rounds.flush()) == []
+    assert list(rounds.flush()) == []
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])

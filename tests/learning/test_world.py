@@ -7,7 +7,7 @@ import pytest
 from dash_exp.cell.__main__ import run_config
 from dash_exp.config.schema import Config, changed
 from dash_exp.errors import UserError
-from dash_exp.learning.settings import Place, first_host, launched_place, local_ranks
+from dash_exp.learning.settings import RankInfo, first_host, local_ranks, rank_from_environment
 
 pytest_plugins = ["tests.config.config_fixtures"]
 
@@ -31,15 +31,15 @@ SRUN = {
 
 
 def test_torchrun() -> None:
-    assert launched_place(TORCHRUN) == Place(3, 4, 1, 2, "here", 29500)
+    assert rank_from_environment(TORCHRUN) == RankInfo(3, 4, 1, 2, "here", 29500)
     assert local_ranks(4, TORCHRUN) == 2
 
 
 def test_srun() -> None:
     # port: 20000 + (70001 + 101 x 2) mod 20000 = 20000 + 10203
-    assert launched_place(SRUN) == Place(3, 5, 1, 2, "gpu03", 30203)
+    assert rank_from_environment(SRUN) == RankInfo(3, 5, 1, 2, "gpu03", 30203)
     chosen = {**SRUN, "MASTER_ADDR": "there", "MASTER_PORT": "5"}
-    assert launched_place(chosen) == Place(3, 5, 1, 2, "there", 5)
+    assert rank_from_environment(chosen) == RankInfo(3, 5, 1, 2, "there", 5)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_srun() -> None:
 )
 def test_alone(environ: dict[str, str]) -> None:
     """A batch script that asked for four tasks and has started none of them with srun is alone."""
-    assert launched_place(environ) is None
+    assert rank_from_environment(environ) is None
     assert local_ranks(4, environ) == 4
 
 
@@ -67,9 +67,9 @@ def test_first_of_a_list_of_nodes(nodes: str, first: str) -> None:
 
 def test_an_environment_that_says_half() -> None:
     with pytest.raises(UserError, match="MASTER_ADDR: is not set, but RANK and WORLD_SIZE are"):
-        launched_place({k: v for k, v in TORCHRUN.items() if k != "MASTER_ADDR"})
+        rank_from_environment({k: v for k, v in TORCHRUN.items() if k != "MASTER_ADDR"})
     with pytest.raises(UserError, match="of torchrun or srun is broken"):
-        launched_place({**TORCHRUN, "RANK": "three"})
+        rank_from_environment({**TORCHRUN, "RANK": "three"})
 
 
 def test_another_number_of_processes_than_ranks(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

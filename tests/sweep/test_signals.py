@@ -25,10 +25,10 @@ from tests.test_run import SMALL
 @pytest.mark.parametrize("number", SCHEDULERS)
 def test_an_echo_is_the_same_request(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stop = Stop()
-    stop.patient = True
+    stop.deferred = True
     stop(number, None)
     stop(number, None)
-    assert stop.asked == number
+    assert stop.received == number
     monkeypatch.setattr(signals, "ECHO_S", 0.0)
     with pytest.raises(Interrupted):
         stop(number, None)
@@ -44,7 +44,7 @@ def test_an_echo_while_it_ends_changes_nothing() -> None:
 def test_another_signal_and_a_second_ctrl_c_mean_at_once() -> None:
     for first, second in [(signal.SIGUSR2, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)]:
         stop = Stop()
-        stop.patient = True
+        stop.deferred = True
         stop(first, None)
         with pytest.raises(Interrupted) as caught:
             stop(second, None)

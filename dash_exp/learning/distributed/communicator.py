@@ -149,13 +149,14 @@ class Coordinator(Communicator):
                     raise self._lost(rank, "did not start")
         super().connect(device, backend, default)
 
-    def call(self, name: str, given: Sequence[Any], own: Callable[[], Any]) -> list[Any]:
-        """Let every rank run a command with its item of `given`, rank 0 by `own`; returns all results."""
+    def call(self, name: str, arguments: Sequence[Any], run_local: Callable[[], Any]) -> list[Any]:
+        """Let every rank run a command with its item of `arguments`, rank 0 by `run_local`; returns all
+        results."""
         self._number += 1
         for rank in self.workers:
-            self.store.set(self._key("do", rank), pickle.dumps((name, given[rank])))
+            self.store.set(self._key("do", rank), pickle.dumps((name, arguments[rank])))
         try:
-            mine = own()
+            result_0 = run_local()
         except CollectiveError as error:
             self._explain(error)
         wait_s = max(START_S, self.timeout_s) if name == "build" else self.timeout_s
@@ -163,7 +164,7 @@ class Coordinator(Communicator):
         for rank, result in results.items():
             if isinstance(result, Failure):
                 self._fail(rank, result)
-        return [mine, *results.values()]
+        return [result_0, *results.values()]
 
     def _key(self, kind: str, rank: int) -> str:
         return f"dash/{kind}/{self._number}/{rank}"
@@ -195,7 +196,7 @@ class Coordinator(Communicator):
         for rank in keys:
             if rank not in results:
                 raise self._lost(rank, f"did not answer during a collective ({error})")
-        failures = {rank: one for rank, one in results.items() if isinstance(one, Failure)}
+        failures = {rank: result for rank, result in results.items() if isinstance(result, Failure)}
         for rank, failure in sorted(failures.items(), key=lambda item: item[1].collective):
             self._fail(rank, failure)
         raise error
@@ -244,12 +245,12 @@ class WorkerCommunicator(Communicator):
             command, result = (f"dash/{kind}/{number}/{self.rank}" for kind in ("do", "did"))
             while not _poll(self.store, command, math.inf):
                 pass
-            name, given = _take(self.store, command)
+            name, argument = _take(self.store, command)
             if name == STOP:
                 self.disconnect()
                 return
             try:
-                answer = run(name, given)
+                answer = run(name, argument)
             except BaseException as error:
                 self.store.set(result, pickle.dumps(Failure.of(error)))
                 raise

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.learning.settings import START_S, Place
-from dash_exp.signals import SCHEDULERS, block_signals, handling, keep_freed_memory
+from dash_exp.learning.settings import START_S, RankInfo
+from dash_exp.signals import SCHEDULERS, block_signals, handling, tune_malloc
 
 if TYPE_CHECKING:
     from dash_exp.learning.distributed.communicator import Coordinator, WorkerCommunicator
@@ -80,14 +80,14 @@ class WorkerProcess:
             self.process.stdin.flush()
 
     def exit_reason(self) -> str | None:
-        """How it ended; None while it runs."""
+        """Return how it ended; None while it runs."""
         code = self.process.poll()
         if code is None:
             return None
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def log_tail(self) -> str:
-        """The end of its log, for an error message."""
+        """Return the end of its log, for an error message."""
         try:
             lines = self.log.read_text(errors="replace").strip().splitlines()
         except OSError as error:
@@ -107,31 +107,31 @@ class WorkerProcess:
 
 
 def main() -> int:
-    """A rank that `start_workers` started."""
-    given = json.loads(sys.stdin.readline())
+    """Run a rank that `start_workers` started."""
+    args = json.loads(sys.stdin.readline())
     threading.Thread(target=end_with_parent, daemon=True).start()
-    keep_freed_memory()
+    tune_malloc()
     import torch.distributed as dist
 
     from dash_exp.learning.distributed.communicator import WorkerCommunicator
 
-    rank, size, timeout_s = given["rank"], given["size"], given["timeout_s"]
+    rank, size, timeout_s = args["rank"], args["size"], args["timeout_s"]
     try:
         store = dist.TCPStore(
             LOOPBACK,
-            given["port"],
+            args["port"],
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=timeout_s),
         )
         return serve(WorkerCommunicator(store, rank, size, timeout_s), rank)
-    except Exception:  # noqa: BLE001  printed here, in the log; rank 0 has got the gist of it
+    except Exception:  # noqa: BLE001  printed here, in the log; rank 0 already received the error message
         traceback.print_exc()
         return 1
 
 
 def end_with_parent() -> None:
-    """The parent holds the other end of standard input: when the parent is gone, so is this process."""
+    """End this process when its parent is gone, which holds the other end of standard input."""
     sys.stdin.buffer.read()
     os._exit(1)
 
@@ -139,8 +139,8 @@ def end_with_parent() -> None:
 # --- ranks started by torchrun or srun ---
 
 
-def connect_rank_0(place: Place, timeout_s: float) -> Coordinator:
-    """Rank 0's end."""
+def connect_rank_0(place: RankInfo, timeout_s: float) -> Coordinator:
+    """Connect rank 0 to the other ranks."""
     from dash_exp.learning.distributed.communicator import Coordinator
 
     store, listener = _rendezvous(place, timeout_s), Listener()
@@ -149,14 +149,14 @@ def connect_rank_0(place: Place, timeout_s: float) -> Coordinator:
     return Coordinator(store, place.size, timeout_s, workers)
 
 
-def run_worker(place: Place, timeout_s: float) -> int:
-    """What every other rank does. Signals that ask to stop are for rank 0, which ends its step first. Returns
+def run_worker(place: RankInfo, timeout_s: float) -> int:
+    """Run any other rank. Signals that ask to stop are for rank 0, which ends its step first. Returns
     an exit code."""
     from dash_exp.learning.distributed.communicator import WorkerCommunicator
 
     store = _rendezvous(place, timeout_s)
     communicator = WorkerCommunicator(store, place.rank, place.size, timeout_s)
-    keep_freed_memory()
+    tune_malloc()
     with (
         handling(lambda number, frame: None),
         connect_to_rank_0(place.address, int(store.get(PORT_KEY)), place.rank, max(START_S, timeout_s)),
@@ -164,7 +164,7 @@ def run_worker(place: Place, timeout_s: float) -> int:
         return serve(communicator, place.local_rank)
 
 
-def _rendezvous(place: Place, timeout_s: float) -> Any:
+def _rendezvous(place: RankInfo, timeout_s: float) -> Any:
     import torch.distributed as dist
 
     try:
@@ -193,7 +193,7 @@ class WorkerConnection:
         self._connection = connection
 
     def exit_reason(self) -> str | None:
-        """How it ended; None while it runs."""
+        """Return how it ended; None while it runs."""
         try:
             alive = self._connection.recv(1, socket.MSG_DONTWAIT)
         except BlockingIOError:  # nothing to read: a rank never sends anything
@@ -203,7 +203,7 @@ class WorkerConnection:
         return None if alive else "is gone: it has closed its connection"
 
     def log_tail(self) -> str:
-        """Its log is where torchrun or srun put it."""
+        """Return nothing: the log is where torchrun or srun put it."""
         return ""
 
     def stop(self, wait_s: float) -> None:
@@ -245,7 +245,7 @@ class Listener:
 
 
 def connect_to_rank_0(address: str, port: int, rank: int, wait_s: float) -> socket.socket:
-    """Another rank's end of the connection, held open for as long as it lives."""
+    """Open another rank's end of the connection, which it keeps open for as long as it lives."""
     connection = socket.create_connection((address, port), timeout=wait_s)
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

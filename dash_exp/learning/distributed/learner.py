@@ -22,14 +22,14 @@ from dash_exp.errors import Fault, UserError
 from dash_exp.learning.distributed.communicator import Communicator, Coordinator
 from dash_exp.learning.learner import Learner, StateFacts, device_of, load_learner
 from dash_exp.learning.packing import MicroBatch, empty_micro_batch, pack
-from dash_exp.learning.rounds import Backpropagated, Round
+from dash_exp.learning.rounds import MicroBatchResult, Round
 from dash_exp.learning.settings import LearnerSpec, UpdateStats
 from dash_exp.learning.weights import BUCKET, Weights
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.source import load_model
 from dash_exp.record.checkpoint import Snapshot, checksum
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 Work = tuple[MicroBatch, Tensor | None, Tensor | None]
 """A micro-batch to backpropagate, its reference and its old log-probabilities, where they are known."""
 LARGEST = ("gpu_peak_mb", "update/reduce_s")
@@ -44,9 +44,9 @@ class Worker:
         self._learner: Learner | None = None
         self._threads: int | None = None
 
-    def run(self, command: str, given: Any) -> Any:
+    def run(self, command: str, argument: Any) -> Any:
         assert not command.startswith("_"), command
-        return getattr(self, command)(given)
+        return getattr(self, command)(argument)
 
     @property
     def learner(self) -> Learner:
@@ -75,27 +75,27 @@ class Worker:
         with self._working():
             if batch is not None:
                 return self._portable(self.learner.reference_logprobs(batch))
-            self._take_part(self.learner.reference)
+            self._run_dummy_forward(self.learner.reference)
         return None
 
     def logprobs(self, batch: MicroBatch | None) -> Tensor | None:
         with self._working():
             if batch is not None:
                 return self._portable(self.learner.logprobs(batch))
-            self._take_part(self.learner.policy)
+            self._run_dummy_forward(self.learner.policy)
         return None
 
-    def accumulate(self, work: Work | None) -> Backpropagated | None:
+    def accumulate(self, work: Work | None) -> MicroBatchResult | None:
         start = time.time()
         with self._working():
             if work is None:
-                self._take_part(self.learner.policy, backward=True)
+                self._run_dummy_forward(self.learner.policy, backward=True)
                 return None
             logprobs = self._portable(self.learner.accumulate(*work))
         assert logprobs is not None
-        return Backpropagated(logprobs, start, time.time())
+        return MicroBatchResult(logprobs, start, time.time())
 
-    def _take_part(self, scorer: Any, backward: bool = False) -> None:
+    def _run_dummy_forward(self, scorer: Any, backward: bool = False) -> None:
         """With sharded weights every rank takes part in every gathering: one that has nothing to compute
         computes one token of weight 0, which adds nothing."""
         if not self.learner.weights.sharded:
@@ -120,18 +120,18 @@ class Worker:
     def restore(self, facts: StateFacts, snapshot: Snapshot | None = None) -> None:
         self.learner.restore(snapshot, facts, self.communicator.broadcast)
 
-    def snapshot(self, given: tuple[int, bool, Mapping[str, Any] | None]) -> Snapshot | None:
+    def snapshot(self, args: tuple[int, bool, Mapping[str, Any] | None]) -> Snapshot | None:
         """Complete on rank 0; where weights are sharded, the others send their part."""
-        step, moments, row = given
+        step, moments, row = args
         with self.communicator.collective_errors():
-            made = self.learner.snapshot(step, moments=moments, row=row)
-        return made if self.communicator.rank == 0 else None
+            snapshot = self.learner.snapshot(step, moments=moments, row=row)
+        return snapshot if self.communicator.rank == 0 else None
 
-    def computed(self, names: Sequence[str]) -> list[tuple[str, Tensor]] | None:
+    def gather_weights(self, names: Sequence[str]) -> list[tuple[str, Tensor]] | None:
         """Some of the weights that the policy computes with, complete, on rank 0."""
         with self.communicator.collective_errors():
-            made = list(self.learner.weights.computed(names))
-        return made if self.communicator.rank == 0 else None
+            weights = list(self.learner.weights.iter_weights(names))
+        return weights if self.communicator.rank == 0 else None
 
     def checksums(self, _: None) -> dict[str, str]:
         return self.learner.checksums()
@@ -145,12 +145,12 @@ class Worker:
             self.learner.preflight(batch)
 
     def _portable(self, tensor: Tensor | None) -> Tensor | None:
-        """To be sent to another rank, which has another device."""
+        """Copy to the CPU, to be sent to another rank, which has another device."""
         return None if tensor is None else tensor.cpu()
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """All ranks work now, each with its share of the processors; rank 0 has them all when it samples."""
+        """Use only this rank's share of the processors: all ranks work. Rank 0 samples with all of them."""
         before = torch.get_num_threads()
         wanted = self._threads or before
         if wanted != before:
@@ -169,21 +169,21 @@ def load_shards(spec: LearnerSpec, device: torch.device) -> tuple[Learner, dict[
 
     model = load_model(spec.folder, torch.float32, ATTENTION)  # in CPU memory, then layer by layer
     sums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
-    hold = partial(Shards, across=Across.all_ranks(device))
-    return Learner(model, spec.objective, spec.optimization, spec.forward, hold), sums
+    weights_factory = partial(Shards, across=Across.all_ranks(device))
+    return Learner(model, spec.objective, spec.optimization, spec.forward, weights_factory), sums
 
 
-def in_turn(communicator: Communicator, local_rank: int, work: Callable[[], Made]) -> Made:
+def in_turn(communicator: Communicator, local_rank: int, work: Callable[[], Result]) -> Result:
     """Work that needs much of a machine's memory: one rank of each machine after the other."""
     here = torch.zeros(communicator.size)
     here[local_rank] = 1.0
     communicator.all_reduce(here)
-    made: list[Made] = []
+    results: list[Result] = []
     for turn in range(int(here.count_nonzero())):
         if turn == local_rank:
-            made.append(work())
+            results.append(work())
         communicator.all_reduce(torch.zeros(1))
-    return made[0]
+    return results[0]
 
 
 class DistributedLearner:
@@ -203,18 +203,18 @@ class DistributedLearner:
         return self.local.updates
 
     def reference_logprobs(self, ready: Round) -> list[Tensor | None]:
-        """Of each micro-batch under the initial model; None where the objective has no KL term."""
+        """Log-probabilities of each micro-batch under the initial model; None without a KL term."""
         if self.local.objective.beta == 0:
             return [None] * len(ready)
         return self._each("reference_logprobs", ready)
 
     def logprobs(self, ready: Round) -> list[Tensor]:
-        """Of each micro-batch under the current policy."""
+        """Log-probabilities of each micro-batch under the current policy."""
         return self._each("logprobs", ready)
 
     def accumulate(
         self, ready: Round, references: Sequence[Tensor | None], old: Sequence[Tensor | None] | None = None
-    ) -> list[Backpropagated]:
+    ) -> list[MicroBatchResult]:
         """Forward and backward of each micro-batch on a rank of its own; see `Learner.accumulate`."""
         before = [None] * len(ready) if old is None else old
         return self._each("accumulate", list(zip(ready, references, before, strict=True)))
@@ -222,17 +222,17 @@ class DistributedLearner:
     def update(self, denominator: float) -> UpdateStats:
         """The update that all ranks made. Raises RuntimeError where one made another."""
         first, *others = self._all("update", denominator)
-        for rank, stats in enumerate(others, 1):
-            if repr(stats) != repr(first):  # NaN is no reason to disagree
-                raise RuntimeError(f"ranks made different updates: rank 0 {first}, rank {rank} {stats}")
-        made: UpdateStats = first
-        return made
+        for rank, other in enumerate(others, 1):
+            if repr(other) != repr(first):  # NaN != NaN, so compare reprs
+                raise RuntimeError(f"ranks made different updates: rank 0 {first}, rank {rank} {other}")
+        stats: UpdateStats = first
+        return stats
 
     def take_sums(self) -> dict[str, float]:
         """Sums over all ranks since the last call."""
         sums: dict[str, float] = {}
-        for own in self._all("take_sums", None):
-            for name, value in own.items():
+        for rank_sums in self._all("take_sums", None):
+            for name, value in rank_sums.items():
                 known = sums.get(name, 0.0)
                 sums[name] = max(known, value) if name in LARGEST else known + value
         return sums
@@ -240,18 +240,18 @@ class DistributedLearner:
     def compute_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that the policy computes with, complete, by name, for a sampler with its own copy."""
         if not self.sharded:
-            yield from self.local.weights.computed()
+            yield from self.local.weights.iter_weights()
             return
         for names in in_parts(self.local.weights):
-            yield from self._all("computed", names)[0]
+            yield from self._all("gather_weights", names)[0]
 
     def snapshot(self, step: int, *, moments: bool = True, row: Mapping[str, Any] | None = None) -> Snapshot:
         """See `Learner.snapshot`; taken only where all ranks hold the same weights."""
         self.check_equal()
         if not self.sharded:
             return self.local.snapshot(step, moments=moments, row=row)
-        made: Snapshot = self._all("snapshot", (step, moments, row))[0]
-        return made
+        snapshot: Snapshot = self._all("snapshot", (step, moments, row))[0]
+        return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot, on every rank; it may be of any number of ranks, sharded or not."""
@@ -272,20 +272,22 @@ class DistributedLearner:
         if not self.sharded:
             compare(self._all("checksums", None))
 
-    def _all(self, command: str, given: Any) -> list[Any]:
+    def _all(self, command: str, argument: Any) -> list[Any]:
         """Run a command with the same argument on every rank."""
-        return self.coordinator.call(command, [given] * self.width, lambda: self.worker.run(command, given))
+        return self.coordinator.call(
+            command, [argument] * self.width, lambda: self.worker.run(command, argument)
+        )
 
-    def _each(self, command: str, given: Sequence[Any]) -> list[Any]:
+    def _each(self, command: str, arguments: Sequence[Any]) -> list[Any]:
         """Run a command with an argument for each rank; None for those that get no micro-batch."""
-        each = [*given, *[None] * (self.width - len(given))]
+        each = [*arguments, *[None] * (self.width - len(arguments))]
         results = self.coordinator.call(command, each, lambda: self.worker.run(command, each[0]))
-        return results[: len(given)]
+        return results[: len(arguments)]
 
 
-def compare(found: Sequence[Mapping[str, str]]) -> None:
+def compare(checksums: Sequence[Mapping[str, str]]) -> None:
     """Raises RuntimeError where the checksums of some rank are not those of rank 0."""
-    first, *others = found
+    first, *others = checksums
     for rank, sums in enumerate(others, 1):
         different = [name for name in first if sums.get(name) != first[name]]
         if different:
@@ -300,10 +302,10 @@ def in_parts(weights: Weights, size: int = BUCKET) -> Iterator[list[str]]:
     part: list[str] = []
     numbers = 0
     for name in weights.names():
-        own = weights.shape(name).numel()
-        if part and numbers + own > size:
+        count = weights.shape(name).numel()
+        if part and numbers + count > size:
             yield part
             part, numbers = [], 0
         part.append(name)
-        numbers += own
+        numbers += count
     yield part

@@ -4,7 +4,7 @@ The rows of a tensor are split over the ranks, the first to rank 0. While a laye
 complete: gathered before, in the type that computes, and freed after. Its gradients are summed over the
 ranks, in fp32 and undivided, at the end of its backward, each rank keeping its own rows. So an update has
 nothing left to reduce: it moves the rows that it has. Every rank must take part in every gathering, also one
-that has nothing to compute in a round (`Worker._take_part`).
+that has nothing to compute in a round (`Worker._run_dummy_forward`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Across:
 
     @classmethod
     def all_ranks(cls, device: torch.device) -> Across:
-        """Those of torch's default process group."""
+        """The ranks of torch's default process group."""
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         return cls(mesh, dist.get_rank(), dist.get_world_size(), device)
 
@@ -71,10 +71,10 @@ class Shards(Weights):
         self._register_hooks()
 
     def _local(self, tensor: Any) -> Tensor:
-        own: Tensor = tensor.to_local()
-        return own
+        local: Tensor = tensor.to_local()
+        return local
 
-    def hold_reference(self, reference: Scorer) -> None:
+    def attach_reference(self, reference: Scorer) -> None:
         shard(reference, self.across, None)
         self._reference = reference
 
@@ -92,23 +92,23 @@ class Shards(Weights):
             self._reference.reset_iter_state()
 
     def shape(self, name: str) -> torch.Size:
-        found: torch.Size = self.held[name].shape
-        return found
+        shape: torch.Size = self.held[name].shape
+        return shape
 
     def exact(self, name: str) -> Tensor:
         return self._local(self.held[name]).detach()
 
-    def gather(self, name: str, own: Tensor) -> Tensor:
+    def gather(self, name: str, local: Tensor) -> Tensor:
         """On rank 0, on the CPU; others get nothing. Every rank calls it at the same time."""
-        return self._gathered(name, own).cpu()
+        return self._gathered(name, local).cpu()
 
-    def _gathered(self, name: str, own: Tensor) -> Tensor:
+    def _gathered(self, name: str, local: Tensor) -> Tensor:
         shape, width = self.shape(name), self.across.width
-        padded = own.new_zeros((-(-shape[0] // width), *shape[1:]))
-        padded[: len(own)] = own
+        padded = local.new_zeros((-(-shape[0] // width), *shape[1:]))
+        padded[: len(local)] = local
         if self.across.rank > 0:
             dist.gather(padded, dst=0)
-            return own.new_empty(0)
+            return local.new_empty(0)
         parts = [torch.empty_like(padded) for _ in range(width)]
         dist.gather(padded, parts, dst=0)
         return torch.cat(parts)[: shape[0]]
@@ -123,7 +123,7 @@ class Shards(Weights):
     def names(self) -> list[str]:
         return list(self.held)
 
-    def computed(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def iter_weights(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Complete on rank 0, on its device; others get nothing. Every rank asks for the same at the same
         time."""
         for name in self.held if names is None else names:

@@ -53,7 +53,7 @@ from vllm.platforms import current_platform
 from dash_exp.record.checkpoint import checksum
 from dash_exp.sampling.transfer import IPC, NCCL, PATH
 from dash_exp.sampling.transfer.path import SharedReader
-from dash_exp.signals import keep_freed_memory
+from dash_exp.signals import tune_malloc
 
 Named = Iterable[tuple[str, Tensor]]
 POLL_S = 0.1
@@ -90,7 +90,7 @@ class InPlace:
     """The plain matrices of a model on CPU, kept beside the packed ones."""
 
     def __init__(self, model: Any):
-        keep_freed_memory()  # the packed copies are allocated anew each time, in the memory of the last ones
+        tune_malloc()  # the packed copies are allocated anew each time, in the memory of the last ones
         self.model = model
         self.kept = [
             (layer, _plain_weight(layer)) for layer in model.modules() if isinstance(layer, LinearBase)

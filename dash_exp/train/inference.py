@@ -19,18 +19,18 @@ from dash_exp.record.provenance import hardware
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.train.build import engine_facts, make_sampler, thread_count
-from dash_exp.train.build_tasks import Questions
+from dash_exp.train.build_tasks import PromptBuilder
 from dash_exp.train.parts import Policy
 from dash_exp.types import Decoding
 from dash_exp.verifiers.judges import Judges
 
-__all__ = ["Answerer", "engine_facts", "hardware_facts"]
+__all__ = ["InferenceModel", "engine_facts", "hardware_facts"]
 
-Asked = Sequence[tuple[PromptSet, Decoding]]
+Workload = Sequence[tuple[PromptSet, Decoding]]
 
 
 @dataclass
-class Answerer:
+class InferenceModel:
     """A model's folder and tokenizer, judges, and an engine that starts when it is first needed: a result
     from the cache costs no loading of weights. Use as a context manager."""
 
@@ -50,13 +50,13 @@ class Answerer:
         return cls(config, source, load_tokenizer(source.folder), judges)
 
     @property
-    def questions(self) -> Questions:
-        return Questions(self.config, self.tokenizer, position_limit(self.source.folder), self.judges)
+    def prompt_builder(self) -> PromptBuilder:
+        return PromptBuilder(self.config, self.tokenizer, position_limit(self.source.folder), self.judges)
 
-    def sampler(self, asked: Asked) -> Sampler:
-        """The engine, large enough for everything in `asked`; the same one when called again."""
+    def sampler(self, workload: Workload) -> Sampler:
+        """The engine, large enough for all of the workload; the same one when called again."""
         if self._sampler is None:
-            longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in asked for p in ps.prompts)
+            longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in workload for p in ps.prompts)
             decode = partial(self.tokenizer.decode, skip_special_tokens=True)
             policy = Policy(self.source.folder, len(self.tokenizer), decode, longest, self._model)
             self._sampler = make_sampler(self.config, policy, Path(self.config.run.dir) / "servers")
