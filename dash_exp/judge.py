@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.config.checks import check
+from dash_exp.config.checks import check, is_below
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import ExitCode, Fault, UserError, run_command
@@ -90,7 +90,7 @@ def config_of(overrides: Sequence[str]) -> Config:
     faults = find_faults(overrides, checked=False)
     if not faults:
         config = compose(overrides)
-        faults = [f for f in check(config) if f.where.split(".")[0] in USED]
+        faults = [f for f in check(config) if is_below(f.where, USED)]
     if faults:
         raise UserError(faults)
     return resolve_paths(config)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
-from dash_exp.config.checks import check, is_loopback
+from dash_exp.config.checks import check, is_below, is_loopback
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.overrides import own_settings, split_off
 from dash_exp.config.schema import Config, changed, dataset_places
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str]) -> Command:
         raise UserError(faults + found)
     config = compose(overrides)
     config = changed(config, {"cluster.server_urls": []})  # this command starts one of them
-    faults += [f for f in check(config) if any(f.where == k or f.where.startswith(f"{k}.") for k in USED)]
+    faults += [fault for fault in check(config) if is_below(fault.where, USED)]
     faults += setting_faults(serve, config)
     if faults:
         raise UserError(faults)
@@ -97,14 +97,10 @@ def setting_faults(serve: ServeConfig, config: Config) -> list[Fault]:
         found.append(Fault("serve.max_model_len", f"got {serve.max_model_len}, must be at least 2"))
     if serve.transfer not in ENGINES:
         found.append(Fault("serve.transfer", f"got {serve.transfer!r}", f"allowed: {', '.join(ENGINES)}"))
-    if absent := sorted(set(serve.cores) - os.sched_getaffinity(0)):
-        found.append(
-            Fault(
-                "serve.cores",
-                f"names {absent}, which this process may not use",
-                f"allowed: {sorted(os.sched_getaffinity(0))}",
-            )
-        )
+    allowed = os.sched_getaffinity(0)
+    if absent := sorted(set(serve.cores) - allowed):
+        what = f"names {absent}, which this process may not use"
+        found.append(Fault("serve.cores", what, f"allowed: {sorted(allowed)}"))
     return found
 
 

@@ -6,22 +6,13 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from dash_exp.config.dataset_checks import dataset_faults
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed, missing
-from dash_exp.config.schema import (
-    COUNT,
-    FILTERS,
-    STD_EPSILON,
-    Config,
-    Key,
-    Range,
-    dataset_places,
-    declared,
-)
+from dash_exp.config.schema import COUNT, FILTERS, STD_EPSILON, Config, Key, Range, dataset_places, declared
 from dash_exp.errors import Fault, nearest
 
 RANDOM_SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
@@ -48,6 +39,11 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
     )
     faults = [fault for part in parts for fault in part(config)]
     return faults + list(missing(config, installed))
+
+
+def is_below(key: str, names: Sequence[str]) -> bool:
+    """Whether a key is one of these, or lies below one of them."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _declared(config: Config) -> Iterator[Fault]:
@@ -193,16 +189,8 @@ def _sharding(config: Config) -> Iterator[Fault]:
     group = "both need torch's default process group of one process"
     adapters = "adapters leave hardly anything to share out: leave learner.sharding out"
     rows = (
-        (
-            learner.ranks == 1,
-            "learner.ranks=1: no other rank shares the weights",
-            "raise learner.ranks",
-        ),
-        (
-            learner.precision == "bf16",
-            "learner.precision=bf16: sums are rounded",
-            "use bf16_mixed or fp32",
-        ),
+        (learner.ranks == 1, "learner.ranks=1: no other rank shares the weights", "raise learner.ranks"),
+        (learner.precision == "bf16", "learner.precision=bf16: sums are rounded", "use bf16_mixed or fp32"),
         (learner.lora.rank > 0, "learner.lora.rank above 0", adapters),
         (sampler == "vllm", f"sampler=vllm: {group}", "use sampler=vllm_servers"),
         (":" in device, f"learner.device={device}, one device for all ranks", "use learner.device=auto"),

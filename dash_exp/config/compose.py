@@ -106,7 +106,7 @@ def find_faults(overrides: Sequence[str], *, sweep: bool = False, checked: bool 
     if wrong_choice:  # the default option stands in its place: only faults of keys that were written count
         written = {axis[0].key_or_group for axis in good}
         later = [fault for fault in later if fault.where in written - set(options)]
-    return _unique(faults + later)
+    return list(dict.fromkeys(faults + later))
 
 
 def _cells_faults(axes: list[list[Override]], options: Options, checked: bool) -> list[Fault]:
@@ -326,10 +326,6 @@ def options_in(folders: Sequence[str]) -> dict[str, list[str]]:
         names = [file.relative_to(top).with_suffix("").as_posix() for file in top.rglob("*.yaml")]
         options.setdefault(group, []).extend(sorted(names))
     return options
-
-
-def _unique(faults: Sequence[Fault]) -> list[Fault]:
-    return list(dict.fromkeys(faults))
 
 
 def partner_overrides(match: str, overrides: Sequence[str]) -> list[str]:

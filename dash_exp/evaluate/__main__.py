@@ -27,15 +27,7 @@ from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, run_c
 from dash_exp.evaluate.target import USAGE, Subject, parse, subject_of
 from dash_exp.evaluation.metrics import EvalSet, base_key, evaluate, shared
 from dash_exp.record import provenance
-from dash_exp.record.folder import (
-    CellBusy,
-    Recorder,
-    Row,
-    archive,
-    read_final,
-    read_json,
-    write_json,
-)
+from dash_exp.record.folder import CellBusy, Recorder, Row, archive, read_final, read_json, write_json
 from dash_exp.record.identity import freeze, model_hash, resolve_paths, weights_hash
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning
 from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
@@ -91,9 +83,8 @@ def _refuse_damage(folder: Path) -> None:
     from dash_exp.record.checkpoint import CHECKSUMS, damage
 
     if (folder / CHECKSUMS).exists() and (reason := damage(folder)):
-        raise UserError(
-            Fault("checkpoint", f"{format_path(folder)} is damaged: {reason}", "choose another one")
-        )
+        what = f"{format_path(folder)} is damaged: {reason}"
+        raise UserError(Fault("checkpoint", what, "choose another one"))
 
 
 def _digest(value: object) -> str:

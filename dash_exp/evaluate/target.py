@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.config.checks import check
+from dash_exp.config.checks import check, is_below
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import ACTIONS, Config, changed
 from dash_exp.errors import Fault, UserError
@@ -135,16 +135,11 @@ def composed(overrides: Sequence[str]) -> tuple[Config | None, list[Fault]]:
         return None, faults
     config = compose(overrides)
     if not config.evaluation.sets:
-        return config, [
-            Fault("evaluation", "names no set to evaluate on", "choose one, e.g. evaluation=math")
-        ]
+        hint = "choose one, e.g. evaluation=math"
+        return config, [Fault("evaluation", "names no set to evaluate on", hint)]
     generated: dict[str, Any] = {"dataset.kind": "arithmetic", "dataset.path": None, "dataset.mix": {}}
     asked = changed(config, {"evaluation.before": True, **generated})  # its sets, and no training data
-    return config, [f for f in check(asked) if _below(f.where, USED)]
-
-
-def _below(key: str, names: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+    return config, [f for f in check(asked) if is_below(f.where, USED)]
 
 
 def _of_training(override: str) -> list[Fault]:
@@ -155,7 +150,7 @@ def _of_training(override: str) -> list[Fault]:
     if root == "model":  # parse has said so
         return []
     known = {f.name for f in fields(Config)} | {"experiment", "debug"}
-    if root.partition(".")[0] not in known or _below(root, CELL_KEYS):
+    if root.partition(".")[0] not in known or is_below(root, CELL_KEYS):
         return []
     return [Fault(key, "is fixed: the cell is trained already", f"allowed: {', '.join(CELL_KEYS)}")]
 

@@ -39,7 +39,11 @@ class CellBusy(RuntimeError):
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file so that a reader sees the old or the new one, never a part."""
-    text = json.dumps(value, indent=1, allow_nan=False, default=str) + "\n"
+    replace_text(path, json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file at once, and only after its text is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as stream:

@@ -8,17 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-PHASES = (
-    "sample",
-    "verify",
-    "logprob",
-    "backprop",
-    "optimizer",
-    "sync",
-    "evaluate",
-    "checkpoint",
-    "other",
-)
+PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "evaluate", "checkpoint", "other")
 Item = TypeVar("Item")
 
 

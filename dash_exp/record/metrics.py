@@ -17,9 +17,9 @@ from dash_exp.types import AdvantagedGroup, Completion, Score
 @dataclass(frozen=True, slots=True)
 class BatchFacts:
     """Everything that a step's row is computed from. `sums`: the learner's sums over forwarded tokens;
-    `updates`: one entry (grad_norm, lr, skipped) per update
-    of this batch; `updates_total`: updates since the start, skipped ones included; `waves`: in which
-    the batch was sampled, where something was learned meanwhile."""
+    `updates`: one entry (grad_norm, lr, skipped) per update of this batch; `updates_total`: updates since the
+    start, skipped ones included; `waves`: in which the batch was sampled, where something was learned
+    meanwhile."""
 
     groups: tuple[AdvantagedGroup, ...]
     updates: tuple[Any, ...]

@@ -40,9 +40,8 @@ def git_state() -> dict[str, Any]:
 
     def git(*arguments: str) -> bytes | None:
         try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=PACKAGE, capture_output=True, timeout=20, check=False
-            )
+            command = ["git", *arguments]
+            done = subprocess.run(command, cwd=PACKAGE, capture_output=True, timeout=20, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout if done.returncode == 0 else None

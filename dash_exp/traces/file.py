@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import UNRELIABLE
-from dash_exp.record.folder import Row, read_json, read_rows, write_json
+from dash_exp.record.folder import Row, read_json, read_rows, replace_text, write_json
 from dash_exp.text import format_path
 from dash_exp.types import Completion, Score
 
@@ -51,10 +51,8 @@ class TraceFile:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            what = "another process is sampling into it"
-            raise UserError(
-                Fault(format_path(self.out), what, "wait for it, or choose traces.out=")
-            ) from error
+            what, hint = "another process is sampling into it", "wait for it, or choose traces.out="
+            raise UserError(Fault(format_path(self.out), what, hint)) from error
         try:
             yield
         finally:
@@ -92,18 +90,8 @@ class TraceFile:
         """Write the complete file, in the order of these prompts, and drop the partial one. May be stopped
         anywhere and repeated: the file appears last, and at once."""
         write_json(self.provenance, {**facts, "settings": dict(self.settings)})
-        temporary = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-        try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                for name in order:
-                    stream.writelines(
-                        json.dumps(trace, ensure_ascii=False) + "\n" for trace in done[name]["traces"]
-                    )
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(self.out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        traces = (trace for name in order for trace in done[name]["traces"])
+        replace_text(self.out, "".join(json.dumps(trace, ensure_ascii=False) + "\n" for trace in traces))
         self.partial.unlink(missing_ok=True)
 
     def _refuse_others(self, path: Path, found: Mapping[str, Any]) -> None:
@@ -111,14 +99,11 @@ class TraceFile:
         if now == found:
             return
         differing = [key for key in {**found, **now} if found.get(key) != now.get(key)]
-        faults = [
-            Fault(
-                format_path(path), f"was made with {key} {_brief(found.get(key))}, not {_brief(now.get(key))}"
-            )
-            for key in differing
-        ]
-        last = faults.pop()
-        raise UserError([*faults, Fault(last.where, last.what, OTHER_FILE)])
+        faults = []
+        for key in differing:
+            what = f"was made with {key} {_brief(found.get(key))}, not {_brief(now.get(key))}"
+            faults.append(Fault(format_path(path), what, OTHER_FILE if key == differing[-1] else ""))
+        raise UserError(faults)
 
 
 def _brief(value: object) -> str:

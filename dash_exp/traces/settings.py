@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_exp.config.checks import check, declared_faults
+from dash_exp.config.checks import check, declared_faults, is_below
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.overrides import own_settings, split_off
 from dash_exp.config.schema import COUNT, NATURAL, SHARE, Config, changed, number, setting
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Command:
     """Raises UserError with every fault of a command line."""
     command, faults = _read(arguments)
     config, traces = command.config, command.traces
-    faults += [f for f in check(config) if any(f.where == k or f.where.startswith(f"{k}.") for k in USED)]
+    faults += [fault for fault in check(config) if is_below(fault.where, USED)]
     if config.dataset.mix:
         faults.append(Fault("dataset.mix", "traces are sampled for one dataset at a time"))
     if config.sampler.name == "hf" and traces.samples > config.sampler.max_sequences:
