@@ -54,13 +54,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which engine sampled a group, and when (seconds since the epoch). `ends`: of each completion; none
-    if the engine does not report them, or the group was retried on another engine."""
+    """Which engine sampled a group, and when (seconds since the epoch)."""
 
     worker: str
     start: float
     end: float
-    ends: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def token_logprobs(
 
 
 class Scorer(torch.nn.Module):
-    """From a micro-batch to the log-probabilities and entropies [C] of its completions. One module, so that
+    """Computes the log-probabilities and entropies [C] of a micro-batch's completions. One module, so that
     every weight is used inside one forward: those of a sharded model are complete only there."""
 
     def __init__(self, model: Any, *, temperature: float, vocabulary: int, chunk: int):

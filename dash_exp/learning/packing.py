@@ -262,8 +262,8 @@ def _completion_rows(spans: Spans, tokens: int, device: torch.device | str) -> C
 
 
 def _mask(visible: Tensor, device: torch.device | str) -> Tensor:
-    """For torch's kernels, or for plain attention where that is faster: on CPU, where theirs has a slow
-    backward, while there are few weights to keep."""
+    """A mask for torch's kernels, or for plain attention where that is faster: on CPU, where theirs has a
+    slow backward, while there are few weights to keep."""
     if torch.device(device).type == "cpu" and visible.numel() <= PLAIN_CELLS:
         return additive_mask(visible)
     return visible.to(device)

@@ -1,4 +1,5 @@
-"""What a learner is built from, and what it reports: plain values, no tensors."""
+"""What a learner is built from, what it reports, and which of its ranks this process is: plain values, no
+tensors."""
 
 from __future__ import annotations
 

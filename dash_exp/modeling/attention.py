@@ -255,7 +255,7 @@ class DecodeCache:
         return mixed.transpose(1, 2).flatten(0, 1)[self.inverse][None]
 
     def expand(self, repeats: int) -> None:
-        """From one row per prompt to `repeats` rows each, with room for the new tokens."""
+        """Repeat each prompt's row `repeats` times, with room for the new tokens."""
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             self.keys[layer] = self._with_room(keys, repeats)
             self.values[layer] = self._with_room(values, repeats)

@@ -143,7 +143,7 @@ def accuracy_lines(evals: Sequence[Row]) -> list[str]:
 
 
 def time_lines(steps: Sequence[Row]) -> list[str]:
-    """Where the seconds went, largest phase first."""
+    """Format where the seconds went, largest phase first."""
     total = sum(r["time/step_s"] for r in steps)
     shares = {p: sum(r[f"time/{p}_s"] for r in steps) / total for p in PHASES}
     largest = sorted(shares.items(), key=lambda pair: -pair[1])

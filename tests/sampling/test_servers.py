@@ -67,8 +67,7 @@ def test_a_batch_requested_in_waves_keeps_one_wave_in_flight(pair: Rig) -> None:
     starts = sorted(g.origin.start for g in seen if g.origin)
     assert min(g.origin.end for g in seen if g.origin) < starts[-1]
     for origin in (g.origin for g in seen if g.origin):
-        assert origin.start < min(origin.ends) <= max(origin.ends) == origin.end
-        assert len(origin.ends) == each
+        assert origin.start < origin.end
 
 
 def test_groups_are_assigned_by_expected_cost(pair: Rig) -> None:
@@ -148,8 +147,6 @@ def test_broken_servers_are_noticed_and_the_others_take_over(rig: Callable[..., 
 
 
 def test_a_server_that_ends_is_restarted_with_the_current_weights(rig: Callable[..., Rig]) -> None:
-    """Groups that went to another server say nothing of when their completions ended, also where none of them
-    was done before: it would say nothing about the server that finished them."""
     one = rig(delay=0.1, restarts=1)
     one.sampler.load_weights(2)
     before = one.pid(0)
@@ -161,9 +158,6 @@ def test_a_server_that_ends_is_restarted_with_the_current_weights(rig: Callable[
     check(groups, asked, "2")
     (fault,) = one.of("fault")
     assert fault["what"] == "server lost" and fault["groups"]
-    for group in groups:
-        assert group.origin is not None
-        assert (group.origin.ends == ()) == (group.position in fault["groups"])
     until(lambda: one.members[0].state == "serving")
     assert one.pid(0) != before
     check(list(arrived(one.sampler.stream(asked, DECODING))), asked, "2")  # nothing older than 2 comes

@@ -96,8 +96,8 @@ class Worker:
         return MicroBatchResult(logprobs, start, time.time())
 
     def _run_dummy_forward(self, scorer: Any, backward: bool = False) -> None:
-        """With sharded weights every rank takes part in every gathering: one that has nothing to compute
-        computes one token of weight 0, which adds nothing."""
+        """Take part in a gathering without a micro-batch, as every rank must with sharded weights:
+        compute one token of weight 0, which adds nothing."""
         if not self.learner.weights.sharded:
             return
         with torch.set_grad_enabled(backward):

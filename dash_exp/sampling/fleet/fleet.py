@@ -287,7 +287,7 @@ class Fleet:
             self._submit(min(free, key=lambda m: m.cost), batch.queue.popleft(), batch, now)
 
     def _submit(self, member: Member, pending: Pending, batch: Batch, now: float) -> None:
-        pending.start, pending.attempts = now, pending.attempts + 1
+        pending.start = now
         if not member.pending:
             member.last_token = time.monotonic()
         member.pending[pending.request.position] = pending
@@ -311,7 +311,7 @@ class Fleet:
             return
         if batch is not self.batch or member.pending.get(request.position) is not pending:
             return  # the server was taken for lost, and the request went to another one
-        pending.sampled[index], pending.ends[index] = sampled, time.time()
+        pending.sampled[index] = sampled
         member.last_token = time.monotonic()
         if not pending.missing:
             del member.pending[request.position]
@@ -325,8 +325,7 @@ class Fleet:
             for s in pending.sampled
             if s is not None
         )
-        ends = tuple(pending.ends[index] for index in range(len(completions)))
-        origin = Origin(member.name, pending.start, max(ends), ends if pending.attempts == 1 else ())
+        origin = Origin(member.name, pending.start, time.time())
         return Group(pending.request.position, pending.request.prompt, completions, origin)
 
     async def close(self) -> None:

@@ -191,15 +191,13 @@ class Needs:
 
 @dataclass(eq=False, slots=True)
 class Pending:
-    """One group in flight: the request, its completions so far and when they ended, and how many servers it
-    was sent to, the last of them at `start`. `cost`: tokens it is expected to take."""
+    """One group in flight: the request, its completions so far, and when it was last sent to a server
+    (`start`). `cost`: tokens it is expected to take."""
 
     request: Request
     sampled: list[Sampled | None]
     cost: float
     start: float = 0.0
-    attempts: int = 0
-    ends: dict[int, float] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:
