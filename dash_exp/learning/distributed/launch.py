@@ -139,48 +139,48 @@ def end_with_parent() -> None:
 # --- ranks started by torchrun or srun ---
 
 
-def connect_rank_0(place: RankInfo, timeout_s: float) -> Coordinator:
+def connect_rank_0(info: RankInfo, timeout_s: float) -> Coordinator:
     """Connect rank 0 to the other ranks."""
     from dash_exp.learning.distributed.communicator import Coordinator
 
-    store, listener = _rendezvous(place, timeout_s), Listener()
+    store, listener = _rendezvous(info, timeout_s), Listener()
     store.set(PORT_KEY, str(listener.port))
-    workers = listener.accept_workers(place.size, max(START_S, timeout_s))
-    return Coordinator(store, place.size, timeout_s, workers)
+    workers = listener.accept_workers(info.size, max(START_S, timeout_s))
+    return Coordinator(store, info.size, timeout_s, workers)
 
 
-def run_worker(place: RankInfo, timeout_s: float) -> int:
+def run_worker(info: RankInfo, timeout_s: float) -> int:
     """Run any other rank. Signals that ask to stop are for rank 0, which ends its step first. Returns
     an exit code."""
     from dash_exp.learning.distributed.communicator import WorkerCommunicator
 
-    store = _rendezvous(place, timeout_s)
-    communicator = WorkerCommunicator(store, place.rank, place.size, timeout_s)
+    store = _rendezvous(info, timeout_s)
+    communicator = WorkerCommunicator(store, info.rank, info.size, timeout_s)
     tune_malloc()
     with (
         handling(lambda number, frame: None),
-        connect_to_rank_0(place.address, int(store.get(PORT_KEY)), place.rank, max(START_S, timeout_s)),
+        connect_to_rank_0(info.address, int(store.get(PORT_KEY)), info.rank, max(START_S, timeout_s)),
     ):
-        return serve(communicator, place.local_rank)
+        return serve(communicator, info.local_rank)
 
 
-def _rendezvous(place: RankInfo, timeout_s: float) -> Any:
+def _rendezvous(info: RankInfo, timeout_s: float) -> Any:
     import torch.distributed as dist
 
     try:
-        socket.getaddrinfo(place.address, place.port)
+        socket.getaddrinfo(info.address, info.port)
     except OSError as error:
-        what = f"{place.address!r}, where rank 0 should be, has no address here: {error}"
+        what = f"{info.address!r}, where rank 0 should be, has no address here: {error}"
         hint = "set it to the name or address of rank 0's machine"
         raise UserError(Fault("MASTER_ADDR", what, hint)) from error
     wait_s = max(START_S, timeout_s)
-    url = f"tcp://{place.address}:{place.port}?rank={place.rank}&world_size={place.size}"
+    url = f"tcp://{info.address}:{info.port}?rank={info.rank}&world_size={info.size}"
     try:
         store, _, _ = next(dist.rendezvous(url, timeout=timedelta(seconds=wait_s)))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        where = f"{place.address}:{place.port}"
-        what = f"rank {place.rank} could not meet the others at {where} within {wait_s:g} s: {reason}"
+        where = f"{info.address}:{info.port}"
+        what = f"rank {info.rank} could not meet the others at {where} within {wait_s:g} s: {reason}"
         raise UserError(Fault("learner.ranks", what)) from error
     return store
 
