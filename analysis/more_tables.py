@@ -66,9 +66,7 @@ def speed_table(records: Records, own: Sequence[Variant], model: str, data: str)
             est.over_seeds([_total(records, c, "updates") for c in cells]),
             _over(cells, lambda c: seconds_to(records, c, target), unreached if rewarded else NO_REWARD),
             _over(
-                cells,
-                lambda c: est.instability(curve_of(records, c)),
-                TOO_SHORT if rewarded else NO_REWARD,
+                cells, lambda c: est.instability(curve_of(records, c)), TOO_SHORT if rewarded else NO_REWARD
             ),
         )
         rows.append((variant.label, tuple(Entry(entry) for entry in entries)))

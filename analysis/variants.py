@@ -28,12 +28,7 @@ ARMS = {
 }
 """The paper's names, in the order of its tables; other arms follow by their own names."""
 
-OF_THE_ARM = (
-    "config.algorithm.",
-    "config.filter.name",
-    "config.filter.threshold",
-    "config.sampler.schedule",
-)
+OF_THE_ARM = ("config.algorithm.", "config.filter.name", "config.filter.threshold", "config.sampler.schedule")
 """Settings that an arm's name stands for, unless two variants of it differ in them."""
 PLACES = ("path", "traces")
 """Last part of the keys of files: where they lie does not make another recipe."""

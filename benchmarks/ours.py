@@ -30,12 +30,7 @@ ARMS = {
     ("none", False): "pg",
 }
 """The arm for a filter, with and without KL; they differ in nothing else."""
-QUICK = (
-    "model=tiny",
-    "algorithm.prompts_per_step=2",
-    "algorithm.group_size=2",
-    "sampler.max_new_tokens=4",
-)
+QUICK = ("model=tiny", "algorithm.prompts_per_step=2", "algorithm.group_size=2", "sampler.max_new_tokens=4")
 """For a smoke check: anything that a row sets comes before."""
 STILL = "learner.lr=1e-12"
 """So small that weights stay as they are: every side, and every round, samples the same."""

@@ -10,10 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-CASES = {
-    "start-up": ("evaluation=none",),
-    "start-up, base model evaluated first": (),
-}
+CASES = {"start-up": ("evaluation=none",), "start-up, base model evaluated first": ()}
 """Without evaluation it is only the start-up. As typed, the default cell first evaluates the base model
 on the held-out set, unless the cache knows the result; here it does not."""
 

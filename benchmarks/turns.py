@@ -50,9 +50,4 @@ def median(rows: Sequence[Mapping[str, Any]], *names: str) -> float:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, smallest and largest of what was measured, and all of it."""
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "all": list(values),
-    }
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}

@@ -70,10 +70,7 @@ def print_error(text: str) -> None:
 
 
 def run_command(
-    command: Callable[[Sequence[str]], int],
-    arguments: Sequence[str],
-    usage: str = "",
-    interrupted: str = "",
+    command: Callable[[Sequence[str]], int], arguments: Sequence[str], usage: str = "", interrupted: str = ""
 ) -> int:
     """Run a command with these arguments and return its exit code, whichever way it ends.
 

@@ -15,14 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Tiny tensors gain nothing from threads, and tests run side by side. Read by torch when it is imported."""
 
 REPOSITORY = Path(__file__).parents[1]
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "layers": 2,
-    "heads": 2,
-    "kv_heads": 1,
-    "seed": 3,
-}
+TINY = {"hidden_size": 64, "intermediate_size": 96, "layers": 2, "heads": 2, "kv_heads": 1, "seed": 3}
 
 
 @pytest.fixture(scope="session")

@@ -218,12 +218,7 @@ def faults_of(*arguments: str) -> str:
 
 def test_every_fault_at_once(cell: Path) -> None:
     text = faults_of(
-        f"cell={cell}",
-        "checkpoint=3",
-        "evaluation.sample=4",
-        "algorithm.steps=3",
-        "sampler=hff",
-        "-x",
+        f"cell={cell}", "checkpoint=3", "evaluation.sample=4", "algorithm.steps=3", "sampler=hff", "-x"
     )
     for part in (
         "dash_exp: 5 problems, nothing was started",
@@ -305,15 +300,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_set(
 
 @pytest.mark.long
 def test_a_process_stopped_by_ctrl_c(mine: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "dash_exp.evaluate",
-        f"cell={mine}",
-        ONE,
-        "evaluation.samples=32",
-        *SUMS,
-    ]
+    command = [sys.executable, "-m", "dash_exp.evaluate", f"cell={mine}", ONE, "evaluation.samples=32", *SUMS]
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -22,10 +22,7 @@ from tests.learning.test_learner import (
 )
 from tests.test_run import run_here
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")]
 
 
 def test_gradient_equals_that_of_the_cpu(tiny: Any, tiny_folder: Path) -> None:

@@ -325,9 +325,7 @@ def disk_of(tmp_path: Path, size: str) -> Path:
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)],
-        capture_output=True,
-        check=False,
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
     )
     if done.returncode != 0:
         pytest.skip("a small disk cannot be mounted here (needs root)")

@@ -184,7 +184,7 @@ def test_gaps_change_nothing_where_the_cut_must_not_depend_on_time(tiny: Any, st
 
 
 def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
-    """A group whose verdicts are there is handed on in a gap, before the next group has come."""
+    """A group whose verdicts are there is passed on in a gap, before the next group arrives."""
     seen: list[str] = []
     verdict: Future[Score] = Future()
 

@@ -276,13 +276,7 @@ def test_a_filter_threshold_means_the_same_in_every_arm(tiny: Any) -> None:
         for scale in ("std", "none"):
             arm = partial(group_advantages, baseline=baseline, scale=scale)
             made = compute_advantages(
-                parts_of(
-                    None,
-                    "constant",
-                    advantages=arm,
-                    keep=keep_large(0.6),
-                    filter_advantages=standard,
-                ),
+                parts_of(None, "constant", advantages=arm, keep=keep_large(0.6), filter_advantages=standard),
                 scored([1.0, 0.0, 0.0, 0.0]),
             )
             assert made.kept == (True, False, False, False), (baseline, scale)

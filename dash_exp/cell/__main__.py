@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,6 @@ from dash_exp.errors import (
     run_command,
 )
 from dash_exp.learning.settings import rank_from_environment
-from dash_exp.mirror.follow import Follower
 from dash_exp.record.folder import CellBusy, Recorder, archive, read_final, read_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning, run_forwarding
@@ -44,6 +43,7 @@ from dash_exp.train.display import Display
 
 if TYPE_CHECKING:
     from dash_exp.learning.distributed.communicator import Coordinator
+    from dash_exp.mirror.follow import Follower
 
 
 def run_config(config: Config, apart: bool = False) -> int:
@@ -106,11 +106,12 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
     stop = Stop()
     try:
         with handling(stop), ExitStack() as stack:
-            mirror = stack.enter_context(Follower(folder, config, display.note))
+            mirror = stack.enter_context(tracked(folder, config, display))
             recorder = stack.enter_context(Recorder(folder))  # released before the mirror's last sync
             if read_json(folder / "status.json").get("state") == "finished":
                 return show_finished(folder, display)
-            mirror.start(recorder.attempt)
+            if mirror is not None:
+                mirror.start(recorder.attempt)
             return run_locked(folder, config, recorder, display, stop, links)
     except CellBusy as error:
         fault = Fault(format_path(folder), "is being run by another process", "see its log.txt")
@@ -123,6 +124,15 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
         raise UserError(disk_fault(error, folder), "what was recorded is kept") from error
     finally:
         display.stop()
+
+
+def tracked(folder: Path, config: Config, display: Display) -> AbstractContextManager[Follower | None]:
+    """The process that mirrors the record beside the run, if `tracking` asks for one."""
+    if config.tracking.name == "none":
+        return nullcontext()
+    from dash_exp.mirror.follow import Follower
+
+    return Follower(folder, config, display.note)
 
 
 def show_finished(folder: Path, display: Display) -> int:

@@ -33,12 +33,7 @@ class AttentionContext(Protocol):
 
 
 def _dispatch(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls for each layer; `context` is what the model was called with."""
     context, scale = kwargs.get("context"), kwargs.get("scaling")

@@ -36,16 +36,7 @@ from dash_exp.record import journal
 from dash_exp.sweep import spec as specs
 from dash_exp.sweep.report import by_state, counts_text, print_parts
 from dash_exp.sweep.status import counts_of, launched, read_sweep, read_sweeps, select
-from dash_exp.sweep.watch import (
-    ROOT,
-    chosen_of,
-    logs_command,
-    needed,
-    root_of,
-    say,
-    say_json,
-    status_command,
-)
+from dash_exp.sweep.watch import ROOT, chosen_of, logs_command, needed, root_of, say, say_json, status_command
 from dash_exp.text import format_seconds
 
 # The command line ---------------------------------------------------------------------------------

@@ -120,10 +120,7 @@ class Attempt:
         path = self.folder / "provenance.json"
         known, built = read_json(path), self.built
         data = {"training": built.parts.prompts, **{s.label: s.prompts for s in built.sets}}
-        judges = {
-            *(j.version for j in built.parts.judges.values()),
-            *(s.judge.version for s in built.sets),
-        }
+        judges = {*(j.version for j in built.parts.judges.values()), *(s.judge.version for s in built.sets)}
         weights = weights_hash(built.source.folder, self.cache)
         budget = known.get("budget")  # as read at the first start
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -141,10 +138,7 @@ class Attempt:
             done or None,
             hardware=hardware,
             budget=budget,
-            model={
-                "origin": built.source.origin,
-                "weights_hash": weights,
-            },
+            model={"origin": built.source.origin, "weights_hash": weights},
             datasets={label: p.content_hash for label, p in data.items()},
             verifiers=sorted(judges),
         )

@@ -17,14 +17,7 @@ from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.settings import local_ranks
 from dash_exp.sampling.fleet.fleet import FleetSettings
-from dash_exp.sampling.fleet.member import (
-    KEY_VARIABLE,
-    Launch,
-    Member,
-    Needs,
-    RestartPolicy,
-    ServerSettings,
-)
+from dash_exp.sampling.fleet.member import KEY_VARIABLE, Launch, Member, Needs, RestartPolicy, ServerSettings
 from dash_exp.sampling.fleet.sampler import Processors, ServerSampler, gpus, processors
 from dash_exp.sampling.transfer import Transfer
 from dash_exp.sampling.transfer.path import FileWeights, PathTransfer, SharedWeights

@@ -184,12 +184,7 @@ def test_one_cell_is_run_and_leaves_no_file_of_hydra(shell: Shell) -> None:
 
 @pytest.mark.parametrize(
     ("what", "code", "says"),
-    [
-        ("1", 1, ""),
-        ("refuse", 2, "data.jsonl:3: not valid JSON"),
-        ("crash", 1, "a bug"),
-        ("130", 130, ""),
-    ],
+    [("1", 1, ""), ("refuse", 2, "data.jsonl:3: not valid JSON"), ("crash", 1, "a bug"), ("130", 130, "")],
 )
 def test_the_exit_code_of_one_cell(shell: Shell, what: str, code: int, says: str) -> None:
     done = shell("model=tiny", CELL_0=what)

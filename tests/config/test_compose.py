@@ -79,15 +79,7 @@ def test_the_default_cell() -> None:
         config.dataset.name,
         config.evaluation.name,
     )
-    assert names == (
-        "smollm2_135m",
-        "dash",
-        "small",
-        "hf",
-        "advantage",
-        "arithmetic",
-        "arithmetic",
-    )
+    assert names == ("smollm2_135m", "dash", "small", "hf", "advantage", "arithmetic", "arithmetic")
     assert (config.algorithm.steps, config.algorithm.beta) == (30, 0.04)
     assert (config.algorithm.prompts_per_step, config.algorithm.group_size) == (16, 8)
     assert (config.learner.lr, config.learner.precision) == (3e-5, "bf16_mixed")

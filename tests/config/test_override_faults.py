@@ -38,26 +38,14 @@ def test_compose_raises_every_fault() -> None:
         ("learner.lr=fast", Fault("learner.lr", "got 'fast' (text), expected a number")),
         ("run.force=maybe", Fault("run.force", "got 'maybe' (text), expected true or false")),
         ("dataset.stop=x", Fault("dataset.stop", "got 'x' (text), expected a list like [a,b]")),
-        (
-            "dataset.limit=x",
-            Fault("dataset.limit", "got 'x' (text), expected a whole number or null"),
-        ),
+        ("dataset.limit=x", Fault("dataset.limit", "got 'x' (text), expected a whole number or null")),
         ("learner={lr: x}", Fault("learner.lr", "got 'x' (text), expected a number")),
-        (
-            "model.random.heads=x",
-            Fault("model.random.heads", "got 'x' (text), expected a whole number"),
-        ),
+        ("model.random.heads=x", Fault("model.random.heads", "got 'x' (text), expected a whole number")),
         (
             "evaluation.sets.arithmetic.limit=x",
-            Fault(
-                "evaluation.sets.arithmetic.limit",
-                "got 'x' (text), expected a whole number or null",
-            ),
+            Fault("evaluation.sets.arithmetic.limit", "got 'x' (text), expected a whole number or null"),
         ),
-        (
-            "filter=of",
-            Fault("filter", "unknown option 'of'", "allowed: advantage, none, zero_variance"),
-        ),
+        ("filter=of", Fault("filter", "unknown option 'of'", "allowed: advantage, none, zero_variance")),
         (
             "algorithm=grppo",
             Fault(
@@ -92,10 +80,7 @@ def test_compose_raises_every_fault() -> None:
                 "did you mean 'checkpoint.every'? (in checkpoint: every, keep)",
             ),
         ),
-        (
-            "+checkpoint.often=3",
-            Fault("checkpoint.often", "unknown key", "in checkpoint: every, keep"),
-        ),
+        ("+checkpoint.often=3", Fault("checkpoint.often", "unknown key", "in checkpoint: every, keep")),
         ("dash", Fault("dash", "is not key=value", "see python -m dash_exp --help")),
         ("hydra.searchpath=[/nope]", None),
         ("hydra.foo=3", Fault("hydra.foo", "unknown key")),
@@ -143,15 +128,7 @@ def test_all_faults_are_found_at_once() -> None:
     ]
     faults = find_faults(overrides)
     assert sorted(where(faults)) == sorted(
-        [
-            "oops",
-            "a",
-            "algorithm.stepz",
-            "sampler",
-            "learner.lr",
-            "algorithm.group_size",
-            "sampler.top_p",
-        ]
+        ["oops", "a", "algorithm.stepz", "sampler", "learner.lr", "algorithm.group_size", "sampler.top_p"]
     )
 
 
@@ -201,10 +178,7 @@ def test_sweeps_over_all_options_and_over_intervals() -> None:
     ("line", "where_and_what"),
     [
         ("betta: 1", ("algorithm.betta", "unknown key (in algorithm/mine.yaml)")),
-        (
-            "beta: x",
-            ("algorithm.beta", "got 'x' (text), expected a number (in algorithm/mine.yaml)"),
-        ),
+        ("beta: x", ("algorithm.beta", "got 'x' (text), expected a number (in algorithm/mine.yaml)")),
         ("beta: ${nope}", ("algorithm.beta", "Interpolation key 'nope' not found")),
     ],
 )
@@ -217,10 +191,7 @@ def test_a_wrong_line_in_a_file_of_ones_own(
 
 def test_a_wrong_default_in_a_file_of_ones_own(outside: Path) -> None:
     [fault] = find_faults(add_arm(outside, "defaults: [dahs, _self_]\n"))
-    assert (fault.where, fault.what) == (
-        "algorithm",
-        "unknown option 'dahs' (in algorithm/mine.yaml)",
-    )
+    assert (fault.where, fault.what) == ("algorithm", "unknown option 'dahs' (in algorithm/mine.yaml)")
     assert fault.hint.startswith("did you mean 'dash'?")
 
 

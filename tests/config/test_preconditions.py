@@ -26,9 +26,7 @@ def test_dataset_file_that_is_not_there(jsonl: Config, tmp_path: Path) -> None:
     jsonl = changed(jsonl, {"dataset.path": str(tmp_path / "trian.jsonl")})
     assert check(jsonl) == [
         Fault(
-            "dataset.path",
-            f"{tmp_path}/trian.jsonl is not a file",
-            f"did you mean {tmp_path}/train.jsonl?",
+            "dataset.path", f"{tmp_path}/trian.jsonl is not a file", f"did you mean {tmp_path}/train.jsonl?"
         )
     ]
     jsonl = changed(jsonl, {"dataset.path": str(tmp_path / "train.jsonl")})
@@ -78,10 +76,7 @@ def test_model_folder(config: Config, tmp_path: Path) -> None:
     config = changed(config, {"model.path": str(folder)})
     assert [f.what for f in check(config)] == [f"{folder} is not a folder"]
     folder.mkdir()
-    assert [f.what for f in check(config)] == [
-        f"{folder} has no config.json",
-        f"{folder} has no tokenizer",
-    ]
+    assert [f.what for f in check(config)] == [f"{folder} has no config.json", f"{folder} has no tokenizer"]
     (folder / "config.json").touch()
     (folder / "tokenizer.json").touch()
     assert check(config) == []

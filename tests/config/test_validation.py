@@ -221,10 +221,7 @@ def test_several_updates_need_the_clipped_ratio(config: Config) -> None:
 def test_a_group_is_sampled_together(config: Config) -> None:
     config = changed(config, {"sampler.max_sequences": 7})
     [fault] = check(config)
-    assert (fault.where, fault.what) == (
-        "sampler.max_sequences",
-        "got 7, less than algorithm.group_size=8",
-    )
+    assert (fault.where, fault.what) == ("sampler.max_sequences", "got 7, less than algorithm.group_size=8")
 
 
 def test_largest_deviations_of_the_paper() -> None:

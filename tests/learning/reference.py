@@ -66,11 +66,9 @@ def reference_gradient(
                 d = other - logprobs
                 loss = loss + goal.beta * (d.exp() - d - 1)
             total = total + (loss.mean() if aggregation == "sequence_mean" else loss.sum())
-    divisor = {
-        "sequence_mean": len(lengths),
-        "token_mean": sum(lengths),
-        "constant": len(lengths) * MAX_NEW,
-    }[aggregation]
+    divisor = {"sequence_mean": len(lengths), "token_mean": sum(lengths), "constant": len(lengths) * MAX_NEW}[
+        aggregation
+    ]
     model.zero_grad()
     if total.requires_grad:
         (total / divisor).backward()

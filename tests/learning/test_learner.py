@@ -121,9 +121,7 @@ def test_changing_one_completion_leaves_the_others_alone(tiny: Any, rows: str) -
     mixed_group = AdvantagedGroup(
         first[0].scored.__class__(
             first[0].group.__class__(
-                0,
-                first[0].group.prompt,
-                (other[0].group.completions[0], *first[0].group.completions[1:]),
+                0, first[0].group.prompt, (other[0].group.completions[0], *first[0].group.completions[1:])
             ),
             first[0].scored.scores,
         ),

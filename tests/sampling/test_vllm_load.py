@@ -30,8 +30,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied", "dtype"),
-    [("Llama", False, "float32"), ("Qwen2", True, "bfloat16")],
+    ("kind", "tied", "dtype"), [("Llama", False, "float32"), ("Qwen2", True, "bfloat16")]
 )
 def test_both_ways_leave_the_same(tmp_path: Path, kind: str, tied: bool, dtype: str) -> None:
     import transformers

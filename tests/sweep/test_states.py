@@ -63,12 +63,7 @@ CASES = {
         {"pid": 5},
         "finished",
     ),
-    "a process holds it, whatever was recorded": (
-        record("interrupted", 15),
-        [LOCAL],
-        {"pid": 5},
-        "running",
-    ),
+    "a process holds it, whatever was recorded": (record("interrupted", 15), [LOCAL], {"pid": 5}, "running"),
     "it recorded running and nobody holds it": (record("running", 30), [LOCAL], {}, "interrupted"),
     "killed, and the launcher saw a lost machine": (
         record("running", 30),
@@ -92,12 +87,7 @@ CASES = {
         {},
         "pending",
     ),
-    "waits in the queue": (
-        record("pending", 5),
-        [QUEUED],
-        {"job": JobState("queued", "PENDING")},
-        "queued",
-    ),
+    "waits in the queue": (record("pending", 5), [QUEUED], {"job": JobState("queued", "PENDING")}, "queued"),
     "queued anew after a lost node": (
         record("running", 30),
         [QUEUED, START],
@@ -105,12 +95,7 @@ CASES = {
         "queued",
     ),
     "its job has begun, itself not yet": (record("pending", 5), [QUEUED], {"job": RUNS}, "running"),
-    "runs in a job elsewhere": (
-        record("running", 30),
-        [QUEUED, START],
-        {"job": RUNS},
-        "running",
-    ),
+    "runs in a job elsewhere": (record("running", 30), [QUEUED, START], {"job": RUNS}, "running"),
     "its process ended in a job that goes on": (
         record("running", 30),
         [QUEUED, START, end(-9, "node")],

@@ -105,10 +105,7 @@ EQUAL: Table = (
     (r"(6,31,-1)", r"(6, 31, -1)"),
     (r"(6,31,-1)", r"6, 31, -1"),
     (r"(15,-29)", r"(x,y) = (15,-29)"),
-    (
-        r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}",
-        r"\begin{bmatrix} -2 \\ -14 \\ -7 \end{bmatrix}",
-    ),
+    (r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}", r"\begin{bmatrix} -2 \\ -14 \\ -7 \end{bmatrix}"),
     (r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}", r"(-2,-14,-7)"),
     (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}"),
     (
@@ -402,14 +399,8 @@ UNEQUAL: Table = (
     (r"2\sqrt{113}", r"\sqrt{113}"),
     (r"(a+5)(b+2)", r"(a+2)(b+5)"),
     (r"\frac{20000}{\pi}", r"20000\pi"),
-    (
-        r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}",
-        r"\begin{pmatrix} -2 \\ -14 \\ 7 \end{pmatrix}",
-    ),
-    (
-        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
-        r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}",
-    ),
+    (r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}", r"\begin{pmatrix} -2 \\ -14 \\ 7 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \end{pmatrix}"),
     (r"3:5", r"5:3"),
     (r"\text{4:30 p.m.}", r"4:30 a.m."),

@@ -99,8 +99,7 @@ def test_what_counts_as_a_definition(program: str, found: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["```{}`", "```{} `", "``` {}`", "```\n{}`", "{}`", "``{}", "```a {}`", "```python\n{}```"],
+    "line", ["```{}`", "```{} `", "``` {}`", "```\n{}`", "{}`", "``{}", "```a {}`", "```python\n{}```"]
 )
 @pytest.mark.parametrize("filling", ["a", " ", "`", "\t", "a `"])
 def test_a_long_line_takes_linear_time(line: str, filling: str) -> None:

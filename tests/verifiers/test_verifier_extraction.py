@@ -113,13 +113,7 @@ def test_last_number(text: str, candidate: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "candidate"),
-    [
-        ("#### 18", "18"),
-        ("#### 1\n#### 2\nrest", "2"),
-        ("####18", "18"),
-        ("18", None),
-        ("####", None),
-    ],
+    [("#### 18", "18"), ("#### 1\n#### 2\nrest", "2"), ("####18", "18"), ("18", None), ("####", None)],
 )
 def test_hash(text: str, candidate: str | None) -> None:
     assert extract(text, "hash") == candidate

@@ -29,12 +29,7 @@ def request(serial: int, text: str, answer: str = "1") -> dict[str, object]:
 
 def test_one_verdict_for_each_request_until_the_input_ends() -> None:
     done = run_worker(
-        "dash_exp.verifiers.worker",
-        [
-            request(1, r"\frac{2}{4}", "0.5"),
-            request(2, ""),
-            request(3, "7", "7"),
-        ],
+        "dash_exp.verifiers.worker", [request(1, r"\frac{2}{4}", "0.5"), request(2, ""), request(3, "7", "7")]
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines[0] == {"ready": True}
@@ -46,8 +41,7 @@ def test_one_verdict_for_each_request_until_the_input_ends() -> None:
 def test_prints_never_reach_the_channel() -> None:
     """Before it is ready they are kept as errors, to say why a start failed; later they go."""
     done = run_worker(
-        "odd_worker",
-        [request(1, "print a verdict"), request(2, "write a verdict to descriptor 1")],
+        "odd_worker", [request(1, "print a verdict"), request(2, "write a verdict to descriptor 1")]
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines[0] == {"ready": True}
