@@ -286,7 +286,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
     parser.add_argument("--logit-chunk", type=int, default=128)
     parser.add_argument("--gradient-checkpointing", action=on_off, default=False)
-    parser.add_argument("--keep-freed-memory", action=on_off, default=True, help="as real runs do")
+    parser.add_argument("--tune-malloc", action=on_off, default=True, help="as real runs do")
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=64)
