@@ -1,139 +1,248 @@
-"""The paper's claims as sentences, each with what these data say: supported, contradicted or undecided."""
+"""The paper's claims as sentences, each with what these data say: supported, contradicted or undecided.
+
+All findings of a page are one family: a claim is decided where its p-value, after Holm's correction over the
+page, is below 0.05. An undecided one says about how many seeds would decide it.
+"""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+
+from dash_exp.statistics import power
+from dash_exp.statistics.comparison import MIN_SEEDS, Comparison, compare_runs, holm
+from dash_exp.statistics.power import Noise
 
 from . import estimates as est
 from . import quantities
 from .figures import places_of
 from .load import Records
 from .paper_values import FOLDER
-from .tables import MODEL_NAMES
+from .tables import MODEL_NAMES, before_training
 from .variants import Variant
 
 Verdict = Literal["supported", "contradicted", "undecided"]
-MARGIN = 3.0
-"""Percentage points within which two accuracies count as the same, where a claim says that they are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A claim about one model and dataset. `effect` is in `unit`."""
-
-    claim: str
-    where: str
-    verdict: Verdict
-    effect: est.Estimate
-    unit: str
-    paper: str
-    cells: tuple[str, ...]
-
-
-Measure = Callable[[Records, Variant, Variant], tuple[est.Estimate, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`text` says that `arm` differs from `other` in `measure` (of MEASURES). `sign`: +1 where the effect is
-    claimed to be above no difference, -1 below, 0 within MARGIN of it."""
+    """`text` says that `arm` differs from `other` in `measure` (of MEASURES). `sign`: +1 where the difference
+    is claimed to be above 0, -1 below, 0 within `effect` of it. `effect`: the size that the paper reports, or
+    the margin; in points or as a factor, NaN where it gives none."""
 
     text: str
     arm: str
     other: str
     measure: str
     sign: int
+    effect: float
     paper: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A comparison of two recipes. `noise`: of the data, in the comparison's unit, None where it cannot be
+    estimated."""
+
+    comparison: Comparison
+    unit: str
+    noise: Noise | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A claim about one model and dataset. `effect` is in `unit`. `p`: of the claim, before and after Holm's
+    correction. `advice`: what would decide an undecided claim."""
+
+    claim: str
+    where: str
+    verdict: Verdict
+    effect: est.Estimate
+    unit: str
+    p: float
+    p_adjusted: float
+    advice: str
+    paper: str
+    cells: tuple[str, ...]
+
+
+Measure = Callable[[Records, Variant, Variant], list[Measured]]
 
 
 def findings(records: Records, variants: Sequence[Variant]) -> list[Finding]:
     """Every claim that these data can be asked about, in the paper's order."""
-    return [found for claim in read_claims() for found in _of_claim(records, variants, claim)]
+    asked = [found for claim in read_claims() for found in _asked(records, variants, claim)]
+    p_values = [p_value(measured.comparison, claim) for claim, _, _, measured in asked]
+    adjusted = holm(p_values)
+    return [
+        _finding(*one, p, p_adjusted) for one, p, p_adjusted in zip(asked, p_values, adjusted, strict=True)
+    ]
 
 
-def _of_claim(records: Records, variants: Sequence[Variant], claim: Claim) -> Iterator[Finding]:
-    measure, none = MEASURES[claim.measure]
+Asked = tuple[Claim, Variant, Variant | None, Measured]
+
+
+def _asked(records: Records, variants: Sequence[Variant], claim: Claim) -> Iterator[Asked]:
+    """The claim for each pair of recipes of one model and training set, and each evaluation set."""
     for model, data in places_of(variants):
         own = [v for v in variants if (v.model, v.data) == (model, data)]
-        for one in (v for v in own if v.arm == claim.arm):
-            for other in (v for v in own if v.arm == claim.other):
-                effect, unit = measure(records, one, other)
-                if math.isnan(effect.value) and not effect.note:
-                    continue
-                labels = f", {one.label} against {other.label}" if "(" in one.label + other.label else ""
-                where = f"{MODEL_NAMES.get(model, model)} on {data}{labels}"
-                verdict = judge(effect, claim.sign, none)
-                yield Finding(claim.text, where, verdict, effect, unit, claim.paper, one.cells + other.cells)
+        others: list[Variant | None] = [v for v in own if v.arm == claim.other]
+        if claim.other == "base" and not others:
+            others = [None]  # the evaluation before training
+        for arm in (v for v in own if v.arm == claim.arm):
+            for other in others:
+                measure = MEASURES[claim.measure]
+                found = accuracy(records, arm, other) if other is None else measure(records, arm, other)
+                yield from ((claim, arm, other, measured) for measured in found)
 
 
-def judge(effect: est.Estimate, sign: int, none: float = 0.0) -> Verdict:
-    """From an interval to a verdict: entirely on the claimed side of `none`, on the other, or neither. An
-    effect without an interval over seeds decides nothing."""
-    if not effect.has_interval or effect.n_seeds < est.MIN_SEEDS:
+def p_value(found: Comparison, claim: Claim) -> float:
+    """Of the claim or of its contrary, whichever the data are nearer to."""
+    if claim.sign:
+        return found.p_value()
+    if abs(found.difference) <= claim.effect:
+        return found.p_equivalent(claim.effect)
+    return found.p_value(math.copysign(claim.effect, found.difference))
+
+
+def judge(found: Comparison, claim: Claim, p_adjusted: float) -> Verdict:
+    if not p_adjusted < 0.05:
         return "undecided"
-    if sign == 0:
-        if none - MARGIN <= effect.low and effect.high <= none + MARGIN:
-            return "supported"
-        return "contradicted" if effect.low > none + MARGIN or effect.high < none - MARGIN else "undecided"
-    above, below = effect.low > none, effect.high < none
-    if above or below:
-        return "supported" if above == (sign > 0) else "contradicted"
-    return "undecided"
+    if claim.sign:
+        return "supported" if found.difference * claim.sign > 0 else "contradicted"
+    return "supported" if abs(found.difference) <= claim.effect else "contradicted"
 
 
-def accuracy_difference(records: Records, one: Variant, other: Variant) -> tuple[est.Estimate, str]:
-    """In percentage points, over the first evaluation set that both have, paired by seed and prompt."""
-    for dataset in quantities.eval_sets(records, [one, other]):
-        a, b = quantities.paired(
-            quantities.scores(records, one, dataset), quantities.scores(records, other, dataset)
+def _finding(
+    claim: Claim, arm: Variant, other: Variant | None, measured: Measured, p: float, p_adjusted: float
+) -> Finding:
+    found, ratio = measured.comparison, claim.measure == "speed"
+    verdict = judge(found, claim, p_adjusted)
+    effect = est.as_ratio(found) if ratio else est.difference(found).estimate
+    other_label = other.label if other else "Base"
+    labels = f", {arm.label} against {other_label}" if "(" in arm.label + other_label else ""
+    where = f"{MODEL_NAMES.get(arm.model, arm.model)} on {arm.data}{labels}"
+    advice = advise(claim, measured) if verdict == "undecided" else ""
+    cells = arm.cells + (other.cells if other else ())
+    return Finding(
+        claim.text, where, verdict, effect, measured.unit, p, p_adjusted, advice, claim.paper, cells
+    )
+
+
+def advise(claim: Claim, measured: Measured) -> str:
+    """How many seeds each arm needs to find the claimed effect (never the observed one)."""
+    noise, prompts = measured.noise, measured.comparison.prompts
+    if noise is None:
+        return f"run at least {MIN_SEEDS} seeds of both" if measured.comparison.seeds < MIN_SEEDS else ""
+    if math.isnan(claim.effect):
+        return ""
+    size = math.log(claim.effect) if claim.measure == "speed" else claim.effect
+    needed = power.seeds_needed(noise, size, prompts, equivalence=claim.sign == 0)
+    shown = f"a factor of {claim.effect:g}" if claim.measure == "speed" else f"{claim.effect:g} points"
+    goal = f"equality within {shown}" if claim.sign == 0 else f"an effect of {shown}"
+    if needed is None:
+        return f"{goal} cannot be shown with {prompts} prompts: evaluate on more"
+    have = measured.comparison.seeds
+    return f"about {needed} seeds would show {goal}" if needed > have else f"{have} seeds suffice for {goal}"
+
+
+def accuracy(records: Records, arm: Variant, other: Variant | None) -> list[Measured]:
+    """In percentage points, on each evaluation set of both. `other` None: the model before training."""
+    made = []
+    for dataset in quantities.eval_sets(records, [arm, other] if other else [arm]):
+        one = quantities.scores(records, arm, dataset)
+        trained = other is not None and other.arm != "base"
+        two = (
+            quantities.scores(records, other, dataset, after=trained)
+            if other is not None
+            else before_training(records, [arm], dataset)
         )
-        if a.size:
-            return est.accuracy((a - b) * 100), f"points on {dataset}"
-    return est.Estimate(math.nan, note="no evaluation of both at the same seeds"), "points"
+        found = quantities.compare(one, two, trained=trained)
+        if found is None:
+            continue
+        tables = [np.array(list(t.values())) for t in quantities.by_seed(one, two)]
+        noise = power.estimate_noise(tables if trained else tables[:1])
+        points = (
+            None if noise is None else replace(noise, seeds=100 * noise.seeds, prompts=100 * noise.prompts)
+        )
+        made.append(Measured(found.scaled(100), f"points on {dataset}", points))
+    return made
 
 
-def speed_up(records: Records, one: Variant, other: Variant) -> tuple[est.Estimate, str]:
-    """How many times longer `other` trained than `one`, at the seeds that both finished."""
-    seeds, pairs = _paired_cells(records, one, other)
-    if not seeds:
-        return est.Estimate(math.nan, note="no seed that both finished"), "x"
-    machines = quantities.hardware_of(records, [c for pair in pairs for c in pair])
+def speed(records: Records, arm: Variant, other: Variant) -> list[Measured]:
+    """Logarithm of how many times longer `other` trained than `arm`, over finished runs on one kind of
+    hardware."""
+    unit = "times as fast"
+    cells = [_finished(records, v) for v in (arm, other)]
+    if not all(cells):
+        return []
+    machines = quantities.hardware_of(records, [c for own in cells for c in own.values()])
     if len(machines) > 1:
-        return est.Estimate(math.nan, note=f"different hardware: {'; '.join(machines)}"), "x"
-    times = [[quantities.training_seconds(quantities.steps_of(records, c)) for c in pair] for pair in pairs]
-    return est.speed_up([b for _, b in times], [a for a, _ in times]), "x as fast"
+        return [Measured(Comparison(math.nan, note=f"different hardware: {'; '.join(machines)}"), unit)]
+    times = [
+        {s: quantities.training_seconds(quantities.steps_of(records, c)) for s, c in own.items()}
+        for own in cells
+    ]
+    logs = [{s: math.log(t) for s, t in own.items()} for own in times]
+    return [Measured(est.log_ratio(times[1], times[0]), unit, _noise_of_runs(logs))]
 
 
-def length_difference(records: Records, one: Variant, other: Variant) -> tuple[est.Estimate, str]:
-    """Mean length in the last quarter of the steps, one minus other, paired by seed."""
-    return _late_difference(records, one, other, "length/mean_tokens"), "tokens"
+def length(records: Records, arm: Variant, other: Variant) -> list[Measured]:
+    """Mean length of completions in the last quarter of the steps."""
+
+    def late(cell: str) -> float:
+        column = _column(records, cell, "length/mean_tokens")
+        return float(column[-max(1, len(column) // 4) :].mean()) if len(column) else math.nan
+
+    return _per_run(records, arm, other, late, "tokens")
 
 
-def instability_difference(records: Records, one: Variant, other: Variant) -> tuple[est.Estimate, str]:
-    """How much more the reward curve swings about its trend, paired by seed."""
-    _, pairs = _paired_cells(records, one, other)
-    gaps = []
-    for pair in pairs:
-        a, b = (est.instability(_column(records, cell, "reward/mean")) for cell in pair)
-        if math.isfinite(a) and math.isfinite(b):
-            gaps.append(a - b)
-    return est.over_seeds(gaps) if gaps else est.Estimate(math.nan, note="curves too short"), "reward (sd)"
+def instability(records: Records, arm: Variant, other: Variant) -> list[Measured]:
+    """How much the reward curve swings about its trend."""
+    return _per_run(
+        records,
+        arm,
+        other,
+        lambda cell: est.instability(_column(records, cell, "reward/mean")),
+        "reward (sd)",
+    )
 
 
-def _late_difference(records: Records, one: Variant, other: Variant, metric: str) -> est.Estimate:
-    _, pairs = _paired_cells(records, one, other)
-    gaps = []
-    for pair in pairs:
-        a, b = (_column(records, cell, metric) for cell in pair)
-        if len(a) and len(b):
-            gaps.append(float(a[-max(1, len(a) // 4) :].mean() - b[-max(1, len(b) // 4) :].mean()))
-    return est.over_seeds(gaps) if gaps else est.Estimate(math.nan, note="no seed that both finished")
+MEASURES: dict[str, Measure] = {
+    "accuracy": accuracy,
+    "speed": speed,
+    "instability": instability,
+    "length": length,
+}
+"""What a claim can be about."""
+
+
+def _per_run(
+    records: Records, arm: Variant, other: Variant, number: Callable[[str], float], unit: str
+) -> list[Measured]:
+    """A number of each finished run that has it."""
+    columns = []
+    for variant in (arm, other):
+        values = {s: number(c) for s, c in _finished(records, variant).items()}
+        columns.append({s: v for s, v in values.items() if math.isfinite(v)})
+    if not all(columns):
+        return []
+    return [Measured(compare_runs(*columns), unit, _noise_of_runs(columns))]
+
+
+def _noise_of_runs(columns: Sequence[dict[int, float]]) -> Noise | None:
+    return power.estimate_noise([np.array(list(own.values()))[:, None] for own in columns])
+
+
+def _finished(records: Records, variant: Variant) -> dict[int, str]:
+    """Finished cells by seed."""
+    done = set(quantities.finished(records, variant))
+    return {s: c for s, c in zip(variant.seeds, variant.cells, strict=True) if c in done}
 
 
 def _column(records: Records, cell: str, metric: str) -> est.Array:
@@ -141,28 +250,18 @@ def _column(records: Records, cell: str, metric: str) -> est.Array:
     return steps[metric].dropna().to_numpy(float) if metric in steps else np.empty(0)
 
 
-def _paired_cells(records: Records, one: Variant, other: Variant) -> tuple[list[int], list[tuple[str, str]]]:
-    """Seeds that both finished, and their cells."""
-    mine = dict(zip(one.seeds, one.cells, strict=True))
-    theirs = dict(zip(other.seeds, other.cells, strict=True))
-    done = {*quantities.finished(records, one), *quantities.finished(records, other)}
-    seeds = [s for s in mine if s in theirs and mine[s] in done and theirs[s] in done]
-    return seeds, [(mine[s], theirs[s]) for s in seeds]
-
-
-MEASURES: dict[str, tuple[Measure, float]] = {
-    "accuracy": (accuracy_difference, 0.0),
-    "speed": (speed_up, 1.0),
-    "instability": (instability_difference, 0.0),
-    "length": (length_difference, 0.0),
-}
-"""What a claim can be about, and the effect that means no difference."""
-
-
 def read_claims() -> list[Claim]:
     """The paper's claims, in its order."""
     with (FOLDER / "claims.csv").open(encoding="utf-8") as stream:
         return [
-            Claim(row["claim"], row["arm"], row["other"], row["measure"], int(row["sign"]), row["paper"])
+            Claim(
+                row["claim"],
+                row["arm"],
+                row["other"],
+                row["measure"],
+                int(row["sign"]),
+                float(row["effect"] or "nan"),
+                row["paper"],
+            )
             for row in csv.DictReader(stream)
         ]

@@ -65,7 +65,7 @@ def _pass_picture(
     means: dict[str, tuple[list[int], list[float]]] = {}
     for label, arm, scores in lines:
         k = powers(scores.n)
-        curve = est.pass_at_k_curve(scores.correct_SP, scores.n, k)
+        curve = est.pass_at_k_curve(scores.correct_SP, scores.n, k, trained=arm != "base")
         values = [point.value for point in curve]
         means[label] = (k, values)
         axis.plot(k, values, marker="o", markersize=3, label=label, **style.line_of(arm))
@@ -98,7 +98,7 @@ def _pass_picture(
     return Picture(
         f"figure5-{model}-{data}-{dataset}",
         f"Figure 5. pass@k, {MODEL_NAMES.get(model, model)}",
-        "Unbiased estimate; bands: 95 %, prompts (and, from three runs on, seeds) resampled. "
+        "Unbiased estimate; bands: 95 %, over prompts and, from three runs on, seeds. "
         f"{n}. {crossings}{crosses}",
         drawn,
         tuple(c for _, _, s in lines for c in s.cells),

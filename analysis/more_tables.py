@@ -10,7 +10,7 @@ import pandas as pd
 
 from . import estimates as est
 from . import quantities
-from .claims import speed_up
+from .claims import speed
 from .figures import cells_of, places_of, trained
 from .load import Records
 from .table import Column, Entry, Table, scaled
@@ -62,7 +62,7 @@ def speed_table(records: Records, own: Sequence[Variant], model: str, data: str)
         cells = quantities.finished(records, variant)
         rewarded = sampled(records, cells)
         entries = (
-            est.Estimate(1.0, n_seeds=len(cells)) if variant is base else speed_up(records, variant, base)[0],
+            _speed_up(records, variant, base),
             est.over_seeds([_total(records, c, "updates") for c in cells]),
             _over(cells, lambda c: seconds_to(records, c, target), unreached if rewarded else NO_REWARD),
             _over(
@@ -73,7 +73,7 @@ def speed_table(records: Records, own: Sequence[Variant], model: str, data: str)
     return Table(
         f"speed-{model}-{data}",
         f"Speed and stability, {MODEL_NAMES.get(model, model)} on {data}",
-        "Speed-up: ratio of training times as configured, paired by seed (geometric mean). Swing: "
+        "Speed-up: ratio of training times as configured (geometric mean). Swing: "
         "standard deviation of the sampled reward about its local trend. 95 % intervals over seeds "
         "(Student's t); n is seeds.",
         columns,
@@ -81,6 +81,13 @@ def speed_table(records: Records, own: Sequence[Variant], model: str, data: str)
         (),
         cells_of(own),
     )
+
+
+def _speed_up(records: Records, variant: Variant, base: Variant) -> est.Estimate:
+    if variant is base:
+        return est.Estimate(1.0, n_seeds=len(quantities.finished(records, base)))
+    found = speed(records, variant, base)
+    return est.as_ratio(found[0].comparison) if found else est.NOTHING
 
 
 def curve_of(records: Records, cell: str) -> est.Array:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dash_exp.record.folder import read_rows
+from dash_exp.statistics.comparison import Comparison, compare_scores
 
 from . import estimates as est
 from .load import Records
@@ -120,19 +121,25 @@ def scores(records: Records, variant: Variant, dataset: str, *, after: bool = Tr
     )
 
 
-def paired(one: Scores, other: Scores) -> tuple[est.Array, est.Array]:
-    """The scores of both at the seeds and prompts that both have, in the same order."""
-    seeds = [s for s in one.seeds if s in other.seeds]
+def by_seed(one: Scores, other: Scores) -> tuple[dict[int, est.Array], dict[int, est.Array]]:
+    """The scores of both by seed, at the prompts that both have, in the same order."""
     prompts = [p for p in one.prompts if p in set(other.prompts)]
 
-    def cut(found: Scores) -> est.Array:
+    def cut(found: Scores) -> dict[int, est.Array]:
         places = {p: i for i, p in enumerate(found.prompts)}
         columns = [places[p] for p in prompts]
-        return found.scores_SP[[found.seeds.index(s) for s in seeds]][:, columns]
+        return {seed: found.scores_SP[i][columns] for i, seed in enumerate(found.seeds)}
 
-    if not seeds or not prompts:
-        return np.empty((0, 0)), np.empty((0, 0))
     return cut(one), cut(other)
+
+
+def compare(one: Scores, other: Scores, *, trained: bool = True) -> Comparison | None:
+    """`one` minus `other`; None where they have no run, or fewer than two prompts in common. `trained`:
+    whether the other is."""
+    a, b = by_seed(one, other)
+    if not a or not b or len(next(iter(a.values()))) < 2:
+        return None
+    return compare_scores(a, b, trained=trained)
 
 
 def curve(records: Records, cells: Sequence[str], metric: str) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dash_exp.statistics import pass_at_k
+from dash_exp.statistics.shares import pass_at_k
 
 from . import estimates as est
 from . import paper_values, quantities
@@ -119,7 +119,7 @@ def paper_table(records: Records, wanted: Wanted, data: str, rows: Sequence[Vari
         f"{wanted.title}{twin}",
         _caption(wanted, data),
         tuple(columns),
-        _with_holm(shown),
+        tuple(shown),
         tuple(dict.fromkeys(notes)),
         tuple(names),
     )
@@ -137,8 +137,8 @@ def _labels(wanted: Wanted, rows: Sequence[Variant]) -> dict[str, list[Variant]]
 def _caption(wanted: Wanted, data: str) -> str:
     baseline = ARMS.get(wanted.baseline, wanted.baseline)
     text = (
-        "Accuracy in percent with a 95 % interval (prompts and, from three runs on, seeds resampled); n is "
-        f"seeds x prompts. Differences are to {baseline}, paired by seed and prompt."
+        "Accuracy in percent with a 95 % interval over prompts and, from three runs on, seeds; n is seeds x "
+        f"prompts. Differences are to {baseline}, on the same prompts, with 95 % interval and p-value."
     )
     if wanted.timed:
         text += (
@@ -220,8 +220,10 @@ def _metric(
         scores = found.get(label)
         arm = variant.arm if variant else "base"
         paper = paper_values.percent(wanted.task, source, arm, _paper_metric(dataset, metric))
-        delta = _delta(scores, found.get(base_label or ""), value, label == base_label)
-        entries[label] = Entry(_percent(scores, value), paper, delta)
+        delta = None
+        if label != base_label:
+            delta = _delta(scores, found.get(base_label or ""), value, wanted.baseline != "base")
+        entries[label] = Entry(_percent(scores, value, trained=arm != "base"), paper, delta)
     return entries, notes
 
 
@@ -258,45 +260,31 @@ def value_of(metric: str) -> Value:
     return of_k
 
 
-def _percent(scores: quantities.Scores | None, value: Value) -> est.Estimate:
+def _percent(scores: quantities.Scores | None, value: Value, *, trained: bool) -> est.Estimate:
     if scores is None or not scores.cells:
         return est.NOTHING
     values = value(scores)
     if values.size == 0:
         return est.Estimate(math.nan, note=f"k is more than the {scores.n} samples there are")
-    return scaled(est.accuracy(values), 100)
+    return scaled(est.accuracy(values, trained=trained), 100)
 
 
 def _delta(
-    scores: quantities.Scores | None, base: quantities.Scores | None, value: Value, is_base: bool
+    scores: quantities.Scores | None, base: quantities.Scores | None, value: Value, trained: bool
 ) -> est.Difference | None:
-    if is_base or scores is None or base is None or not scores.cells or not base.cells:
+    """In percentage points; `trained`: whether the baseline is."""
+    if scores is None or base is None or not scores.cells or not base.cells:
         return None
     one, other = value(scores), value(base)
     if one.size == 0 or other.size == 0:
         return None
-    if len(base.seeds) == 1:  # an untrained model: the same for every seed
-        base = replace(base, seeds=scores.seeds, scores_SP=np.repeat(other, len(scores.seeds), axis=0))
-        other = base.scores_SP
-    a, b = quantities.paired(replace(scores, scores_SP=one), replace(base, scores_SP=other))
-    if a.size == 0:
-        return None
-    found = est.difference(a, b)
-    return est.Difference(scaled(found.estimate, 100), found.p)
+    found = quantities.compare(
+        replace(scores, scores_SP=one), replace(base, scores_SP=other), trained=trained
+    )
+    return None if found is None else est.difference(found, 100)
 
 
 def _paper_metric(dataset: str, metric: str) -> str:
     if metric != "accuracy":
         return metric
     return dataset if dataset in paper_values.SETS else "math500"
-
-
-def _with_holm(rows: list[tuple[str, tuple[Entry, ...]]]) -> tuple[tuple[str, tuple[Entry, ...]], ...]:
-    """P values adjusted over all differences of a table."""
-    places = [(i, j) for i, (_, entries) in enumerate(rows) for j, e in enumerate(entries) if e.delta]
-    adjusted = est.holm([rows[i][1][j].delta.p for i, j in places])  # type: ignore[union-attr]
-    values = dict(zip(places, adjusted, strict=True))
-    return tuple(
-        (label, tuple(replace(e, p_adjusted=values.get((i, j), math.nan)) for j, e in enumerate(entries)))
-        for i, (label, entries) in enumerate(rows)
-    )

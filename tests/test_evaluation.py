@@ -32,7 +32,7 @@ from dash_exp.evaluation.metrics import (
     summarise,
 )
 from dash_exp.record.folder import Row
-from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
+from dash_exp.statistics.shares import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Completion, Decoding, Group, Prompt, Score
 from tests.conftest import REPOSITORY

@@ -21,7 +21,7 @@ from dash_exp.record.folder import (
 )
 from dash_exp.record.ledger import PHASES, Ledger
 from dash_exp.seeding import permutation, seed_for, uniforms
-from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
+from dash_exp.statistics.shares import bootstrap_interval, pass_at_k, wilson_interval
 
 
 def test_rows_of_the_last_attempt_of_each_step() -> None:

@@ -21,7 +21,7 @@ from filelock import FileLock
 from dash_exp import PACKAGE
 from dash_exp.record.folder import Row, read_json, write_json
 from dash_exp.sampling.protocol import Sampler, arrived
-from dash_exp.statistics import bootstrap_interval, pass_at_k, wilson_interval
+from dash_exp.statistics.shares import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet, requests
 from dash_exp.types import Decoding, Group, Score
 from dash_exp.verifiers.types import Judge

@@ -57,7 +57,7 @@ def pair_of_arms(tmp_path: Path) -> Path:
             tmp_path,
             f"dash-smollm2_135m-arithmetic-s{seed}-d000000{seed}",
             config("dash", seed),
-            step_s=10.0,
+            step_s=9.9 + 0.1 * seed,
             before=verdicts(10),
             after=verdicts(30 + seed),
         )
@@ -65,7 +65,7 @@ def pair_of_arms(tmp_path: Path) -> Path:
             tmp_path,
             f"grpo-smollm2_135m-arithmetic-s{seed}-e000000{seed}",
             config("grpo", seed),
-            step_s=40.0,
+            step_s=4 * (10.1 - 0.1 * seed),
             before=verdicts(10),
             after=verdicts(26 + seed),
         )
@@ -105,7 +105,7 @@ def test_every_recipe_is_in_a_table(outputs: Path) -> None:
     text = report.files["tables/recipes-arithmetic.csv"].decode()
     assert float(row_of(text, "RLOO", "arithmetic")["value"]) == pytest.approx(50.0)
     second = row_of(text, "DASH (threshold 0.6)", "arithmetic")
-    assert float(second["delta"]) == pytest.approx(100 * (24 - 30) / PROMPTS)  # to the first DASH, same seed
+    assert float(second["delta"]) == pytest.approx(100 * (24 - 31) / PROMPTS)  # to the mean of the first DASH
     table = next(t for t in report.tables if t.id == "recipes-arithmetic")
     assert any("DASH (threshold 0.1)" in note for note in table.notes)
 
@@ -128,7 +128,7 @@ def test_claims_are_decided_by_intervals(outputs: Path) -> None:
     reported = {f.claim: f for f in findings(records, variants(records))}
     faster = reported["DASH needs less training time than GRPO."]
     assert faster.verdict == "supported" and faster.effect.value == pytest.approx(4.0)
-    same = reported["DASH loses no accuracy against GRPO."]
+    same = reported["DASH loses no accuracy against GRPO (within 3 points)."]
     assert same.verdict != "supported"  # ten points better is not the same
 
 
