@@ -184,7 +184,7 @@ def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any], lis
         "folder": str(folder),
         "sweeps": tuple(sweeps),
         "arm": "base" if algorithm.get("steps") == 0 else algorithm["name"],
-        "model": config["model"]["name"],
+        "model": _model_name(config["model"]),
         "data": config["dataset"]["name"],
         "seed": config["seed"],
         "state": state,
@@ -197,8 +197,22 @@ def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any], lis
         "requeues": provenance.get("requeues", 0),
         "started": max((a.get("started", 0.0) for a in provenance.get("attempts", [])), default=0.0),
         **{f"config.{key}": value for key, value in flattened(config)},
+        **contents(provenance),
     }
     return row, problems
+
+
+def _model_name(model: Row) -> str:
+    """The option's name; a model given by path is named by its folder."""
+    return Path(model["path"]).name if model.get("path") else str(model["name"])
+
+
+def contents(provenance: Row) -> dict[str, str]:
+    """Hashes of what a cell was made from: `content.model`, and a column for the training data and for each
+    evaluation set."""
+    found = {f"content.{label}": digest for label, digest in (provenance.get("datasets") or {}).items()}
+    weights = (provenance.get("model") or {}).get("weights_hash")
+    return found | ({"content.model": weights} if weights else {})
 
 
 def _machine(hardware: Row) -> str:

@@ -1,5 +1,6 @@
 """Which cells are runs of one recipe, and what to call it. Nothing is ever averaged across settings that
-differ: two cells are of one variant when their frozen configs are equal but for the seed."""
+differ: two cells are of one variant when their frozen configs are equal but for the seed, and the model and
+the data they were made from have the same content."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -31,7 +33,10 @@ ARMS = {
 OF_THE_ARM = ("config.algorithm.", "config.filter.name", "config.filter.threshold", "config.sampler.schedule")
 """Settings that an arm's name stands for, unless two variants of it differ in them."""
 PLACES = ("path", "traces")
-"""Last part of the keys of files: where they lie does not make another recipe."""
+"""Last part of the keys of files: where they lie does not make another recipe, what they hold does."""
+CONTENT = "content."
+"""Prefix of the columns with hashes of a cell's model and data."""
+TRACES = "config.dataset.traces"
 PARTNER = "config.budget.match"
 """Another cell's id, one for each seed: all of them mean `as long as the partner`."""
 SIZES = {
@@ -98,13 +103,16 @@ def repeated(records: Records, found: Sequence[Variant]) -> list[Problem]:
 
 
 def _settings(cells: pd.DataFrame) -> pd.DataFrame:
-    """What distinguishes recipes: every setting but the seed and the places of files."""
+    """What distinguishes recipes: every setting but the seed, and in place of paths what they hold."""
     columns = [
         name
         for name in cells.columns
         if name.startswith("config.") and name != "config.seed" and name.rpartition(".")[2] not in PLACES
     ]
-    table = cells[columns].astype(object)
+    made = {name: _content(cells, name) for name in cells.columns if name.startswith(CONTENT)}
+    if TRACES in cells:
+        made[TRACES] = cells[TRACES].map(lambda path: Path(str(path)).name)
+    table = pd.concat([cells[columns].astype(object), pd.DataFrame(made, index=cells.index)], axis=1)
     if PARTNER in table:
         table[PARTNER] = table[PARTNER].where(table[PARTNER] == "null", "partner")
     for column in table.columns[table.isna().any()]:
@@ -114,8 +122,31 @@ def _settings(cells: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def _content(cells: pd.DataFrame, name: str) -> pd.Series:
+    """The content of a file, as `<file name> <hash>`. A cell that has not begun has none: it is taken to be
+    what others with the same path and name had, if they agree."""
+    path = cells.get(_path_of(name), pd.Series("null", cells.index)).fillna("null").map(str)
+    owner = cells["config.model.name"] if name == f"{CONTENT}model" else cells["config.dataset.name"]
+    known = (
+        cells[name]
+        .groupby([path, owner.map(str)])
+        .transform(lambda own: own.fillna(own.dropna().iloc[0]) if own.nunique() == 1 else own)
+    )
+    shown = path.where(path == "null", path.map(lambda text: Path(text).name)).replace("null", "")
+    return (shown + " " + known.str[:8]).where(known.notna(), None)
+
+
+def _path_of(name: str) -> str:
+    """The key whose file a content column describes."""
+    label = name.removeprefix(CONTENT)
+    places = {"model": "config.model.path", "training": "config.dataset.path"}
+    return places.get(label, f"config.evaluation.sets.{label}.path")
+
+
 def _digest(row: pd.Series) -> str:
-    text = json.dumps({k: str(v) for k, v in row.items()}, sort_keys=True)
+    """Of settings and contents, whatever the files are called."""
+    plain = {k: str(v).rpartition(" ")[2] if str(k).startswith(CONTENT) else str(v) for k, v in row.items()}
+    text = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -128,7 +159,17 @@ def _labels(arm: str, settings: pd.DataFrame, keys: pd.Series) -> dict[str, str]
     table = pd.DataFrame(first).T.map(str)
     differing = [column for column in table if table[column].nunique() > 1]
     shown = _enough(table, [c for c in SIZES if c in differing] + [c for c in differing if c not in SIZES])
-    return {key: f"{name} ({', '.join(f'{_short(c)} {table.loc[key, c]}' for c in shown)})" for key in first}
+    return {key: f"{name} ({', '.join(_shown(table, key, c) for c in shown)})" for key in first}
+
+
+def _shown(table: pd.DataFrame, key: str, column: str) -> str:
+    """A setting and its value; of a file its name, where that is enough to tell the variants apart."""
+    value = str(table.loc[key, column])
+    if column.startswith(CONTENT):
+        names = table[column].map(lambda text: str(text).rpartition(" ")[0])
+        distinct = names.nunique() == table[column].nunique() and (names != "").all()
+        value = names[key] if distinct else value.strip()
+    return f"{_short(column)} {value}"
 
 
 def _enough(table: pd.DataFrame, columns: Sequence[str]) -> list[str]:
@@ -145,4 +186,7 @@ def _enough(table: pd.DataFrame, columns: Sequence[str]) -> list[str]:
 
 
 def _short(column: str) -> str:
+    if column.startswith(CONTENT):
+        label = column.removeprefix(CONTENT)
+        return {"model": "model", "training": "data"}.get(label, f"evaluated on {label}")
     return SIZES.get(column, column.removeprefix("config."))

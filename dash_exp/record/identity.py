@@ -76,7 +76,8 @@ def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     mixed = frozen["dataset"]["mix"]
     data = "+".join([frozen["dataset"]["name"], *(mixed[label]["name"] for label in sorted(mixed))])
-    name = f"{frozen['algorithm']['name']}-{frozen['model']['name']}-{data}-s{frozen['seed']}"
+    model = Path(path).name if (path := frozen["model"]["path"]) else frozen["model"]["name"]
+    name = f"{frozen['algorithm']['name']}-{model}-{data}-s{frozen['seed']}"
     readable = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
     return Cell(cell_id(digest), readable, frozen, digest)
 

@@ -169,6 +169,38 @@ def test_settings_that_differ_are_not_averaged(outputs: Path) -> None:
     assert labels == {"DASH (threshold 0.1)": 3, "DASH (threshold 0.6)": 1}
 
 
+def test_files_of_other_content_are_other_recipes(tmp_path: Path) -> None:
+    """Two models by path, two data files of one name, one data file that was changed, and a cell that has
+    not begun: what files hold decides, and labels say what differs."""
+
+    def cell(number: int, weights: str, data: str | None, **changed: str) -> None:
+        plain = config("dash", number % 3, **changed)
+        folder = make_cell(tmp_path, f"dash-m-d-s{number % 3}-d{number:07}", plain, after=verdicts(30))
+        path = folder / "provenance.json"
+        known = json.loads(path.read_text())
+        if data is None:
+            path.unlink()
+        else:
+            datasets = {"training": data, "arithmetic": "e" * 64}
+            write_json(path, known | {"model": {"weights_hash": weights}, "datasets": datasets})
+
+    one, two = {"model__path": "/a/first"}, {"model__path": "/a/second"}
+    for number in range(3):
+        cell(number, "1" * 64, "a" * 64, **one, dataset__path="/x/mine.jsonl")
+        cell(10 + number, "2" * 64, "a" * 64, **two, dataset__path="/x/mine.jsonl")
+        cell(20 + number, "2" * 64, "a" * 64, **two, dataset__path="/moved/mine.jsonl")
+        cell(30 + number, "1" * 64, "b" * 64, **one, dataset__path="/x/mine.jsonl")  # the file was changed
+        cell(40 + number, "1" * 64, "c" * 64, **one, dataset__path="/x/other.jsonl")
+    cell(51, "", None, **one, dataset__path="/x/other.jsonl")
+    found = variants(load([tmp_path]))
+    assert {(v.model, v.label): len(v.cells) for v in found} == {
+        ("first", "DASH (data mine.jsonl aaaaaaaa)"): 3,
+        ("first", "DASH (data mine.jsonl bbbbbbbb)"): 3,
+        ("first", "DASH (data other.jsonl cccccccc)"): 3,
+        ("second", "DASH"): 3,
+    }
+
+
 def test_an_older_record_lacks_keys_and_is_the_same_recipe(outputs: Path) -> None:
     newer = config("dash", 3)
     newer["sampler"]["waves"] = 4
