@@ -189,7 +189,7 @@ def test_base_models_share_the_cells_cache(mine: Path, capsys: pytest.CaptureFix
     base = [r for r in read_final(mine, "eval_samples") if r["step"] == 0]
     same = [a for a in TRAIN if not a.startswith(("algorithm", "run.progress", "learner"))]
     assert main([*same, f"run.dir={mine.parents[1]}"]) == 0
-    assert "(known already)" in capsys.readouterr().out
+    assert f"(known from {mine.name})" in capsys.readouterr().out
     folder = only(mine.parents[1] / "evaluations")
     assert re.fullmatch(r"tiny-gsm8k-[0-9a-f]{8}", folder.name)
     assert read_final(folder, "eval_samples") == base

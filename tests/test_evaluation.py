@@ -27,7 +27,7 @@ from dash_exp.evaluation.metrics import (
     base_key,
     cached,
     evaluate,
-    sampling_code_hash,
+    judging_code,
     shared,
     summarise,
 )
@@ -311,9 +311,8 @@ def test_what_cannot_change_it_is_not() -> None:
 
 
 def test_other_code_gives_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sampling_code_hash()
-    assert key_of()["code"] == before
-    for part in evaluation.SAMPLING_CODE:
+    before, judging = key_of(), {v: judging_code(v) for v in ("integer", "math", "code")}
+    for part in (*evaluation.SAMPLING_CODE, evaluation.JUDGES):
         source, copy = REPOSITORY / "dash_exp" / part, tmp_path / part
         files = source.rglob("*.py") if source.is_dir() else [source]
         for file in files:
@@ -321,9 +320,13 @@ def test_other_code_gives_another_key(tmp_path: Path, monkeypatch: pytest.Monkey
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(file.read_bytes())
     monkeypatch.setattr(evaluation, "PACKAGE", tmp_path)
-    assert sampling_code_hash() == before
+    assert key_of() == before and {v: judging_code(v) for v in judging} == judging
+    (tmp_path / "verifiers" / "math" / "extract.py").write_text("")
+    assert [v for v in judging if judging_code(v) != judging[v]] == ["math"]
+    (tmp_path / "verifiers" / "judges.py").write_text("")
+    assert all(judging_code(v) != judging[v] for v in judging)
     (tmp_path / "sampling" / "hf.py").write_text("")
-    assert sampling_code_hash() != before
+    assert key_of()["code"] != before["code"]
 
 
 def result_of(outcomes: str) -> EvalResult:
@@ -351,9 +354,9 @@ def test_a_result_with_failed_verdicts_is_not_stored(
         calls.append(1)
         return result_of(outcomes)
 
-    first = cached({"judging": judging}, tmp_path, compute)
-    again = cached({"judging": judging}, tmp_path, compute)
-    assert (first[1], again[1], len(calls)) == (False, kept, 1 if kept else 2)
+    first = cached({"judging": judging}, tmp_path, compute, "the first")
+    again = cached({"judging": judging}, tmp_path, compute, "the second")
+    assert (first[1], again[1], len(calls)) == ("", "the first" if kept else "", 1 if kept else 2)
     assert first[0] == again[0] == result_of(outcomes)
 
 
@@ -362,7 +365,7 @@ def test_another_label_and_other_k_share_the_verdicts(tmp_path: Path) -> None:
     first, hit = shared(one, key_of(one=one), tmp_path, lambda: evaluate(one, FakeSampler(), 0))
     other = dataclasses.replace(one, label="mine", k=(1, 4))
     again, known = shared(other, key_of(one=other), tmp_path, lambda: pytest.fail("asked again"))
-    assert (hit, known) == (False, True)
+    assert (hit, known) == ("", "this run")
     assert {r["dataset"] for r in (*again.prompts, *again.metrics)} == {"mine"}
     assert [m["metric"] for m in again.metrics][:3] == ["accuracy", "pass@1", "pass@4"]
     assert [r["scores"] for r in again.prompts] == [r["scores"] for r in first.prompts]
@@ -387,7 +390,7 @@ def compute():
 while len(list(folder.glob("there-*"))) < 2:
     time.sleep(0.01)
 result, hit = cached({"a": 1}, folder / "base", compute)
-print(hit, result.metrics[0]["value"])
+print(bool(hit), result.metrics[0]["value"])
 """
 
 

@@ -141,12 +141,13 @@ class Job:
             return evaluate(one, self.inference.sampler(asked), self.subject.config.seed)
 
         if self.subject.step == 0 and not self.subject.config.run.force:
-            result, hit = shared(one, self.keys[one.label], self.cache / "base_results", compute)
+            place, run = self.cache / "base_results", self.recorder.folder.name
+            result, known_from = shared(one, self.keys[one.label], place, compute, run)
         else:
-            result, hit = compute(), False
+            result, known_from = compute(), ""
         self.recorder.append("eval_samples", ({"step": step, **row} for row in result.prompts))
         self.recorder.append("evals", ({"step": step, **row} for row in result.metrics))
-        source = "known already" if hit else format_seconds(time.time() - start)
+        source = f"known from {known_from}" if known_from else format_seconds(time.time() - start)
         accuracy = result.metrics[0]
         self.say(f"{one.label}: accuracy {format_accuracy(accuracy)}, n={accuracy['n']} ({source})")
 

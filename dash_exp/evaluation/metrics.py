@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from dash_exp import PACKAGE
 from dash_exp.record.folder import Row, read_json, write_json
+from dash_exp.record.identity import package_version
 from dash_exp.sampling.protocol import Sampler, arrived
 from dash_exp.statistics.shares import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet, requests
@@ -30,6 +31,15 @@ UNRELIABLE = ("timeout", "crashed", "verifier_error")
 """Outcomes that may be the machine's fault."""
 SAMPLING_CODE = ("sampling", "modeling", "evaluation/metrics.py", "seeding.py", "tasks/prompts.py")
 """What of the package decides which tokens an untrained model answers with, beside the prompts."""
+JUDGES = "verifiers"
+"""The package with the code of judges: its own modules serve all verifiers, its packages those named here."""
+JUDGING_PACKAGES = {"math": ("math",), "code": ("code",), "reasoning_gym": ("code",)}
+JUDGING_LIBRARIES = {
+    "math": ("math-verify", "sympy", "latex2sympy2_extended"),
+    "math_verify": ("math-verify", "sympy", "latex2sympy2_extended"),
+    "code": ("numpy",),
+    "reasoning_gym": ("reasoning-gym",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +137,13 @@ def _over_prompts(metric: str, values: Sequence[float]) -> Row:
 
 
 def cached(
-    key: Mapping[str, Any], folder: Path, compute: Callable[[], EvalResult]
-) -> tuple[EvalResult, bool]:
+    key: Mapping[str, Any], folder: Path, compute: Callable[[], EvalResult], run: str = "this run"
+) -> tuple[EvalResult, str]:
     """The result stored under this key, computed once even when several processes ask at a time. One
     with verdicts that a busy machine may have spoilt is not stored; where programs are judged, a
     timeout or a crash is the program's own doing, and most results hold some.
 
-    Returns the result and whether it was already there.
+    `run` names who asks. Returns the result and the name of the run that computed it, "" if it was this one.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,22 +151,27 @@ def cached(
     with FileLock(folder / f"{digest}.lock"):
         stored = read_json(path)
         if stored.get("key") == dict(key):
-            return EvalResult(tuple(stored["metrics"]), tuple(stored["prompts"])), True
+            known = EvalResult(tuple(stored["metrics"]), tuple(stored["prompts"]))
+            return known, str(stored.get("run", "an earlier run"))
         result = compute()
         spoilt = ("verifier_error",) if str(key.get("judging", "")).startswith("code/") else UNRELIABLE
         if not any(o in spoilt for row in result.prompts for o in row["outcomes"]):
-            write_json(path, {"key": dict(key), **asdict(result)})
-        return result, False
+            write_json(path, {"key": dict(key), "run": run, **asdict(result)})
+        return result, ""
 
 
 def shared(
-    one: EvalSet, key: Mapping[str, Any], folder: Path, compute: Callable[[], EvalResult]
-) -> tuple[EvalResult, bool]:
+    one: EvalSet,
+    key: Mapping[str, Any],
+    folder: Path,
+    compute: Callable[[], EvalResult],
+    run: str = "this run",
+) -> tuple[EvalResult, str]:
     """`cached`, for a set that another cell may have stored under another label, or with other k: what
     is shared is the verdicts, and they are summed up here."""
-    stored, hit = cached(key, folder, compute)
+    stored, known_from = cached(key, folder, compute, run)
     rows = tuple({**row, "dataset": one.label} for row in stored.prompts)
-    return EvalResult(tuple(summarise(one.label, rows, one.k)), rows), hit
+    return EvalResult(tuple(summarise(one.label, rows, one.k)), rows), known_from
 
 
 def base_key(one: EvalSet, weights: str, engine: Mapping[str, Any], run_seed: int) -> dict[str, Any]:
@@ -167,7 +182,7 @@ def base_key(one: EvalSet, weights: str, engine: Mapping[str, Any], run_seed: in
     return {
         "weights": weights,
         "engine": dict(engine),
-        "code": sampling_code_hash(),
+        "code": code_hash(SAMPLING_CODE),
         "data": one.prompts.content_hash,
         "prompts": hashlib.sha256(
             repr([(p.id, p.token_ids) for p in one.prompts.prompts]).encode()
@@ -180,14 +195,23 @@ def base_key(one: EvalSet, weights: str, engine: Mapping[str, Any], run_seed: in
         },
         "samples": one.samples,
         "judging": f"{one.judging}/{one.judge.version}",
+        "judging_code": judging_code(one.judging.partition("/")[0]),
         "seed": None if greedy else [run_seed, one.label],
     }
 
 
-def sampling_code_hash() -> str:
-    """SHA-256 over the code that turns prompts into completions: a result of other code is not shared."""
+def judging_code(verifier: str) -> dict[str, str | None]:
+    """The code that can run to judge: a hash of ours, and the versions of libraries."""
+    own = [JUDGES, *(f"{JUDGES}/{name}" for name in JUDGING_PACKAGES.get(verifier, ()))]
+    files = [str(f.relative_to(PACKAGE)) for place in own for f in sorted((PACKAGE / place).glob("*.py"))]
+    libraries = JUDGING_LIBRARIES.get(verifier, ())
+    return {"own": code_hash(files), **{name: package_version(name) for name in libraries}}
+
+
+def code_hash(parts: Sequence[str]) -> str:
+    """SHA-256 over files and folders of the package: a result of other code is not shared."""
     digest = hashlib.sha256()
-    for part in SAMPLING_CODE:
+    for part in parts:
         place = PACKAGE / part
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(f"{file.relative_to(PACKAGE)}\0".encode() + file.read_bytes() + b"\0")

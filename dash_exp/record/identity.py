@@ -191,9 +191,10 @@ def package_version(name: str) -> str | None:
 
 
 def file_hash(path: Path, cache: Path | None = None) -> str:
-    """SHA-256 of a file, remembered in `cache` by path, size and time of change."""
+    """SHA-256 of a file, remembered in `cache` by path, inode, size and times; the time of the last change of
+    the inode is among them, which no tool sets back."""
     stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    key = f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}"
     known = cache / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32] if cache else None
     if known and known.exists():
         text = known.read_text().strip()

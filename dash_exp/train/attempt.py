@@ -163,24 +163,25 @@ class Attempt:
                 continue
             self.evaluated.add((step, eval_set.label))
             start = time.time()
-            result, hit = self.evaluate_set(eval_set, step)
+            result, known_from = self.evaluate_set(eval_set, step)
             end = time.time()
-            self.recorder.event("evaluate", start, end, step=step, worker="main", cached=hit)
+            self.recorder.event("evaluate", start, end, step=step, worker="main", cached=bool(known_from))
             self.recorder.append("eval_samples", ({"step": step, **r} for r in result.prompts))
             self.recorder.append("evals", ({"step": step, **r} for r in result.metrics))
-            source = "known already" if hit else format_seconds(end - start)
+            source = f"known from {known_from}" if known_from else format_seconds(end - start)
             self.log(f"{self.display.accuracy(result.metrics[0])} at step {step} ({source})")
 
-    def evaluate_set(self, eval_set: EvalSet, step: int) -> tuple[EvalResult, bool]:
-        """The result of one set, and whether it is a cache hit (the base model's)."""
+    def evaluate_set(self, eval_set: EvalSet, step: int) -> tuple[EvalResult, str]:
+        """The result of one set, and the run it is known from (a base model's), "" if none."""
         sampler, seed = self.built.parts.sampler, self.config.seed
         if sampler.policy_version != step:  # a supervised arm syncs its weights only here
             sampler.load_weights(step)
         if step > 0:
-            return evaluate(eval_set, sampler, seed), False
+            return evaluate(eval_set, sampler, seed), ""
         model = model_hash(self.built.source.folder, self.cache)
         key = base_key(eval_set, model, engine_facts(self.config), seed)
-        return shared(eval_set, key, self.cache / "base_results", lambda: evaluate(eval_set, sampler, seed))
+        place, run = self.cache / "base_results", self.folder.name
+        return shared(eval_set, key, place, lambda: evaluate(eval_set, sampler, seed), run)
 
     def save(self, step: int, last: bool, row: Row) -> None:
         """Write a checkpoint, then delete the oldest. After the last step moments, more than half of the
