@@ -26,7 +26,7 @@ from .figures import (
 )
 from .load import Records
 from .table import scaled
-from .tables import MODEL_NAMES, before_training
+from .tables import MODEL_NAMES, PAPER_DATA, before_training
 from .variants import Variant
 
 WATCHED = {
@@ -61,6 +61,7 @@ def _pass_picture(
             lines.insert(0, ("Base", "base", base))
     if not lines:
         return None
+    papers = data in PAPER_DATA and dataset in paper_values.SETS
     drawn, (axis,) = style.figure(height=2.8)
     means: dict[str, tuple[list[int], list[float]]] = {}
     for label, arm, scores in lines:
@@ -77,7 +78,7 @@ def _pass_picture(
             linewidth=0,
             color=style.line_of(arm)["color"],
         )
-        if paper := paper_values.pass_curve(model, arm):
+        if paper := paper_values.pass_curve(model, arm) if papers else ():
             axis.plot(
                 *zip(*paper, strict=True),
                 linestyle="none",
@@ -92,7 +93,9 @@ def _pass_picture(
     axis.set_ylabel(f"pass@k, {dataset}")
     axis.legend()
     crosses = (
-        " Crosses: the paper's values, read off its plot." if paper_values.pass_curve(model, "dash") else ""
+        " Crosses: the paper's values, read off its plot."
+        if papers and paper_values.pass_curve(model, "dash")
+        else ""
     )
     n = "; ".join(f"{label} {_counted(s)}" for label, _, s in lines)
     return Picture(

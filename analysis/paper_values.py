@@ -25,13 +25,13 @@ def _results() -> dict[tuple[str, str, str, str], tuple[float, str]]:
 
 def percent(task: str, model: str, arm: str, metric: str) -> float | None:
     """An accuracy or pass@k in percent; None where the paper has none. `model`: our option's name."""
-    found = _results().get((task, MODELS.get(model, model), arm, metric))
+    found = _results().get((task, MODELS.get(model, ""), arm, metric))
     return found[0] if found else None
 
 
 def seconds(task: str, model: str, arm: str) -> float | None:
     """A training time."""
-    found = _results().get((task, MODELS.get(model, model), arm, "train_time"))
+    found = _results().get((task, MODELS.get(model, ""), arm, "train_time"))
     return found[0] * HOURS[found[1]] * 3600 if found else None
 
 

@@ -120,7 +120,7 @@ def paper_table(records: Records, wanted: Wanted, data: str, rows: Sequence[Vari
         _caption(wanted, data),
         tuple(columns),
         tuple(shown),
-        tuple(dict.fromkeys(notes)),
+        tuple(dict.fromkeys([*notes, *_paper_note(wanted, data, labels)])),
         tuple(names),
     )
 
@@ -144,11 +144,26 @@ def _caption(wanted: Wanted, data: str) -> str:
         text += (
             " Training time is without evaluation and checkpoints; 95 % interval over seeds (Student's t)."
         )
-    if data not in PAPER_DATA:
-        text += (
-            " The paper trained other models on other data: its values for Qwen2.5-0.5B are shown as context."
-        )
     return text
+
+
+def _paper_note(wanted: Wanted, data: str, labels: dict[str, list[Variant]]) -> list[str]:
+    """For a twin, in one sentence: what the paper used and found. Its values stand beside ours only where
+    model, data and metric are the paper's."""
+    if data in PAPER_DATA:
+        return []
+    metric, name = ("math500", "MATH-500") if wanted.task == MATH else ("pass@1", "MBPP+ pass@1")
+    arms = {label: found[0].arm if found else "base" for label, found in labels.items()}
+    values = {
+        label: paper_values.percent(wanted.task, "qwen0.5b", arm, metric) for label, arm in arms.items()
+    }
+    known = ", ".join(f"{label} {value:g}" for label, value in values.items() if value is not None)
+    trained = "MATH" if wanted.task == MATH else "MBPP+"
+    return (
+        [f"the paper trained Qwen2.5-0.5B on {trained} and reports {name} in percent: {known}"]
+        if known
+        else []
+    )
 
 
 def _columns(
@@ -157,7 +172,7 @@ def _columns(
     found: list[tuple[Column, dict[str, Entry]]] = []
     present = [v for v in own.values() if v is not None]
     group = MODEL_NAMES.get(model, model)
-    source = model if data in PAPER_DATA else "qwen0.5b"
+    source = model if data in PAPER_DATA else ""
     if wanted.timed:
         found.append(_time_column(records, wanted, source, group, own))
     for dataset in quantities.eval_sets(records, present):
@@ -285,6 +300,7 @@ def _delta(
 
 
 def _paper_metric(dataset: str, metric: str) -> str:
-    if metric != "accuracy":
-        return metric
-    return dataset if dataset in paper_values.SETS else "math500"
+    """The paper's name of a metric on this evaluation set; "" where it has none."""
+    if metric == "accuracy":
+        return paper_values.SETS.get(dataset, "")
+    return metric if dataset == "mbppplus" else ""
