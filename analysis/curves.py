@@ -16,7 +16,9 @@ from .figures import (
     SMOOTH,
     STACK,
     Picture,
+    band_of,
     cells_of,
+    draw_against,
     draw_curves,
     legend_of_all,
     metric_curve,
@@ -29,6 +31,7 @@ from .table import scaled
 from .tables import MODEL_NAMES, PAPER_DATA, before_training
 from .variants import Variant
 
+LENGTH = "length/mean_tokens"
 WATCHED = {
     "filter/kept_share": "kept share of completions",
     "policy/logprob_gap": "log-prob gap (nats)",
@@ -54,57 +57,49 @@ def _pass_picture(
 ) -> Picture | None:
     found = {v: quantities.scores(records, v, dataset, after=v.arm != "base") for v in own}
     trained = [v for v in own if v.arm != "base"]
-    lines = [(v.label, v.arm, s) for v, s in found.items() if s.n > 1 and (s.correct_SP >= 0).all()]
-    if not any(arm == "base" for _, arm, _ in lines) and trained:
+    lines = [(v, s) for v, s in found.items() if s.n > 1 and (s.correct_SP >= 0).all()]
+    if not any(v.arm == "base" for v, _ in lines) and trained:
         base = before_training(records, trained, dataset)
         if base.n > 1 and (base.correct_SP >= 0).all():
-            lines.insert(0, ("Base", "base", base))
+            lines.insert(0, (Variant("", "base", model, data, "Base", base.cells, base.seeds), base))
     if not lines:
         return None
     papers = data in PAPER_DATA and dataset in paper_values.SETS
     drawn, (axis,) = style.figure(height=2.8)
     means: dict[str, tuple[list[int], list[float]]] = {}
-    for label, arm, scores in lines:
+    for variant, scores in lines:
+        label, arm, colour = variant.label, variant.arm, style.colour_of(variant)
         k = powers(scores.n)
         curve = est.pass_at_k_curve(scores.correct_SP, scores.n, k, trained=arm != "base")
         values = [point.value for point in curve]
         means[label] = (k, values)
-        axis.plot(k, values, marker="o", markersize=3, label=label, **style.line_of(arm))
+        axis.plot(
+            k, values, marker=style.mark_of(variant), markersize=3, label=label, **style.line_of(variant)
+        )
         axis.fill_between(
-            k,
-            [p.low for p in curve],
-            [p.high for p in curve],
-            alpha=0.15,
-            linewidth=0,
-            color=style.line_of(arm)["color"],
+            k, [p.low for p in curve], [p.high for p in curve], alpha=0.15, linewidth=0, color=colour
         )
         if paper := paper_values.pass_curve(model, arm) if papers else ():
-            axis.plot(
-                *zip(*paper, strict=True),
-                linestyle="none",
-                marker="x",
-                markersize=4,
-                color=style.line_of(arm)["color"],
-            )
+            axis.plot(*zip(*paper, strict=True), linestyle="none", marker="x", markersize=4, color=colour)
     crossings = _crossings(axis, means)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_xlabel("k (samples)")
     axis.set_ylabel(f"pass@k, {dataset}")
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     crosses = (
         " Crosses: the paper's values, read off its plot."
         if papers and paper_values.pass_curve(model, "dash")
         else ""
     )
-    n = "; ".join(f"{label} {_counted(s)}" for label, _, s in lines)
+    n = "; ".join(f"{v.label} {_counted(s)}" for v, s in lines)
     return Picture(
         f"figure5-{model}-{data}-{dataset}",
         f"Figure 5. pass@k, {MODEL_NAMES.get(model, model)}",
         "Unbiased estimate; bands: 95 %, over prompts and, from three runs on, seeds. "
         f"{n}. {crossings}{crosses}",
         drawn,
-        tuple(c for _, _, s in lines for c in s.cells),
+        tuple(c for _, s in lines for c in s.cells),
     )
 
 
@@ -239,6 +234,105 @@ def asked(records: Records, variants: Sequence[Variant], metrics: Sequence[str])
     return made
 
 
+def rewards(records: Records, variants: Sequence[Variant]) -> list[Picture]:
+    """Sampled reward of everything that was trained, by step and by training time."""
+    made = []
+    for model, data in places_of(variants):
+        own = [v for v in trained(variants, model, data) if _has(records, v, "reward/mean")]
+        if not own:
+            continue
+        drawn, axes = style.figure(2, height=2.6)
+        draw_curves(records, axes[0], own, metric_curve("reward/mean"), "sampled reward")
+        unit, size = time_unit(max(quantities.seconds(records, c).max() for c in cells_of(own)))
+        draw_against(records, axes[1], own, None, size)
+        axes[1].set_xlabel(f"training time ({unit})")
+        axes[1].sharey(axes[0])
+        legend_of_all(drawn, axes)
+        made.append(
+            Picture(
+                f"reward-{model}-{data}",
+                f"Reward while training, {MODEL_NAMES.get(model, model)} on {data}",
+                f"Left: {band_of(records, own)} Right: one line per seed.",
+                drawn,
+                cells_of(own),
+            )
+        )
+    return made
+
+
+def response(records: Records, variants: Sequence[Variant]) -> list[Picture]:
+    """Where variants of an arm differ in one number: accuracy, length and time against it."""
+    made = []
+    for model, data in places_of(variants):
+        own = trained(variants, model, data)
+        for arm in dict.fromkeys(v.arm for v in own):
+            rows = [v for v in own if v.arm == arm and quantities.finished(records, v)]
+            name = _numeric(rows)
+            if name is None:
+                continue
+            panels = _panels(records, rows)
+            drawn, axes = style.figure(len(panels), height=2.3)
+            for axis, (words, points) in zip(axes, panels.items(), strict=True):
+                for variant, point in zip(rows, points, strict=True):
+                    axis.errorbar(
+                        float(variant.varied[0][1]),
+                        point.value,
+                        yerr=_arms(point),
+                        color=style.colour_of(variant),
+                        marker=style.mark_of(variant),
+                        markersize=5,
+                        elinewidth=0.8,
+                    )
+                values = [float(v.varied[0][1]) for v in rows]
+                axis.plot(values, [p.value for p in points], color="0.7", linewidth=0.8, zorder=0)
+                if min(values) > 0 and max(values) >= 8 * min(values):
+                    axis.set_xscale("log")
+                axis.set_xlabel(name)
+                axis.set_ylabel(words)
+            n = "; ".join(f"{v.varied[0][1]}: {len(quantities.finished(records, v))}" for v in rows)
+            made.append(
+                Picture(
+                    f"response-{arm}-{model}-{data}",
+                    f"What {name} changes, {rows[0].label.partition(' (')[0]}",
+                    f"Means over seeds with 95 % intervals. Seeds by {name}: {n}.",
+                    drawn,
+                    cells_of(rows),
+                )
+            )
+    return made
+
+
+def _numeric(rows: Sequence[Variant]) -> str | None:
+    """The short name of the one number in which these variants differ; None where it is not one number."""
+    names = {name for v in rows for name, _ in v.varied}
+    if len(rows) < 3 or len(names) != 1 or any(len(v.varied) != 1 for v in rows):
+        return None
+    try:
+        [float(v.varied[0][1]) for v in rows]
+    except ValueError:
+        return None
+    return names.pop()
+
+
+def _panels(records: Records, rows: Sequence[Variant]) -> dict[str, list[est.Estimate]]:
+    """The headline numbers of each variant, by what they are."""
+    found = {
+        f"accuracy, {dataset}": [est.accuracy(quantities.scores(records, v, dataset).scores_SP) for v in rows]
+        for dataset in quantities.eval_sets(records, rows)[:1]
+    }
+    times = [quantities.time_of(records, v) for v in rows]
+    finite = [t.value for t in times if math.isfinite(t.value)]
+    if finite:
+        unit, size = time_unit(max(finite))
+        found[f"training time ({unit})"] = [scaled(time, 1 / size) for time in times]
+    lengths = [quantities.curve(records, quantities.finished(records, v), LENGTH) for v in rows]
+    if all(len(table) for table in lengths):
+        found["late length (tokens)"] = [
+            est.over_seeds(table.tail(max(1, len(table) // 4)).mean()) for table in lengths
+        ]
+    return found
+
+
 def _has(records: Records, variant: Variant, metric: str) -> bool:
     rows = records.steps[records.steps["cell"].isin(variant.cells)]
     return bool(rows[metric].notna().any())
@@ -261,14 +355,14 @@ def accuracy_against_cost(records: Records, variants: Sequence[Variant]) -> list
             unit, size = time_unit(max(t.value for _, t, _ in points))
             for variant, time, scores in points:
                 accuracy, at = est.accuracy(scores.scores_SP), scaled(time, 1 / size)
-                colour = style.line_of(variant.arm)["color"]
+                colour = style.colour_of(variant)
                 axis.errorbar(
                     at.value,
                     accuracy.value,
                     xerr=_arms(at),
                     yerr=_arms(accuracy),
                     color=colour,
-                    marker=style.MARKS.get(variant.arm, "o"),
+                    marker=style.mark_of(variant),
                     markersize=5,
                     linestyle="none",
                     elinewidth=0.8,

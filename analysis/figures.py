@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import quantities, style
+from .estimates import Estimate
 from .load import Records
+from .table import scaled
 from .tables import MODEL_NAMES
 from .variants import Variant
 
@@ -75,21 +77,22 @@ def _bars(records: Records, rows: Sequence[Variant], model: str, data: str, mach
     unit, size = time_unit(largest)
     drawn, (left, right) = style.figure(2, height=0.7 + 0.2 * max(5, len(rows)), widths=[2, 1])
     shown = [p for p in STACK if any(m[p] > 0.005 * largest for m in means.values())]
-    _stack(left, {label: [m[p] / size for p in shown] for label, m in means.items()}, shown)
+    times = [scaled(quantities.time_of(records, v), 1 / size) for v in rows]
+    _stack(left, {label: [m[p] / size for p in shown] for label, m in means.items()}, shown, times)
     left.set_xlabel(f"training time ({unit})")
     left.set_title(f"{MODEL_NAMES.get(model, model)}, {data}")
     paper = {label: [*bars] for label, bars in PAPER_BARS.items()}
     _stack(right, paper, ["sampling", "gradient"])
     right.set_xlabel("training time (hours)")
     right.set_title("the paper: Qwen2.5-0.5B, MATH")
-    left.legend(ncols=1, loc="lower right")
+    legend_of_all(drawn, [left])
     cells = tuple(c for v in rows for c in quantities.finished(records, v))
     seeds = ", ".join(f"{v.label} {len(quantities.finished(records, v))}" for v in rows)
     return Picture(
         f"figure1-{model}-{data}" + ("" if machine else "-unknown"),
         "Figure 1. Training time by phase",
         f"Mean over seeds ({seeds}), on {machine}. Gradient: forward, backward and optimizer; evaluation and "
-        "checkpoints are left out. Right: the paper's own bars.",
+        "checkpoints are left out. Lines: 95 % interval of the sum over seeds. Right: the paper's own bars.",
         drawn,
         cells,
     )
@@ -105,8 +108,10 @@ def phase_seconds(records: Records, variant: Variant) -> dict[str, float]:
     }
 
 
-def _stack(axis: Axes, bars: dict[str, list[float]], names: Sequence[str]) -> None:
-    """Horizontal stacked bars, first on top, the sum written at the end."""
+def _stack(
+    axis: Axes, bars: dict[str, list[float]], names: Sequence[str], sums: Sequence[Estimate] = ()
+) -> None:
+    """Horizontal stacked bars, first on top, the sum with its interval written at the end."""
     labels = list(bars)
     starts = np.zeros(len(labels))
     for place, name in enumerate(names):
@@ -124,7 +129,13 @@ def _stack(axis: Axes, bars: dict[str, list[float]], names: Sequence[str]) -> No
         )
         starts += widths
     for place, total in enumerate(starts):
-        axis.text(total, place, f" {total:.1f}", va="center", fontsize=7)
+        end = total
+        if sums and sums[place].has_interval:
+            low, end = sums[place].low, sums[place].high
+            axis.errorbar(
+                total, place, xerr=[[total - low], [end - total]], color="black", elinewidth=0.8, capsize=2
+            )
+        axis.text(end, place, f" {total:.1f}", va="center", fontsize=7)
     axis.invert_yaxis()
     axis.margins(x=0.15)
     axis.grid(axis="y", visible=False)
@@ -141,12 +152,12 @@ def filter_effect(records: Records, variants: Sequence[Variant]) -> list[Picture
         draw_curves(records, axes[0], rows, _learned_advantage, "mean |A| of what is learned from")
         draw_curves(records, axes[1], rows, _gradient_seconds, "forward + backward (s / step)")
         draw_curves(records, axes[2], rows, metric_curve("reward/mean"), "sampled reward")
-        axes[0].legend(loc="best")
+        legend_of_all(drawn, axes)
         made.append(
             Picture(
                 f"figure3-{model}-{data}",
                 "Figure 3. What the filter does",
-                _band(records, rows),
+                band_of(records, rows),
                 drawn,
                 cells_of(rows),
             )
@@ -171,10 +182,10 @@ def reuse(records: Records, variants: Sequence[Variant]) -> list[Picture]:
             "completions": "completions/sampled",
         }
         for axis, (label, metric) in zip(axes, scales.items(), strict=True):
-            _against(records, axis, rows, metric, size)
+            draw_against(records, axis, rows, metric, size)
             axis.set_xlabel(label)
             axis.set_ylabel("sampled reward")
-        axes[0].legend(loc="best")
+        legend_of_all(drawn, axes)
         made.append(
             Picture(
                 f"figure4-{model}-{data}",
@@ -204,12 +215,12 @@ def without_kl(records: Records, variants: Sequence[Variant]) -> list[Picture]:
                 records, length, own, metric_curve("length/mean_tokens"), "generation length (tokens)"
             )
             reward.set_title(MODEL_NAMES.get(model, model), loc="left")
-        axes[0].legend(loc="best")
+        legend_of_all(drawn, axes)
         made.append(
             Picture(
                 f"figure6-{data}",
                 "Figure 6. With and without KL regularisation",
-                _band(records, rows),
+                band_of(records, rows),
                 drawn,
                 cells_of(rows),
             )
@@ -236,28 +247,31 @@ def _gradient_seconds(records: Records, cells: Sequence[str]) -> pd.DataFrame:
 
 
 def draw_curves(records: Records, axis: Axes, rows: Sequence[Variant], curve: Curve, label: str) -> None:
-    """A smoothed mean per variant with the range of its seeds, by step."""
+    """A smoothed mean per variant by step, with the range of its seeds and each seed thin behind."""
     for variant in rows:
         table = curve(records, variant.cells)
         if table.empty:
             continue
         table = table.dropna()  # steps that every seed has reached: the mean is always of all of them
         smooth = table.rolling(SMOOTH, min_periods=1, center=True).mean()
-        axis.plot(smooth.index, smooth.mean(axis=1), label=variant.label, **style.line_of(variant.arm))
+        axis.plot(smooth.index, smooth.mean(axis=1), label=variant.label, **style.line_of(variant))
         if smooth.shape[1] > 1:
+            axis.plot(smooth.index, smooth, linewidth=0.4, alpha=0.5, color=style.colour_of(variant))
             axis.fill_between(
                 smooth.index,
                 smooth.min(axis=1),
                 smooth.max(axis=1),
                 alpha=0.18,
                 linewidth=0,
-                color=style.line_of(variant.arm)["color"],
+                color=style.colour_of(variant),
             )
     axis.set_xlabel("step")
     axis.set_ylabel(label)
 
 
-def _against(records: Records, axis: Axes, rows: Sequence[Variant], metric: str | None, size: float) -> None:
+def draw_against(
+    records: Records, axis: Axes, rows: Sequence[Variant], metric: str | None, size: float
+) -> None:
     """Reward of each run against a running total (None: training time, in units of `size` seconds)."""
     for variant in rows:
         for place, cell in enumerate(variant.cells):
@@ -272,7 +286,7 @@ def _against(records: Records, axis: Axes, rows: Sequence[Variant], metric: str 
                 label=variant.label if place == 0 else None,
                 alpha=0.8,
                 linewidth=1.1,
-                **style.line_of(variant.arm),
+                **style.line_of(variant),
             )
 
 
@@ -306,7 +320,7 @@ def _counts(records: Records, rows: Sequence[Variant]) -> str:
     return f"Seeds: {'; '.join(parts)}."
 
 
-def _band(records: Records, rows: Sequence[Variant]) -> str:
+def band_of(records: Records, rows: Sequence[Variant]) -> str:
     several = any(len(v.cells) > 1 for v in rows)
     band = " Band: the range of the seeds." if several else ""
     mean = f"Mean over seeds, moving mean of {SMOOTH} steps, as far as all seeds go."

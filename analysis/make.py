@@ -26,7 +26,9 @@ DRAWERS: tuple[Drawer, ...] = (
     figures.reuse,
     curves.pass_at_k,
     figures.without_kl,
+    curves.rewards,
     curves.accuracy_against_cost,
+    curves.response,
     curves.phases,
     curves.watched,
 )

@@ -1,8 +1,11 @@
-"""How every figure looks: a colour and dash per arm everywhere, readable in print and by the colour-blind."""
+"""How every figure looks: a colour, dash and marker per arm everywhere, readable in print and by the
+colour-blind; variants of one arm are shades of its colour, in the order of what varies."""
 
 from __future__ import annotations
 
+import colorsys
 import io
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +13,10 @@ from typing import Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+
+from .variants import Variant
 
 STYLE = Path(__file__).parent / "paper.mplstyle"
 WIDTH = 6.75
@@ -31,6 +37,9 @@ COLOURS = {
     "dr_grpo": "#666633",
 }
 """Okabe and Ito's palette first; further arms in colours that keep their distance in lightness."""
+OTHER_COLOURS = ("#117733", "#AA4499", "#882255", "#999933", "#44AA99", "#332288", "#CC6677", "#661100")
+"""Of arms that are not the paper's, by their names."""
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 LINES = {
     "dash": "-",
     "grpo": "--",
@@ -55,6 +64,7 @@ MARKS = {
     "rloo": ">",
     "dr_grpo": "p",
 }
+OTHER_MARKS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "p", "h")
 PHASE_COLOURS = {
     "sampling": "#56B4E9",
     "gradient": "#D55E00",
@@ -65,9 +75,27 @@ PHASE_COLOURS = {
 PHASE_HATCHES = {"sampling": "", "gradient": "//", "verdicts": "..", "sync": "xx", "other": "--"}
 
 
-def line_of(arm: str) -> dict[str, Any]:
-    """Colour and dashes of an arm."""
-    return {"color": COLOURS.get(arm, "#333333"), "linestyle": LINES.get(arm, "-")}
+def colour_of(variant: Variant) -> str:
+    """The arm's colour; for several variants of it, from light to dark in their order."""
+    own = OTHER_COLOURS[zlib.crc32(variant.arm.encode()) % len(OTHER_COLOURS)]
+    colour = COLOURS.get(variant.arm, own)
+    if variant.places == 1:
+        return colour
+    hue, _, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
+    lightness = 0.68 - 0.46 * variant.place / (variant.places - 1)
+    return to_hex(colorsys.hls_to_rgb(hue, lightness, saturation))
+
+
+def line_of(variant: Variant) -> dict[str, Any]:
+    """Colour and dashes of a variant."""
+    dashes = DASHES[variant.place % len(DASHES)] if variant.places > 1 else LINES.get(variant.arm, "-")
+    return {"color": colour_of(variant), "linestyle": dashes}
+
+
+def mark_of(variant: Variant) -> str:
+    if variant.places > 1:
+        return OTHER_MARKS[variant.place % len(OTHER_MARKS)]
+    return MARKS.get(variant.arm, OTHER_MARKS[zlib.crc32(variant.arm.encode()) % len(OTHER_MARKS)])
 
 
 @contextmanager

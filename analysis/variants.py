@@ -53,7 +53,9 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Runs of one recipe: `cells` by seed, of one model on one dataset. `label` names it among the others."""
+    """Runs of one recipe: `cells` by seed, of one model on one dataset. `label` names it among the others.
+    `varied`: short names and values of what distinguishes it from the other variants of its arm, of which it
+    is the `place`-th of `places`, in the order of these values."""
 
     key: str
     arm: str
@@ -62,6 +64,9 @@ class Variant:
     label: str
     cells: tuple[str, ...]
     seeds: tuple[int, ...]
+    varied: tuple[tuple[str, str], ...] = ()
+    place: int = 0
+    places: int = 1
 
 
 def variants(records: Records) -> list[Variant]:
@@ -74,8 +79,9 @@ def variants(records: Records) -> list[Variant]:
     for (arm, model, data), same in records.cells.groupby(groups, sort=False):
         own = keys.loc[same.index]
         same = same.assign(done=same["state"] == "finished")
-        labels = _labels(str(arm), settings.loc[same.index], own)
-        for key in own.unique():
+        varied = _varied(settings.loc[same.index], own)
+        name = ARMS.get(str(arm), str(arm))
+        for place, key in enumerate(sorted(varied, key=lambda key: _natural(varied[key]))):
             cells = same.loc[own.index[own == key]].sort_values(["seed", "done", "started"])
             cells = cells.drop_duplicates("seed", keep="last")  # `repeated` tells of them
             found.append(
@@ -84,12 +90,15 @@ def variants(records: Records) -> list[Variant]:
                     str(arm),
                     str(model),
                     str(data),
-                    labels[key],
+                    _label(name, varied[key]),
                     tuple(cells.index),
                     tuple(int(s) for s in cells["seed"]),
+                    varied[key],
+                    place,
+                    len(varied),
                 )
             )
-    return sorted(found, key=lambda v: (v.data, v.model, order.get(v.arm, len(order)), v.arm, v.label))
+    return sorted(found, key=lambda v: (v.data, v.model, order.get(v.arm, len(order)), v.arm, v.place))
 
 
 def repeated(records: Records, found: Sequence[Variant]) -> list[Problem]:
@@ -150,26 +159,43 @@ def _digest(row: pd.Series) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _labels(arm: str, settings: pd.DataFrame, keys: pd.Series) -> dict[str, str]:
-    """A name per variant: the arm's, and where it has several, what they differ in."""
-    name = ARMS.get(arm, arm)
+Varied = tuple[tuple[str, str], ...]
+
+
+def _varied(settings: pd.DataFrame, keys: pd.Series) -> dict[str, Varied]:
+    """For each variant of an arm the settings by which they are told apart, with their values."""
     first = {key: settings.loc[keys.index[keys == key][0]] for key in keys.unique()}
     if len(first) == 1:
-        return dict.fromkeys(first, name)
+        return dict.fromkeys(first, ())
     table = pd.DataFrame(first).T.map(str)
     differing = [column for column in table if table[column].nunique() > 1]
     shown = _enough(table, [c for c in SIZES if c in differing] + [c for c in differing if c not in SIZES])
-    return {key: f"{name} ({', '.join(_shown(table, key, c) for c in shown)})" for key in first}
+    return {key: tuple((_short(c), _shown(table, key, c)) for c in shown) for key in first}
+
+
+def _label(name: str, varied: Varied) -> str:
+    return f"{name} ({', '.join(f'{key} {value}' for key, value in varied)})" if varied else name
+
+
+def _natural(varied: Varied) -> list[tuple[int, float, str]]:
+    """Numbers in their order, before words."""
+    found = []
+    for _, value in varied:
+        try:
+            found.append((0, float(value), ""))
+        except ValueError:
+            found.append((1, 0.0, value))
+    return found
 
 
 def _shown(table: pd.DataFrame, key: str, column: str) -> str:
-    """A setting and its value; of a file its name, where that is enough to tell the variants apart."""
+    """The value of a setting; of a file its name, where that is enough to tell the variants apart."""
     value = str(table.loc[key, column])
     if column.startswith(CONTENT):
         names = table[column].map(lambda text: str(text).rpartition(" ")[0])
         distinct = names.nunique() == table[column].nunique() and (names != "").all()
         value = names[key] if distinct else value.strip()
-    return f"{_short(column)} {value}"
+    return value
 
 
 def _enough(table: pd.DataFrame, columns: Sequence[str]) -> list[str]:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.colors import to_rgb
 
-from analysis import quantities
+from analysis import quantities, style
 from analysis.__main__ import main
 from analysis.claims import findings
-from analysis.curves import asked
+from analysis.curves import asked, response
 from analysis.load import load
 from analysis.make import Report, differences, make, write
 from analysis.more_tables import reached_by_all, seconds_to
@@ -179,6 +180,23 @@ def test_settings_that_differ_are_not_averaged(outputs: Path) -> None:
     )
     labels = {v.label: len(v.cells) for v in variants(load([outputs])) if v.arm == "dash"}
     assert labels == {"DASH (threshold 0.1)": 3, "DASH (threshold 0.6)": 1}
+
+
+def test_variants_of_one_arm_differ_in_every_picture(tmp_path: Path) -> None:
+    """Three thresholds: three colours from light to dark, dashes, markers and labels, in the order of the
+    numbers, and a picture of what the threshold changes."""
+    for number, threshold in enumerate((1.0, 0.5, 10.0)):
+        plain = config("dash", 0, filter__threshold=threshold)
+        make_cell(tmp_path, f"dash-m-d-s0-d{number:07}", plain, after=verdicts(20 + number))
+    records = load([tmp_path])
+    found = variants(records)
+    assert [v.label for v in found] == [f"DASH (threshold {t})" for t in (0.5, 1.0, 10.0)]
+    for look in (style.colour_of, style.mark_of, lambda v: str(style.line_of(v)["linestyle"])):
+        assert len({look(v) for v in found}) == 3
+    lightness = [sum(to_rgb(style.colour_of(v))) for v in found]
+    assert lightness == sorted(lightness, reverse=True)
+    (picture,) = response(records, found)
+    assert picture.drawn.axes[0].get_xlabel() == "threshold"
 
 
 def test_files_of_other_content_are_other_recipes(tmp_path: Path) -> None:
