@@ -129,7 +129,7 @@ def _stack(
         )
         starts += widths
     for place, total in enumerate(starts):
-        end = total
+        end = float(total)
         if sums and sums[place].has_interval:
             low, end = sums[place].low, sums[place].high
             axis.errorbar(
