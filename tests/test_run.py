@@ -184,6 +184,18 @@ def test_killed_at_any_step_and_resumed_equals_undisturbed(whole: Path, tmp_path
     assert read_json(folder / "status.json")["attempt"] == 2
 
 
+def test_paused_at_a_step_and_continued_equals_undisturbed(whole: Path, tmp_path: Path) -> None:
+    """At a step with a checkpoint of its own and at one without, and twice at the same."""
+    for until, step in ((3, 3), (3, 3), (4, 4)):
+        folder = run_here(tmp_path, f"run.until_step={until}")
+        status = read_json(folder / "status.json")
+        assert (status["state"], status["step"]) == ("interrupted", step)
+        assert status["reason"] == f"paused at step {step} (run.until_step)"
+    assert run_here(tmp_path, "run.until_step=6") == folder and folder.name == whole.name
+    assert read_json(folder / "status.json")["state"] == "finished"
+    assert differences(whole, folder) == []
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
 )

@@ -361,6 +361,9 @@ class RunConfig(Constant):
     progress: str = choice("auto", "plain", "none", meaning="auto: live on a terminal, plain lines elsewhere")
     partner: str | None = setting("the partner's command; set by the program, to be shown", None)
     sweep: str | None = setting("with -m: the sweep's name; null: made from what is varied", None)
+    until_step: int | None = number(
+        COUNT, "pause after this step; the next start continues exactly there", None, "10"
+    )
 
 
 @dataclass

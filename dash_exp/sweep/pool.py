@@ -24,6 +24,8 @@ from dash_exp.text import format_seconds
 
 POLL_S, LOOK_S, BUSY_S = 0.05, 1.0, 10.0
 """Seconds between two checks of the pool's own processes, of other cells, and of a cell that was busy."""
+PAUSED = "paused"
+"""The result of a cell that stopped at `run.until_step`; its status is `interrupted`."""
 
 Log = Callable[[str], None]
 
@@ -202,6 +204,8 @@ class Pool:
             self._not_before[job.name] = time.monotonic() + BUSY_S
             self._log_busy(job, "another process")
             self.waiting.append(job)
+        elif code == ExitCode.OK and status.get("state") == "interrupted":
+            self._settle(job, PAUSED, str(status.get("reason")))
         elif code == ExitCode.OK or done:
             text = f"finished after step {status.get('step', 0)}, {format_seconds(worker.age_s)}"
             self._settle(job, "finished", text)

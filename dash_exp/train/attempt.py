@@ -79,6 +79,8 @@ class Attempt:
         ending = self.loop(done)
         if ending.signal is not None:
             raise Interrupted(ending.signal)
+        if ending.reason == "paused":
+            return self.pause(ending.step)
         if self.config.evaluation.after:
             self.evaluate(ending.step)
         self.finish(ending)
@@ -198,6 +200,12 @@ class Attempt:
             self.recorder.log(text)
             if int(row["step"]) <= 3:
                 self.display.note(text)
+
+    def pause(self, step: int) -> None:
+        """Record that the run stopped where `run.until_step` asked it to; its checkpoint is written."""
+        reason = f"paused at step {step} (run.until_step)"
+        self.recorder.status("interrupted", step, reason=reason)
+        self.log(f"{reason}; the next start continues from there")
 
     def finish(self, ending: Ending) -> None:
         """Record the end, then delete what only a resumption needs. A run killed in between is cleaned up by

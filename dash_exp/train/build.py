@@ -138,6 +138,7 @@ def make_plan(config: Config, prompts: int) -> Plan:
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint.every,
         budget_s=config.budget.seconds,
+        pause_after=config.run.until_step,
     )
 
 

@@ -47,6 +47,8 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
     budget = Budget(plan.budget_s, spent_s, ledger)
     if 0 < done < plan.steps and plan.budget_s is not None and spent_s >= plan.budget_s:
         return Ending(done, "budget")
+    if is_paused(plan, done):
+        return Ending(done, "paused")
     for step in range(done + 1, plan.steps + 1):
         facts = train_step(StepContext(plan, parts, ledger, recorder, step, budget.over))
         check_step(step, facts)
@@ -57,7 +59,7 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
                 hooks.evaluate(step)
         incomplete = len(facts.updates) < plan.updates_per_batch  # the budget ended between two updates
         out_of_time = incomplete or budget.over()
-        if checkpoint_due(plan, step) or out_of_time or signal is not None:
+        if checkpoint_due(plan, step) or out_of_time or signal is not None or is_paused(plan, step):
             with ledger.phase("checkpoint"):
                 row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
                 hooks.checkpoint(step, step == plan.steps, row)
@@ -70,6 +72,8 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
             return Ending(step, "signal", signal)
         if incomplete or (out_of_time and step < plan.steps):
             return Ending(step, "budget")
+        if is_paused(plan, step):
+            return Ending(step, "paused")
     return Ending(plan.steps, "planned")
 
 
@@ -328,6 +332,11 @@ def evaluation_due(plan: Plan, step: int) -> bool:
 
 def checkpoint_due(plan: Plan, step: int) -> bool:
     return step == plan.steps or (plan.checkpoint_every > 0 and step % plan.checkpoint_every == 0)
+
+
+def is_paused(plan: Plan, step: int) -> bool:
+    """Whether this attempt ends early after `step`."""
+    return plan.pause_after is not None and plan.pause_after <= step < plan.steps
 
 
 def check_step(step: int, facts: BatchFacts) -> None:

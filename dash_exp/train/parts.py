@@ -25,7 +25,8 @@ class Plan:
     """What a run does, as plain numbers. `prompts_per_call`: prompts sampled at a time (all of the
     step's in the preemptive schedule). `waves`: parts in which they are requested from `servers`, so that
     groups finish one after the other and a learner beside the sampler can begin (None: nothing is beside it).
-    `prompts_per_update`: a mini-batch, or the complete batch."""
+    `prompts_per_update`: a mini-batch, or the complete batch. `pause_after`: the step at which this attempt
+    ends early, to be resumed."""
 
     seed: int
     steps: int
@@ -43,6 +44,7 @@ class Plan:
     evaluate_every: int
     checkpoint_every: int
     budget_s: float | None
+    pause_after: int | None = None
 
     @property
     def groups_at_once(self) -> int | None:
@@ -86,7 +88,7 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How training ended: after which step, and why (`planned`, `budget`, `signal`)."""
+    """How training ended: after which step, and why (`planned`, `budget`, `signal`, `paused`)."""
 
     step: int
     reason: str

@@ -23,7 +23,7 @@ from dash_exp.record.folder import Row
 from dash_exp.record.journal import BY_SCHEDULER, is_cancelled, may_retry, set_state
 from dash_exp.signals import handling, run_forwarding
 from dash_exp.sweep.local import make_traces
-from dash_exp.sweep.pool import Relay, Terms, print_log, run_pool
+from dash_exp.sweep.pool import PAUSED, Relay, Terms, print_log, run_pool
 from dash_exp.sweep.resources import cluster_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.states import open_need, recorded_state
@@ -31,7 +31,7 @@ from dash_exp.sweep.worker import OUTPUT, Job, cell_actions
 from dash_exp.text import last_lines
 
 WARNING = int(signal.SIGUSR2)
-SETTLED = ("finished", "failed", "blocked", "cancelled")
+SETTLED = ("finished", PAUSED, "failed", "blocked", "cancelled")
 """States that are not caused by a signal to the job."""
 ATTEMPTS, PAUSE_S = 3, 5.0
 """To reach SLURM's controller when a job asks to be requeued."""
@@ -78,8 +78,8 @@ class SlurmJob:
     retries: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self) -> dict[str, str]:
-        """Run the cells. Returns their states if all are finished, else exits with 1, a failure for SLURM; 3
-        if a cell still waits for another; 128 + n after signal n."""
+        """Run the cells. Returns their states if all are finished or paused, else exits with 1, a failure for
+        SLURM; 3 if a cell still waits for another; 128 + n after signal n."""
         relay = Relay()
         with handling(relay):
             place = Place.here(os.environ)
@@ -152,7 +152,7 @@ class SlurmJob:
             self._requeue(again, last_failure(self.folder(again[0])) or "unknown", place)
         if relay.first is not None and cut_short:
             return ExitCode.SIGNALLED + relay.first
-        left = set(states.values()) - {"finished"}
+        left = set(states.values()) - {"finished", PAUSED}
         return ExitCode.OK if not left else ExitCode.BLOCKED if left == {"blocked"} else ExitCode.FAILED
 
     def _may_retry(self, name: str) -> bool:
