@@ -27,6 +27,9 @@ from .tables import MODEL_NAMES, before_training
 from .variants import Variant
 
 Verdict = Literal["supported", "contradicted", "undecided"]
+TOO_FEW_EVALUATIONS = (
+    f"evaluated fewer than {quantities.MIN_EVALUATIONS} times in training (set evaluation.every)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +177,9 @@ def accuracy(records: Records, arm: Variant, other: Variant | None) -> list[Meas
     return made
 
 
-def speed(records: Records, arm: Variant, other: Variant) -> list[Measured]:
-    """Logarithm of how many times longer `other` trained than `arm`, over finished runs on one kind of
-    hardware."""
+def speed(records: Records, arm: Variant, other: Variant, part: str = "") -> list[Measured]:
+    """Logarithm of how many times longer `other` trained than `arm` (or spent on one of PARTS), over finished
+    runs on one kind of hardware."""
     unit = "times as fast"
     cells = [_finished(records, v) for v in (arm, other)]
     if not all(cells):
@@ -185,9 +188,11 @@ def speed(records: Records, arm: Variant, other: Variant) -> list[Measured]:
     if len(machines) > 1:
         return [Measured(Comparison(math.nan, note=f"different hardware: {'; '.join(machines)}"), unit)]
     times = [
-        {s: quantities.training_seconds(quantities.steps_of(records, c)) for s, c in own.items()}
+        {s: quantities.training_seconds(quantities.steps_of(records, c), part) for s, c in own.items()}
         for own in cells
     ]
+    if min(t for own in times for t in own.values()) <= 0:  # a supervised arm samples nothing
+        return []
     logs = [{s: math.log(t) for s, t in own.items()} for own in times]
     return [Measured(est.log_ratio(times[1], times[0]), unit, _noise_of_runs(logs))]
 

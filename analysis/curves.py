@@ -14,7 +14,6 @@ from . import estimates as est
 from . import paper_values, quantities, style
 from .figures import (
     SMOOTH,
-    STACK,
     Picture,
     band_of,
     cells_of,
@@ -140,14 +139,18 @@ def phases(records: Records, variants: Sequence[Variant]) -> list[Picture]:
         drawn, axes = style.figure(columns, math.ceil(len(own) / columns), height=1.6)
         for axis, variant in zip(axes, own, strict=False):
             rows = quantities.steps_of(records, variant.cells[0]).sort_values("step")
-            parts = [rows[[f"time/{p}_s" for p in of]].sum(axis=1) for of in STACK.values()]
-            axis.stackplot(rows["step"], parts, labels=list(STACK), colors=list(style.PHASE_COLOURS.values()))
+            parts = [rows[[f"time/{p}_s" for p in of]].sum(axis=1) for of in quantities.PARTS.values()]
+            axis.stackplot(
+                rows["step"], parts, labels=list(quantities.PARTS), colors=list(style.PHASE_COLOURS.values())
+            )
             axis.set_title(variant.label, loc="left")
             axis.set_xlabel("step")
             axis.set_ylabel("s / step")
         for axis in axes[len(own) :]:
             axis.set_visible(False)
-        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(STACK))
+        drawn.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(quantities.PARTS)
+        )
         made.append(
             Picture(
                 f"phases-{model}-{data}",

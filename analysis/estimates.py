@@ -20,7 +20,7 @@ from dash_exp.statistics.shares import pass_at_k
 Array = npt.NDArray[np.float64]
 
 MIN_PROMPTS = 20
-MIN_STEPS = 12
+MIN_POINTS = 8
 """A shorter curve gives no `instability`."""
 
 
@@ -139,12 +139,12 @@ def crossing(k: Sequence[int], one: Sequence[float], other: Sequence[float]) -> 
 
 
 def instability(curve_T: Sequence[float] | Array) -> float:
-    """How much a reward curve swings about its own trend: the standard deviation of what is left when a
+    """How much a curve swings about its own trend: the standard deviation of what is left when a
     local quadratic over a third of the run (Savitzky and Golay 1964) is taken away, freed of what the fit
     itself swallows of white noise. NaN for a curve too short to tell."""
     curve = _finite(curve_T)
     window = max(5, len(curve) // 3 | 1)
-    if len(curve) < MIN_STEPS:
+    if len(curve) < MIN_POINTS:
         return math.nan
     rest = curve - signal.savgol_filter(curve, window, 2)
     unit = np.eye(len(curve))

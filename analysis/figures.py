@@ -20,13 +20,6 @@ from .variants import Variant
 
 SMOOTH = 5
 """Steps of the moving mean that curves are drawn with."""
-STACK = {
-    "sampling": ("sample",),
-    "gradient": ("logprob", "backprop", "optimizer"),
-    "verdicts": ("verify",),
-    "sync": ("sync",),
-    "other": ("other",),
-}
 KL_ARMS = ("dash", "no_kl")
 PAPER_BARS = {"GRPO": (32.4, 6.5), "DASH": (4.2, 2.4)}
 """Figure 1 of the paper: hours of inference and of gradients, Qwen2.5-0.5B on MATH."""
@@ -76,7 +69,7 @@ def _bars(records: Records, rows: Sequence[Variant], model: str, data: str, mach
     largest = max(sum(m.values()) for m in means.values())
     unit, size = time_unit(largest)
     drawn, (left, right) = style.figure(2, height=0.7 + 0.2 * max(5, len(rows)), widths=[2, 1])
-    shown = [p for p in STACK if any(m[p] > 0.005 * largest for m in means.values())]
+    shown = [p for p in quantities.PARTS if any(m[p] > 0.005 * largest for m in means.values())]
     times = [scaled(quantities.time_of(records, v), 1 / size) for v in rows]
     _stack(left, {label: [m[p] / size for p in shown] for label, m in means.items()}, shown, times)
     left.set_xlabel(f"training time ({unit})")
@@ -99,12 +92,12 @@ def _bars(records: Records, rows: Sequence[Variant], model: str, data: str, mach
 
 
 def phase_seconds(records: Records, variant: Variant) -> dict[str, float]:
-    """Mean seconds per run in each part of STACK."""
+    """Mean seconds per run in each part of quantities.PARTS."""
     cells = quantities.finished(records, variant)
     rows = records.steps[records.steps["cell"].isin(cells)]
     return {
         name: float(rows[[f"time/{p}_s" for p in phases]].to_numpy().sum()) / len(cells)
-        for name, phases in STACK.items()
+        for name, phases in quantities.PARTS.items()
     }
 
 

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from . import claims, curves, figures, more_tables, style, tables, timeline
+from .claims import TOO_FEW_EVALUATIONS
 from .estimates import NOTHING
 from .load import Problem, Records
-from .more_tables import NO_REWARD, NOT_JUDGED
+from .more_tables import NO_FILTER, NO_REWARD, NOT_JUDGED
 from .quantities import NONE_FINISHED
 from .report import page, sidecar
 from .table import Table, as_csv, as_html, as_latex, as_markdown
@@ -32,7 +33,16 @@ DRAWERS: tuple[Drawer, ...] = (
     curves.phases,
     curves.watched,
 )
-EXPECTED = ("", NOTHING.note, NOT_TRAINED, NONE_FINISHED, NOT_JUDGED, NO_REWARD)
+EXPECTED = (
+    "",
+    NOTHING.note,
+    NOT_TRAINED,
+    NONE_FINISHED,
+    NOT_JUDGED,
+    NO_REWARD,
+    NO_FILTER,
+    TOO_FEW_EVALUATIONS,
+)
 """Reasons for a missing number that are expected, or already reported for the cell."""
 
 

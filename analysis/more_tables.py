@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from . import estimates as est
 from . import quantities
-from .claims import speed
+from .claims import TOO_FEW_EVALUATIONS, speed
 from .figures import cells_of, places_of, trained
 from .load import Records
 from .table import Column, Entry, Table, scaled
@@ -25,6 +26,7 @@ COUNTS = {
 }
 NOT_JUDGED = "learns from given solutions, which are not judged"
 NO_REWARD = "samples nothing"
+NO_FILTER = "no filter, or no run with the same updates and KL without it"
 TOO_SHORT = "curves too short"
 WINDOW = 5
 """Steps whose mean reward has to reach a target."""
@@ -45,37 +47,48 @@ def more_tables(records: Records, variants: Sequence[Variant]) -> list[Table]:
 
 
 def speed_table(records: Records, own: Sequence[Variant], model: str, data: str) -> Table:
-    """How much faster than GRPO (else than the first arm) each trained, when it reached the reward that every
-    run of the baseline reached, and how much its curve swings."""
+    """How much faster than GRPO (else than the first arm) each trained, what it sampled a second, what the
+    filter saved, when it reached the reward that every run of the baseline reached, and how stable it was."""
     base = next((v for v in own if v.arm == "grpo"), own[0])
+    unfiltered = next((v for v in own if v.arm == "no_gf"), None)
     target = reached_by_all(records, base)
     reached = math.isfinite(target)
     columns = (
         Column(f"speed-up over {base.label}", "x", digits=2),
+        Column("of sampling", "x", digits=2),
+        Column("of gradients", "x", digits=2),
+        Column("throughput", "sampled tokens / s", digits=0),
+        Column("filter saves, predicted", "%", better=0),
+        Column("measured", "%", better=0),
         Column("updates made", "", better=0, digits=0),
         Column(f"seconds to reward {target:.2f}" if reached else "seconds to a reward", "s", better=-1),
-        Column("swing of the reward curve", "sd", better=-1, digits=3),
+        Column("swing of accuracy", "points (sd)", better=-1, digits=2),
     )
     unreached = f"not every run reached {target:.2f}" if reached else TOO_SHORT
     rows = []
     for variant in own:
         cells = quantities.finished(records, variant)
-        rewarded = sampled(records, cells)
+        why = unreached if sampled(records, cells) else NO_REWARD
         entries = (
-            _speed_up(records, variant, base),
+            *(_speed_up(records, variant, base, part) for part in ("", "sampling", "gradient")),
+            _over(cells, lambda c: throughput(records, c), NO_REWARD),
+            *_filter_saving(records, variant, unfiltered),
             est.over_seeds([_total(records, c, "updates") for c in cells]),
-            _over(cells, lambda c: seconds_to(records, c, target), unreached if rewarded else NO_REWARD),
+            _over(cells, lambda c: seconds_to(records, c, target), why),
             _over(
-                cells, lambda c: est.instability(curve_of(records, c)), TOO_SHORT if rewarded else NO_REWARD
+                cells,
+                lambda c: 100 * est.instability(quantities.policy_curve(records, c)),
+                TOO_FEW_EVALUATIONS,
             ),
         )
         rows.append((variant.label, tuple(Entry(entry) for entry in entries)))
     return Table(
         f"speed-{model}-{data}",
         f"Speed and stability, {MODEL_NAMES.get(model, model)} on {data}",
-        "Speed-up: ratio of training times as configured (geometric mean). Swing: "
-        "standard deviation of the sampled reward about its local trend. 95 % intervals over seeds "
-        "(Student's t); n is seeds.",
+        "Speed-up: ratio of training times as configured (geometric mean), and of their parts. The filter is "
+        "predicted to save the share of tokens it drops times the share of gradients in the time without it. "
+        "Swing: standard deviation of accuracy on a fixed set about its local trend. 95 % intervals over "
+        "seeds; n is seeds.",
         columns,
         tuple(rows),
         (),
@@ -83,11 +96,50 @@ def speed_table(records: Records, own: Sequence[Variant], model: str, data: str)
     )
 
 
-def _speed_up(records: Records, variant: Variant, base: Variant) -> est.Estimate:
+def _speed_up(records: Records, variant: Variant, base: Variant, part: str) -> est.Estimate:
     if variant is base:
         return est.Estimate(1.0, n_seeds=len(quantities.finished(records, base)))
-    found = speed(records, variant, base)
-    return est.as_ratio(found[0].comparison) if found else est.NOTHING
+    found = speed(records, variant, base, part)
+    return est.as_ratio(found[0].comparison) if found else est.Estimate(math.nan, note=NO_REWARD)
+
+
+def throughput(records: Records, cell: str) -> float:
+    """Sampled tokens per second of training; NaN where none is sampled."""
+    tokens = _total(records, cell, "tokens/sampled")
+    return tokens / quantities.training_seconds(quantities.steps_of(records, cell)) if tokens else math.nan
+
+
+def _same_work(records: Records, one: Variant, other: Variant) -> bool:
+    """Whether two arms make as many updates, with the same KL term."""
+    facts = []
+    for variant in (one, other):
+        cells = quantities.finished(records, variant)
+        beta = records.cells.loc[cells[0]].get("config.algorithm.beta")
+        facts.append((beta, {_total(records, c, "updates") for c in cells}))
+    return facts[0] == facts[1]
+
+
+def _filter_saving(
+    records: Records, variant: Variant, unfiltered: Variant | None
+) -> tuple[est.Estimate, est.Estimate]:
+    """Percent of training time that the filter saves: as predicted from what it drops, and as measured."""
+    nothing = est.Estimate(math.nan, note=NO_FILTER)
+    cells = quantities.finished(records, variant)
+    dropped = [_total(records, c, "tokens/dropped_by_filter") for c in cells]
+    if unfiltered is None or not any(dropped) or not _same_work(records, variant, unfiltered):
+        return nothing, nothing
+    whole, gradient = (quantities.time_of(records, unfiltered, part).value for part in ("", "gradient"))
+    shares = [
+        d / (d + _total(records, c, "tokens/backpropagated")) for c, d in zip(cells, dropped, strict=True)
+    ]
+    found = speed(records, variant, unfiltered)
+    ratio = est.as_ratio(found[0].comparison) if found else est.NOTHING
+    saved = est.Estimate(
+        100 * (1 - 1 / ratio.value), 100 * (1 - 1 / ratio.low), 100 * (1 - 1 / ratio.high), ratio.n_seeds
+    )
+    return est.over_seeds([100 * share * gradient / whole for share in shares]), replace(
+        saved, note=ratio.note
+    )
 
 
 def curve_of(records: Records, cell: str) -> est.Array:

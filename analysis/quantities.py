@@ -20,6 +20,17 @@ from .variants import Variant
 PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "other")
 """Of training time; evaluation and checkpoints are told apart (dash_exp/record/ledger.py)."""
 
+PARTS = {
+    "sampling": ("sample",),
+    "gradient": ("logprob", "backprop", "optimizer"),
+    "verdicts": ("verify",),
+    "sync": ("sync",),
+    "other": ("other",),
+}
+"""What training time is spent on, by phases of the ledger."""
+MIN_EVALUATIONS = 8
+"""A run that was evaluated less often has no curve to judge its stability by."""
+
 NONE_FINISHED = "no finished cell"
 
 
@@ -36,8 +47,10 @@ class Scores:
     notes: tuple[str, ...]
 
 
-def training_seconds(steps: pd.DataFrame) -> float:
-    """Seconds spent training: neither evaluation nor checkpoints."""
+def training_seconds(steps: pd.DataFrame, part: str = "") -> float:
+    """Seconds spent training, neither evaluation nor checkpoints; or on one of PARTS."""
+    if part:
+        return float(steps[[f"time/{phase}_s" for phase in PARTS[part]]].to_numpy().sum())
     return float((steps["time/step_s"] - steps["time/evaluate_s"] - steps["time/checkpoint_s"]).sum())
 
 
@@ -53,14 +66,27 @@ def hardware_of(records: Records, cells: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted({str(records.cells.loc[c, "hardware"]) for c in cells}))
 
 
-def time_of(records: Records, variant: Variant) -> est.Estimate:
-    """Training seconds over the finished cells of a variant; no value where their hardware differs."""
+def time_of(records: Records, variant: Variant, part: str = "") -> est.Estimate:
+    """Training seconds, or those of one of PARTS, over the finished cells of a variant; no value where their
+    hardware differs."""
     cells = finished(records, variant)
     if not cells:
         return est.Estimate(np.nan, note=NONE_FINISHED)
     if len(machines := hardware_of(records, cells)) > 1:
         return est.Estimate(np.nan, n_seeds=len(cells), note=f"different hardware: {'; '.join(machines)}")
-    return est.over_seeds([training_seconds(steps_of(records, c)) for c in cells])
+    return est.over_seeds([training_seconds(steps_of(records, c), part) for c in cells])
+
+
+def policy_curve(records: Records, cell: str) -> est.Array:
+    """Accuracy on the first evaluation set at every evaluation, which is of the policy: the prompts are the
+    same each time. Empty where there are fewer than MIN_EVALUATIONS."""
+    evals = records.evals
+    if "dataset" not in evals:
+        return np.empty(0)
+    rows = evals[(evals["cell"] == cell) & (evals["metric"] == "accuracy")]
+    rows = rows[rows["dataset"] == rows["dataset"].iloc[0]] if len(rows) else rows
+    values = rows.sort_values("step")["value"].to_numpy(float)
+    return values if len(values) >= MIN_EVALUATIONS else np.empty(0)
 
 
 @cache

@@ -175,6 +175,7 @@ def _columns(
     source = model if data in PAPER_DATA else ""
     if wanted.timed:
         found.append(_time_column(records, wanted, source, group, own))
+        found += [_part_column(records, part, group, own) for part in ("sampling", "gradient")]
     for dataset in quantities.eval_sets(records, present):
         for metric in ("pass@1", "pass@8") if wanted.task == CODE else ("accuracy",):
             entries, more = _metric(records, wanted, source, dataset, metric, own)
@@ -188,28 +189,40 @@ def _columns(
 def _time_column(
     records: Records, wanted: Wanted, source: str, group: str, own: dict[str, Variant | None]
 ) -> tuple[Column, dict[str, Entry]]:
-    """Training time; of all rows on one kind of hardware, or of none."""
-    times = {
-        label: quantities.time_of(records, v) if v and v.arm != "base" else est.NOTHING
-        for label, v in own.items()
-    }
-    machines = {
-        m
-        for v in own.values()
-        if v and v.arm != "base"
-        for m in quantities.hardware_of(records, quantities.finished(records, v))
-    }
-    if len(machines) > 1:
-        reason = f"rows ran on different hardware: {'; '.join(sorted(machines))}"
-        times = {label: est.Estimate(math.nan, note=reason) for label in times}
-    largest = max((t.value for t in times.values() if math.isfinite(t.value)), default=0.0)
-    unit, size = next(((u, s) for u, s in UNITS if largest >= 2 * s), UNITS[-1])
+    """Training time, and the paper's."""
+    times, unit, size = _times(records, own)
     entries = {}
     for label, variant in own.items():
         paper = paper_values.seconds(wanted.task, source, variant.arm) if variant else None
-        time = times[label] if variant and variant.arm != "base" else replace(est.NOTHING, note=NOT_TRAINED)
-        entries[label] = Entry(scaled(time, 1 / size), None if paper is None else paper / size)
+        entries[label] = Entry(scaled(times[label], 1 / size), None if paper is None else paper / size)
     return Column("training time", unit, group, better=-1), entries
+
+
+def _part_column(
+    records: Records, part: str, group: str, own: dict[str, Variant | None]
+) -> tuple[Column, dict[str, Entry]]:
+    """What of it was spent on sampling, or on gradients: what preemptive sampling saves, and what larger
+    gradient batches save."""
+    _, unit, size = _times(records, own)
+    times, _, _ = _times(records, own, part)
+    entries = {label: Entry(scaled(time, 1 / size)) for label, time in times.items()}
+    return Column(f"of it {part}", unit, group, better=-1), entries
+
+
+def _times(
+    records: Records, own: dict[str, Variant | None], part: str = ""
+) -> tuple[dict[str, est.Estimate], str, float]:
+    """Seconds by row, of all rows on one kind of hardware or of none; a unit for them and its seconds."""
+    trained = {label: v for label, v in own.items() if v and v.arm != "base"}
+    finished = [c for v in trained.values() for c in quantities.finished(records, v)]
+    times = {label: replace(est.NOTHING, note=NOT_TRAINED) for label in own}
+    times |= {label: quantities.time_of(records, v, part) for label, v in trained.items()}
+    if len(machines := quantities.hardware_of(records, finished)) > 1:
+        reason = f"rows ran on different hardware: {'; '.join(machines)}"
+        times |= {label: est.Estimate(math.nan, note=reason) for label in trained}
+    largest = max((t.value for t in times.values() if math.isfinite(t.value)), default=0.0)
+    unit, size = next(((u, s) for u, s in UNITS if largest >= 2 * s), UNITS[-1])
+    return times, unit, size
 
 
 def _metric(
