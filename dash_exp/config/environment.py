@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dash_exp.config.model_files import model_faults
 from dash_exp.config.schema import Config, DatasetConfig, evaluation_places, parts_of
 from dash_exp.config.tracking import tracking_faults
 from dash_exp.errors import Fault, nearest
@@ -81,6 +82,8 @@ def _model_folder(folder: Path) -> Iterator[Fault]:
         yield Fault("model.path", f"{folder} has no config.json", hint)
     if not any(os.path.isfile(folder / name) for name in TOKENIZER_FILES):
         yield Fault("model.path", f"{folder} has no tokenizer", f"looked for {', '.join(TOKENIZER_FILES)}")
+    if os.path.isfile(folder / "config.json"):
+        yield from model_faults(folder)
 
 
 def _dataset(place: str, data: DatasetConfig, folder: str | None) -> Iterator[Fault]:

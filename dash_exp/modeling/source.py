@@ -9,12 +9,13 @@ import shutil
 import string
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
 
+from dash_exp.config.model_files import end_ids, end_outside, model_faults
 from dash_exp.config.schema import ModelConfig
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.identity import file_hash, package_path
@@ -30,7 +31,14 @@ class ModelSource:
 
 def locate(model: ModelConfig, cache: Path) -> ModelSource:
     """Find or make the folder: `path`, else `package` (a GGUF file, converted once), else `hub`
-    (downloaded once), else `random` (made once). Raises UserError when it cannot be had."""
+    (downloaded once), else `random` (made once). Raises UserError when it cannot be had or used."""
+    source = _locate(model, cache)
+    if faults := model_faults(source.folder):
+        raise UserError([replace(f, where="model.path" if model.path else "model") for f in faults])
+    return source
+
+
+def _locate(model: ModelConfig, cache: Path) -> ModelSource:
     name = model.name
     if model.path:
         return ModelSource(Path(model.path).expanduser().resolve(), f"path:{model.path}")
@@ -201,11 +209,26 @@ def position_limit(folder: Path) -> int:
     limit = getattr(config, "max_position_embeddings", None)
     if not limit:
         raise UserError(Fault("model", f"{folder}/config.json names no max_position_embeddings"))
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise UserError(
-            Fault("model", f"{folder} uses a sliding window", "packed groups know full attention only")
-        )
     return int(limit)
+
+
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """What prompts and completions depend on. `positions`: tokens that the model takes; `end_ids`: each of
+    them ends a completion, the tokenizer's own first."""
+
+    tokenizer: Any
+    positions: int
+    end_ids: tuple[int, ...]
+
+
+def text_model(folder: Path) -> TextModel:
+    """Read a folder's tokenizer and limits. Raises UserError for a broken one, or an unknown end token."""
+    tokenizer = load_tokenizer(folder)
+    ends = (tokenizer.eos_token_id, *end_ids(folder))
+    if outside := [one for one in ends if one >= len(tokenizer)]:
+        raise UserError(end_outside(folder, outside[0], len(tokenizer)))
+    return TextModel(tokenizer, position_limit(folder), tuple(dict.fromkeys(ends)))
 
 
 Loaded = TypeVar("Loaded")

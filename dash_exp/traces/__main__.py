@@ -154,7 +154,7 @@ class Work:
         ]
 
     def line(self, group: Group, scores: Sequence[Score]) -> Row:
-        decode, name = self.inference.tokenizer.decode, group.prompt.id
+        decode, name = self.inference.text.tokenizer.decode, group.prompt.id
         solutions = [
             decode(c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids, skip_special_tokens=True)
             for c in group.completions

@@ -24,7 +24,7 @@ from dash_exp.learning.packing import Packer
 from dash_exp.learning.rounds import LocalLearner, RoundLearner
 from dash_exp.learning.settings import Adapters, Forward, LearnerSpec, Objective, Optimization, local_ranks
 from dash_exp.modeling.attention import ATTENTION
-from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, locate, position_limit
+from dash_exp.modeling.source import ModelSource, load_computing, locate, text_model
 from dash_exp.record.provenance import packages
 from dash_exp.sampling.protocol import EngineSettings, Sampler
 from dash_exp.seeding import seed_for
@@ -72,8 +72,9 @@ def build(
         judges = Judges(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
         opened.callback(judges.close)
         source = locate(config.model, cache)
-        tokenizer = load_tokenizer(source.folder)
-        task = build_task(config, tokenizer, position_limit(source.folder), judges)
+        model = text_model(source.folder)
+        tokenizer = model.tokenizer
+        task = build_task(config, model, judges)
         shown = make_demonstrations(config, tokenizer, task)
         prompts = shown.prompts if shown else task.prompts
         log_prompts(task, log)

@@ -12,6 +12,7 @@ from typing import Any
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import EvalSet
+from dash_exp.modeling.source import TextModel
 from dash_exp.tasks.examples import ExampleSet, Layout
 from dash_exp.tasks.generated import GENERATED, gym_examples
 from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture
@@ -33,9 +34,9 @@ class Task:
     warnings: tuple[str, ...] = ()
 
 
-def build_task(config: Config, tokenizer: Any, positions: int, judges: Judges) -> Task:
+def build_task(config: Config, model: TextModel, judges: Judges) -> Task:
     """Prompts and judges. Reads the data; UserError with all that is wrong with them."""
-    builder = PromptBuilder(config, tokenizer, positions, judges)
+    builder = PromptBuilder(config, model, judges)
     data = config.dataset
     wanted = config.evaluation.before or config.evaluation.after or config.evaluation.every
     train, sets = _collect([builder.training, builder.held_out if wanted else tuple])
@@ -83,11 +84,11 @@ def layout(dataset: DatasetConfig) -> Layout:
     )
 
 
-def stop_ids(tokenizer: Any, stops: list[str]) -> tuple[int, ...]:
-    """The end token and each stop text, which must be a single token."""
-    ids = [tokenizer.eos_token_id]
+def stop_ids(model: TextModel, stops: list[str]) -> tuple[int, ...]:
+    """The end tokens and each stop text, which must be a single token."""
+    ids = list(model.end_ids)
     for text in stops:
-        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        tokens = model.tokenizer(text, add_special_tokens=False).input_ids
         if len(tokens) != 1:
             what = f"{text!r} is {len(tokens)} tokens of this tokenizer, not one"
             raise UserError(Fault("stop", what, "choose a text that is one token, or []"))
@@ -98,11 +99,10 @@ def stop_ids(tokenizer: Any, stops: list[str]) -> tuple[int, ...]:
 @dataclass(frozen=True, slots=True)
 class PromptBuilder:
     """Turns the datasets of a config into prompts for one model, with how they are decoded and judged.
-    `positions`: tokens that the model can take. Methods raise UserError with all faults of the data."""
+    Methods raise UserError with all faults of the data."""
 
     config: Config
-    tokenizer: Any
-    positions: int
+    model: TextModel
     judges: Judges
 
     def training(self) -> PromptSet:
@@ -123,10 +123,10 @@ class PromptBuilder:
         with placed(place):
             return make_prompts(
                 load_examples(dataset),
-                renderer(dataset.template, Style(shots, chat_form(self.tokenizer))),
-                partial(tokenize, self.tokenizer, add_bos),
+                renderer(dataset.template, Style(shots, chat_form(self.model.tokenizer))),
+                partial(tokenize, self.model.tokenizer, add_bos),
                 max_prompt_tokens=dataset.max_prompt_tokens,
-                model_limit=self.positions - self._length(dataset),
+                model_limit=self.model.positions - self._length(dataset),
                 limit=limit if limit is not None else dataset.limit,
             )
 
@@ -134,7 +134,7 @@ class PromptBuilder:
         self, dataset: DatasetConfig, temperature: float, top_p: float = 1.0, place: str = "dataset"
     ) -> Decoding:
         with placed(place):
-            return Decoding(self._length(dataset), temperature, stop_ids(self.tokenizer, dataset.stop), top_p)
+            return Decoding(self._length(dataset), temperature, stop_ids(self.model, dataset.stop), top_p)
 
     def _held_out(self, label: str, dataset: DatasetConfig) -> EvalSet:
         evaluation, place = self.config.evaluation, f"evaluation.sets.{label}"

@@ -14,7 +14,7 @@ import torch
 from dash_exp.config.schema import Config
 from dash_exp.learning.learner import device_of
 from dash_exp.modeling.attention import ATTENTION
-from dash_exp.modeling.source import ModelSource, load_computing, load_tokenizer, locate, position_limit
+from dash_exp.modeling.source import ModelSource, TextModel, load_computing, locate, text_model
 from dash_exp.record.provenance import hardware
 from dash_exp.sampling.protocol import Sampler
 from dash_exp.tasks.prompts import PromptSet
@@ -36,7 +36,7 @@ class InferenceModel:
 
     config: Config
     source: ModelSource
-    tokenizer: Any
+    text: TextModel
     judges: Judges
     _sampler: Sampler | None = field(default=None, init=False)
 
@@ -47,18 +47,19 @@ class InferenceModel:
         source = locate(config.model, cache)
         v = config.verifier
         judges = Judges(v.workers, v.timeout_s, v.memory_mb)
-        return cls(config, source, load_tokenizer(source.folder), judges)
+        return cls(config, source, text_model(source.folder), judges)
 
     @property
     def prompt_builder(self) -> PromptBuilder:
-        return PromptBuilder(self.config, self.tokenizer, position_limit(self.source.folder), self.judges)
+        return PromptBuilder(self.config, self.text, self.judges)
 
     def sampler(self, workload: Workload) -> Sampler:
         """The engine, large enough for all of the workload; the same one when called again."""
         if self._sampler is None:
             longest = max(len(p.token_ids) + d.max_new_tokens for ps, d in workload for p in ps.prompts)
-            decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-            policy = Policy(self.source.folder, len(self.tokenizer), decode, longest, self._model)
+            tokenizer = self.text.tokenizer
+            decode = partial(tokenizer.decode, skip_special_tokens=True)
+            policy = Policy(self.source.folder, len(tokenizer), decode, longest, self._model)
             self._sampler = make_sampler(self.config, policy, Path(self.config.run.dir) / "servers")
         return self._sampler
 

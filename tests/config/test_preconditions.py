@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dash_exp.config.checks import check
 from dash_exp.config.environment import is_installed
+from dash_exp.config.model_files import INDEX, SINGLE
 from dash_exp.config.schema import Config, changed
 from dash_exp.errors import Fault
 
@@ -71,14 +73,16 @@ def test_evaluation_sets_are_looked_for_only_when_used(config: Config) -> None:
     assert [f.where for f in check(config)] == ["evaluation.sets.arithmetic.path"]
 
 
-def test_model_folder(config: Config, tmp_path: Path) -> None:
+def test_model_folder(config: Config, tmp_path: Path, tiny_folder: Path) -> None:
     folder = tmp_path / "model"
     config = changed(config, {"model.path": str(folder)})
     assert [f.what for f in check(config)] == [f"{folder} is not a folder"]
     folder.mkdir()
     assert [f.what for f in check(config)] == [f"{folder} has no config.json", f"{folder} has no tokenizer"]
-    (folder / "config.json").touch()
-    (folder / "tokenizer.json").touch()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(tiny_folder / name, folder / name)
+    assert [f.what.partition(" has ")[2] for f in check(config)] == [f"neither {SINGLE} nor {INDEX}"]
+    shutil.copyfile(tiny_folder / SINGLE, folder / SINGLE)
     assert check(config) == []
 
 

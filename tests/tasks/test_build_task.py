@@ -14,7 +14,7 @@ from dash_exp.config.compose import compose
 from dash_exp.config.environment import GYM_PACKAGE, is_installed
 from dash_exp.config.schema import Config, changed
 from dash_exp.errors import UserError
-from dash_exp.modeling.source import load_tokenizer
+from dash_exp.modeling.source import TextModel, text_model
 from dash_exp.tasks.generated import HEADER, functions, gym_examples
 from dash_exp.tasks.prompts import batch
 from dash_exp.train.build_tasks import build_task, log_prompts
@@ -22,8 +22,8 @@ from dash_exp.verifiers.judges import Judges, PooledJudge
 
 
 @pytest.fixture
-def tokenizer(tiny_folder: Path) -> Any:
-    return load_tokenizer(tiny_folder)
+def model(tiny_folder: Path) -> TextModel:
+    return text_model(tiny_folder)
 
 
 @pytest.fixture
@@ -47,8 +47,10 @@ def mixed(tmp_path: Path) -> Config:
     return mixed
 
 
-def test_a_mixture_has_the_parts_templates_and_judges(mixed: Config, tokenizer: Any, judges: Judges) -> None:
-    task = build_task(mixed, tokenizer, 2048, judges)
+def test_a_mixture_has_the_parts_templates_and_judges(
+    mixed: Config, model: TextModel, judges: Judges
+) -> None:
+    task = build_task(mixed, model, judges)
     texts = {p.text for p in task.prompts.prompts}
     assert "m3" in texts and "Problem:\ng3\n\nSolution:\n" in texts
     asked = [p for step in range(1, 5) for p in batch(task.prompts, 0, step, 16)]
@@ -62,12 +64,12 @@ def test_a_mixture_has_the_parts_templates_and_judges(mixed: Config, tokenizer: 
 
 
 def test_every_fault_of_the_data_at_once_with_its_place(
-    mixed: Config, tokenizer: Any, judges: Judges
+    mixed: Config, model: TextModel, judges: Judges
 ) -> None:
     values = {"dataset.max_prompt_tokens": 1, "dataset.mix.gsm8k.template": "chat"}
     mixed = changed(mixed, {**values, "evaluation.sets.arithmetic.stop": ["two"]})
     with pytest.raises(UserError) as caught:
-        build_task(mixed, tokenizer, 2048, judges)
+        build_task(mixed, model, judges)
     assert [f.where for f in caught.value.faults] == [
         "dataset.max_prompt_tokens",
         "dataset.mix.gsm8k.template",
@@ -75,9 +77,9 @@ def test_every_fault_of_the_data_at_once_with_its_place(
     ]
 
 
-def test_one_template_for_all_evaluation_sets(mixed: Config, tokenizer: Any, judges: Judges) -> None:
+def test_one_template_for_all_evaluation_sets(mixed: Config, model: TextModel, judges: Judges) -> None:
     mixed = changed(mixed, {"evaluation.template": "problem_solution"})
-    [held_out] = build_task(mixed, tokenizer, 2048, judges).sets
+    [held_out] = build_task(mixed, model, judges).sets
     assert held_out.prompts.prompts[0].text.startswith("Problem:\n12 + 37")
 
 
@@ -103,7 +105,7 @@ class Marking:
 
 def test_a_chat_gets_no_second_begin_token(mixed: Config, judges: Judges) -> None:
     mixed = changed(mixed, {"model.add_bos": True, "dataset.template": "chat"})
-    task = build_task(mixed, Marking(), 2048, judges)
+    task = build_task(mixed, TextModel(Marking(), 2048, (1,)), judges)
     first = {p.task: p for p in task.prompts.prompts if p.id == "3"}
     assert first["math"].text == "\0<user>m3<assistant>"
     assert first["math"].token_ids == tuple(map(ord, first["math"].text))  # one begin token: its own
