@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import claims, curves, figures, more_tables, style, tables, timeline
+from . import aggregate, claims, curves, figures, more_tables, style, tables, timeline
 from .claims import TOO_FEW_EVALUATIONS
 from .estimates import NOTHING
 from .load import Problem, Records
@@ -27,6 +27,7 @@ DRAWERS: tuple[Drawer, ...] = (
     figures.reuse,
     curves.pass_at_k,
     figures.without_kl,
+    aggregate.panel,
     curves.rewards,
     curves.accuracy_against_cost,
     curves.response,
@@ -42,6 +43,7 @@ EXPECTED = (
     NO_REWARD,
     NO_FILTER,
     TOO_FEW_EVALUATIONS,
+    aggregate.COMPARED,
 )
 """Reasons for a missing number that are expected, or already reported for the cell."""
 
@@ -64,6 +66,7 @@ def make(records: Records, *, pictures: bool = True, metrics: Sequence[str] = ()
     made = [
         *tables.paper_tables(records, found),
         *tables.recipe_tables(records, found),
+        *aggregate.table(records, found),
         *more_tables.more_tables(records, found),
     ]
     judged = claims.findings(records, found)
