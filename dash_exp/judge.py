@@ -3,9 +3,10 @@
     python -m dash_exp.judge dataset=<option> [dataset.path=<file>] [completions=<jsonl>] [key=value ...]
 
 Without `completions` the dataset's reference solutions are judged: each should be correct. A file of
-completions has one JSON object per line, with `id` or `prompt` (an example's id) and `completion`, `text`
-or `solution`, so a cell's samples.jsonl and a file of traces work as they are. No model is loaded, no
-torch. Exit code 0 whatever the verdicts; the last line is one JSON object: dataset, n, outcomes.
+completions has one JSON object per line, with `id`, `task_id` or `prompt` (an example's id, ours or its
+source's) and `completion`, `text` or `solution`, so a cell's samples.jsonl, a file of traces and HumanEval's
+samples work as they are. No model is loaded, no torch. Exit code 0 whatever the verdicts; the last line is
+one JSON object: dataset, n, outcomes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import ExitCode, Fault, UserError, run_command
 from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
-from dash_exp.tasks.examples import Example
+from dash_exp.tasks.examples import Example, row_id
 from dash_exp.text import format_seconds
 from dash_exp.train.build_tasks import load_examples
 from dash_exp.types import Score
@@ -126,9 +127,10 @@ def read_answers(path: Path, golds: Sequence[Gold]) -> list[Answer]:
     by_id: dict[str, list[Gold]] = {}
     for gold in golds:
         by_id.setdefault(gold.example.id, []).append(gold)
+    prefixes = dict.fromkeys(gold.data.id_prefix for gold in golds)
     answers = []
     for where, row in rows:
-        made = _answer(where, row, by_id)
+        made = _answer(where, row, by_id, prefixes)
         if isinstance(made, Fault):
             faults.append(made)
         else:
@@ -167,8 +169,10 @@ def _read_lines(path: Path) -> tuple[list[tuple[str, Row]], list[Fault]]:
     return rows, faults
 
 
-def _answer(where: str, row: Row, by_id: Mapping[str, Sequence[Gold]]) -> Answer | Fault:
-    name, text = _first(row, ID_FIELDS), _first(row, TEXT_FIELDS)
+def _answer(
+    where: str, row: Row, by_id: Mapping[str, Sequence[Gold]], prefixes: Iterable[str]
+) -> Answer | Fault:
+    name, text = _first(row, ID_FIELDS) or _task_id(row), _first(row, TEXT_FIELDS)
     lacking = [
         " or ".join(map(repr, fields))
         for fields, value in ((ID_FIELDS, name), (TEXT_FIELDS, text))
@@ -176,7 +180,7 @@ def _answer(where: str, row: Row, by_id: Mapping[str, Sequence[Gold]]) -> Answer
     ]
     if lacking:
         return Fault(where, f"lacks {' and '.join(lacking)} as text", f"it has {', '.join(map(repr, row))}")
-    found = by_id.get(str(name), ())
+    found = next((by_id[known] for known in names_of(str(name), prefixes) if known in by_id), ())
     if not found:
         return Fault(where, f"the dataset has no example {name!r}", "is it another dataset, or split?")
     if len(found) > 1:
@@ -184,8 +188,28 @@ def _answer(where: str, row: Row, by_id: Mapping[str, Sequence[Gold]]) -> Answer
     return Answer(found[0], str(text))
 
 
+def names_of(given: str, prefixes: Iterable[str]) -> Iterator[str]:
+    """An id as it is, then as datasets of these prefixes name it: `HumanEval/7` and `humanevalplus-7` are
+    `humaneval-7`. A name of another dataset is not changed."""
+    yield given
+    stem = _letters(given.rstrip("0123456789"))
+    for prefix in prefixes:
+        ours = _letters(prefix)
+        if ours and (stem.startswith(ours) or ours.startswith(stem)):
+            yield row_id(given, prefix)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
 def _first(row: Row, names: Sequence[str]) -> str | None:
     return next((row[name] for name in names if isinstance(row.get(name), str)), None)
+
+
+def _task_id(row: Row) -> str | None:
+    """What HumanEval's and MBPP's samples name a task by, where they do."""
+    return str(row["task_id"]) if type(row.get("task_id")) in (str, int) else None
 
 
 def judge_all(answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:
@@ -216,8 +240,7 @@ def run(arguments: Sequence[str]) -> int:
     own = [text.partition("=")[2] for text in arguments if text.startswith("completions=")]
     completions = own[-1] if own else None
     config = config_of([text for text in arguments if not text.startswith("completions=")])
-    v = config.verifier
-    judges = Judges(v.workers, v.timeout_s, v.memory_mb)
+    judges = Judges(**vars(config.verifier))
     start = time.monotonic()
     try:
         golds = load_golds(config, judges)

@@ -25,7 +25,7 @@ SHOT_KEYS = ("problem", "solution")
 EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
     "math": MATH_EXTRACTIONS,
     "integer": ("first_integer",),
-    "code": ("program",),
+    "code": ("program", "last_block"),
     "reasoning_gym": ("answer_tag", "boxed_or_last", "whole"),
 }
 VERIFIERS_OF: dict[str, tuple[str, ...]] = {

@@ -55,7 +55,28 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
             yield from _dataset(place, data, folder)
             if gym_settings(data) not in map(gym_settings, parts_of(config.dataset).values()):
                 yield from _gym(place, data, installed)
+    yield from _sandbox(config)
     yield from _writable(Path(config.run.dir))
+
+
+def _sandbox(config: Config) -> Iterator[Fault]:
+    """What confines programs: it must be there, and where programs are rewarded hide the data from them."""
+    names = {part.name for part in parts_of(config.dataset).values() if part.verifier == "code"}
+    if not names:
+        return
+    from dash_exp.verifiers.code.sandbox import confinement  # probes bubblewrap, once in a process
+
+    wanted = config.verifier.sandbox
+    try:
+        found = confinement(wanted)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        hint = "install bubblewrap" if wanted == "auto" else "leave it out: the best that works is used"
+        yield Fault("verifier.sandbox", f"got {wanted!r}, but {error}", hint)
+        return
+    if config.algorithm.source == "sampler" and wanted == "auto" and not found.hides:
+        what = f"rewards programs ({', '.join(sorted(names))}), which can read the dataset's answers here"
+        hint = "install bubblewrap, use a kernel with Landlock, or accept it: verifier.sandbox=limits"
+        yield Fault("algorithm", what, hint)
 
 
 def _model(config: Config, installed: Installed) -> Iterator[Fault]:

@@ -35,7 +35,8 @@ KINDS = ("jsonl", "arithmetic", "digits", "functions", "reasoning_gym")
 TEMPLATES = ("bare", "problem_solution", "docstring", "few_shot", "answer_tag", "chat", "chat_boxed")
 VERIFIERS = ("math", "integer", "code", "reasoning_gym")
 MATH_EXTRACTIONS = ("boxed", "boxed_or_last", "last_number", "hash", "whole")
-EXTRACTIONS = (*MATH_EXTRACTIONS, "first_integer", "program", "answer_tag")
+EXTRACTIONS = (*MATH_EXTRACTIONS, "first_integer", "program", "last_block", "answer_tag")
+SANDBOXES = ("auto", "bwrap", "limits")
 TRANSFERS = ("auto", "shared", "file", "nccl", "ipc")
 
 
@@ -208,7 +209,7 @@ class DatasetConfig(Constant):
     id_prefix: str = setting("put before ids that are plain numbers", "")
     id_range: list[int] = number(RELATED, "first and last number at the end of the ids used; empty: all", [])
     tests_call: str | None = setting("code: appended to tests that lack it", None)
-    timeouts: dict[str, float] = number(POSITIVE, "code: seconds for single ids", {})
+    timeouts: dict[str, float] = number(POSITIVE, "code: seconds of processor time for single ids", {})
     task: str | None = setting("`reasoning_gym`: the name of the task", None)
     task_options: dict[str, Any] = setting("`reasoning_gym`: settings of the task", {})
     size: int | None = number(COUNT, "`reasoning_gym`: different questions", None)
@@ -303,8 +304,9 @@ class VerifierConfig(Constant):
     """The pool of worker processes that judge answers."""
 
     workers: int = number(COUNT, "worker processes")
-    timeout_s: float = number(POSITIVE, "per verdict, from the moment its work starts")
+    timeout_s: float = number(POSITIVE, "per verdict, from its start; for programs: of processor time")
     memory_mb: int = number(Range(512), "memory of a worker")
+    sandbox: str = choice(*SANDBOXES, meaning="of programs (docs/verdicts.md)", default="auto")
 
 
 @dataclass

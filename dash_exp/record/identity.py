@@ -70,7 +70,8 @@ def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
     """The cell of what `described` said."""
     hashed = {k: v for k, v in identity.items() if k != "hardware" or v is not None}
     # a key that came later changes no id where it stands for what was done before it
-    hashed["learner"] = {k: v for k, v in hashed["learner"].items() if (k, v) != ("sharding", "none")}
+    for group, key, before in (("learner", "sharding", "none"), ("verifier", "sandbox", "auto")):
+        hashed[group] = {k: v for k, v in hashed[group].items() if (k, v) != (key, before)}
     if hashed["algorithm"]["source"] != "traces":  # who reads none is the same cell before they are made
         hashed["dataset"] = {**hashed["dataset"], "traces": None}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()

@@ -69,7 +69,7 @@ def build(
         coordinator = coordinator or start_ranks(config, logs.with_name("ranks"))
         if coordinator is not None:
             opened.callback(coordinator.close)
-        judges = Judges(config.verifier.workers, config.verifier.timeout_s, config.verifier.memory_mb)
+        judges = Judges(**vars(config.verifier))
         opened.callback(judges.close)
         source = locate(config.model, cache)
         model = text_model(source.folder)

@@ -45,8 +45,7 @@ class InferenceModel:
         """Find the model of a config. Raises UserError when it is not available."""
         torch.set_num_threads(thread_count(config.cluster.threads))
         source = locate(config.model, cache)
-        v = config.verifier
-        judges = Judges(v.workers, v.timeout_s, v.memory_mb)
+        judges = Judges(**vars(config.verifier))
         return cls(config, source, text_model(source.folder), judges)
 
     @property

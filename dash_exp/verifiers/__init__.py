@@ -3,5 +3,5 @@
 VERIFIER_VERSION = "2"
 """Raised whenever a judge could answer differently for the same text and gold answer."""
 
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 """The same for judges of programs and of reasoning-gym's answers."""

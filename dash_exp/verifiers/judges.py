@@ -6,6 +6,7 @@ What a judge needs is imported when it is made: a run on integers starts no proc
 from __future__ import annotations
 
 import functools
+import json
 import platform
 import re
 import threading
@@ -40,8 +41,8 @@ class Judges:
     """Judges by the names of verifier and extraction, each made on first use. `warnings`: what the ones in
     use report, such as a sandbox that the system lacks."""
 
-    def __init__(self, workers: int, timeout_s: float, memory_mb: int):
-        self.workers, self.timeout_s, self.memory_mb = workers, timeout_s, memory_mb
+    def __init__(self, workers: int, timeout_s: float, memory_mb: int, sandbox: Wanted = "auto"):
+        self.workers, self.timeout_s, self.memory_mb, self.sandbox = workers, timeout_s, memory_mb, sandbox
         self._made: dict[tuple[str, str], Judge] = {}
         self._math_pool: VerifierPool | None = None
 
@@ -72,9 +73,9 @@ class Judges:
         if verifier == "integer":
             return InlineJudge(judge_integer)
         if verifier == "code":
-            return code_judge(self.workers, self.timeout_s, self.memory_mb)
+            return code_judge(self.workers, self.timeout_s, self.memory_mb, self.sandbox, extraction)
         if verifier == "reasoning_gym":
-            return gym_judge(self.workers, self.timeout_s, self.memory_mb, extraction)
+            return gym_judge(self.workers, self.timeout_s, self.memory_mb, extraction, self.sandbox)
         from dash_exp.verifiers.pool import VerifierPool
 
         if self._math_pool is None:  # shared by all extractions
@@ -156,31 +157,38 @@ def math_judge(pool: VerifierPool, extraction: str, cache_size: int = CACHE_SIZE
     return PooledJudge(pool, prepare, version, cache_size=cache_size)
 
 
-def code_judge(workers: int, timeout_s: float, memory_mb: int, wanted: Wanted = "auto") -> PooledJudge:
+def code_judge(
+    workers: int, timeout_s: float, memory_mb: int, wanted: Wanted = "auto", extraction: str = "program"
+) -> PooledJudge:
     """Judges programs by the tests of a `CodeGold`, in sandboxed processes.
 
     Raises RuntimeError where no confinement is possible at all. The judge's `warnings` say what the
-    machine's best confinement leaves open. `wanted` names one: `bwrap` or `limits`.
+    machine's best confinement leaves open. `wanted` names one: `bwrap` or `limits`. `extraction`: `program`,
+    or `last_block` for the paper's rule.
     """
-    from dash_exp.verifiers.code.program import complete, find_program
+    from dash_exp.verifiers.code.program import candidates, complete, find_program
     from dash_exp.verifiers.code.sandbox import confinement
 
     read_gold = functools.lru_cache(maxsize=4096)(CodeGold.from_text)
 
     def prepare(text: str, answer: str) -> VerifyTask | Score:
-        found = find_program(text)
-        if not found.strip():
-            return score("no_answer", "no program")
         try:
             gold = read_gold(answer)
-            return VerifyTask(complete(found, gold), answer, gold.timeout_s)
+            if extraction == "last_block":
+                found: str | list[str] = find_program(text).strip() and complete(find_program(text), gold)
+            else:
+                found = candidates(text, gold)
+            if not found:
+                return score("no_answer", "no program")
+            return VerifyTask(json.dumps(found), answer, gold.timeout_s)
         except (ValueError, TypeError, AttributeError) as error:
             return score("verifier_error", f"the gold is broken: {error}")
 
     sandbox = confinement(wanted)
     python = ".".join(platform.python_version_tuple()[:2])
     pool = _sandboxed_pool("code", sandbox, workers, timeout_s, memory_mb)
-    return PooledJudge(pool, prepare, f"code-{CODE_VERSION}+python-{python}+{sandbox.kind}", sandbox.warnings)
+    version = f"code-{CODE_VERSION}+python-{python}+{sandbox.name}+{extraction}"
+    return PooledJudge(pool, prepare, version, sandbox.warnings)
 
 
 def gym_judge(

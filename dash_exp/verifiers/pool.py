@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import dash_exp
 from dash_exp.signals import SCHEDULERS, block_signals
 from dash_exp.types import Score
-from dash_exp.verifiers.types import VerifyTask, score
+from dash_exp.verifiers.types import VerifyTask, score, wall_limit
 
 if TYPE_CHECKING:
     from dash_exp.verifiers.code.sandbox import Confinement
@@ -224,8 +224,10 @@ class VerifierPool:
         """The verdict, and whether the worker can reach another. A sandboxed worker keeps the time itself,
         so it gets a little more before it is killed."""
         limit = max(self._timeout_s, task.timeout_s or 0.0)
+        if self._program.sandbox:
+            limit = wall_limit(limit) + _SANDBOX_GRACE_S
         try:
-            verdict, retire = worker.judge(task, limit + (_SANDBOX_GRACE_S if self._program.sandbox else 0.0))
+            verdict, retire = worker.judge(task, limit)
             return verdict, not retire
         except WorkerTimeoutError:
             worker.kill()
@@ -289,11 +291,13 @@ class WorkerProcess:
         self._serial += 1
         request = {"serial": self._serial, "task": asdict(task)}
         self._send(json.dumps(request).encode() + b"\n", deadline)
-        message = self._receive(deadline)
-        if message.get("serial") != self._serial:
-            raise WorkerDiedError("its verdict was for another task")
+        message: dict[str, Any] = {}
+        while "retire" not in message:  # a host says when its examiner, which sends the score, is done
+            message |= self._receive(deadline)
+            if message.get("serial") != self._serial:
+                raise WorkerDiedError("its verdict was for another task")
         try:
-            return Score(**message["score"]), bool(message.get("retire"))
+            return Score(**message["score"]), bool(message["retire"])
         except (KeyError, TypeError) as error:
             raise WorkerDiedError("its verdict was malformed") from error
 

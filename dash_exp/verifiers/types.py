@@ -30,8 +30,9 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VerifyTask:
-    """What a worker process judges: an answer or program, and its gold. `timeout_s`: the limit of this
-    task in seconds, where it is longer than the pool's own."""
+    """What a worker process judges: an answer and its gold. For programs the text is JSON: a program that
+    runs as it is, or a list of candidates for one (`code/program.py`). `timeout_s`: the limit of this task in
+    seconds, where it is longer than the pool's own."""
 
     text: str
     answer: str
@@ -71,6 +72,12 @@ class GymGold(_Gold):
 
     task: str
     entry: dict[str, Any]
+
+
+def wall_limit(cpu_s: float) -> float:
+    """The seconds after which programs that wait, or a busy machine, are given up, where `cpu_s` of processor
+    time are allowed."""
+    return 3 * cpu_s
 
 
 def score(outcome: Outcome, detail: str = "") -> Score:

@@ -17,13 +17,13 @@ TESTS = "assert f(1) == 2\nassert f(41) == 42\n"
 RIGHT = "def f(x):\n    return x + 1\n"
 
 
-Needs = Literal["", "filter", "user", "bwrap"]
+Needs = Literal["", "filter", "user", "hides", "bwrap"]
 
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
-    """`needs`: what has to be there for it to fail: `bwrap`, `filter` (of system calls), `user` (a user
-    of its own, which root can give; bubblewrap will do), or nothing."""
+    """`needs`: what has to be there for it to fail: `bwrap`, `hides` (Landlock; bubblewrap will do), `filter` (of
+    system calls), `user` (a user of its own, which root can give; bubblewrap will do), or nothing."""
 
     source: str
     outcomes: tuple[str, ...] = ("wrong", "crashed")
@@ -277,11 +277,140 @@ FILES = {
     "write into the package": wins(
         "import dash_exp.verifiers.types as p\nopen(p.__file__, 'a').write('#')", needs="filter"
     ),
-    "read a file of the test": wins("assert open('@CANARY@/canary').read()", needs="bwrap"),
-    "read the users": wins("assert open('/etc/passwd').read()", needs="bwrap"),
-    "read a home": wins("import os\nassert os.listdir(os.path.expanduser('~root'))", needs="bwrap"),
     "see other processes": wins("import os\nassert os.path.exists('/proc/@PARENT@/stat')", needs="bwrap"),
 }
+
+SECRET = "'@CANARY@/canary'"
+READERS = {
+    "open": f"assert open({SECRET}).read()",
+    "os.open": f"import os\nassert os.read(os.open({SECRET}, os.O_RDONLY), 9)",
+    "a path only": f"import os\nfd = os.open({SECRET}, os.O_PATH)\nassert open(f'/proc/self/fd/{{fd}}').read()",
+    "pathlib": f"from pathlib import Path\nassert Path({SECRET}).read_text()",
+    "numpy": f"import numpy\nassert numpy.fromfile({SECRET}, 'u1').size",
+    "mmap": f"import mmap, os\nassert mmap.mmap(os.open({SECRET}, 0), 0, prot=1)[:]",
+    "C": f"import ctypes\nassert ctypes.CDLL(None).fopen(b{SECRET}, b'r')",
+    "a system call": f"import ctypes\nassert ctypes.CDLL(None).syscall(2, b{SECRET}, 0) >= 0",
+    "openat2": f"import ctypes\nassert ctypes.CDLL(None).syscall(437, -100, b{SECRET}, bytes(24), 24) >= 0",
+    "linecache": f"import linecache\nassert linecache.getlines({SECRET})",
+    "the importer": f"from importlib.machinery import SourceFileLoader as L\nassert L('x', {SECRET}).get_data({SECRET})",
+    "sqlite": "import sqlite3\nsqlite3.connect('file:@CANARY@/canary?mode=ro', uri=True).execute('select 1 from a')",
+    "a list": "import os\nassert os.listdir('@CANARY@')",
+    "a walk": "import os\nassert next(iter(os.walk('@CANARY@')))[2]",
+    "its folder": "import os\nos.chdir('@CANARY@')\nassert open('canary').read()",
+    "the folder's descriptor": "import os\nd = os.open('@CANARY@', os.O_PATH)\nassert os.open('canary', 0, dir_fd=d)",
+    "a link": f"import os\nos.symlink({SECRET}, '/tmp/dash-link')\nassert open('/tmp/dash-link').read()",
+    "its own root": "assert open('/proc/self/root@CANARY@/canary').read()",
+    "its thread's root": "assert open('/proc/thread-self/root@CANARY@/canary').read()",
+    "the host's root": "import os\nassert open(f'/proc/{os.getppid()}/root@CANARY@/canary').read()",
+    "the first process's root": "assert open('/proc/1/root@CANARY@/canary').read()",
+    "the folder of the test": "import os\nassert os.listdir('/proc/@PARENT@/cwd')",
+    "a file of the test's process": "import os\nassert os.listdir('/proc/@PARENT@/fd')",
+    "arguments of the test's process": "assert open('/proc/@PARENT@/cmdline').read()",
+    "the users": "assert open('/etc/passwd').read()",
+    "a home": "import os\nassert os.listdir(os.path.expanduser('~root'))",
+    "a generator of datasets": "import dash_exp.tasks.generated",
+    "the configs": "import dash_exp.config.schema",
+    "mounts": "import ctypes\nassert ctypes.CDLL(None).mount(b'@CANARY@', b'/usr', b'', 4096, 0) == 0",
+}
+
+PEEPERS = {
+    "memory of others": """
+        import os
+        for pid in filter(str.isdigit, os.listdir('/proc')) if os.access('/proc', os.R_OK) else range(1, 2**15):
+            if int(pid) != os.getpid():
+                try: found = open(f'/proc/{pid}/mem', 'rb')
+                except OSError: continue
+                return x + 1
+        """,
+    "maps of the host": "return x + 1 if open(f'/proc/{os.getppid()}/maps').read() else 0",
+    "the host's open files": "return x + 1 if os.listdir(f'/proc/{os.getppid()}/fd') else 0",
+    "process_vm_readv": """
+        import ctypes
+        libc, data = ctypes.CDLL(None), ctypes.create_string_buffer(8)
+        vector = (ctypes.c_size_t * 2)(ctypes.addressof(data), 8)
+        return x + 1 if libc.process_vm_readv(os.getppid(), vector, 1, vector, 1, 0) > 0 else 0
+        """,
+    "any descriptor": """
+        for n in (*range(3), *range(4, 4096)):
+            try: data = os.read(n, 1)
+            except OSError: continue
+            if data: return x + 1
+        return 0
+        """,
+    "a verdict through any descriptor": """
+        import json
+        for n in range(4, 4096):
+            for serial in range(1, 3):
+                row = {'serial': serial, 'score': {'value': 1.0, 'outcome': 'correct', 'detail': ''}, 'retire': False}
+                try: os.write(n, json.dumps(row).encode() + b'\\n')
+                except OSError: break
+        return 0
+        """,
+    "the next request": """
+        import socket, threading
+        end = socket.socket(fileno=os.dup(3))
+        end.setblocking(False)
+        try: data = end.recv(2**16, socket.MSG_PEEK)
+        except BlockingIOError: return 0
+        return x + 1 if data else 0
+        """,
+    "a verdict in a frame": """
+        for frame in sys._current_frames().values():
+            while frame:
+                if any(type(v).__name__ == 'Score' for v in [*frame.f_locals.values(), *frame.f_globals.values()]):
+                    return x + 1
+                frame = frame.f_back
+        return 0
+        """,
+    "a verdict among objects": """
+        import gc
+        return x + 1 if any(type(o).__name__ in ('Score', 'VerifyTask', 'Examiner') for o in gc.get_objects()) else 0
+        """,
+    "the host's module": """
+        import __main__ as m
+        found = [v for v in vars(m).values() if type(v).__name__ in ('Score', 'Examiner', 'Child')]
+        return x + 1 if found else 0
+        """,
+    "a verdict that is collected": """
+        import gc
+        gc.unfreeze()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        return x + 1 if any('outcome' in o for o in gc.garbage if isinstance(o, dict)) else 0
+        """,
+    "what the test expects, by an operator": """
+        class A(int):
+            def __eq__(s, o): s.seen = o; return True
+            __ne__ = __lt__ = __gt__ = __rsub__ = __sub__ = lambda s, o: False
+            __hash__ = int.__hash__
+        return A(0)
+        """,
+    "what the test expects, by a trace": """
+        sys.settrace(lambda *a: None)
+        class A:
+            def __getattribute__(s, name): return lambda *a: True
+            __eq__ = __ne__ = __lt__ = lambda *a: True
+            __hash__ = None
+        return A()
+        """,
+    "a generator": "yield x + 1",
+    "a coroutine": "async def g(): return x + 1\nreturn g()",
+    "a future": "from concurrent.futures import Future\na = Future()\na.set_result(x + 1)\nreturn a",
+    "a weak proxy": "import weakref\nclass A: __eq__ = lambda *a: True\na = f.a = A()\nreturn weakref.proxy(a)",
+    "a named tuple of lies": "import collections\nclass A(collections.namedtuple('A', 'a')): __eq__ = lambda *a: True\nreturn A(1)",
+    "a decimal of lies": "import decimal\nclass A(decimal.Decimal):\n    __eq__ = lambda *a: True\n    __hash__ = None\nreturn A(0)",
+    "a float that is no number": "return float('nan')",
+    "an enum of lies": "import enum\nclass A(enum.IntEnum):\n    B = 1\n    __eq__ = lambda *a: True\n    __hash__ = None\nreturn A.B",
+    "an exception as a result": "return AssertionError()",
+    "an exit at exit": "import atexit\natexit.register(os._exit, 0)\nraise SystemExit(0)",
+    "a fault handler": "import faulthandler\nfaulthandler.dump_traceback_later(0.01, exit=True)\nwhile True: pass",
+}
+
+LOOKING = {
+    **{f"read: {name}": wins(text, needs="hides") for name, text in READERS.items()},
+    **{f"peep: {name}": inside(text, *ANY) for name, text in PEEPERS.items()},
+}
+"""Programs that start and change nothing: they can be judged side by side."""
 
 _ALWAYS = "class A{base}:\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n    __hash__ = {h}\n"
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from code_fixtures import CONFINEMENTS, WORKERS, descendants, verifier_in
-from hostile_programs import HOSTILE, RIGHT, TESTS
+from hostile_programs import HOSTILE, LOOKING, RIGHT, TESTS, Hostile
 
-from dash_exp.verifiers.code.confine import filter_supported
+from dash_exp.verifiers.code.confine import filter_supported, landlock_supported
 from dash_exp.verifiers.judges import PooledJudge, Wanted
 from dash_exp.verifiers.types import CodeGold
 
-TIMEOUT_S = 0.6
+TIMEOUT_S = 0.4
 GENEROUS_S = 60.0
 GOLD = CodeGold(TESTS, "f").to_text()
 PROCESSES = {"bwrap": 5, "limits": 3}
@@ -63,7 +63,9 @@ def skip_unpromised(kind: Wanted, needs: str) -> None:
     if needs == "filter" and not filter_supported():
         pytest.skip("not promised without a filter of system calls, which is written for x86-64 alone")
     if needs == "bwrap" and kind == "limits":
-        pytest.skip("not promised without bubblewrap: every file that the user may read can be read")
+        pytest.skip("not promised without bubblewrap: other processes can be seen")
+    if needs == "hides" and kind == "limits" and not landlock_supported():
+        pytest.skip("not promised without bubblewrap and Landlock: files can be read")
     if needs == "user" and kind == "limits" and os.geteuid() != 0:
         pytest.skip("not promised without bubblewrap to an ordinary user: the program is that user")
 
@@ -79,10 +81,9 @@ def test_hostile_programs(judge: tuple[Wanted, PooledJudge], canary: Path, name:
     kind, verifier = judge
     hostile = HOSTILE[name]
     skip_unpromised(kind, hostile.needs)
-    source = hostile.source.replace("@CANARY@", str(canary)).replace("@PARENT@", str(os.getpid()))
     before = state_of(canary)
     start = time.monotonic()
-    verdict = verifier.submit(f"```python\n{source}\n```", GOLD).result(GENEROUS_S)
+    verdict = verifier.submit(completion(hostile, canary), GOLD).result(GENEROUS_S)
     elapsed = time.monotonic() - start
     assert verdict.value == 0.0, verdict
     assert verdict.outcome in (*hostile.outcomes, "timeout"), verdict  # on a busy machine
@@ -91,6 +92,24 @@ def test_hostile_programs(judge: tuple[Wanted, PooledJudge], canary: Path, name:
     assert state_of(canary) == before
     assert the_right_one_passes(verifier, name)
     assert settles(WORKERS * PROCESSES[kind])
+
+
+def completion(hostile: Hostile, canary: Path) -> str:
+    source = hostile.source.replace("@CANARY@", str(canary)).replace("@PARENT@", str(os.getpid()))
+    return f"```python\n{source}\n```"
+
+
+@pytest.mark.parametrize("judge", CONFINEMENTS, indirect=True)
+def test_programs_that_look_around(judge: tuple[Wanted, PooledJudge], canary: Path) -> None:
+    kind, verifier = judge
+    if kind == "limits" and not landlock_supported():
+        pytest.skip("not promised without bubblewrap and Landlock: files can be read")
+    before = state_of(canary)
+    verdicts = {name: verifier.submit(completion(one, canary), GOLD) for name, one in LOOKING.items()}
+    for name, verdict in verdicts.items():
+        assert verdict.result(GENEROUS_S).outcome in (*LOOKING[name].outcomes, "timeout"), (name, verdict)
+    assert state_of(canary) == before
+    assert the_right_one_passes(verifier, "all that look around")
 
 
 def settles(count: int) -> bool:

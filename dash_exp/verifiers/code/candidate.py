@@ -13,6 +13,7 @@ import contextlib
 import copy
 import gc
 import importlib
+import json
 import math
 import operator
 import os
@@ -27,8 +28,9 @@ from typing import Any
 
 from dash_exp.types import Score
 from dash_exp.verifiers.code.confine import limit_cpu
+from dash_exp.verifiers.code.program import assemble, compiled
 from dash_exp.verifiers.code.values import Channel, ChannelClosedError, describe_error, encode, plain_error
-from dash_exp.verifiers.types import GymGold, score
+from dash_exp.verifiers.types import CodeGold, GymGold, score
 
 MODULE_NAME = "program"
 """`__name__` inside the program: what stands under `if __name__ == "__main__"` does not run."""
@@ -66,10 +68,12 @@ class Candidate:
                 error.__traceback__ = error.__context__ = error.__cause__ = None
             return ("raised", error)
 
-    def _do_load(self, source: str, cpu_s: int) -> Reply:
+    def _do_load(self, text: str, prefix: str, entry_point: str, cpu_s: int) -> Reply:
         limit_cpu(cpu_s)
         try:
-            code = compile(source, "<program>", "exec", dont_inherit=True)
+            found = json.loads(text)
+            gold = CodeGold("", entry_point, prefix)
+            code = compiled(found) if isinstance(found, str) else assemble(found, gold)
         except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
             return ("unparsed", type(error).__name__, str(error))
         module = types.ModuleType(MODULE_NAME)

@@ -1,9 +1,9 @@
 """The rights that a process gives up before it runs an untrusted program. Linux only.
 
-Resource limits, another user, no new privileges, and a filter of system calls under which it cannot start
-a process, signal another one (nor have the kernel do so, as the owner of a file), open a socket, change
-another process or leave its process group. Without bubblewrap the filter also refuses to open files for
-writing.
+Landlock (without bubblewrap), resource limits, another user, no new privileges, and a filter of system calls
+under which it cannot start a process, signal another one (nor have the kernel do so, as the owner of a file),
+open a socket, change another process or leave its process group. Without bubblewrap the filter also refuses
+to open files for writing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ import signal
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CAP_DAC_READ_SEARCH = 2
 _CAPABILITY_VERSION_3 = 0x20080522
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
+"""System calls, of the same numbers on every kind of processor."""
+_LANDLOCK_FILE_RIGHTS, _LANDLOCK_READ, _LANDLOCK_LIST = 2**13 - 1, 1 << 2, 1 << 3
+"""All rights that the first version knows: to execute, write, read, list, and make or remove entries."""
 _OPEN_FILES = 128
 _THREADS = 64
 
@@ -33,7 +38,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 class Limits:
     """What one program may use. `uid`: the user it becomes, 0 for no change. `read_only`: whether
     the filter itself refuses to write. `filtered`: whether there is a filter at all. `threads`: tasks
-    that its user may have. `keep_reading`: the new user may read every file, as root may, because
+    that its user may have. `readable`: the only paths it may read, besides its own in /proc; none: no such
+    limit. `keep_reading`: the new user may read every file, as root may, because
     it could not read Python's library otherwise; it gets no other right of root."""
 
     memory_mb: int
@@ -42,6 +48,7 @@ class Limits:
     filtered: bool
     threads: int = _THREADS
     keep_reading: bool = False
+    readable: tuple[str, ...] = ()
 
 
 def filter_supported() -> bool:
@@ -62,6 +69,8 @@ def hide() -> None:
 def confine(limits: Limits) -> None:
     """Apply everything, irrevocably. Raises OSError where something that was promised fails."""
     _set_limits(limits)
+    if limits.readable:  # before the change of user, who may not find them all
+        _read_only_below((*limits.readable, f"/proc/{os.getpid()}"))
     if limits.uid:
         _become(limits.uid, limits.keep_reading)
     os.umask(0o077)
@@ -77,6 +86,31 @@ def filter_host(read_only: bool) -> None:
     its own part in `confine`: building a filter costs a third of a fork."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _install(_common_filter(read_only))
+
+
+def landlock_supported() -> bool:
+    """Whether the kernel restricts which files a process may open (Linux 5.13 and later, where enabled)."""
+    return bool(_LIBC.syscall(_LANDLOCK_CREATE, None, 0, 1) > 0)
+
+
+def _read_only_below(paths: Sequence[str]) -> None:
+    """From now on this process reads these files and folders, and what is below them; it opens, lists, makes
+    and changes nothing else. Raises OSError."""
+    ruleset = _called(_LANDLOCK_CREATE, struct.pack("Q", _LANDLOCK_FILE_RIGHTS), 8, 0)
+    for path in paths:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        allowed = _LANDLOCK_READ | (_LANDLOCK_LIST if os.path.isdir(path) else 0)
+        _called(_LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", allowed, descriptor), 0)
+        os.close(descriptor)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _called(_LANDLOCK_RESTRICT, ruleset, 0)
+    os.close(ruleset)
+
+
+def _called(number: int, *arguments: Any) -> int:
+    result = int(_LIBC.syscall(number, *arguments))
+    _check(min(result, 0))
+    return result
 
 
 def limit_cpu(seconds: int) -> None:

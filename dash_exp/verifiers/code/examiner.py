@@ -66,6 +66,11 @@ class Remote:
     def _remote_apply(self, operation: str, *operands: Any) -> Any:
         return self._remote_examiner.ask("apply", operation, [self, *operands])
 
+    @property
+    def __mro_entries__(self) -> Any:
+        """Read where a class statement, or a call of `type`, names this as a base."""
+        raise self._remote_examiner.refuse("the tests derive a class from one of the program")
+
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._remote_examiner.call(self, arguments, named)
 
@@ -147,8 +152,13 @@ class Examiner:
         fault = f"the tests pass a {type(value).__name__}, which cannot cross to the program"
         of_remote = value is Remote or isinstance(getattr(value, "__self__", None), Remote)
         if _is_of_tests(value) or not (self._answered or of_remote):
-            self._fault = self._fault or fault
+            raise self.refuse(fault)
         raise TypeError(fault)
+
+    def refuse(self, fault: str) -> TypeError:
+        """The error of tests that ask for what cannot be had. The verdict is that, even if they catch it."""
+        self._fault = self._fault or fault
+        return TypeError(fault)
 
     def from_handle(self, number: int, *described: Any) -> Any:
         if type(number) is not int:
@@ -216,14 +226,14 @@ class Examiner:
         raise self._lost
 
     def examine(self, program: str, gold: CodeGold, cpu_s: int) -> Score:
-        """The verdict on `program`. Hangs as long as the program does."""
+        """The verdict on `program`, as `assemble` takes it. Hangs as long as the program does."""
         warnings.simplefilter("ignore")
         try:
             tests = compile(gold.tests, TESTS, "exec", dont_inherit=True)
         except (SyntaxError, ValueError) as error:
             return score("verifier_error", f"the tests do not compile: {_line(error)}")
         try:
-            self.ask("load", program, cpu_s)
+            self.ask("load", program, gold.prefix, gold.entry_point, cpu_s)
             space = self._space(tests, gold)
             exec(tests, space)  # noqa: S102 (the dataset's tests, in the sandbox)
         except UnparsedError as error:

@@ -1,18 +1,19 @@
 """The process inside the sandbox that judges programs, one verdict at a time, in forked processes.
 
 Started by the pool as `python -m dash_exp.verifiers.code.host`, in a sandbox where there is one. It
-imports once what programs usually import, and never reads a request. The examiner, forked from it, reads
-requests, runs the tests, and reports the verdict to the host over a socket that only those two hold. A fresh
-candidate, forked from the host for each program, runs the program and answers the examiner's calls, so
-its memory never held any tests. Answers for reasoning-gym's scorers, some of which evaluate them, are
-scored in a candidate too. The host watches the time, kills the candidate (and an examiner that hangs), and
-forwards the verdict to the pool.
+imports once what programs usually import, and reads neither requests nor verdicts. The examiner, forked from
+it, reads requests, runs the tests, and sends the verdict to the pool; the host only learns, over a socket
+that those two hold, that there is one. A fresh candidate, forked from the host for each program, runs the
+program and answers the examiner's calls, so its memory never held any tests or verdicts. Answers for
+reasoning-gym's scorers, some of which evaluate them, are scored in a candidate too. The host watches the time
+and kills the candidate (and an examiner that hangs).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -42,7 +43,7 @@ from dash_exp.verifiers.code.confine import (
 )
 from dash_exp.verifiers.code.examiner import Examiner
 from dash_exp.verifiers.code.values import Channel
-from dash_exp.verifiers.types import CodeGold, VerifyTask, score
+from dash_exp.verifiers.types import CodeGold, VerifyTask, score, wall_limit
 from dash_exp.verifiers.worker import die_with, private_channel, send, silence
 
 _USUAL = """
@@ -54,8 +55,15 @@ _USES = 200
 """Verdicts of one examiner. It can serve many: tests are the dataset's, and receive plain data."""
 _EXAMINERS_MEMORY = 2
 """Times a program's: it holds a result, the expected one, and the message between."""
-_MAX_LINE = 2**20
 _EXTRA_CPU_S = 3
+_CHANNEL = 64
+"""The examiner's descriptor for verdicts; its smaller ones are for other things."""
+_MAX_DETAIL_CHARS = 320
+"""So that the line of a verdict fits what a pipe takes at once: an examiner may be killed while it writes."""
+_WAITING = 0.1
+"""Share of its limit of processor time below which a program, after as much time, waits for something."""
+_LOOK_S = 0.02
+"""Seconds between two looks at the time that a verdict has taken, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +92,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--deadline-s", type=float, default=10.0, help="limit of a verdict")
     parser.add_argument("--uid", type=int, default=0, help="user that programs become")
     parser.add_argument("--parent", type=int, default=0, help="leave when this process is gone")
+    parser.add_argument("--readable", help="the only paths that can be read, separated by colons")
     parser.add_argument("--read-only", action="store_true", help="the filter refuses to write files")
     parser.add_argument("--own-namespace", action="store_true", help="all processes in sight are ours")
     options = parser.parse_args(arguments)
-    channel = private_channel()
+    channel = os.fdopen(fcntl.fcntl(private_channel(), fcntl.F_DUPFD_CLOEXEC, _CHANNEL), "wb")
     die_with(options.parent)
     adopt_orphans()
     hide()
@@ -98,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         read_only=options.read_only,
         filtered=filter_supported(),
         threads=64 if options.uid or options.own_namespace else 64 + _tasks_of_user(),
+        readable=tuple(options.readable.split(":")) if options.readable else (),
         keep_reading=bool(options.uid) and not can_read_library(options.uid),
     )
     errors = os.fdopen(os.dup(2), "w")
@@ -133,19 +143,19 @@ def _tasks_of_user() -> int:
 
 
 def _serve(channel: IO[bytes], options: Options) -> None:
-    examiner = _start_examiner(options)
+    examiner = _start_examiner(channel, options)
     candidate = _start_candidate(options)
     _introduce(candidate, examiner)
     send(channel, {"ready": True})
     while True:
-        began = _line_of(examiner.end, None)
+        began = _line_of(examiner.end)
         if began is None:
             return
         limit = max(options.timeout_s, float(began.get("timeout_s") or 0.0))
-        verdict, healthy = _watch(examiner, limit)
+        failure = _watch(examiner, candidate, limit)
         _kill(candidate.pid)
         examiner.uses += 1
-        spent = not healthy or examiner.uses >= _USES
+        spent = failure is not None or examiner.uses >= _USES
         if spent:
             _kill(examiner.pid)
         if not options.limits.filtered:
@@ -153,35 +163,45 @@ def _serve(channel: IO[bytes], options: Options) -> None:
         if spent:  # before the next request can come: one that is dying could still read it
             _wait(examiner.pid)
             examiner.end.close()
-            examiner = _start_examiner(options)
-        send(channel, {"serial": began["serial"], "score": asdict(verdict), "retire": False})
+            examiner = _start_examiner(channel, options)
+        instead = {"score": asdict(failure)} if failure else {}
+        send(channel, {"serial": began["serial"], **instead, "retire": False})
         candidate, gone = _start_candidate(options), candidate.pid  # now: during the tests it slows them
         _introduce(candidate, examiner)
         _wait(gone)
 
 
-def _watch(examiner: Child, limit_s: float) -> tuple[Score, bool]:
-    """The verdict, and whether the examiner can reach another."""
-    try:
-        message = _line_of(examiner.end, time.monotonic() + limit_s)
-    except TimeoutError:
-        return score("timeout", f"no verdict within {limit_s:g} s"), False
-    if message is None:
-        return score("crashed", "the tests' process ended: out of memory?"), False
-    return Score(**message["score"]), True
-
-
-def _line_of(end: socket.socket, deadline: float | None) -> dict[str, Any] | None:
-    """One line from an examiner; None when it has ended. Raises TimeoutError."""
-    line = bytearray()
+def _watch(examiner: Child, candidate: Child, limit_s: float) -> Score | None:
+    """None once the examiner has reached a verdict, else what stands in its place."""
+    start, wall = time.monotonic(), wall_limit(limit_s)
+    before = _cpu_seconds(examiner.pid) + _cpu_seconds(candidate.pid)
     poller = select.poll()
-    poller.register(end, select.POLLIN)
+    poller.register(examiner.end, select.POLLIN)
+    ends: list[Any] = []
+    while not ends:
+        passed = time.monotonic() - start
+        used = _cpu_seconds(examiner.pid) + _cpu_seconds(candidate.pid) - before
+        if used >= limit_s:
+            return score("timeout", f"no verdict within {limit_s:g} s of processor time")
+        if passed >= (limit := limit_s if used < limit_s * _WAITING else wall):
+            return score("timeout", f"no verdict within {limit:g} s")
+        ends = poller.poll(1000 * max(_LOOK_S, min(limit_s - used, limit - passed)))
+    if _line_of(examiner.end) is None:
+        return score("crashed", "the tests' process ended: out of memory?")
+    return None
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Processor time of all threads of a process; of one that has ended, what it used."""
+    return time.clock_gettime((~pid << 3) | 2)  # see clock_getcpuclockid(3)
+
+
+def _line_of(end: socket.socket) -> dict[str, Any] | None:
+    """One line from an examiner; None when it has ended."""
+    line = bytearray()
     while not line.endswith(b"\n"):
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and (left <= 0 or not poller.poll(left * 1000)):
-            raise TimeoutError
-        piece = end.recv(1 if deadline is None else 65_536)
-        if not piece or len(line) > _MAX_LINE:
+        piece = end.recv(1)  # the next line may be there already
+        if not piece:
             return None
         line += piece
     message = json.loads(line)
@@ -216,8 +236,8 @@ def _children() -> list[int]:
     return found
 
 
-def _start_examiner(options: Options) -> Child:
-    return _fork((1, 2), lambda end: _examine(end, options))
+def _start_examiner(channel: IO[bytes], options: Options) -> Child:
+    return _fork((1, 2), lambda end: _examine(end, channel, options), channel.fileno())
 
 
 def _start_candidate(options: Options) -> Child:
@@ -225,11 +245,11 @@ def _start_candidate(options: Options) -> Child:
     return _fork((0, 1, 2), lambda end: _be_candidate(end, options.limits))
 
 
-def _fork(silent: tuple[int, ...], run: Callable[[socket.socket], None]) -> Child:
+def _fork(silent: tuple[int, ...], run: Callable[[socket.socket], None], kept: int = 3) -> Child:
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        _run_child(theirs, silent, run)
+        _run_child(theirs, silent, run, kept)
     theirs.close()
     return Child(pid, ours)
 
@@ -240,13 +260,17 @@ def _introduce(candidate: Child, examiner: Child) -> None:
     candidate.end.close()
 
 
-def _run_child(end: socket.socket, silent: tuple[int, ...], run: Callable[[socket.socket], None]) -> None:
-    """In a forked child: keep one socket, close everything else, run, and never return."""
+def _run_child(
+    end: socket.socket, silent: tuple[int, ...], run: Callable[[socket.socket], None], kept: int
+) -> None:
+    """In a forked child: keep one socket and the file `kept`, close everything else, run, and never
+    return."""
     try:
         for standard in silent:
             os.dup2(1, standard)  # the host's own goes nowhere
         os.dup2(end.fileno(), 3)
-        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+        os.closerange(4, max(4, kept))
+        os.closerange(max(4, kept + 1), os.sysconf("SC_OPEN_MAX"))
         run(socket.socket(fileno=3))
     finally:
         os._exit(1)
@@ -262,21 +286,26 @@ def _be_candidate(end: socket.socket, limits: Limits) -> None:
 # What follows runs in the examiner.
 
 
-def _examine(host: socket.socket, options: Options) -> None:
-    """Serve requests from stdin until it ends: two lines to the host for each."""
+def _examine(host: socket.socket, channel: IO[bytes], options: Options) -> None:
+    """Serve requests from stdin until it ends: two lines to the host for each, and the verdict to the
+    pool."""
     limits = options.limits
     uid, memory_mb = limits.uid + 1 if limits.uid else 0, limits.memory_mb * _EXAMINERS_MEMORY
     confine(replace(limits, uid=uid, memory_mb=memory_mb))
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         task = VerifyTask(**request["task"])
-        _report(host, {"serial": request["serial"], "timeout_s": task.timeout_s})
+        serial = {"serial": request["serial"]}
+        _report(host, {**serial, "timeout_s": task.timeout_s})
         limit = max(options.timeout_s, task.timeout_s or 0.0)
         try:
             verdict = _judge(task, host, int(limit) + _EXTRA_CPU_S, options)
         except BaseException as error:  # noqa: BLE001 (a fault of ours is reported, never a silent 0)
             verdict = score("verifier_error", f"{type(error).__name__}: {error}"[:300])
-        _report(host, {"score": asdict(verdict)})
+        send(
+            channel, {**serial, "score": asdict(replace(verdict, detail=verdict.detail[:_MAX_DETAIL_CHARS]))}
+        )
+        _report(host, serial)
 
 
 def _report(host: socket.socket, message: dict[str, Any]) -> None:

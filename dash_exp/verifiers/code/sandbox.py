@@ -1,4 +1,5 @@
-"""How the host of programs is confined from outside: bubblewrap where it works, else only limits."""
+"""How the host of programs is confined: by bubblewrap where it works, else by limits, with Landlock where the
+kernel has it."""
 
 from __future__ import annotations
 
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 import dash_exp
+from dash_exp.verifiers.code.confine import landlock_supported
 
 _PROBE_S = 20.0
 _MOUNTS_BEGIN = "--die-with-parent"
 _SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/etc/ld.so.cache", "/etc/localtime")
+_OF_PREFIX = ("bin", "lib", "lib64", "pyvenv.cfg", "share/zoneinfo")
+"""What Python needs of its own folder, which may be a project's, with data in it."""
 _HOST_RIGHTS = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_DAC_READ_SEARCH")
 _FIRST_UID, _UIDS = 1_600_000_000, 2**28
 
@@ -26,13 +30,20 @@ Kind = Literal["bwrap", "limits"]
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """`prefix` goes before the host's command, `arguments` after it; `warnings` say what is not covered."""
+    """`prefix` goes before the host's command, `arguments` after it; `warnings` say what is not covered.
+    `hides`: whether programs can read no file but those that Python needs."""
 
     kind: Kind
     prefix: tuple[str, ...]
     arguments: tuple[str, ...]
     warnings: tuple[str, ...]
     may_change_user: bool
+    hides: bool = True
+
+    @property
+    def name(self) -> str:
+        """What a judge's version says of it."""
+        return "limits+landlock" if self.kind == "limits" and self.hides else self.kind
 
     def with_scratch(self) -> Confinement:
         """The same with a temporary folder for the host's own imports; the filter that it installs after
@@ -65,15 +76,21 @@ def confinement(wanted: Literal["auto", "bwrap", "limits"] = "auto") -> Confinem
     if not root and warnings:
         lacking = "and there is no filter of system calls for this kind of processor"
         raise RuntimeError(f"programs would run with this user's own rights: {reason}, {lacking}")
-    return Confinement("limits", (), ("--read-only",), (_NO_BUBBLEWRAP.format(reason), *warnings), root)
+    hides = landlock_supported()
+    arguments = ("--read-only", *(("--readable", ":".join(_needed())) if hides else ()))
+    warning = _NO_BUBBLEWRAP.format(reason, _READING[hides])
+    return Confinement("limits", (), arguments, (warning, *warnings), root, hides)
 
 
 _NO_BUBBLEWRAP = (
-    "Programs run without bubblewrap ({}). They are limited in memory, time and processes, and "
-    "a filter of system calls keeps them from the network, from writing files and from other "
-    "processes, but they can read every file that their user can. Install bubblewrap, or run where "
-    "user namespaces are allowed."
+    "Programs run without bubblewrap ({}). They are limited in memory, time and processes, a filter of "
+    "system calls keeps them from the network, from writing files and from other processes, and {}"
 )
+_READING = {
+    True: "Landlock from reading files that Python does not need.",
+    False: "nothing keeps them from reading every file that their user can, such as the dataset with its "
+    "answers. Install bubblewrap, or run where user namespaces or Landlock are allowed.",
+}
 _NO_FILTER = (
     "No filter of system calls for {}: programs can start processes (killed with the "
     "verdict) and, without bubblewrap, use the network and write where everybody may."
@@ -138,10 +155,12 @@ def _folders_above(paths: list[str]) -> list[str]:
 
 def _needed() -> list[str]:
     package = Path(dash_exp.__file__).resolve().parent
+    own = [str(package / name) for name in ("__init__.py", "types.py", "verifiers")]
     libraries = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-    linked = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
-    python = [sys.base_prefix, sys.prefix, *libraries, *linked, str(package)]
-    wanted = [*_SYSTEM, *(str(Path(p).resolve()) for p in python if p), *(p for p in python if p)]
+    linked = [p for p in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if os.path.isabs(p)]
+    prefixes = [f"{prefix}/{name}" for prefix in (sys.base_prefix, sys.prefix) for name in _OF_PREFIX]
+    python = [*prefixes, *libraries, *linked, *own]
+    wanted = [*_SYSTEM, *(str(Path(p).resolve()) for p in python), *python]
     kept: list[str] = []
     for path in dict.fromkeys(wanted):
         if os.path.exists(path) and path != "/" and not _is_covered(path, kept):
