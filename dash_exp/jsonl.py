@@ -73,7 +73,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
                     yield number, _parse_line(line, f"{path}:{number}")
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text: {error.reason} at byte {error.start}"
-        yield number, Fault(str(path), what, "if it is compressed, unpack it first")
+        yield number, Fault(str(path), what, "save it as UTF-8; if it is compressed, unpack it first")
     except OSError as error:
         yield number, Fault(str(path), f"cannot be read: {error.strerror}")
 

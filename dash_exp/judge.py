@@ -23,11 +23,12 @@ from dash_exp.config.checks import check, is_below
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import ExitCode, Fault, UserError, run_command
+from dash_exp.jsonl import read_lines
 from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example, row_id
+from dash_exp.tasks.sources import first_faults, load_examples
 from dash_exp.text import format_seconds
-from dash_exp.train.build_tasks import load_examples
 from dash_exp.types import Score
 from dash_exp.verifiers.judges import Judges
 from dash_exp.verifiers.math.extract import extract
@@ -39,7 +40,7 @@ TEXT_FIELDS = ("completion", "text", "solution")
 USED = ("dataset", "verifier", "paths", "config", "hydra")
 """Where a fault of the whole config matters here."""
 SHOWN = 20
-"""Verdicts other than `correct` that are listed, and faulty lines that are named."""
+"""Verdicts other than `correct` that are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,9 @@ def read_answers(path: Path, golds: Sequence[Gold]) -> list[Answer]:
     """The completions of a file, each beside its example. Of a cell's samples the rows of the last attempt
     count, and lines torn by a crash are left out. Raises UserError with every faulty line (the first 20).
     """
-    rows, faults = _read_lines(path)
+    read = [(f"{path}:{number}", row) for number, row in read_lines(path)]
+    rows = [(where, row) for where, row in read if not isinstance(row, Fault)]
+    faults = [row for _, row in read if isinstance(row, Fault)]
     if rows and all("attempt" in row for _, row in rows):  # a record: its torn lines are known to it
         faults = []
         if all("step" in row for _, row in rows):
@@ -138,35 +141,8 @@ def read_answers(path: Path, golds: Sequence[Gold]) -> list[Answer]:
     if not rows and not faults:
         faults.append(Fault(str(path), "has no rows", "one JSON object per line is expected"))
     if faults:
-        more = len(faults) - SHOWN
-        raise UserError(
-            faults[:SHOWN] + ([Fault(str(path), f"and {more} more faulty lines")] if more > 0 else [])
-        )
+        raise UserError(first_faults(faults, str(path)))
     return answers
-
-
-def _read_lines(path: Path) -> tuple[list[tuple[str, Row]], list[Fault]]:
-    rows: list[tuple[str, Row]] = []
-    faults: list[Fault] = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        return [], [Fault("completions", f"{path} cannot be read: {reason}")]
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            faults.append(Fault(where, f"is not JSON: {error}"))
-            continue
-        if isinstance(row, dict):
-            rows.append((where, row))
-        else:
-            faults.append(Fault(where, f"expected an object, got {type(row).__name__}"))
-    return rows, faults
 
 
 def _answer(

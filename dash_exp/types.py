@@ -80,6 +80,10 @@ class Score:
     outcome: Outcome
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        if not self.detail.isascii():  # a program can raise half a character, which no file can hold
+            object.__setattr__(self, "detail", self.detail.encode(errors="backslashreplace").decode())
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:

@@ -176,7 +176,7 @@ def test_every_faulty_line_is_named_at_once(data: Path, tmp_path: Path) -> None:
         (["dataset=maths500"], "did you mean 'math500'?"),
         (["dataset=gsm8k", "dataset.path=absent.jsonl"], "absent.jsonl is not a file"),
         (["dataset=math", "dataset.extraction=last_box"], "dataset.extraction: got 'last_box'"),
-        (["dataset=arithmetic", "completions=absent.jsonl"], "absent.jsonl cannot be read"),
+        (["dataset=arithmetic", "completions=absent.jsonl"], "absent.jsonl: cannot be read"),
         (["dataset=arithmetic", "verifier.worker=3"], "did you mean 'verifier.workers'?"),
     ],
 )

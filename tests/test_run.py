@@ -432,7 +432,7 @@ def test_a_record_on_a_full_device_is_a_clear_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (lambda f: (f / "model.safetensors").write_bytes(b"junk" * 10), "does not load"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"junk" * 10), "is damaged"),
         (lambda f: (f / "config.json").write_text("{}"), "config.json"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "does not load"),
         (lambda f: _drop_tensor(f / "model.safetensors"), "lacks 1 tensors"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dash_exp.errors import UserError
 from dash_exp.record.folder import Row, read_json, read_rows
-from dash_exp.tasks.demonstrations import read_traces
+from dash_exp.tasks.sources import read_traces
 from dash_exp.traces.__main__ import main
 from dash_exp.traces.file import TraceFile, prompt_line, totals
 from dash_exp.traces.settings import TracesConfig, parse, settings_of

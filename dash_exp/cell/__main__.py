@@ -37,6 +37,7 @@ from dash_exp.learning.settings import rank_from_environment
 from dash_exp.record.folder import CellBusy, Recorder, archive, read_final, read_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning, run_forwarding
+from dash_exp.tasks.sources import data_faults
 from dash_exp.text import format_path
 from dash_exp.train.budget import Blocked, find_partner
 from dash_exp.train.display import Display
@@ -61,6 +62,8 @@ def freeze_and_run(config: Config, apart: bool, links: Coordinator | None) -> in
     with disk_errors_below(root):
         cache.mkdir(parents=True, exist_ok=True)
         config = resolve_paths(config)
+        if faults := data_faults(config):
+            raise UserError(faults)
         cell = make_cell(config, cache)
         folder = cell.folder(root)
         try:

@@ -287,7 +287,7 @@ def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
     for text in overrides:
         try:
             override = parser.parse_overrides([text])[0]
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
             faults.append(unreadable(text, error))
             continue
         if override.key_or_group:

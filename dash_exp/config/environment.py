@@ -171,6 +171,8 @@ def _neighbour(path: Path) -> str:
     if str(path).startswith("~"):
         return "the shell does not expand ~ here: write $HOME"
     folder = path.parent
+    if os.path.exists(path):
+        return "it is a folder" if os.path.isdir(path) else "it is a pipe, a socket or a device"
     if not os.path.isdir(folder):
         return f"there is no folder {folder}"
     if not os.access(folder, os.R_OK):

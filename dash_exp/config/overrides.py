@@ -63,7 +63,8 @@ def unreadable(text: str, why: object) -> Fault:
     if not equals:
         return Fault(text, "is not key=value", "see python -m dash_exp --help")
     quoted = f"quote a value that holds one of {{}}[](),=: '{key}=\"{value}\"'"
-    return Fault(key or text, f"cannot read {text!r}: {str(why).splitlines()[0]}", quoted)
+    given = text if len(text) <= 200 else f"{text[:200]}..."
+    return Fault(key or text, f"cannot read {given!r}: {str(why).splitlines()[0]}", quoted)
 
 
 def variants_of(override: Override, sweep: bool) -> tuple[list[Override], list[Fault]]:

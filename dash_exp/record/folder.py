@@ -196,7 +196,7 @@ class Recorder:
         if name not in self._streams:
             path = self.folder / name
             torn = ends_torn(path)
-            self._streams[name] = path.open("a", encoding="utf-8")
+            self._streams[name] = path.open("a", encoding="utf-8", errors="backslashreplace")
             if torn:
                 self._streams[name].write("\n")
                 if name != "log.txt":

@@ -26,7 +26,7 @@ from dash_exp.config.compose import (
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, FaultCollector, UserError
-from dash_exp.record.identity import Cell, make_cell
+from dash_exp.record.identity import Cell, make_cell, resolve_paths
 from dash_exp.record.manifest import Plan, PlannedCell, Traces, Waiting
 from dash_exp.sweep.resources import (
     NOT_REPEATED,
@@ -42,6 +42,7 @@ from dash_exp.sweep.resources import (
 )
 from dash_exp.sweep.spec import Combination, Spec, combinations, key_of, quoted
 from dash_exp.sweep.states import frozen_values, names_by_id
+from dash_exp.tasks.sources import data_faults
 from dash_exp.traces.settings import out_of
 
 TRACES = "dataset.traces"
@@ -247,6 +248,7 @@ def _identify(context: PlanContext, drafts: Sequence[Draft]) -> list[tuple[Draft
         if not context.faults.has(draft.number):
             try:
                 cells[draft.number] = context.cell(draft.config)
+                context.faults.add(draft.number, data_faults(resolve_paths(draft.config)))
             except (UserError, OSError) as error:
                 context.faults.add(draft.number, reading_faults(error))
     find_partners(context, [draft for draft in drafts if draft.number in cells], cells)

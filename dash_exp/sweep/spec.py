@@ -255,7 +255,7 @@ class Reader:
             mark = error.problem_mark or error.context_mark
             place = f"{self.path}:{mark.line + 1}" if mark else str(self.path)
             raise UserError(Fault(place, f"not valid yaml: {error.problem}")) from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(Fault(str(self.path), f"cannot be read: {error}")) from None
         if not isinstance(value, dict):
             raise UserError(Fault(str(self.path), "is not a sweep", f"it has {', '.join(NEEDED)}"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.tasks.prompts import PromptSet, Tokenize
@@ -74,30 +73,3 @@ def _nothing(name: str, given: int, too_long: int, max_tokens: int) -> Fault:
         return Fault("dataset", what, "their ids must be those of the dataset that they were made from")
     what = f"{name} has no demonstration of at most {max_tokens} tokens"
     return Fault("dataset", what, f"{too_long} are longer; raise sampler.max_new_tokens")
-
-
-def read_traces(path: Path) -> dict[str, list[str]]:
-    """The texts of a traces file by the id of their example: JSON lines with `id` and `solution`.
-
-    Raises UserError naming file and line of every faulty line (the first 20).
-    """
-    from dash_exp.tasks.sources import MAX_FAULTS, json_lines  # not loaded for generated data
-
-    texts: dict[str, list[str]] = {}
-    faults: list[Fault] = []
-    for number, row in json_lines(path):
-        if isinstance(row, Fault):
-            faults.append(row)
-            continue
-        name, text, where = row.get("id"), row.get("solution"), f"{path}:{number}"
-        if "id" not in row or "solution" not in row:
-            faults.append(Fault(where, "is no trace", 'expected {"id": ..., "solution": ...}'))
-        elif not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-            faults.append(Fault(where, "id and solution must be text, and not empty"))
-        else:
-            texts.setdefault(name, []).append(text)
-    if not faults and not texts:
-        faults.append(Fault(str(path), "holds no traces", "the teacher solved nothing?"))
-    if faults:
-        raise UserError(faults[:MAX_FAULTS])
-    return texts

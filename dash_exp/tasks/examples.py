@@ -6,6 +6,7 @@ import ast
 import builtins
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,14 +55,14 @@ class Layout:
     `tests_call`, `timeouts`: as in `config.DatasetConfig`.
     """
 
-    fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    fields: Mapping[str, Sequence[str]] = field(default_factory=dict, hash=False)
     code: bool = False
     answer_after: str | None = None
     solution_drop: str | None = None
     id_prefix: str = ""
     id_range: tuple[int, int] | None = None
     tests_call: str | None = None
-    timeouts: Mapping[str, float] = field(default_factory=dict)
+    timeouts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def names(self, ours: str) -> Sequence[str]:
         return self.fields.get(ours, (ours,))
@@ -113,7 +114,18 @@ def _question(row: Mapping[str, Any], name: str, layout: Layout) -> Example:
         answer = answer.rpartition(layout.answer_after)[2].strip()
     if not answer.strip():
         raise BadRow("the answer is empty")
+    if _is_endless(answer):
+        what = f"the answer {answer.strip()[:20]!r} is NaN, infinite or too large for a number"
+        raise BadRow(what, "infinity as an answer is written \\infty")
     return Example(name, problem, answer, _solution(row, layout))
+
+
+def _is_endless(answer: str) -> bool:
+    """Whether an answer is what a program writes for a number that it does not have: NaN, inf, 1e400."""
+    try:
+        return not math.isfinite(float(answer.strip("$ \t\r\n")))
+    except ValueError:
+        return False
 
 
 def _program(row: Mapping[str, Any], name: str, layout: Layout) -> Example:
@@ -179,8 +191,11 @@ def _text(row: Mapping[str, Any], ours: str, layout: Layout, default: str | None
             return default
         wanted, there = " or ".join(map(repr, layout.names(ours))), ", ".join(map(repr, row))
         hint = f"it has {there}; map it with dataset.fields.{ours}=[<name>]"
-        raise BadRow(f"lacks the field {wanted}", hint)
+        null = any(one in row for one in layout.names(ours))
+        raise BadRow(f"the field {wanted} is null" if null else f"lacks the field {wanted}", hint)
     value = row[name]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field {name!r}: got {value}, which is not a finite number")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"field {name!r}: expected text, got {type(value).__name__}")
     if default is None and not str(value).strip():

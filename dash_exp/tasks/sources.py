@@ -1,54 +1,143 @@
-"""Reads examples from a JSON-lines file or the hub."""
+"""Reads what a run learns from: examples of a JSON-lines file or the hub, and files of traces."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dash_exp.config.schema import Config, DatasetConfig, evaluation_places, parts_of
 from dash_exp.errors import Fault, UserError
+from dash_exp.jsonl import read_lines
 from dash_exp.tasks.examples import Example, ExampleSet, Layout, to_example
 
 MAX_FAULTS = 20
 
 
+def data_faults(config: Config) -> list[Fault]:
+    """What is wrong with the rows of every file that a run of this config reads; its paths are resolved."""
+    places, evaluation = parts_of(config.dataset), config.evaluation
+    if evaluation.before or evaluation.after or evaluation.every:
+        places = {**places, **evaluation_places(config)}
+    found: dict[Fault, None] = {}
+    for place, data in places.items():
+        try:
+            with placed(place):
+                if data.path and Path(data.path).is_file():
+                    load_examples(data)
+                if config.algorithm.source == "traces" and data.traces and Path(data.traces).is_file():
+                    read_traces(Path(data.traces))
+        except UserError as error:
+            found.update(dict.fromkeys(error.faults))
+    return list(found)
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Faults raised inside name a key of a dataset; outside it is the key of the config."""
+    known = {key.name for key in fields(DatasetConfig)}
+    try:
+        yield
+    except UserError as error:
+        named = [replace(f, where=f"{place}.{f.where}") if f.where in known else f for f in error.faults]
+        raise UserError(named, error.consequence) from error
+
+
+def load_examples(dataset: DatasetConfig) -> ExampleSet:
+    """The examples of a dataset whose path has been resolved."""
+    if dataset.kind != "jsonl":
+        from dash_exp.tasks.generated import GENERATED, gym_examples
+
+        if dataset.kind in GENERATED:
+            return replace(GENERATED[dataset.kind](dataset.split), name=dataset.name)
+        assert dataset.task is not None and dataset.size is not None
+        return gym_examples(
+            dataset.name,
+            dataset.task,
+            dataset.task_options,
+            split=dataset.split,
+            size=dataset.size,
+            extraction=dataset.extraction,
+        )
+    if dataset.path:
+        return read_jsonl(Path(dataset.path), dataset.name, layout(dataset))
+    if dataset.hub:
+        split = dataset.hub_split or dataset.split
+        return read_hub(dataset.name, dataset.hub, dataset.hub_config, split, layout(dataset))
+    raise UserError(Fault("path", f"{dataset.name!r} names no file and no hub dataset", "set it to a file"))
+
+
+def layout(dataset: DatasetConfig) -> Layout:
+    """How the rows of a dataset are read."""
+    return Layout(
+        fields=dataset.fields,
+        code=dataset.verifier == "code",
+        answer_after=dataset.answer_after,
+        solution_drop=dataset.solution_drop,
+        id_prefix=dataset.id_prefix,
+        id_range=(dataset.id_range[0], dataset.id_range[1]) if dataset.id_range else None,
+        tests_call=dataset.tests_call,
+        timeouts=dataset.timeouts,
+    )
+
+
 def read_jsonl(path: Path, name: str, layout: Layout) -> ExampleSet:
-    """Read a JSON-lines file; an absent id becomes `<name>-<line>`.
+    """Read a JSON-lines file; an absent id becomes `<name>-<line>`. A file that has not changed is read once.
 
     Raises UserError naming file and line of every faulty line (the first 20).
     """
+    stat = path.stat() if path.is_file() else None
+    read = _read(path, stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino), name, layout)
+    if isinstance(read, UserError):
+        raise UserError(read.faults)
+    return read
+
+
+@lru_cache(maxsize=32)
+def _read(path: Path, stamp: object, name: str, layout: Layout) -> ExampleSet | UserError:
     made: list[Example | Fault | None] = []
-    for number, row in json_lines(path):
+    for number, row in read_lines(path):
         where, name_of_row = f"{path}:{number}", f"{name}-{number}"
         made.append(row if isinstance(row, Fault) else to_example(row, where, name_of_row, layout))
-    return _example_set(name, made, str(path), layout)
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
-    """Each line of a file that is not blank, by its number: an object, or what is wrong with the line. A
-    file that cannot be read ends with its fault."""
-    number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _parse_line(line, f"{path}:{number}")
-    except UnicodeDecodeError as error:
-        yield number, Fault(str(path), f"is not UTF-8 text: {error.reason} at byte {error.start}")
-    except OSError as error:
-        yield number, Fault(str(path), f"cannot be read: {error.strerror}")
+        return _example_set(name, made, str(path), layout)
+    except UserError as error:
+        return error
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any] | Fault:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        return Fault(where, f"is not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return Fault(where, "is nested too deeply")
-    return row if isinstance(row, dict) else Fault(where, f"expected an object, got {type(row).__name__}")
+def read_traces(path: Path) -> dict[str, list[str]]:
+    """The texts of a traces file by the id of their example: JSON lines with `id` and `solution`.
+
+    Raises UserError naming file and line of every faulty line (the first 20).
+    """
+    texts: dict[str, list[str]] = {}
+    faults: list[Fault] = []
+    for number, row in read_lines(path):
+        if isinstance(row, Fault):
+            faults.append(row)
+            continue
+        name, text, where = row.get("id"), row.get("solution"), f"{path}:{number}"
+        if "id" not in row or "solution" not in row:
+            faults.append(Fault(where, "is no trace", 'expected {"id": ..., "solution": ...}'))
+        elif not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+            faults.append(Fault(where, "id and solution must be text, and not empty"))
+        else:
+            texts.setdefault(name, []).append(text)
+    if not faults and not texts:
+        faults.append(Fault(str(path), "holds no traces", "the teacher solved nothing?"))
+    if faults:
+        raise UserError(first_faults(faults, str(path)))
+    return texts
+
+
+def first_faults(faults: Sequence[Fault], origin: str) -> list[Fault]:
+    """The first faulty lines, and how many more there are."""
+    more = len(faults) - MAX_FAULTS
+    return [*faults[:MAX_FAULTS], *([Fault(origin, f"and {more} more faulty lines")] if more > 0 else [])]
 
 
 def read_hub(name: str, repository: str, config: str | None, split: str, layout: Layout) -> ExampleSet:
@@ -81,9 +170,7 @@ def _example_set(
             hint = f"dataset.id_range={list(layout.id_range)} may leave all of them out"
         faults.append(Fault(origin, "has no rows", hint))
     if faults:
-        more = len(faults) - MAX_FAULTS
-        extra = [Fault(origin, f"and {more} more faulty lines")] if more > 0 else []
-        raise UserError(faults[:MAX_FAULTS] + extra)
+        raise UserError(first_faults(faults, origin))
     return ExampleSet(name, tuple(rows), origin)
 
 

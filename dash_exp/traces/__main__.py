@@ -36,10 +36,10 @@ from dash_exp.sampling.protocol import arrived
 from dash_exp.seeding import seed_for
 from dash_exp.signals import Stop, handling, reduce_openmp_spinning
 from dash_exp.tasks.prompts import PromptSet
+from dash_exp.tasks.sources import load_examples
 from dash_exp.text import format_path, format_seconds
 from dash_exp.traces.file import TraceFile, prompt_line, totals
 from dash_exp.traces.settings import Command, TracesConfig, parse
-from dash_exp.train.build_tasks import load_examples
 from dash_exp.types import Decoding, Group, Prompt, Request, Score
 from dash_exp.verifiers.types import Judge
 

@@ -28,7 +28,8 @@ from dash_exp.modeling.source import ModelSource, load_computing, locate, text_m
 from dash_exp.record.provenance import packages
 from dash_exp.sampling.protocol import EngineSettings, Sampler
 from dash_exp.seeding import seed_for
-from dash_exp.train.build_tasks import Task, build_task, load_examples, log_prompts, tokenize
+from dash_exp.tasks.sources import load_examples, read_traces
+from dash_exp.train.build_tasks import Task, build_task, log_prompts, tokenize
 from dash_exp.train.parts import Parts, Plan, Policy, overlapped
 from dash_exp.verifiers.judges import Judges
 
@@ -148,7 +149,7 @@ def make_demonstrations(config: Config, tokenizer: Any, task: Task) -> Demonstra
     source, data = config.algorithm.source, config.dataset
     if source == "sampler":
         return None
-    from dash_exp.tasks.demonstrations import demonstrate, read_traces
+    from dash_exp.tasks.demonstrations import demonstrate
 
     texts: dict[tuple[str, str], list[str]] = {}
     if source == "traces":

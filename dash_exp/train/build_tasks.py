@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import EvalSet
 from dash_exp.modeling.source import TextModel
-from dash_exp.tasks.examples import ExampleSet, Layout
-from dash_exp.tasks.generated import GENERATED, gym_examples
 from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture
+from dash_exp.tasks.sources import load_examples, placed
 from dash_exp.tasks.templates import CHATS, Chat, Style, renderer
 from dash_exp.types import Decoding
 from dash_exp.verifiers.judges import Judges
@@ -43,45 +40,6 @@ def build_task(config: Config, model: TextModel, judges: Judges) -> Task:
     judged = {part.name: judges.get(part.verifier, part.extraction) for part in parts_of(data).values()}
     decoding = builder.decoding(data, config.sampler.temperature)
     return Task(train, decoding, judged, sets, judges.warnings)
-
-
-def load_examples(dataset: DatasetConfig) -> ExampleSet:
-    """The examples of a dataset whose path has been resolved."""
-    if dataset.kind in GENERATED:
-        return replace(GENERATED[dataset.kind](dataset.split), name=dataset.name)
-    if dataset.kind == "reasoning_gym":
-        assert dataset.task is not None and dataset.size is not None
-        return gym_examples(
-            dataset.name,
-            dataset.task,
-            dataset.task_options,
-            split=dataset.split,
-            size=dataset.size,
-            extraction=dataset.extraction,
-        )
-    from dash_exp.tasks.sources import read_hub, read_jsonl  # not loaded for generated data
-
-    if dataset.path:
-        return read_jsonl(Path(dataset.path), dataset.name, layout(dataset))
-    if dataset.hub:
-        return read_hub(
-            dataset.name, dataset.hub, dataset.hub_config, dataset.hub_split or dataset.split, layout(dataset)
-        )
-    raise UserError(Fault("path", f"{dataset.name!r} names no file and no hub dataset", "set it to a file"))
-
-
-def layout(dataset: DatasetConfig) -> Layout:
-    """How the rows of a dataset are read."""
-    return Layout(
-        fields=dataset.fields,
-        code=dataset.verifier == "code",
-        answer_after=dataset.answer_after,
-        solution_drop=dataset.solution_drop,
-        id_prefix=dataset.id_prefix,
-        id_range=(dataset.id_range[0], dataset.id_range[1]) if dataset.id_range else None,
-        tests_call=dataset.tests_call,
-        timeouts=dataset.timeouts,
-    )
 
 
 def stop_ids(model: TextModel, stops: list[str]) -> tuple[int, ...]:
@@ -165,17 +123,6 @@ def _collect(makers: Iterable[Callable[[], Any]]) -> list[Any]:
     if faults:
         raise UserError(faults)
     return results
-
-
-@contextmanager
-def placed(place: str) -> Iterator[None]:
-    """Faults raised inside name a key of a dataset; outside it is the key of the config."""
-    known = {key.name for key in fields(DatasetConfig)}
-    try:
-        yield
-    except UserError as error:
-        named = [replace(f, where=f"{place}.{f.where}") if f.where in known else f for f in error.faults]
-        raise UserError(named, error.consequence) from error
 
 
 def chat_form(tokenizer: Any) -> Chat | None:

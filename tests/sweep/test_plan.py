@@ -10,7 +10,6 @@ import pytest
 
 from dash_exp.config.compose import CachingComposer, compose, opened
 from dash_exp.errors import UserError
-from dash_exp.record.folder import write_json
 from dash_exp.record.identity import freeze, make_cell, read_frozen
 from dash_exp.record.manifest import Plan
 from dash_exp.sweep import resources
@@ -215,7 +214,7 @@ def test_cells_wait_for_traces_that_can_be_made(tmp_path: Path) -> None:
     assert {w.traces.path for w in plan.waiting} == {path}
     assert plan.waiting[0].traces.arguments == (*traces[0], "cluster.threads=1", f"run.dir={tmp_path}")
     path.parent.mkdir()
-    path.write_text(json.dumps({"id": "x", "text": "y"}) + "\n")
+    path.write_text(json.dumps({"id": "x", "solution": "y"}) + "\n")
     done = planned(tmp_path, *arm)
     assert (len(done.cells), done.waiting) == (4, ())
     assert done.cells[:2] == plan.cells
@@ -329,8 +328,8 @@ def test_data_that_change_make_other_cells(tmp_path: Path) -> None:
     rows = {"id": "a", "problem": "1+1?", "answer": "2"}
     more = ("dataset=gsm8k", f"dataset.path={file}", "evaluation=none")
     assert "is not a file" in refused(tmp_path, *more)
-    write_json(file, rows)
+    file.write_text(json.dumps(rows))
     first = planned(tmp_path, *more).cells[0].id
     assert (tmp_path / "cache" / "hashes").is_dir()
-    write_json(file, {**rows, "answer": "3"})
+    file.write_text(json.dumps({**rows, "answer": "3"}))
     assert planned(tmp_path, *more).cells[0].id != first

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.tasks.demonstrations import demonstrate, read_traces
+from dash_exp.tasks.demonstrations import demonstrate
 from dash_exp.tasks.prompts import PromptSet
+from dash_exp.tasks.sources import read_traces
 from dash_exp.types import Prompt
 
 END, STOP = 1, 10

@@ -16,8 +16,7 @@ from dash_exp.config.schema import DatasetConfig
 from dash_exp.errors import UserError
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example, Layout, called_function, row_id
-from dash_exp.tasks.sources import from_rows, read_jsonl
-from dash_exp.train.build_tasks import layout, load_examples
+from dash_exp.tasks.sources import from_rows, layout, load_examples, read_jsonl
 from dash_exp.verifiers.types import CodeGold
 
 MATHS = Layout({"id": ["id"], "problem": ["problem", "question"], "answer": ["answer"]})
