@@ -21,7 +21,7 @@ from benchmarks.rewards import CONSTANT, VARIED, SetJudge, SetRewards, is_varied
 from benchmarks.streaming import ideal
 from benchmarks.turns import alternate
 from dash_exp.capacity.model import Setting
-from dash_exp.learning.advantages import group_advantages, keep_large
+from dash_exp.learning.filters import keep_large
 from dash_exp.tasks.prompts import PromptSet, batch
 from dash_exp.types import Decoding, Prompt, Request
 from tests.conftest import REPOSITORY
@@ -39,8 +39,7 @@ def test_set_rewards_keep_exactly_the_share(share: float) -> None:
         rewards = SetRewards(4)([""] * 64, answers)
         judge = SetJudge(4)
         assert [judge.submit("", answer).result().value for answer in answers] == rewards
-        keep = keep_large(0.1)
-        kept = [k for g in range(16) for k in keep(group_advantages(rewards[g * 4 : g * 4 + 4]))]
+        kept = [k for g in range(16) for k in keep_large(rewards[g * 4 : g * 4 + 4], 0.1)]
         assert sum(kept) == 64 * share
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dash_exp.config.compose import compose
-from dash_exp.learning.advantages import group_advantages, make_filter
+from dash_exp.learning.advantages import batch_advantages
+from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.settings import Forward, Objective
 from dash_exp.tasks.prompts import PromptSet
@@ -68,7 +69,6 @@ def learned(
     learner = Learner(copy.deepcopy(model), goal, optimization(), Forward(VOCABULARY, 16))
     prompts = tuple(replace(g.group.prompt, answer="x" * n) for n, g in enumerate(BATCH))
     sampler = Scripted(script)
-    weigh = partial(group_advantages, baseline="group_mean", scale="std")
     parts = parts_of(
         learner,
         aggregation,
@@ -77,9 +77,8 @@ def learned(
         sampler=sampler,
         decoding=Decoding(MAX_NEW, 1.0, (1,)),
         judges={"test": Rewards()},
-        advantages=weigh,
-        keep=make_filter("advantage", 0.1),
-        filter_advantages=weigh,
+        advantages=partial(batch_advantages, baseline="group_mean", scale="std"),
+        filter=make_filter("advantage", 0.1),
     )
     plan = replace(plan_of(1, 4, aggregation), streaming=streaming, in_prompt_order=in_order)
     record = Events()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
 import torch
 
-from dash_exp.learning.advantages import keep_all
+from dash_exp.config.schema import BASELINES
+from dash_exp.learning.advantages import batch_advantages
+from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import Packer
 from dash_exp.learning.rounds import LocalLearner
@@ -58,8 +62,7 @@ def parts_of(learner: Learner | None, aggregation: str, max_tokens: int = 25, **
         "decoding": Decoding(MAX_NEW, 1.0, (1,)),
         "judges": {},
         "advantages": tuple,
-        "keep": keep_all,
-        "filter_advantages": tuple,
+        "filter": make_filter("none"),
         "demonstrations": None,
         "packer": Packer(max_tokens, aggregation, keep_for_kl=False),
         "learner": None if learner is None else LocalLearner(learner),
@@ -83,6 +86,7 @@ def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
         waves=None,
         streaming=False,
         in_prompt_order=True,
+        batch_wide=False,
         passes=passes,
         prompts_per_update=prompts_per_update,
         aggregation=aggregation,
@@ -267,17 +271,11 @@ def scored(rewards: list[float]) -> ScoredGroup:
 
 def test_a_filter_threshold_means_the_same_in_every_arm(tiny: Any) -> None:
     """One right among four: 1.5 and 0.5 standard deviations from the mean, however the arm scales."""
-    from functools import partial
-
-    from dash_exp.learning.advantages import group_advantages, keep_large
-
-    standard = partial(group_advantages, baseline="group_mean", scale="std")
-    for baseline in ("group_mean", "leave_one_out"):
-        for scale in ("std", "none"):
-            arm = partial(group_advantages, baseline=baseline, scale=scale)
-            made = compute_advantages(
-                parts_of(None, "constant", advantages=arm, keep=keep_large(0.6), filter_advantages=standard),
-                scored([1.0, 0.0, 0.0, 0.0]),
-            )
-            assert made.kept == (True, False, False, False), (baseline, scale)
-            assert made.advantages == arm([1.0, 0.0, 0.0, 0.0])
+    for baseline, scale in itertools.product(BASELINES, ("none", "batch_std")):
+        arm = partial(batch_advantages, baseline=baseline, scale=scale)
+        parts = parts_of(None, "constant", advantages=arm, filter=make_filter("advantage", 0.6))
+        (made,) = compute_advantages(
+            context(plan_of(1, 4, "constant"), parts), [scored([1.0, 0.0, 0.0, 0.0])]
+        )
+        assert made.kept == (True, False, False, False), (baseline, scale)
+        assert made.advantages == arm([[1.0, 0.0, 0.0, 0.0]])[0]

@@ -26,6 +26,7 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
         _declared,
         dataset_faults,
         _group,
+        _advantages,
         _sampling,
         _arm,
         _filter,
@@ -96,6 +97,18 @@ def _group(config: Config) -> Iterator[Fault]:
         yield Fault(key, f"got {size}, must be 1 with algorithm.source={source}", hint)
 
 
+def _advantages(config: Config) -> Iterator[Fault]:
+    arm, k, size = config.algorithm, config.algorithm.pass_k, config.algorithm.group_size
+    if arm.baseline == "best_of_others" and not 2 <= k <= size:
+        what = f"got {k}, must be at least 2 and at most algorithm.group_size={size}"
+        yield Fault("algorithm.pass_k", what, "for k = 1 use algorithm=rloo")
+    if arm.baseline == "batch_mean" and arm.scale in ("std", "mean"):
+        what = (
+            f"got {arm.scale!r} with algorithm.baseline=batch_mean: in a group of equal rewards it can be 0"
+        )
+        yield Fault("algorithm.scale", what, "set algorithm.scale=batch_std or none")
+
+
 def _sampling(config: Config) -> Iterator[Fault]:
     sampler, prompts = config.sampler, config.algorithm.prompts_per_step
     if config.algorithm.source != "sampler":
@@ -118,7 +131,7 @@ def _sampling(config: Config) -> Iterator[Fault]:
 def _arm(config: Config) -> Iterator[Fault]:
     arm, name, schedule = config.algorithm, config.filter.name, config.sampler.schedule
     if name in FILTERS and set(arm.filters) <= set(FILTERS) and name not in arm.filters:
-        defined = f"algorithm={arm.name}, which is defined with filter={' or '.join(arm.filters)}"
+        defined = f"algorithm={arm.name}, which is defined with filter={', '.join(arm.filters)}"
         hint = f"leave filter out, or choose an arm that is defined with filter={name}"
         yield Fault("filter", f"filter={name} contradicts {defined}", hint)
     if schedule != arm.schedule:
@@ -128,8 +141,11 @@ def _arm(config: Config) -> Iterator[Fault]:
 
 
 def _filter(config: Config) -> Iterator[Fault]:
-    size, threshold = config.algorithm.group_size, config.filter.threshold
-    if config.filter.name != "advantage" or size < 2:
+    size, threshold, name = config.algorithm.group_size, config.filter.threshold, config.filter.name
+    if name in ("top_k", "max_variance", "variance_top_p") and config.filter.share is None:
+        yield Fault("filter.share", f"is not set, but filter={name} keeps that share", "set it, e.g. to 0.5")
+    matched = name == "random" and config.filter.share is None
+    if not (name == "advantage" or matched) or size < 2:
         return
     largest = largest_deviation(size)
     if threshold >= largest:

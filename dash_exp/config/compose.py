@@ -45,7 +45,17 @@ OPEN_MAPPINGS = ("fields", "timeouts", "task_options")
 
 CELL_ID = re.compile(r"[0-9a-f]{8}")
 MATCH = "budget.match"
-ARM_ONLY = ("name", "source", "surrogate", "clip_low", "clip_high", "passes", "mini_batch", "filters")
+ARM_ONLY = (
+    "name",
+    "source",
+    "surrogate",
+    "clip_low",
+    "clip_high",
+    "passes",
+    "mini_batch",
+    "filters",
+    "pass_k",
+)
 """Keys that define an arm with several updates; its sizes, beta and the rest hold for its partner too."""
 PARTNER_HINT = "name a cell id, an arm (dash), or overrides (experiment=...)"
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-BASELINES = ("group_mean", "leave_one_out")
-SCALES = ("std", "none")
+BASELINES = ("group_mean", "leave_one_out", "batch_mean", "best_of_others")
+SCALES = ("std", "none", "batch_std", "mean")
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation before dividing by it."""
 SURROGATES = ("policy_gradient", "clipped")
@@ -30,7 +30,8 @@ SCHEDULES = ("preemptive", "per_microbatch")
 LR_SCHEDULES = ("linear", "constant")
 SOURCES = ("sampler", "solutions", "traces")
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
-FILTERS = ("none", "advantage", "zero_variance")
+FIRST_FILTERS = ("none", "advantage", "zero_variance")
+FILTERS = (*FIRST_FILTERS, "random", "positive", "top_k", "max_variance", "variance_top_p")
 KINDS = ("jsonl", "arithmetic", "digits", "functions", "reasoning_gym")
 TEMPLATES = ("bare", "problem_solution", "docstring", "few_shot", "answer_tag", "chat", "chat_boxed")
 VERIFIERS = ("math", "integer", "code", "reasoning_gym")
@@ -144,6 +145,7 @@ class AlgorithmConfig(Constant):
     source: str = choice(*SOURCES, meaning="completions: sampled, the dataset's (SFT-H), a teacher's (SFT-M)")
     baseline: str = choice(*BASELINES, meaning="what is subtracted from a reward")
     scale: str = choice(*SCALES, meaning="what the difference is divided by")
+    pass_k: int = number(RELATED, "k of `baseline: best_of_others`", 2)
     surrogate: str = choice(*SURROGATES, meaning="-A log pi, or PPO's clipped ratio")
     clip_low: float = number(INSIDE_UNIT, "the ratio is clipped at 1 - this")
     clip_high: float = number(INSIDE_UNIT, "the ratio is clipped at 1 + this")
@@ -188,6 +190,7 @@ class FilterConfig(Constant):
 
     name: str = choice(*FILTERS, meaning="the filter; an arm says which fit it")
     threshold: float = number(NATURAL, "keep |advantage| above this, in std of the group", example="0.1")
+    share: float | None = number(SHARE, "what is kept; of what, says `docs/arms.md`", None)
     kl: str = choice("drop", "keep", meaning="keep: dropped completions are forwarded for the KL term")
     denominator: str = choice("all", "kept", meaning="divide by all completions sampled, or by the kept ones")
 

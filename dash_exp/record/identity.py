@@ -21,6 +21,7 @@ import yaml
 
 from dash_exp.config.schema import (
     ACTIONS,
+    FIRST_FILTERS,
     Config,
     DatasetConfig,
     ModelConfig,
@@ -32,6 +33,14 @@ from dash_exp.errors import Fault, UserError
 
 FORMAT = 1
 """Raised when the meaning of a config changes, so that old records are not taken for new ones."""
+
+LATER: Mapping[str, object] = {
+    "learner.sharding": "none",
+    "verifier.sandbox": "auto",
+    "algorithm.pass_k": 2,
+    "filter.share": None,
+}
+"""Keys that came later, each with the value that stands for what was done before it and changes no id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +78,11 @@ def described(config: Config, cache: Path | None) -> tuple[dict[str, Any], dict[
 def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
     """The cell of what `described` said."""
     hashed = {k: v for k, v in identity.items() if k != "hardware" or v is not None}
-    # a key that came later changes no id where it stands for what was done before it
-    for group, key, before in (("learner", "sharding", "none"), ("verifier", "sandbox", "auto")):
+    for place, before in LATER.items():
+        group, _, key = place.partition(".")
         hashed[group] = {k: v for k, v in hashed[group].items() if (k, v) != (key, before)}
+    fit = [name for name in hashed["algorithm"]["filters"] if name in FIRST_FILTERS]
+    hashed["algorithm"] = {**hashed["algorithm"], "filters": fit}  # the others came later
     if hashed["algorithm"]["source"] != "traces":  # who reads none is the same cell before they are made
         hashed["dataset"] = {**hashed["dataset"], "traces": None}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()

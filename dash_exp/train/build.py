@@ -18,7 +18,8 @@ import torch
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import EvalSet
-from dash_exp.learning.advantages import group_advantages, make_filter
+from dash_exp.learning.advantages import batch_advantages
+from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import device_of, load_learner
 from dash_exp.learning.packing import Packer
 from dash_exp.learning.rounds import LocalLearner, RoundLearner
@@ -30,7 +31,7 @@ from dash_exp.sampling.protocol import EngineSettings, Sampler
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.sources import load_examples, read_traces
 from dash_exp.train.build_tasks import Task, build_task, log_prompts, tokenize
-from dash_exp.train.parts import Parts, Plan, Policy, overlapped
+from dash_exp.train.parts import Parts, Plan, Policy, is_batch_wide, overlapped
 from dash_exp.verifiers.judges import Judges
 
 if TYPE_CHECKING:
@@ -106,9 +107,8 @@ def build(
         sampler=sampler,
         decoding=task.decoding,
         judges=task.judges,
-        advantages=partial(group_advantages, baseline=a.baseline, scale=a.scale),
-        keep=make_filter(f.name, f.threshold),
-        filter_advantages=partial(group_advantages, baseline="group_mean", scale="std"),
+        advantages=partial(batch_advantages, baseline=a.baseline, scale=a.scale, pass_k=a.pass_k),
+        filter=make_filter(f.name, f.threshold, f.share),
         demonstrations=shown.completions if shown else None,
         packer=Packer(config.learner.micro_batch_tokens, a.aggregation, keep_for_kl),
         learner=learner,
@@ -133,6 +133,7 @@ def make_plan(config: Config, prompts: int) -> Plan:
         waves=s.waves if overlapped(config) else None,
         streaming=s.streaming and not s.colocated,
         in_prompt_order=config.learner.deterministic,
+        batch_wide=is_batch_wide(config),
         passes=a.passes,
         prompts_per_update=(a.mini_batch or a.prompts_per_step * a.group_size) // a.group_size,
         aggregation=a.aggregation,

@@ -24,6 +24,7 @@ from dash_exp.learning.settings import UpdateStats
 from dash_exp.record.folder import Recorder, timed_event
 from dash_exp.record.ledger import Budget, Ledger
 from dash_exp.record.metrics import BatchFacts, sample_rows, step_row
+from dash_exp.seeding import seed_for
 from dash_exp.tasks.prompts import batch, requests
 from dash_exp.train.parts import Ending, Hooks, Parts, Plan
 from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Request, Score, ScoredGroup
@@ -82,7 +83,7 @@ def train_step(ctx: StepContext) -> BatchFacts:
 
     An arm with one update per batch backpropagates a round of micro-batches as soon as it is full, while
     other groups are still being sampled: gradients add up, and weights change in `update` only, so the step
-    stays on-policy. An arm with several updates needs the complete batch first.
+    stays on-policy. An arm with several updates, or one that compares groups, needs the complete batch first.
     """
     plan, parts = ctx.plan, ctx.parts
     prompts = batch(parts.prompts, plan.seed, ctx.step, plan.prompts_per_step)
@@ -91,8 +92,9 @@ def train_step(ctx: StepContext) -> BatchFacts:
     rounds = Rounds(parts.packer, parts.learner.width)
     one_update = plan.updates_per_batch == 1
 
-    for first in range(0, len(pending), plan.prompts_per_call):
-        for group in advantaged_groups(ctx, pending[first : first + plan.prompts_per_call]):
+    size = plan.prompts_per_call
+    for arriving in arrivals(ctx, [pending[i : i + size] for i in range(0, len(pending), size)]):
+        for group in arriving:
             if group is not None:
                 groups.append(group)
             if (
@@ -119,17 +121,29 @@ def train_step(ctx: StepContext) -> BatchFacts:
 # --- groups: sample, judge, compute advantages, filter ---
 
 
-def advantaged_groups(ctx: StepContext, call: Sequence[Request]) -> Iterator[AdvantagedGroup | None]:
-    """The groups of these requests as they finish, or in prompt order where the plan asks for it; all at the
-    end without streaming. None: no group has finished yet. A supervised arm looks its completions up."""
-    plan, parts = ctx.plan, ctx.parts
-    if parts.demonstrations is not None:
-        return (demonstrated(request, parts.demonstrations) for request in call)
-    scored: Iterator[ScoredGroup | None] = judge(ctx, sample(ctx, call))
-    if plan.in_prompt_order:
-        scored = in_prompt_order(scored, call[0].position)
-    groups = (None if group is None else compute_advantages(parts, group) for group in scored)
-    return groups if plan.streaming else iter([group for group in groups if group is not None])
+def arrivals(
+    ctx: StepContext, calls: Sequence[Sequence[Request]]
+) -> Iterator[Iterator[AdvantagedGroup | None]]:
+    """The groups of each call as they finish, or in prompt order where the plan asks for it; at the end of
+    the call without streaming, of all calls where the plan is `batch_wide`. None: no group has finished yet.
+    A supervised arm looks its completions up."""
+    plan, shown = ctx.plan, ctx.parts.demonstrations
+    if shown is not None:
+        yield from ((demonstrated(request, shown) for request in call) for call in calls)
+    elif plan.batch_wide:
+        batch = [group for call in calls for group in scored_groups(ctx, call) if group is not None]
+        yield iter(compute_advantages(ctx, sorted(batch, key=lambda scored: scored.group.position)))
+    else:
+        for call in calls:
+            scored = scored_groups(ctx, call)
+            groups = (None if one is None else compute_advantages(ctx, [one])[0] for one in scored)
+            yield groups if plan.streaming else iter([group for group in groups if group is not None])
+
+
+def scored_groups(ctx: StepContext, call: Sequence[Request]) -> Iterator[ScoredGroup | None]:
+    """The judged groups of these requests as they finish, or in prompt order."""
+    scored = judge(ctx, sample(ctx, call))
+    return in_prompt_order(scored, call[0].position) if ctx.plan.in_prompt_order else scored
 
 
 def sample(ctx: StepContext, call: Sequence[Request]) -> Iterator[Group | None]:
@@ -216,10 +230,12 @@ def in_prompt_order(groups: Iterator[ScoredGroup | None], first: int) -> Iterato
     assert not held, f"groups {sorted(held)} came without an earlier one"
 
 
-def compute_advantages(parts: Parts, scored: ScoredGroup) -> AdvantagedGroup:
-    """Advantages, computed once, then the filter."""
-    rewards = [s.value for s in scored.scores]
-    return AdvantagedGroup(scored, parts.advantages(rewards), parts.keep(parts.filter_advantages(rewards)))
+def compute_advantages(ctx: StepContext, batch: Sequence[ScoredGroup]) -> list[AdvantagedGroup]:
+    """Advantages, computed once, then the filter, which looks at the verdicts in any arm."""
+    parts, first = ctx.parts, batch[0].group.position
+    rewards = [[score.value for score in one.scores] for one in batch]
+    kept = parts.filter.keep(rewards, seed_for(ctx.plan.seed, "filter", ctx.step, first))
+    return list(map(AdvantagedGroup, batch, parts.advantages(rewards), kept))
 
 
 def demonstrated(request: Request, demonstrations: Mapping[str, Completion]) -> AdvantagedGroup:

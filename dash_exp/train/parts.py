@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from dash_exp.config.schema import Config
-from dash_exp.learning.advantages import Filter
+from dash_exp.learning.advantages import compares_batch
+from dash_exp.learning.filters import Filter, make_filter
 from dash_exp.learning.packing import Packer
 from dash_exp.learning.rounds import RoundLearner
 from dash_exp.record.folder import Row
@@ -25,8 +26,9 @@ class Plan:
     """What a run does, as plain numbers. `prompts_per_call`: prompts sampled at a time (all of the
     step's in the preemptive schedule). `waves`: parts in which they are requested from `servers`, so that
     groups finish one after the other and a learner beside the sampler can begin (None: nothing is beside it).
-    `prompts_per_update`: a mini-batch, or the complete batch. `pause_after`: the step at which this attempt
-    ends early, to be resumed."""
+    `batch_wide`: advantages or filter compare the groups of a batch, so the first gradient waits for the last
+    group. `prompts_per_update`: a mini-batch, or the complete batch. `pause_after`: the step at which this
+    attempt ends early, to be resumed."""
 
     seed: int
     steps: int
@@ -37,6 +39,7 @@ class Plan:
     waves: int | None
     streaming: bool
     in_prompt_order: bool
+    batch_wide: bool
     passes: int
     prompts_per_update: int
     aggregation: str
@@ -60,18 +63,17 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Parts:
     """The concrete components of a run, chosen in train/build.py. `judges`: by the name of a prompt's task.
-    `filter_advantages`: what the filter looks at, in one unit for all arms. `demonstrations`: in a
-    supervised arm the completion of each prompt, by its id."""
+    `advantages`: from the rewards of groups to those of each. `demonstrations`: in a supervised arm the
+    completion of each prompt, by its id."""
 
     prompts: PromptSet
     sampler: Sampler
     decoding: Decoding
     judges: Mapping[str, Judge]
-    advantages: Callable[[Sequence[float]], tuple[float, ...]]
-    keep: Filter
+    advantages: Callable[[Sequence[Sequence[float]]], Sequence[tuple[float, ...]]]
+    filter: Filter
     packer: Packer
     learner: RoundLearner
-    filter_advantages: Callable[[Sequence[float]], tuple[float, ...]]
     demonstrations: Mapping[str, Completion] | None
 
 
@@ -116,8 +118,15 @@ class Policy:
 
 
 def overlapped(config: Config) -> bool:
-    """Whether the learner works while groups are still being sampled: one-update arms with servers on
-    devices of their own."""
+    """Whether the learner works while groups are still being sampled: one-update arms that compare no groups,
+    with servers on devices of their own."""
     a, s = config.algorithm, config.sampler
     one_update = a.passes == 1 and a.mini_batch is None and a.source == "sampler"
-    return s.name == "vllm_servers" and s.streaming and not s.colocated and one_update
+    early = one_update and not is_batch_wide(config)
+    return s.name == "vllm_servers" and s.streaming and not s.colocated and early
+
+
+def is_batch_wide(config: Config) -> bool:
+    """Whether advantages or filter compare the groups of a batch."""
+    a, f = config.algorithm, config.filter
+    return compares_batch(a.baseline, a.scale) or make_filter(f.name, f.threshold, f.share).batch_wide

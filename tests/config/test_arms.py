@@ -37,6 +37,13 @@ AXES = [
     (["sampler.streaming=false", "algorithm.aggregation=token_mean"], 1, True),
     (["algorithm.aggregation=sequence_mean", "algorithm.scale=none"], 1, True),
     (["learner.lora.rank=2", "algorithm=ppo_multi"], 3, True),
+    (["algorithm=maxrl"], 1, False),
+    (["algorithm=gpg"], 1, False),
+    (["algorithm=pass_at_k", "filter=random", "filter.share=0.5"], 1, False),
+    (["filter=positive", "algorithm=no_kl"], 1, False),
+    (["filter=max_variance", "algorithm=rloo"], 1, False),
+    (["filter=variance_top_p", "algorithm=ppo_mini", "algorithm.mini_batch=32"], 2, True),
+    (["filter=top_k", "algorithm.baseline=group_mean", "algorithm.scale=batch_std"], 1, True),
 ]
 """Pairs of independent settings."""
 
@@ -51,6 +58,8 @@ AXES = [
         (["algorithm=grpo", "sampler.prompts_per_call=2"], 1, True),
         (["algorithm=rloo"], 1, False),
         (["algorithm=dr_grpo"], 1, False),
+        (["algorithm=reinforce_pp", "filter=top_k"], 1, False),
+        (["filter=random"], 1, True),
         (["algorithm=ppo_multi"], 3, True),
         (["algorithm=ppo_mini", "algorithm.mini_batch=32"], 2, True),
         (["algorithm=ppo_mini", "algorithm.mini_batch=32", "algorithm.passes=2"], 4, True),

@@ -18,7 +18,7 @@ import yaml
 
 from dash_exp.__main__ import main
 from dash_exp.config.compose import compose
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import FILTERS, Config
 from dash_exp.errors import Fault, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +106,7 @@ def test_help_names_the_commands_the_groups_and_the_common_keys(shell: Shell) ->
     for part in (
         "dash_exp trains a small language model",
         "python -m dash_exp -m key=a,b",
-        "algorithm: dash, dr_grpo, grpo, no_gf, no_kl, pg, ppo_mini, ppo_multi, rloo, sft_h, sft_m",
+        "algorithm: dash, dr_grpo, gpg, grpo, maxrl, no_gf, no_kl, pass_at_k, pg, ppo_mini, ppo_multi, ",
         "model: llama8b, qwen0.5b, qwen1.5b, qwen3b, qwen7b_instruct, smollm2_135m, tiny",
         "sampler: hf, vllm",
         "run.force=true",
@@ -116,7 +116,14 @@ def test_help_names_the_commands_the_groups_and_the_common_keys(shell: Shell) ->
         "filter.threshold=0.1",
     ):
         assert part in done.stdout
-    groups = ("dataset:", "evaluation:", "experiment", "algorithm:", "model:")  # Hydra's lists of options
+    groups = (
+        "dataset:",
+        "evaluation:",
+        "experiment",
+        "algorithm:",
+        "model:",
+        "filter:",
+    )  # Hydra's lists of options
     assert max(len(line) for line in done.stdout.splitlines() if not line.startswith(groups)) <= 80
 
 
@@ -140,7 +147,7 @@ def test_tab_completion_knows_options_and_keys(shell: Shell) -> None:
     def completed(line: str) -> list[str]:
         return shell("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))).stdout.split()
 
-    assert completed("dash-exp filter=") == ["filter=advantage", "filter=none", "filter=zero_variance"]
+    assert completed("dash-exp filter=") == [f"filter={name}" for name in sorted(FILTERS)]
     assert completed("dash-exp algorithm.ste") == ["algorithm.steps="]
 
 
@@ -156,7 +163,7 @@ def test_wrong_input_gives_one_message_with_every_fault_and_exit_code_2(shell: S
         "  checkpoint.evry: unknown key\n"
         "    did you mean 'checkpoint.every'? (in checkpoint: every, keep)\n"
         "  filter: unknown option 'nonee'\n"
-        "    did you mean 'none'? (allowed: advantage, none, zero_variance)\n"
+        f"    did you mean 'none'? (allowed: {', '.join(sorted(FILTERS))})\n"
         "  algorithm.group_size: got 1, must be at least 2\n"
         "    an advantage compares a completion with the others of its prompt; with a single one it is 0\n"
     )

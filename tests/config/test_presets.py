@@ -48,6 +48,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "ppo_mini": {"surrogate": "clipped", "mini_batch": 8},
     "rloo": {"filter": "none", "baseline": "leave_one_out", "scale": "none", "beta": 0.0},
     "dr_grpo": {"filter": "none", "scale": "none", "surrogate": "clipped", "beta": 0.0},
+    "reinforce_pp": {
+        "filter": "none",
+        "baseline": "batch_mean",
+        "scale": "batch_std",
+        "surrogate": "clipped",
+        "beta": 0.0,
+    },
+    "maxrl": {"filter": "none", "scale": "mean", "beta": 0.0},
+    "pass_at_k": {"filter": "none", "baseline": "best_of_others", "scale": "none", "beta": 0.0},
+    "gpg": {"filter": "zero_variance", "scale": "none", "beta": 0.0, "aggregation": "token_mean"},
     "sft_h": {"filter": "none", "source": "solutions", "beta": 0.0, "aggregation": "token_mean"},
     "sft_m": {"filter": "none", "source": "traces", "beta": 0.0, "aggregation": "token_mean"},
 }

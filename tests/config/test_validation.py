@@ -13,7 +13,8 @@ from dash_exp.config import checks
 from dash_exp.config.checks import check, largest_deviation
 from dash_exp.config.schema import FILTERS, TEMPLATES, Config, changed, declared
 from dash_exp.errors import Fault
-from dash_exp.learning.advantages import group_advantages, make_filter
+from dash_exp.learning.advantages import group_advantages
+from dash_exp.learning.filters import make_filter
 
 pytest_plugins = ["tests.config.config_fixtures"]
 
@@ -25,8 +26,8 @@ def test_the_base_has_no_faults(config: Config) -> None:
 # --- names and ranges ------------------------------------------------------------------------
 
 NAMES = {
-    "algorithm.baseline": "group_mean, leave_one_out",
-    "algorithm.scale": "none, std",
+    "algorithm.baseline": "batch_mean, best_of_others, group_mean, leave_one_out",
+    "algorithm.scale": "batch_std, mean, none, std",
     "algorithm.surrogate": "clipped, policy_gradient",
     "algorithm.kl": "k2, k3",
     "algorithm.aggregation": "constant, sequence_mean, token_mean",
@@ -134,7 +135,7 @@ def test_the_ends_of_a_range_that_belong_to_it(config: Config, key: str, value: 
 
 def test_filter_names_are_those_that_can_be_made() -> None:
     for name in FILTERS:
-        assert len(make_filter(name, 0.1)([0.0, 1.0])) == 2
+        assert len(make_filter(name, 0.1).keep([[0.0, 1.0]], 0)[0]) == 2
 
 
 # --- across fields ---------------------------------------------------------------------------
