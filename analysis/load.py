@@ -178,6 +178,10 @@ def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any], lis
     machines = {_machine(a.get("hardware", {})) for a in provenance.get("attempts", [])}
     if len(machines) > 1:
         problems.append(Problem(folder.name, f"ran on different hardware: {'; '.join(sorted(machines))}"))
+    judges = [str(version) for version in provenance.get("verifiers") or ()]
+    if open_to_reading := [v for v in judges if "limits" in v.split("+") and "landlock" not in v.split("+")]:
+        what = f"its programs could read the dataset's file: judged by {', '.join(open_to_reading)}"
+        problems.append(Problem(folder.name, what))
     row = {
         "cell": folder.name,
         "id": folder.name.rpartition("-")[2],
@@ -192,6 +196,7 @@ def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any], lis
         "step": int(status.get("step", 0)),
         "steps": algorithm.get("steps"),
         "hardware": " / ".join(sorted(machines)) or None,
+        "judges": ", ".join(judges),
         "commit": provenance.get("commit"),
         "code_hash": provenance.get("code_hash"),
         "requeues": provenance.get("requeues", 0),

@@ -138,8 +138,8 @@ def _problems(problems: Sequence[Problem]) -> str:
 
 
 def _cells(records: Records) -> str:
-    titles = ("cell", "seed", "state", "steps", "hardware", "commit", "requeues")
-    columns = ("seed", "state", "step", "hardware", "commit", "requeues")
+    titles = ("cell", "seed", "state", "steps", "hardware", "judges", "commit", "requeues")
+    columns = ("seed", "state", "step", "hardware", "judges", "commit", "requeues")
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     rows = "".join(
         f"<tr><td>{escape(str(name))}</td>"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dash_exp.config.schema import DatasetConfig
-from dash_exp.judge import main, reference
+from dash_exp.judge import main, names_of, reference
 from dash_exp.tasks.examples import Example
 from tests.conftest import REPOSITORY
 
@@ -122,6 +122,28 @@ def test_completions_are_judged_and_the_exceptions_named(data: Path, tmp_path: P
     assert "  2+1: wrong, found 4, expected 3" in lines
     assert "  3+1: no_answer, no integer in the text" in lines
     assert f"  {'correct':<16} {3:>8} {0.6:>8.3f}" in lines
+
+
+@pytest.mark.parametrize(
+    ("prefix", "given", "known"),
+    [
+        ("humaneval-", "humaneval-7", "humaneval-7"),
+        ("humaneval-", "HumanEval/7", "humaneval-7"),
+        ("humaneval-", "humanevalplus-7", "humaneval-7"),
+        ("humaneval-", "HumanEval_7", "humaneval-7"),
+        ("humaneval-", "7", "humaneval-7"),
+        ("mbppplus-", "Mbpp/7", "mbppplus-7"),
+        ("mbpp-", "MBPP/7", "mbpp-7"),
+        ("humaneval-", "gsm8k-7", None),
+        ("humaneval-", "humaneval", None),
+        ("", "a-7", "a-7"),
+        ("", "b-7", None),
+    ],
+)
+def test_ids_as_the_source_writes_them(prefix: str, given: str, known: str | None) -> None:
+    assert (known or "nothing") in (*names_of(given, [prefix]), "nothing")
+    if known is None:
+        assert f"{prefix}7" not in names_of(given, [prefix])
 
 
 def test_at_most_twenty_exceptions_are_listed(data: Path, tmp_path: Path) -> None:

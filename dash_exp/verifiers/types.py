@@ -75,9 +75,9 @@ class GymGold(_Gold):
 
 
 def wall_limit(cpu_s: float) -> float:
-    """The seconds after which programs that wait, or a busy machine, are given up, where `cpu_s` of processor
-    time are allowed."""
-    return 3 * cpu_s
+    """Seconds after which a verdict that may take `cpu_s` of processor time is given up: the machine leaves
+    it less than a tenth of a processor."""
+    return 10 * cpu_s
 
 
 def score(outcome: Outcome, detail: str = "") -> Score:

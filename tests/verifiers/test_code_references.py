@@ -51,6 +51,34 @@ def test_all_reference_programs(verifier: PooledJudge, rows: Rows, name: str) ->
     judge(verifier, rows(name), name)
 
 
+BEHIND = (
+    "\n\ndef other(x, y",
+    '\n\ndef other(x):\n    """ It is\n',
+    '\n"""\nIt\'s done.\n"""\n',
+    "\n```\n",
+    "\n```\n\nIt's (really simple.\n",
+    "\n\nThis function works as it's (see above.\n",
+    "\n\nprint({0}(input()))\nassert {0}(1, 2, 3, 4, 5, 6, 7) == 8\n",
+    "\n```\nUsage:\n```python\nprint({0}(3))\n```\n",
+)
+
+
+@pytest.mark.parametrize("name", ["humaneval_test.jsonl", "mbpp_sanitized.jsonl"])
+def test_references_followed_by_something(verifier: PooledJudge, rows: Rows, name: str) -> None:
+    """Each with one of the endings, and also in a block before a block that uses it."""
+    judged = {}
+    for number, row in enumerate([row for row in rows(name) if row["id"] not in SLOW][:60]):
+        behind, entry = BEHIND[number % len(BEHIND)], row["entry_point"]
+        header = name.startswith("humaneval")
+        gold = CodeGold(row["tests"], entry, row["prompt"] if header else "").to_text()
+        text = row["canonical_solution"].rstrip("\n") + "\n"
+        judged[row["id"], behind] = verifier.submit(text + behind.format(entry), gold)
+        block = f"```python\n{row['prompt'] if header else ''}{text}```\nTry it:\n```python\n{entry}(3)\n```"
+        judged[row["id"], "a block"] = verifier.submit(block, gold)
+    wrong = {key: one.result(600) for key, one in judged.items() if one.result(600).outcome != "correct"}
+    assert wrong == {}
+
+
 def test_a_complete_function_after_its_header(verifier: PooledJudge, rows: Rows) -> None:
     """Chat models repeat the header: imports and helpers of the prompt still stand above it."""
     for row in rows("humaneval_test.jsonl")[:40]:

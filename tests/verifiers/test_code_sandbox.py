@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -15,6 +16,8 @@ import pytest
 from code_fixtures import skip_without
 
 import dash_exp
+from dash_exp.config.checks import check
+from dash_exp.config.compose import compose
 from dash_exp.verifiers.code import sandbox
 from dash_exp.verifiers.code.confine import filter_supported
 from dash_exp.verifiers.code.sandbox import Confinement, confinement, spare_uid
@@ -49,6 +52,34 @@ def test_a_bubblewrap_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None
     found = confinement()
     assert found.kind == "limits"
     assert "forbidden here: no new namespaces" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("sandbox_of", "more", "faults"),
+    [
+        ("bwrap", (), []),
+        ("limits+landlock", (), []),
+        ("limits", (), ["algorithm"]),
+        ("limits", ("verifier.sandbox=limits",), []),
+        ("limits", ("algorithm=sft_h",), []),
+        ("limits", ("dataset=arithmetic",), []),
+        ("limits+landlock", ("verifier.sandbox=bwrap",), ["verifier.sandbox"]),
+        ("limits", ("verifier.sandbox=none",), ["verifier.sandbox"]),
+    ],
+)
+def test_programs_that_can_read_the_data_are_not_rewarded(
+    monkeypatch: pytest.MonkeyPatch, sandbox_of: str, more: tuple[str, ...], faults: list[str]
+) -> None:
+    absent = sandbox_of != "bwrap"
+    monkeypatch.setattr(
+        sandbox, "_probe", lambda: ((), "it is not installed") if absent else (("bwrap",), "")
+    )
+    monkeypatch.setattr(sandbox, "landlock_supported", lambda: "landlock" in sandbox_of)
+    config = compose(["dataset=functions", "model=tiny", *more])
+    if "none" not in config.verifier.sandbox:
+        with contextlib.suppress(RuntimeError):
+            assert confinement(config.verifier.sandbox).name == sandbox_of
+    assert [fault.where for fault in check(config)] == faults
 
 
 def test_a_processor_without_a_filter_gets_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

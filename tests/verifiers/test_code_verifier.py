@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Iterator
 
@@ -12,7 +13,8 @@ import pytest
 from code_fixtures import BEST_AND_LIMITS, CONFINEMENTS, descendants, verifier_in
 
 from dash_exp.types import Score
-from dash_exp.verifiers.judges import PooledJudge, Wanted
+from dash_exp.verifiers.code import host
+from dash_exp.verifiers.judges import PooledJudge, Wanted, code_judge
 from dash_exp.verifiers.types import CodeGold, Judge
 
 GENEROUS_S = 60.0
@@ -337,6 +339,36 @@ def test_what_tests_cannot_pass_is_their_fault(verifier: PooledJudge, tests: str
     assert f"the tests pass a {kind}, which cannot cross to the program" in got.detail
 
 
+CLASSES = (
+    "import abc, enum\nfrom collections import namedtuple\nfrom typing import Generic, TypeVar\nclass P: pass\n"
+    "class A(abc.ABC): pass\nclass E(enum.Enum): B = 1\nN = namedtuple('N', 'a')\nT = TypeVar('T')\n"
+    "class G(Generic[T]): pass\nclass X(ValueError): pass\ndef f(x): return x"
+)
+
+
+@pytest.mark.parametrize(
+    ("tests", "outcome"),
+    [
+        ("class Q(P): pass\nQ()", "verifier_error"),
+        ("class Q(A):\n    def g(s): return 1\nassert Q().g() == 1", "verifier_error"),
+        ("class Q(N): pass", "verifier_error"),
+        ("class Q(G[int]): pass", "verifier_error"),
+        ("class Q(int, E): pass", "verifier_error"),
+        ("import unittest\nclass Q(P, unittest.TestCase): pass", "verifier_error"),
+        ("try:\n    class Q(P): pass\nexcept TypeError: pass", "verifier_error"),
+        ("type('Q', (P,), {})", "verifier_error"),
+        ("import types\ntypes.new_class('Q', (P,))", "verifier_error"),
+        ("class Q(X): pass\ntry: raise Q('a')\nexcept X as e: assert str(e) == 'a'", "correct"),
+        ("class Q(f(1)): pass", "wrong"),
+        ("class Q(Absent): pass", "wrong"),
+    ],
+)
+def test_tests_that_derive_a_class(verifier: PooledJudge, tests: str, outcome: str) -> None:
+    got = verdict(verifier, CLASSES, tests)
+    assert got.outcome == outcome, got
+    assert ("derive a class from one of the program" in got.detail) == (outcome == "verifier_error")
+
+
 SAYS_NOTHING = (
     "import os\nclass A:\n    __hash__ = lambda s: 2\n    def __repr__(s): 1 / 0\ndef f(x): return A()"
 )
@@ -441,6 +473,17 @@ def test_what_a_program_cannot_change(verifier: PooledJudge, program: str, tests
     assert verdict(verifier, program, tests, prefix=HEADER).outcome == outcome
 
 
+def test_the_papers_rule_takes_the_last_block_as_it_is() -> None:
+    used = "```python\ndef f(x): return x\n```\n```python\nprint(f(3))\n```"
+    for extraction, outcome in (("program", "correct"), ("last_block", "wrong")):
+        shared = code_judge(1, 10.0, 1024, "auto", extraction)
+        assert verdict(shared, used, "assert f(1) == 1").outcome == outcome
+        assert verdict(shared, "def f(x): return x", "assert f(1) == 1").outcome == "correct"
+        assert verdict(shared, "    return x", "assert f(1) == 1", prefix=HEADER).outcome == "correct"
+        assert extraction in shared.version
+        shared.close()
+
+
 def test_a_request_of_many_kilobytes(verifier: PooledJudge) -> None:
     table = {i: str(i) * 20 for i in range(20_000)}
     program = f"TABLE = {table!r}\ndef f(x): return TABLE"
@@ -457,6 +500,28 @@ def test_a_task_may_have_more_time_than_the_verifier(kind: Wanted) -> None:
         assert slow.outcome == "correct"
         late = verdict(short, "while True: pass", "f(1)", timeout_s=0.7)
         assert "no verdict within 0.7 s" in late.detail
+
+
+@pytest.mark.parametrize(
+    ("share", "says", "least_s"),
+    [
+        (0.0, "no verdict within 0.1 s", 0.1),  # it waits
+        (0.5, "no verdict within 0.1 s of processor time", 0.2),  # the machine is busy
+        (0.15, "no verdict within 0.1 s of processor time", 0.6),
+        (2.0, "no verdict within 0.1 s of processor time", 0.05),
+    ],
+)
+def test_the_limit_is_processor_time(
+    monkeypatch: pytest.MonkeyPatch, share: float, says: str, least_s: float
+) -> None:
+    """Of a verdict that never comes, whose processes get this share of a processor."""
+    start = time.monotonic()
+    monkeypatch.setattr(host, "_cpu_seconds", lambda pid: share / 2 * (time.monotonic() - start))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        found = host._watch(host.Child(1, ours), host.Child(2, theirs), 0.1)
+    assert found == Score(0.0, "timeout", says)
+    assert time.monotonic() - start >= least_s
 
 
 def test_the_timer_starts_with_the_work() -> None:

@@ -61,7 +61,7 @@ _CHANNEL = 64
 _MAX_DETAIL_CHARS = 320
 """So that the line of a verdict fits what a pipe takes at once: an examiner may be killed while it writes."""
 _WAITING = 0.1
-"""Share of its limit of processor time below which a program, after as much time, waits for something."""
+"""Share of its limit of processor time below which a program, after that time, waits for something."""
 _LOOK_S = 0.02
 """Seconds between two looks at the time that a verdict has taken, at least."""
 
