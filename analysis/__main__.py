@@ -8,16 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dash_exp.errors import UserError
+from dash_exp.errors import UserError, print_error
+from dash_exp.text import printable
 
 from . import COMMAND
 
-COMPLETE, LEFT_OUT, USER_ERROR = 0, 1, 2
+MADE, INCOMPLETE, USER_ERROR = 0, 1, 2
 SHOWN = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 complete; 1 something is missing, or --check found a difference; 2 a user error."""
+    """Exit codes: 0 the report was made; 1 with --strict: something is missing or odd, with --check: a table
+    does not follow from the data; 2 a user error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["live"]:
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return watch(words[1:])
         return build(make_parser().parse_args(words))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print_error(str(error))
         return USER_ERROR
 
 
@@ -50,6 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="write nothing: do the tables in --out still follow from the data?",
     )
     parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 if anything is missing or odd; the report is made"
+    )
+    parser.add_argument(
         "--metric",
         action="append",
         default=[],
@@ -68,7 +73,7 @@ def build(options: argparse.Namespace) -> int:
     if options.check:
         wrong = differences(report, options.out)
         print("\n".join(wrong) or f"{options.out}: every table follows from the data")
-        return LEFT_OUT if wrong else COMPLETE
+        return INCOMPLETE if wrong else MADE
     write(report, options.out)
     figures = sum(name.endswith(".png") for name in report.files)
     print(f"{len(records.cells)} cells -> {len(report.tables)} tables, {figures} figures")
@@ -78,11 +83,11 @@ def build(options: argparse.Namespace) -> int:
     if report.findings:
         print("claims: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
     for problem in report.problems[:SHOWN]:
-        print(f"  {problem.where}: {problem.what}")
+        print(f"  {printable(problem.where)}: {printable(problem.what)}")
     if len(report.problems) > SHOWN:
         print(f"  and {len(report.problems) - SHOWN} more, listed in the report")
     print(f"page: {options.out / 'report.html'}")
-    return LEFT_OUT if report.problems else COMPLETE
+    return INCOMPLETE if options.strict and report.problems else MADE
 
 
 if __name__ == "__main__":

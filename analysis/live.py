@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from dash_exp.text import printable
+
 from . import COMMAND, quantities
 from .load import Records, load
 from .variants import Variant, variants
@@ -67,7 +69,8 @@ def picture(records: Records, width: int) -> RenderableType:
     room = max(8, width - 62)
     for variant in found:
         for seed, cell in zip(variant.seeds, variant.cells, strict=True):
-            table.add_row(*_row(records, variant, seed, cell), spark(curves[cell], room, low, high))
+            texts = _row(records, variant, seed, cell)
+            table.add_row(*(Text(printable(text)) for text in texts), spark(curves[cell], room, low, high))
     scale = Text(f"{CURVE}, from {low:.2f} to {high:.2f}", style="dim")
     return Group(head, table, scale)
 

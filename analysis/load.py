@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,35 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.json
-import yaml
 
 from dash_exp.errors import Fault, UserError
-from dash_exp.record.folder import Row, read_json, read_rows, write_json
+from dash_exp.record.folder import read_json, write_json
+from dash_exp.record.reading import (
+    NAME,
+    TEXT,
+    WAITING,
+    Row,
+    Schema,
+    Unreadable,
+    list_of,
+    parse_rows,
+    read_bytes,
+    read_config,
+    read_record,
+    record_of,
+    summary,
+    unusable,
+)
 
 TABLES = ("steps", "evals")
 VERSION = 1
 """Of what a cache holds."""
 
 REWARD = "reward/mean"
+CELLS_OF = Schema(
+    {"cells": list_of(record_of({"folder": NAME}))}, {"name": TEXT, "waiting": list_of(WAITING)}
+)
+"""What is read of a sweep's manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +79,9 @@ def find_cells(places: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]]
     problems: list[Problem] = []
     faults: list[Fault] = []
     for place in places:
+        before = len(problems)
         found = list(_cells_of(place, sweeps, problems))
-        if not found:
+        if not found and len(problems) == before:
             what = "holds no cells" if place.is_dir() else "is not a folder"
             faults.append(
                 Fault(str(place), what, "name a sweep's folder (outputs/sweeps/<name>), a cell, or outputs")
@@ -76,19 +96,22 @@ def find_cells(places: Sequence[Path]) -> tuple[list[Path], dict[str, list[str]]
                         "equal ids with different content cannot be told apart",
                     )
                 )
-    if faults:
-        raise UserError(faults, "nothing was made")
+    if faults or not folders:
+        raise UserError([*faults, *(Fault(one.where, one.what) for one in problems)], "nothing was made")
     return [folders[name] for name in sorted(folders)], sweeps, problems
 
 
 def _cells_of(place: Path, sweeps: dict[str, list[str]], problems: list[Problem]) -> Iterator[Path]:
-    if (place / "config.yaml").is_file():
+    if os.path.lexists(place / "config.yaml"):
         yield place
-    elif (place / "manifest.json").is_file():
-        manifest = read_json(place / "manifest.json")
+    elif os.path.lexists(place / "manifest.json"):
+        read = read_record(place / "manifest.json", CELLS_OF)
+        manifest = read.value
+        if read.damage:
+            problems.append(Problem(str(place), f"is damaged: {summary(read.damage)}"))
         for row in manifest.get("cells", ()):
             folder = place.parent.parent / "cells" / row["folder"]
-            if not (folder / "config.yaml").is_file():
+            if not os.path.lexists(folder / "config.yaml"):
                 problems.append(Problem(row["folder"], f"named by the sweep {place.name}, but not there"))
                 continue
             sweeps.setdefault(folder.name, []).append(str(manifest.get("name", place.name)))
@@ -99,11 +122,12 @@ def _cells_of(place: Path, sweeps: dict[str, list[str]], problems: list[Problem]
         ]
     elif place.is_dir():
         pool = place / "cells" if (place / "cells").is_dir() else place
-        yield from (path.parent for path in sorted(pool.glob("*/config.yaml")))
+        yield from (path for path in sorted(pool.glob("*")) if os.path.lexists(path / "config.yaml"))
 
 
 def _same_config(one: Path, other: Path) -> bool:
-    return (one / "config.yaml").read_bytes() == (other / "config.yaml").read_bytes()
+    damaged = any(unusable(folder / "config.yaml") for folder in (one, other))
+    return not damaged and (one / "config.yaml").read_bytes() == (other / "config.yaml").read_bytes()
 
 
 def load(places: Sequence[Path], cache: Path | None = None) -> Records:
@@ -117,9 +141,13 @@ def load(places: Sequence[Path], cache: Path | None = None) -> Records:
     for folder in folders:
         row, found = cell_facts(folder, sweeps.get(folder.name, []))
         problems += found
+        if row is None:
+            continue
         facts.append(row)
         end = row["step"] if row["state"] == "finished" else np.inf
         wanted += [(folder, name, end) for name in known.stale(folder, signature(folder))]
+    if not facts:
+        raise UserError([Fault(one.where, one.what) for one in problems], "nothing was made")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # parsing lets other threads run
         tables = pool.map(lambda job: read_table(job[0] / f"{job[1]}.jsonl"), wanted)
         for (folder, name, end), (table, found) in zip(wanted, tables, strict=True):
@@ -165,17 +193,21 @@ def _concatenated(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     return table
 
 
-def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """One row of `Records.cells`; every setting is a column `config.<key>`."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
-    status, provenance = read_json(folder / "status.json"), read_json(folder / "provenance.json")
+def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """One row of `Records.cells`; every setting is a column `config.<key>`. None: its config is damaged."""
+    frozen = read_config(folder)
+    records = [read_record(folder / name) for name in ("status.json", "provenance.json")]
+    status, provenance = (one.value for one in records)
+    damage = [*frozen.damage, *records[0].damage, *records[1].damage]
+    problems = [Problem(folder.name, f"is damaged: {summary(damage)}")] if damage else []
+    if frozen.damage:
+        return None, [replace(one, what=f"{one.what}; left out") for one in problems]
+    config = frozen.value
     algorithm = config["algorithm"]
-    problems = []
-    state = str(status.get("state", "pending"))
-    if state != "finished":
+    state = "damaged" if records[0].damage else str(status.get("state", "pending"))
+    if state not in ("finished", "damaged"):
         problems.append(Problem(folder.name, f"is {state} (step {status.get('step', 0)})"))
-    machines = {_machine(a.get("hardware", {})) for a in provenance.get("attempts", [])}
+    machines = {_machine(a.get("hardware") or {}) for a in provenance.get("attempts", [])}
     if len(machines) > 1:
         problems.append(Problem(folder.name, f"ran on different hardware: {'; '.join(sorted(machines))}"))
     judges = [str(version) for version in provenance.get("verifiers") or ()]
@@ -239,17 +271,48 @@ def flattened(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_table(path: Path) -> tuple[pd.DataFrame, list[Problem]]:
-    """A JSON-lines file as a table; lines that cannot be read are left out and counted."""
-    if not path.exists() or path.stat().st_size == 0:
-        return pd.DataFrame(), []
-    data = path.read_bytes()
+    """A JSON-lines file as a table, and which of its lines were left out."""
     try:
+        data = read_bytes(path)
+    except Unreadable as error:
+        return pd.DataFrame(), [Problem(f"{path.parent.name}/{path.name}", f"is damaged: it {error}")]
+    if not data:
+        return pd.DataFrame(), []
+    try:
+        if not _is_flat(data):
+            raise ValueError("a null for a row, or deep nesting, would crash the parser")
         options = pa.json.ReadOptions(use_threads=False, block_size=max(1 << 20, len(data)))
-        return pa.json.read_json(io.BytesIO(data), read_options=options).to_pandas(), []
-    except pa.ArrowInvalid:  # a torn line, or rows that differ in type: row by row
-        rows = read_rows(path)
-        torn = [Problem(f"{path.parent.name}/{path.name}", f"{rows.torn} torn lines left out")]
-        return pd.DataFrame(rows.rows), torn if rows.torn else []
+        table = pa.json.read_json(io.BytesIO(data), read_options=options).to_pandas()
+        if _fits(table):
+            return table, []
+    except (pa.ArrowException, ValueError):  # a torn line, or rows that differ in type
+        pass
+    read = parse_rows(path, data, 1)
+    text = f"{read.torn} damaged {'line' if read.torn == 1 else 'lines'} left out: {summary(read.damage)}"
+    return pd.DataFrame(read.rows), [Problem(f"{path.parent.name}/{path.name}", text)] if read.torn else []
+
+
+def _is_flat(data: bytes) -> bool:
+    """Whether every line looks like a complete object of plain values, as all lines do that a run wrote."""
+    lines = {data.count(part) for part in (b"\n", b"{", b"}\n")}
+    return b"[" not in data and lines == {1 + data.count(b"\n{")} and data.startswith(b"{")
+
+
+def _fits(table: pd.DataFrame) -> bool:
+    """Whether every value has the type that its key has in a record, so that no line has to be left out."""
+    for name in ("step", "attempt"):
+        if name not in table or table[name].dtype != "int64" or not table[name].between(0, 2**53).all():
+            return False
+    for name in table.columns:
+        column = table[name]
+        if name in ("dataset", "metric"):
+            if not column.map(type).eq(str).all():
+                return False
+        elif "/" in name or name in ("value", "low", "high", "n"):
+            is_number = column.dtype in ("int64", "float64") and not (column.abs() > 1e300).any()
+            if not is_number and not column.isna().all():
+                return False
+    return True
 
 
 def final_rows(table: pd.DataFrame, end: float) -> pd.DataFrame:

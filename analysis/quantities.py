@@ -48,10 +48,16 @@ class Scores:
 
 
 def training_seconds(steps: pd.DataFrame, part: str = "") -> float:
-    """Seconds spent training, neither evaluation nor checkpoints; or on one of PARTS."""
+    """Seconds spent training, neither evaluation nor checkpoints; or on one of PARTS. NaN if no step says."""
     if part:
-        return float(steps[[f"time/{phase}_s" for phase in PARTS[part]]].to_numpy().sum())
-    return float((steps["time/step_s"] - steps["time/evaluate_s"] - steps["time/checkpoint_s"]).sum())
+        return float(steps.reindex(columns=[f"time/{phase}_s" for phase in PARTS[part]]).sum().sum())
+    return float(_spent(steps).sum(min_count=1))
+
+
+def _spent(steps: pd.DataFrame) -> pd.Series:
+    """Training seconds of each step."""
+    apart = steps.reindex(columns=["time/evaluate_s", "time/checkpoint_s"], fill_value=0.0).fillna(0.0)
+    return steps.get("time/step_s", pd.Series(np.nan, index=steps.index)) - apart.sum(axis=1)
 
 
 def steps_of(records: Records, cell: str) -> pd.DataFrame:
@@ -95,6 +101,8 @@ def scores_of(folder: Path, dataset: str, step: int, stamp: int) -> pd.DataFrame
     file last changed. `attrs["torn"]`: lines of the file that could not be read."""
     read = read_rows(folder / "eval_samples.jsonl")
     rows = [r for r in read.rows if r["dataset"] == dataset and r["step"] == step]
+    odd = sum(len(r["scores"]) != len(r["outcomes"]) for r in rows)
+    rows = [r for r in rows if len(r["scores"]) == len(r["outcomes"])]
     newest = max((r["attempt"] for r in rows), default=0)
     found = []
     for row in (r for r in rows if r["attempt"] == newest):
@@ -104,7 +112,7 @@ def scores_of(folder: Path, dataset: str, step: int, stamp: int) -> pd.DataFrame
             score = sum(s for s, _ in judged) / len(judged)
             found.append({"prompt": row["prompt"], "score": score, "correct": correct, "n": len(judged)})
     table = pd.DataFrame(found, columns=["prompt", "score", "correct", "n"])
-    table.attrs["torn"] = read.torn
+    table.attrs["torn"] = read.torn + odd
     return table
 
 
@@ -116,10 +124,10 @@ def scores(records: Records, variant: Variant, dataset: str, *, after: bool = Tr
         folder = Path(str(records.cells.loc[cell, "folder"]))
         step = int(records.cells.loc[cell, "step"]) if after else 0
         verdicts = folder / "eval_samples.jsonl"
-        stamp = verdicts.stat().st_mtime_ns if verdicts.exists() else 0
+        stamp = verdicts.stat().st_mtime_ns if verdicts.is_file() else 0
         table = scores_of(folder, dataset, step, stamp)
         if torn := table.attrs["torn"]:
-            notes.append(f"{cell}/eval_samples.jsonl: {torn} torn lines left out")
+            notes.append(f"{cell}/eval_samples.jsonl: {torn} damaged lines left out")
         if table.empty:
             notes.append(f"{cell} has no evaluation on {dataset} at step {step}")
             continue
@@ -179,8 +187,7 @@ def curve(records: Records, cells: Sequence[str], metric: str) -> pd.DataFrame:
 def seconds(records: Records, cell: str) -> pd.Series:
     """Training seconds that had passed at the end of each step, by step."""
     rows = steps_of(records, cell).set_index("step")
-    spent = rows["time/step_s"] - rows["time/evaluate_s"] - rows["time/checkpoint_s"]
-    return spent.cumsum()
+    return _spent(rows).cumsum()
 
 
 def eval_sets(records: Records, variants: Sequence[Variant]) -> list[str]:

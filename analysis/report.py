@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dash_exp.record.reading import unusable
+
 from .claims import Finding
 from .figures import Picture
 from .load import Problem, Records
@@ -172,7 +174,7 @@ def content_of(folder: str) -> str:
     digest = hashlib.sha256()
     for name in READ:
         path = Path(folder, name)
-        if path.is_file():
+        if path.is_file() and unusable(path) is None:
             with path.open("rb") as stream:
                 digest.update(f"{name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

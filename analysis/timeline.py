@@ -41,7 +41,8 @@ def delivery(records: Records, variants: Sequence[Variant]) -> list[Picture]:
 
 def step_events(folder: Path) -> list[Row]:
     """The events of the middle step, of its last attempt."""
-    rows = [r for r in read_rows(folder / "events.jsonl").rows if r.get("kind") in COLOURS]
+    read = read_rows(folder / "events.jsonl").rows
+    rows = [r for r in read if r["kind"] in COLOURS and {"step", "attempt", "worker"} <= set(r)]
     steps = sorted({r["step"] for r in rows if r["kind"] == "backprop"})
     if not steps:
         return []

@@ -48,6 +48,7 @@ def frozen_of(arm: str, seed: int, steps: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "model": {"name": "qwen0.5b", "path": None},
+        "dataset": {"name": "math"},
         "algorithm": {"name": arm, "steps": steps, "epochs": None, **settings},
         "budget": {"seconds": None, "match": None},
     }

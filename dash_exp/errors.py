@@ -13,6 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from dash_exp.signals import Interrupted
+from dash_exp.text import printable
 
 
 class ExitCode(IntEnum):
@@ -66,7 +67,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 def print_error(text: str) -> None:
     """Print an error for the user, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def run_command(

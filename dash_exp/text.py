@@ -10,8 +10,20 @@ from typing import Any
 
 TEXT_BYTES = 16_000
 """Read from the end of a text."""
-CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
-"""Colours and other terminal control sequences."""
+CONTROL = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, the cursor, the screen
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"  # a title, a link
+    r"|\x1b[ -/]*[0-~]?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+"""What changes a terminal instead of being shown: control sequences and characters, and marks that reverse
+the direction of a text."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text from a record as a terminal may show it: without control characters, and fit to be encoded."""
+    return SURROGATE.sub("\ufffd", CONTROL.sub("", text))
 
 
 def format_seconds(seconds: float) -> str:
@@ -62,5 +74,5 @@ def last_lines(path: Path, count: int) -> list[str]:
 def shown_lines(data: bytes) -> list[str]:
     """Lines without what a progress bar overwrote, without colours, and without empty ones."""
     text = data.decode("utf-8", errors="replace")
-    lines = [CONTROL.sub("", line.rstrip().rpartition("\r")[2]) for line in text.split("\n")]
+    lines = [printable(line.rstrip().rpartition("\r")[2]) for line in text.split("\n")]
     return [line for line in lines if line.strip()]

@@ -16,7 +16,7 @@ CONFIG = {
     "seed": 0,
     "algorithm": {"name": "dash", "steps": 3, "filters": ["advantage"], "mini_batch": None},
     "model": {"name": "tiny", "random": {"layers": 2}},
-    "dataset": {"stop": [], "split": "train"},
+    "dataset": {"name": "digits", "stop": [], "split": "train"},
 }
 RESOURCES = {"gpus": 0, "cpus": 1, "memory_gb": 1, "minutes": 1}
 BORN = 1_700_000_000.0

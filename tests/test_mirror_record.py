@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from pathlib import Path
 
@@ -18,14 +16,15 @@ from dash_exp.mirror.sync import (
     read_facts,
     record_points,
     shorten,
-    state_of,
     sweeps_below,
     sweeps_of,
     worst_status,
 )
 from dash_exp.record import journal
 from dash_exp.record.folder import Recorder
-from tests.mirror_fixtures import BORN, NAME, attempt, begin, evaluation, finished, step, sweep
+from dash_exp.record.state import state_here
+from dash_exp.sweep.states import state_of
+from tests.mirror_fixtures import BORN, NAME, attempt, begin, evaluation, finished, set_status, step, sweep
 
 MS = round(BORN * 1000)
 
@@ -117,23 +116,26 @@ def test_a_damaged_config_is_a_fault(tmp_path: Path, damage: str) -> None:
 
 
 def test_running_is_said_only_where_it_is_true(tmp_path: Path) -> None:
+    """By the same rule as `sweep status`: on this machine by the lock, elsewhere by the heartbeat."""
     folder = begin(tmp_path)
-    here = {"attempts": [{"host": platform.node()}]}
+
+    def state(ended: int | None = None, **changes: object) -> str:
+        if changes:
+            set_status(folder, **changes)
+        shown = state_here(folder, time.time(), ended)
+        assert ended is not None or shown == state_of(folder, time.time(), jobs={}).state
+        return shown
+
+    assert state() == "pending"
     with Recorder(folder) as recorder:
         recorder.status("running", 1)
-        status = json.loads((folder / "status.json").read_text())
-        assert state_of(folder, status, here) == "running"
-        assert state_of(folder, status, {}) == "running"  # it has not said yet where it runs
-        assert state_of(folder, status, here, ended=1) == "interrupted"
-        assert state_of(folder, status, here, ended=2) == "running"
-    assert state_of(folder, status, here) == "interrupted"  # nobody holds its lock
-    there = {**status, "host": "node7"}
-    assert state_of(folder, there, here) == "running"
-    assert state_of(folder, {**there, "heartbeat": time.time() - 3700}, here) == "interrupted"
-    del there["host"]  # then provenance says where
-    assert state_of(folder, there, {"attempts": [{"host": "node7"}]}) == "running"
-    assert state_of(folder, {"state": "finished"}, here) == "finished"
-    assert state_of(folder, {}, {}) == "pending"
+        assert (state(), state(ended=1), state(ended=2)) == ("running", "interrupted", "running")
+    assert state() == "interrupted"  # nobody holds its lock
+    assert state(host="node7") == "running"
+    assert state(host="node7", heartbeat=time.time() - 3700) == "interrupted"
+    journal.note(folder, "end", exit=1, failure_class="unknown")
+    assert state() == "failed"  # the launcher saw its end
+    assert state(state="finished") == "finished"
 
 
 def test_sweeps_of_a_cell_the_one_that_started_it_first(tmp_path: Path) -> None:

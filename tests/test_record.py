@@ -64,7 +64,7 @@ def test_absent_values_are_left_out(tmp_path: Path) -> None:
 
 
 def test_write_json_never_leaves_half_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "status.json"
+    path = tmp_path / "facts.json"
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": math.nan})

@@ -18,9 +18,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-from omegaconf.errors import OmegaConfBaseException
-
 from dash_exp.config.checks import check
 from dash_exp.config.schema import Config
 from dash_exp.errors import (
@@ -223,14 +220,9 @@ def run_folder(arguments: Sequence[str]) -> int:
     if not arguments or any("=" not in text for text in arguments[1:]):
         raise UserError(Fault("usage", "python -m dash_exp.cell <folder of a frozen cell> [key=value ...]"))
     folder = Path(arguments[0]).resolve()
-    path = folder / "config.yaml"
-    try:
-        config = read_frozen(folder, list(arguments[1:]))
-    except FileNotFoundError as error:
-        raise UserError(Fault(str(folder), "holds no config.yaml, so it is not a cell")) from error
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(Fault(str(path), f"is damaged: {reason}")) from error
+    if not os.path.lexists(folder / "config.yaml"):
+        raise UserError(Fault(str(folder), "holds no config.yaml, so it is not a cell"))
+    config = read_frozen(folder, list(arguments[1:]))
     if faults := check(config):
         raise UserError(faults)
     cell = make_cell(config, folder.parent.parent / "cache")

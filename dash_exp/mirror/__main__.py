@@ -25,6 +25,7 @@ from dash_exp.mirror.mlflow import Store, StoreError
 from dash_exp.mirror.sync import BusyError, CellSync, cell_lock, sweeps_below, sync_sweep
 from dash_exp.record.manifest import NAME as MANIFEST
 from dash_exp.record.manifest import Manifest
+from dash_exp.text import printable
 
 NAME_WIDTH = 52
 KEYS = tuple(f"tracking.{one.name}" for one in fields(TrackingConfig) if one.name != "name")
@@ -103,9 +104,6 @@ def rebuild(root: Path, cells: Sequence[Path], sweeps: dict[str, Manifest], plac
         except UserError as error:
             yield from error.faults
             continue
-        except (KeyError, TypeError, ValueError) as error:
-            yield Fault(str(folder), f"is damaged: {type(error).__name__}: {error}")
-            continue
         except StoreError as error:
             store.check()  # raises if the server does not answer at all
             yield Fault(str(folder), f"was refused by MLflow: {error}")
@@ -118,7 +116,7 @@ def rebuild(root: Path, cells: Sequence[Path], sweeps: dict[str, Manifest], plac
         sweeps |= {one.name: one for one in cell.sweeps}
         name = folder.name
         name = name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 10]}.{name[-9:]}"
-        print(f"  {name:<{NAME_WIDTH}} {cell.run.status:<9} {sent:>8,} values", flush=True)
+        print(f"  {printable(name):<{NAME_WIDTH}} {cell.run.status:<9} {sent:>8,} values", flush=True)
     for sweep in sweeps.values():
         sync_sweep(store, sweep)
     sums = (f"{n} {what}" + (f" ({values:,} values)" if "date" in what else "") for what, n in counts.items())

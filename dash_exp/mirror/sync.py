@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import time
 from collections import defaultdict
@@ -19,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from dash_exp.config.tracking import Place
@@ -27,8 +27,9 @@ from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.mirror.mlflow import ENDED, Point, Run, Store, StoreError
 from dash_exp.record import journal, manifest
 from dash_exp.record.folder import Row, read_final, read_json, read_rows
-from dash_exp.record.locks import HERE, Locks
 from dash_exp.record.manifest import Manifest
+from dash_exp.record.reading import read_config
+from dash_exp.record.state import state_here
 
 FORMAT = 1
 """Raised when the meaning of what is sent changes, so that existing mirrors are synced again."""
@@ -44,11 +45,10 @@ STATUS = {
     "interrupted": "KILLED",
     "cancelled": "KILLED",
     "running": "RUNNING",
+    "queued": "SCHEDULED",
     "pending": "SCHEDULED",
     "blocked": "SCHEDULED",
 }
-SILENT_ELSEWHERE_S = 3600.0
-"""A cell on another machine counts as dead after so long without a heartbeat."""
 
 
 def record_points(folder: Path) -> list[Point]:
@@ -63,7 +63,7 @@ def record_points(folder: Path) -> list[Point]:
     work: dict[tuple[int, int], float] = {}
     evaluated: dict[tuple[int, int], list[float]] = defaultdict(list)
     for row in events:
-        if "step" in row:
+        if "step" in row and "attempt" in row:
             key, end = (int(row["attempt"]), int(row["step"])), float(row["end"])
             if row["kind"] == "evaluate":
                 evaluated[key].append(end)
@@ -165,24 +165,20 @@ def read_facts(folder: Path, sweeps: Sequence[str] = (), ended: int | None = Non
 
     Raises UserError if it is not a cell, or its config.yaml cannot be read.
     """
-    path = folder / "config.yaml"
-    try:
-        config = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError as error:
-        raise UserError(Fault(str(folder), "holds no config.yaml, so it is not a cell")) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(Fault(str(path), f"is damaged: {' '.join(str(error).split())}")) from error
-    if not isinstance(config, dict):
-        raise UserError(Fault(str(path), "is damaged: it holds no settings"))
+    if not os.path.lexists(folder / "config.yaml"):
+        raise UserError(Fault(str(folder), "holds no config.yaml, so it is not a cell"))
+    read = read_config(folder)
+    if read.damage:
+        raise UserError([one.fault() for one in read.damage])
     status, provenance = read_json(folder / "status.json"), read_json(folder / "provenance.json")
-    state = state_of(folder, status, provenance, ended)
+    state = state_here(folder, time.time(), ended)
     heartbeat = milliseconds(float(status.get("heartbeat", 0.0)))
     start = min(map(milliseconds, _starts(provenance).values()), default=heartbeat)
     record = str(start) if provenance.get("attempts") else ""
     tags = {CELL: folder.name, RECORD: record, STATE: state, SWEEPS: ", ".join(sweeps)}
     tags = {key: text for key, text in tags.items() if text} | _provenance_tags(status, provenance)
     tags["dash_exp.id"] = folder.name.rpartition("-")[2]
-    return Facts(folder.name, record, STATUS[state], start, heartbeat, parameters(config), tags)
+    return Facts(folder.name, record, STATUS[state], start, heartbeat, parameters(read.value), tags)
 
 
 def _provenance_tags(status: Row, provenance: Row) -> dict[str, str]:
@@ -199,36 +195,19 @@ def _provenance_tags(status: Row, provenance: Row) -> dict[str, str]:
     return {key: shorten(_text(value), LONGEST_TAG) for key, value in given.items()}
 
 
-def state_of(folder: Path, status: Row, provenance: Row, ended: int | None = None) -> str:
-    """The recorded state; `interrupted` if it says running but no process runs the cell: on this machine by
-    its lock, elsewhere by the age of its heartbeat."""
-    state = str(status.get("state", "pending"))
-    if state != "running":
-        return state if state in STATUS else "pending"
-    if ended is not None and status.get("attempt") == ended:
-        return "interrupted"
-    known = next((one.get("host") for one in reversed(provenance.get("attempts", []))), HERE)
-    if status.get("host", known) != HERE:
-        silent = time.time() - float(status.get("heartbeat", 0.0))
-        return "interrupted" if silent > SILENT_ELSEWHERE_S else "running"
-    table = Locks.now()
-    return "running" if not table.known or table.holder(folder / ".lock") else "interrupted"
-
-
 def sweep_status(sweep: Manifest) -> tuple[str, int]:
     """A sweep's status for MLflow, and the last heartbeat of its cells in ms."""
     states, last = [], 0
     for folder in map(sweep.cell, sweep.entries):
-        status = read_json(folder / "status.json")
-        provenance = read_json(folder / "provenance.json") if status.get("state") == "running" else {}
-        states.append(state_of(folder, status, provenance))
-        last = max(last, milliseconds(float(status.get("heartbeat", 0.0))))
+        states.append(state_here(folder, time.time()))
+        heartbeat = read_json(folder / "status.json").get("heartbeat", 0.0)
+        last = max(last, milliseconds(float(heartbeat)))
     return worst_status(states), last
 
 
 def worst_status(states: Sequence[str]) -> str:
     """Running, else waiting, else the worst end."""
-    order = ("running", "pending", "failed", "interrupted", "cancelled", "blocked", "finished")
+    order = ("running", "queued", "pending", "failed", "interrupted", "cancelled", "blocked", "finished")
     return STATUS[next((state for state in order if state in states), "pending")]
 
 
@@ -236,7 +215,7 @@ def sweeps_below(root: Path) -> list[Manifest]:
     """All sweeps of an outputs folder whose manifests can be read, oldest first."""
     found = []
     for path in (root / "sweeps").glob(f"*/{manifest.NAME}"):
-        with suppress(UserError, KeyError, TypeError, ValueError):
+        with suppress(UserError):
             found.append(manifest.read(path.parent))
     return sorted(found, key=lambda one: (one.created, one.name))
 

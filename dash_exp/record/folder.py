@@ -18,17 +18,17 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from dash_exp.errors import UserError
 from dash_exp.record.locks import take_lock
+from dash_exp.record.reading import REPAIR, SHOWN, STATES, Damage, Read, read_config, read_record, unusable
+from dash_exp.record.reading import Row as Row
+from dash_exp.record.reading import read_rows as read_rows
 
-Row = dict[str, Any]
-
-STATES = ("pending", "blocked", "running", "interrupted", "failed", "cancelled", "finished")
 IGNORED_IN_COMPARISON = ("time/", "memory/", "attempt", "host", "tokens_per_s")
 STREAMS = ("steps", "samples", "evals", "eval_samples", "events")
 
@@ -46,7 +46,7 @@ def replace_text(path: Path, text: str) -> None:
     """Replace a file at once, and only after its text is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -56,47 +56,19 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line in one write, so that other processes may append to the file too."""
+    """Append a line in one write, so that other processes may append to the file too; a line that a crash
+    tore stays apart."""
+    start = "\n" if ends_torn(path) else ""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, f"{line}\n".encode())
+        os.write(descriptor, f"{start}{line}\n".encode(errors="backslashreplace"))
     finally:
         os.close(descriptor)
 
 
 def read_json(path: Path) -> Row:
-    """A JSON file, or an empty record where there is none or it is broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of a file, and how many of its lines could not be read."""
-
-    rows: list[Row]
-    torn: int
-
-
-def read_rows(path: Path) -> Rows:
-    """Every row of a JSON-lines file, in order. A missing file has none."""
-    rows: list[Row] = []
-    torn = 0
-    if not path.exists():
-        return Rows(rows, torn)
-    with path.open(encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            row = None
-            with suppress(ValueError):
-                row = json.loads(line)
-            if isinstance(row, dict):
-                rows.append(row)
-            elif line.strip():
-                torn += 1
-    return Rows(rows, torn)
+    """What can be used of a JSON file of a record; {} where there is none."""
+    return read_record(path).value
 
 
 def last_attempts(rows: Iterable[Row]) -> list[Row]:
@@ -105,7 +77,7 @@ def last_attempts(rows: Iterable[Row]) -> list[Row]:
     kept: dict[tuple[int, str], list[Row]] = {}
     newest: dict[tuple[int, str], int] = {}
     for row in rows:
-        key, attempt = (int(row["step"]), str(row.get("dataset", ""))), int(row["attempt"])
+        key, attempt = (row["step"], str(row.get("dataset", ""))), row["attempt"]
         if attempt > newest.get(key, -1):
             newest[key], kept[key] = attempt, []
         if attempt == newest[key]:
@@ -118,7 +90,7 @@ def read_final(folder: Path, name: str) -> list[Row]:
     """The rows of a cell's `<name>.jsonl` that count: of the last attempts, and not beyond the step at
     which a finished cell ended."""
     status = read_json(folder / "status.json")
-    end = status.get("step", 0) if status.get("state") == "finished" else math.inf
+    end = status.get("step", math.inf) if status.get("state") == "finished" else math.inf
     return [r for r in last_attempts(read_rows(folder / f"{name}.jsonl").rows) if r["step"] <= end]
 
 
@@ -149,16 +121,34 @@ class Recorder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.attempt = int(read_json(folder / "status.json").get("attempt", 0)) + 1
+        self.attempt = 1
         self.facts: Row = {"host": platform.node(), "pid": os.getpid()}
         """Part of every status."""
         self._streams: dict[str, TextIO] = {}
         self._lock = -1
 
     def __enter__(self) -> Recorder:
+        names = (*(f"{name}.jsonl" for name in STREAMS), ".lock", "log.txt")
+        _refuse([one for name in names if (one := unusable(self.folder / name))])
         self._lock = lock(self.folder)
-        self.attempt = int(read_json(self.folder / "status.json").get("attempt", 0)) + 1
+        try:
+            self._take_over()
+        except BaseException:
+            os.close(self._lock)
+            raise
         return self
+
+    def _take_over(self) -> None:
+        """Count this attempt from what the record shows. Raises UserError where config, status or provenance
+        are damaged; damaged rows are left out, and named in the log."""
+        status, facts = (read_record(self.folder / name) for name in ("status.json", "provenance.json"))
+        frozen = read_config(self.folder) if os.path.lexists(self.folder / "config.yaml") else Read({})
+        _refuse([*frozen.damage, *status.damage, *facts.damage])
+        streams = [read_rows(self.folder / f"{name}.jsonl") for name in ("steps", "evals")]
+        known = [*facts.value.get("attempts", ()), *(row for one in streams for row in one.rows)]
+        self.attempt = max([status.value.get("attempt", 0), *(row["attempt"] for row in known)]) + 1
+        for damage in (one for stream in streams for one in stream.damage[:SHOWN]):
+            self.log(f"{damage}: it is left out")
 
     def __exit__(self, *exception: object) -> None:
         for stream in self._streams.values():
@@ -202,6 +192,11 @@ class Recorder:
                 if name != "log.txt":
                     self.log(f"{name}: the last line was torn by a crash; it is left out")
         return self._streams[name]
+
+
+def _refuse(damage: Sequence[Damage]) -> None:
+    if damage:
+        raise UserError([one.fault(REPAIR) for one in damage], "nothing was started, the record is unchanged")
 
 
 def ends_torn(path: Path) -> bool:

@@ -30,6 +30,7 @@ from dash_exp.config.schema import (
     to_config,
 )
 from dash_exp.errors import Fault, UserError
+from dash_exp.record.reading import REPAIR, Damage, read_config, unusable
 
 FORMAT = 1
 """Raised when the meaning of a config changes, so that old records are not taken for new ones."""
@@ -157,17 +158,34 @@ def freeze(frozen: Mapping[str, Any], folder: Path) -> None:
     """Write config.yaml once; what is frozen is never written again."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
-    if not path.exists():
+    if os.path.lexists(path):
+        _check_frozen(folder, frozen)
+    else:
         temporary = folder / f".config.yaml.{os.getpid()}"
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's is several times faster
         temporary.write_text(yaml.dump(dict(frozen), Dumper=dumper, sort_keys=False, allow_unicode=True))
         temporary.replace(path)
 
 
-def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
-    """The config of a cell's folder, with `run.dir` set to its root, and actions as `key=value`."""
-    from omegaconf import OmegaConf
+def _check_frozen(folder: Path, frozen: Mapping[str, Any]) -> None:
+    """Raises UserError where the config that is there is damaged. It is parsed only if it looks odd."""
+    path, damage = folder / "config.yaml", unusable(folder / "config.yaml")
+    if damage is None:
+        data = path.read_bytes()
+        if data.endswith(b"\n") and all(f"\n{key}:".encode() in b"\n" + data for key in frozen):
+            return
+        damage = next(iter(read_config(folder).damage), Damage(path, "is cut off: settings are missing"))
+    raise UserError(damage.fault(REPAIR), "the record is unchanged")
 
+
+def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
+    """The config of a cell's folder, with `run.dir` set to its root, and actions as `key=value`. Raises
+    UserError where it is damaged."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if damage := read_config(folder).damage:
+        raise UserError([one.fault(REPAIR) for one in damage])
     loaded = OmegaConf.load(folder / "config.yaml")
     defaults = {
         "run": {"dir": str(folder.parent.parent), "force": False, "progress": "auto"},
@@ -182,7 +200,11 @@ def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
         },  # who started this has seen to these
     }
     given = OmegaConf.from_dotlist([a for a in actions if a.partition(".")[0] in ACTIONS])
-    return to_config(OmegaConf.merge(OmegaConf.create(defaults), loaded, given))
+    try:
+        return to_config(OmegaConf.merge(OmegaConf.create(defaults), loaded, given))
+    except OmegaConfBaseException as error:
+        odd = Damage(folder / "config.yaml", " ".join(str(error).split()))
+        raise UserError(odd.fault(REPAIR)) from error
 
 
 def package_path(package: str) -> Path:

@@ -35,7 +35,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dash_exp.errors import ExitCode
-from dash_exp.record.folder import CellBusy, Row, append_line, lock, read_json, read_rows, write_json
+from dash_exp.record.folder import CellBusy, append_line, lock, read_json, write_json
+from dash_exp.record.reading import Row, read_record, read_rows
 
 NAME = "launch.jsonl"
 CLASSES = ("out_of_memory", "timeout", "preemption", "node", "nccl", "nan", "config", "verifier", "unknown")
@@ -108,13 +109,16 @@ def since_retry(rows: Iterable[Row]) -> list[Row]:
 def set_state(folder: Path, state: str, **more: object) -> bool:
     """Record a state that the cell's own process did not: `failed` if it died without recording one,
     `blocked`, or `cancelled`. Returns whether it was written: never while a process runs the cell, and never
-    over `finished`."""
+    over `finished` or a damaged status."""
     try:
         held = lock(folder)
     except (CellBusy, OSError):
         return False
     try:
-        known = read_json(folder / "status.json")
+        read = read_record(folder / "status.json")
+        known = dict(read.value)
+        if read.damage and not known:
+            return False
         if known.pop("state", None) == "finished":
             return False
         known.pop("reason", None)

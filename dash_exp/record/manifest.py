@@ -19,6 +19,7 @@ from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import read_json, write_json
 from dash_exp.record.identity import Cell, freeze
 from dash_exp.record.locks import take_lock
+from dash_exp.record.reading import Row, read_record
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -132,7 +133,7 @@ def write(plan: Plan, root: Path) -> Manifest:
     folder = sweep_folder(root, plan.name)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
-        known = read_json(folder / NAME)
+        known = read_intact(folder)
         _refuse_other(known, plan, folder)
         finished = {c.id for c in plan.cells if _state(root, c) == "finished"}
         for cell in plan.cells:
@@ -187,6 +188,15 @@ def _refuse_other(known: dict[str, Any], plan: Plan, folder: Path) -> None:
         raise UserError(Fault("run.sweep", what, f"{hint} {folder} itself continues its own frozen cells"))
 
 
+def read_intact(folder: Path) -> Row:
+    """A sweep's manifest as it is written; {} where there is none. Raises UserError where it is damaged."""
+    read = read_record(folder / NAME)
+    if read.damage:
+        hint = f"restore it, or move {folder} away and launch the sweep again: finished cells are kept"
+        raise UserError([one.fault(hint) for one in read.damage], "nothing was changed")
+    return read.value
+
+
 def first_status(folder: Path, needs: Sequence[str]) -> None:
     """Record `pending` or `blocked` if there is no status yet; the status of a run is never replaced."""
     path = folder / "status.json"
@@ -205,8 +215,8 @@ def first_status(folder: Path, needs: Sequence[str]) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """Raises UserError where there is no manifest or it cannot be read."""
-    value = read_json(folder / NAME)
+    """Raises UserError where there is no manifest or it is damaged."""
+    value = read_intact(folder)
     if not value:
         what = "holds no manifest.json, so it is not a sweep's folder"
         raise UserError(Fault(str(folder), what, "python -m dash_exp.sweep list names them"))

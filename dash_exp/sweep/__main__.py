@@ -23,18 +23,18 @@ import fnmatch
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import RenderableType
 from rich.padding import Padding
-from rich.text import Text
 
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 from dash_exp.record import journal
 from dash_exp.sweep import spec as specs
-from dash_exp.sweep.report import by_state, counts_text, print_parts
+from dash_exp.sweep.report import by_state, counts_text, plain, print_parts
 from dash_exp.sweep.status import counts_of, launched, read_sweep, read_sweeps, select
 from dash_exp.sweep.watch import ROOT, chosen_of, logs_command, needed, root_of, say, say_json, status_command
 from dash_exp.text import format_seconds
@@ -120,8 +120,8 @@ class ListedSweep:
         if self.combinations is not None:
             facts.append("1 cell" if self.combinations == 1 else f"{self.combinations} cells")
         here = "not launched here" if self.counts is None else f"here {counts_text(self.counts)}"
-        body = Text("\n".join([*([self.claim] if self.claim else []), "; ".join([*facts, here])]))
-        return [Text(self.name, style="bold"), Padding(body, (0, 0, 0, 2))]
+        body = plain("\n".join([*([self.claim] if self.claim else []), "; ".join([*facts, here])]))
+        return [plain(self.name, style="bold"), Padding(body, (0, 0, 0, 2))]
 
 
 def list_sweeps(root: Path) -> tuple[list[ListedSweep], list[Fault]]:
@@ -157,7 +157,7 @@ def list_command(args: Namespace) -> int:
     if args.json:
         say_json([asdict(row) for row in rows])
     else:
-        print_parts(*([part for row in rows for part in row.view()] or [Text("no sweeps")]))
+        print_parts(*([part for row in rows for part in row.view()] or [plain("no sweeps")]))
     if faults:
         raise UserError(faults, "the other sweeps are listed")
     return ExitCode.OK
@@ -213,7 +213,8 @@ def retry_command(args: Namespace) -> int:
     from dash_exp.sweep.request import request_again
 
     for one in ready:  # budgets of retries count anew
-        journal.note(one.cell.folder, "retry")
+        with suppress(OSError):  # a damaged journal: `status` names it
+            journal.note(one.cell.folder, "retry")
     request = request_again(manifest, [one.entry.folder for one in ready], args.n_jobs)
     return launch(request, wait=args.wait, detached=True)
 
@@ -228,7 +229,7 @@ def cancel_command(args: Namespace) -> int:
         pace = f"a step takes {format_seconds(one.cell.step_s)}" if one.cell.step_s else "it has no step yet"
         say(f"{one.label} ({one.entry.id}) was asked to end and will, after its step; {pace}")
     for one, why in done.skipped:
-        say(f"{one.label} ({one.entry.id}) is skipped: {why}; name it to cancel it as well")
+        say(f"{one.label} ({one.entry.id}) is skipped: {why}")
     if not (done.ended or done.ending or done.skipped):
         found = [one for one in read_sweep(manifest).cells if one.entry in chosen]
         say(f"nothing to cancel: {by_state(counts_of(found))}")

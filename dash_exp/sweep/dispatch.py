@@ -21,6 +21,7 @@ from dash_exp.record.folder import CellBusy, archive
 from dash_exp.record.journal import is_cancelled, set_state
 from dash_exp.record.locks import Locks, ask_to_end
 from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest, Plan, held
+from dash_exp.record.reading import unusable
 from dash_exp.sweep import local
 from dash_exp.sweep.pool import Log, Relay
 from dash_exp.sweep.report import (
@@ -37,7 +38,7 @@ from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.arrays import find_faults
 from dash_exp.sweep.states import ACTIVE, is_stale, recorded_state
 from dash_exp.sweep.status import OPEN, SweepCell, SweepState, counts_of, read_sweep
-from dash_exp.text import format_path
+from dash_exp.text import format_path, printable
 
 FOLLOW_S, CANCEL_S, CHECK_S = 2.0, 10.0, 0.3
 """Seconds between two checks of a launched sweep; that `cancel` waits for cells, and between its checks."""
@@ -47,7 +48,7 @@ NOTHING_CANCELLED = "nothing was cancelled"
 def print_line(text: str) -> None:
     """Print a line at once; the reader may be gone."""
     with suppress(OSError):
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +239,14 @@ def cancel(
         chosen = [one for one in state.cells if one.entry.id in ids and one.cell.state in OPEN]
         if entire:
             others = [(one, name) for one in chosen if (name := _run_by_other(one, manifest))]
-            done.skipped = [(one, f"run by the sweep {name}") for one, name in others]
+            done.skipped = [
+                (one, f"run by the sweep {name}; name it to cancel it as well") for one, name in others
+            ]
             chosen = [one for one in chosen if one not in [other for other, _ in others]]
         jobs = _jobs_of(chosen, state)
+        unwritable = [one for one in chosen if unusable(one.cell.folder / journal.NAME)]
+        done.skipped += [(one, f"its record is damaged: {one.cell.damage}") for one in unwritable]
+        chosen = [one for one in chosen if one not in unwritable]
         fresh = [one for one in chosen if not is_cancelled(journal.read(one.cell.folder))]
         for one in fresh:
             journal.note(one.cell.folder, "cancel")

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from dash_exp.config.checks import check
 from dash_exp.config.compose import (
     CELL_ID,
@@ -370,8 +368,8 @@ def _unequal(context: PlanContext, draft: Draft, match: str, partners: Mapping[s
     try:
         frozen = partners[match].frozen if match in partners else frozen_values(folder)
         theirs = {"seed": frozen["seed"], "model": frozen["model"]["name"]}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        return [Fault(MATCH, f"the partner {match} cannot be read from {folder / 'config.yaml'}: {error}")]
+    except UserError as error:
+        return [Fault(MATCH, f"the partner {match} cannot be read"), *error.faults]
     mine = {"seed": draft.config.seed, "model": draft.config.model.name}
     hint = "seconds are comparable for equal seed, model and hardware only"
     return [

@@ -17,10 +17,11 @@ from dash_exp.record import journal
 from dash_exp.record.folder import read_json
 from dash_exp.record.journal import classify, is_cancelled, is_done, may_retry, note_end, set_state, signal_of
 from dash_exp.record.locks import HERE, Locks
+from dash_exp.record.state import LOST
 from dash_exp.signals import handling
-from dash_exp.sweep.states import ACTIVE, LOST, folder_of, state_of
+from dash_exp.sweep.states import ACTIVE, folder_of, state_of
 from dash_exp.sweep.worker import Gpus, Job, Lease, Worker, cell_actions, threads_each, visible_gpus
-from dash_exp.text import format_seconds
+from dash_exp.text import format_seconds, printable
 
 POLL_S, LOOK_S, BUSY_S = 0.05, 1.0, 10.0
 """Seconds between two checks of the pool's own processes, of other cells, and of a cell that was busy."""
@@ -33,7 +34,7 @@ Log = Callable[[str], None]
 def print_log(text: str) -> None:
     """A line of a process without a terminal."""
     with suppress(OSError):
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {text}", flush=True)
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{os.getpid()}] {printable(text)}", flush=True)
 
 
 @dataclass(frozen=True, slots=True)

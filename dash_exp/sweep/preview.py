@@ -7,19 +7,21 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
+from dash_exp.errors import UserError
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import Plan, PlannedCell, Resources, cell_row, waiting_row
-from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, table
-from dash_exp.sweep.states import CellState, folder_of, frozen_values, median_of, recent_steps, states_of
+from dash_exp.record.state import median_of, recent_steps
+from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, plain, table
+from dash_exp.sweep.states import CellState, folder_of, frozen_values, states_of
 from dash_exp.sweep.status import labels, launched_folders
 from dash_exp.text import format_path
 
@@ -165,7 +167,6 @@ def _hours(plan: Plan, root: Path) -> dict[str, float]:
 
 def profile(frozen: Mapping[str, Any]) -> Profile:
     """What mainly decides how long a cell takes: arm, model, data, sizes, engine, evaluation."""
-    data, budget = frozen["dataset"], frozen["budget"]
     keys = {
         "algorithm": ("name", "steps", "epochs", "prompts_per_step", "group_size"),
         "model": ("name",),
@@ -173,9 +174,11 @@ def profile(frozen: Mapping[str, Any]) -> Profile:
         "learner": ("ranks", "device", "precision", "preflight"),
         "evaluation": ("name", "before", "after", "every", "samples", "limit"),
     }
-    facts = [frozen[group].get(key) for group, names in keys.items() for key in names]
-    facts += [data["name"], *sorted(data["mix"]), data["limit"], budget["seconds"], bool(budget["match"])]
-    return tuple(facts)
+    groups = {name: value for name, value in frozen.items() if isinstance(value, dict)}
+    facts = [groups.get(group, {}).get(key) for group, names in keys.items() for key in names]
+    data, budget = groups.get("dataset", {}), groups.get("budget", {})
+    facts += [data.get("name"), *sorted(data.get("mix") or ()), data.get("limit")]
+    return tuple(map(str, (*facts, budget.get("seconds"), bool(budget.get("match")))))
 
 
 def hours_by_profile(root: Path, names: Iterable[str], gpus: bool) -> dict[Profile, float]:
@@ -191,8 +194,9 @@ def hours_by_profile(root: Path, names: Iterable[str], gpus: bool) -> dict[Profi
             continue
         took = _hours_of(folder, gpus)
         if took is not None:
-            read[prefix] += 1
-            hours[profile(frozen_values(folder))].append(took)
+            with suppress(UserError):  # a damaged config is `status`'s to report
+                read[prefix] += 1
+                hours[profile(frozen_values(folder))].append(took)
     return {one: statistics.median(many) for one, many in hours.items()}
 
 
@@ -207,15 +211,16 @@ def _hours_of(folder: Path, gpus: bool) -> float | None:
     """The hours of a finished cell, if it ran on the kind of machine asked for."""
     status = read_json(folder / "status.json")
     facts = read_json(folder / "provenance.json")
+    heartbeat = float(status.get("heartbeat", 0.0))
     if status.get("state") != "finished" or bool(facts.get("hardware", {}).get("gpus")) != gpus:
         return None
-    took = _launched_s(folder, float(status["heartbeat"]))
+    took = _launched_s(folder, heartbeat)
     attempts = facts.get("attempts", ())
     if took is None and len(attempts) == 1:
-        took = float(status["heartbeat"]) - float(attempts[0]["started"])
+        took = heartbeat - float(attempts[0]["started"])
     if took is None:  # several attempts, whose ends are not recorded
-        step_s = median_of(recent_steps(folder), "time/step_s")
-        took = None if step_s is None else step_s * int(status["step"])
+        step_s = median_of(recent_steps(folder)[0], "time/step_s")
+        took = None if step_s is None else step_s * int(status.get("step", 0))
     return None if took is None else took / 3600
 
 
@@ -239,7 +244,7 @@ def _launched_s(folder: Path, heartbeat: float) -> float | None:
 def plan_view(made: Preview) -> RenderableType:
     """A dry run: the sweep, its cells, what they ask for, what is known of their cost."""
     plan = made.plan
-    parts: list[RenderableType] = [Text("\n".join(_head(made))), Text("")]
+    parts: list[RenderableType] = [plain("\n".join(_head(made))), plain("")]
     rows = table("cell", "id", "state", "hours", "GPU-h", "")
     for line in made.lines[:SHOWN_CELLS]:
         hours = (_hours_text(line.hours_left), _hours_text(line.gpu_hours))
@@ -250,11 +255,11 @@ def plan_view(made: Preview) -> RenderableType:
     for traces in dict.fromkeys(one.traces for one in plan.waiting):
         many = sum(one.traces == traces for one in plan.waiting)
         command = f"python -m dash_exp.traces {' '.join(traces.arguments)}"
-        parts.append(Text(f"{many} more once there are traces; made first, by\n  {command}"))
+        parts.append(plain(f"{many} more once there are traces; made first, by\n  {command}"))
     unknown = sum(line.hours_left is None for line in made.lines)
     many_text = "any of them" if unknown == len(made.lines) else f"{unknown} of them"
     note = f"no cell with the arm, model, data and sizes of {many_text} has finished here"
-    return Group(*parts, Text(""), _resource_table(made), *([Text(note)] if unknown else []))
+    return Group(*parts, plain(""), _resource_table(made), *([plain(note)] if unknown else []))
 
 
 def _head(made: Preview) -> list[str]:

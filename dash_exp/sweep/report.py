@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -16,7 +16,7 @@ from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.states import CellState
 from dash_exp.sweep.status import SweepCell, SweepState, default_root, end_of_output
 from dash_exp.sweep.worker import error_line
-from dash_exp.text import format_number, format_path, format_seconds
+from dash_exp.text import format_number, format_path, format_seconds, printable
 from dash_exp.train.display import REWARD
 
 STYLES = {
@@ -59,9 +59,13 @@ def table(*headings: str) -> Table:
     return made
 
 
+def plain(text: str, **style: Any) -> Text:
+    """A text from a record: brackets in it are not markup, and it does not control the terminal."""
+    return Text(printable(text), **style)
+
+
 def add(to: Table, *texts: str, style: str = "") -> None:
-    """Add a row of plain texts: brackets in them are not markup."""
-    to.add_row(*(Text(text) for text in texts), style=style)
+    to.add_row(*(plain(text) for text in texts), style=style)
 
 
 def count_of(number: int, thing: str) -> str:
@@ -103,13 +107,13 @@ def sweep_lines(states: Sequence[SweepState]) -> RenderableType:
 def status_view(state: SweepState, chosen: Sequence[SweepCell], long: bool) -> RenderableType:
     """A sweep: its counts, its cells in a table, and why cells failed. `long`: the end of the output of all
     chosen cells."""
-    parts: list[RenderableType] = [_head(state), Text("")]
+    parts: list[RenderableType] = [_head(state), plain("")]
     parts += [_cell_table(chosen[:SHOWN_CELLS])] if chosen else []
     parts += more_cells(len(chosen), "name a pattern, or --json for all of them")
     if len(chosen) == len(state.cells):
         paths = [str(one.traces.path) for one in state.waiting]
         for path in dict.fromkeys(paths):
-            parts.append(Text(f"{paths.count(path)} more wait for the traces {format_path(Path(path))}"))
+            parts.append(plain(f"{paths.count(path)} more wait for the traces {format_path(Path(path))}"))
     return Group(*parts, *_outputs(state.manifest.name, chosen, long), *_advice(state))
 
 
@@ -119,7 +123,7 @@ def _head(state: SweepState) -> RenderableType:
     if state.controller and state.has_controller:
         host = state.controller.get("host")
         place += f", run by process {state.controller['pid']}" + (f" on {host}" if host else "")
-    return Text(f"{state.manifest.name}\n{counts_text(state.counts)}{eta}\n{place}")
+    return plain(f"{state.manifest.name}\n{counts_text(state.counts)}{eta}\n{place}")
 
 
 def _cell_table(chosen: Sequence[SweepCell]) -> Table:
@@ -149,6 +153,7 @@ def _remark(cell: CellState) -> str:
     texts = [
         eta_text(cell.eta_s) if cell.state == "running" else "",
         cell.failure_class or "",
+        f"damaged: {cell.damage}" if cell.damage else "",
         "" if cell.state == "finished" and cell.note == "planned" else cell.note,
         "stale" if cell.stale else "",
         f"job {cell.job}" if cell.job and cell.state in ("queued", "running") else "",
@@ -157,7 +162,7 @@ def _remark(cell: CellState) -> str:
 
 
 def more_cells(count: int, hint: str) -> list[RenderableType]:
-    return [Text(f"... and {count - SHOWN_CELLS} more: {hint}")] if count > SHOWN_CELLS else []
+    return [plain(f"... and {count - SHOWN_CELLS} more: {hint}")] if count > SHOWN_CELLS else []
 
 
 def _outputs(name: str, chosen: Sequence[SweepCell], long: bool) -> list[RenderableType]:
@@ -170,11 +175,14 @@ def _outputs(name: str, chosen: Sequence[SweepCell], long: bool) -> list[Rendera
         why = ": ".join(text for text in (cell.failure_class, cell.failure) if text) or cell.note
         quoted = Table.grid(padding=(0, 1, 0, 0))
         for line in end_of_output(cell.folder, LONG_OUTPUT if long else SHORT_OUTPUT):
-            quoted.add_row("  |", Text(line, overflow="fold"), style="dim")
-        parts += [Text(f"\n{one.label} ({one.entry.id}), {cell.state}" + (f": {why}" if why else "")), quoted]
+            quoted.add_row("  |", plain(line, overflow="fold"), style="dim")
+        parts += [
+            plain(f"\n{one.label} ({one.entry.id}), {cell.state}" + (f": {why}" if why else "")),
+            quoted,
+        ]
     if len(wanted) > len(shown):
         more = len(wanted) - len(shown)
-        parts.append(Text(f"\n{more} more failed: python -m dash_exp.sweep status {name} --failed"))
+        parts.append(plain(f"\n{more} more failed: python -m dash_exp.sweep status {name} --failed"))
     return parts
 
 
@@ -188,7 +196,7 @@ def _advice(state: SweepState) -> list[RenderableType]:
     left += ["blocked"] if counts.get("blocked") and not state.is_moving else []
     if left and not state.has_controller:
         lines.append(f"python -m dash_exp.sweep launch {name}   goes on with what is {' or '.join(left)}")
-    return [Text(""), *(Text(line) for line in lines)] if lines else []
+    return [plain(""), *(plain(line) for line in lines)] if lines else []
 
 
 # The end of a launch ------------------------------------------------------------------------------
@@ -230,6 +238,7 @@ def closing_lines(manifest: Manifest, cells: Sequence[SweepCell], counts: Mappin
         lines += [f"  {cell.state}{kind}: {why}", f"    {format_path(cell.folder)}"]
     if len(broken) > SHOWN_REASONS:
         lines.append(f"  ... and {len(broken) - SHOWN_REASONS} more")
+    lines = [printable(line) for line in lines]
     return [*lines, f"sweep   {format_path(manifest.folder)}", f"status  {status_command(manifest)}"]
 
 

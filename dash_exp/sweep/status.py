@@ -4,6 +4,7 @@ and which of its cells a name or a pattern on the command line means."""
 from __future__ import annotations
 
 import fnmatch
+import os
 import statistics
 import time
 from collections import Counter
@@ -202,7 +203,7 @@ class Target:
 
     def manifest(self) -> Manifest:
         """What was launched. Raises UserError where nothing was."""
-        if not (self.folder / manifests.NAME).is_file():
+        if not os.path.lexists(self.folder / manifests.NAME):
             what = f"has not been launched: there is no {self.folder / manifests.NAME}"
             hint = f"python -m dash_exp.sweep launch {self.name}; run.dir=<folder> looks elsewhere"
             raise UserError(Fault(self.name, what, hint), UNCHANGED)
@@ -217,7 +218,7 @@ def default_root() -> Path:
 
 def launched_folders(root: Path) -> list[Path]:
     """Folders of all sweeps launched below this root, by name."""
-    return sorted(path.parent for path in (root / "sweeps").glob(f"*/{manifests.NAME}"))
+    return sorted(path for path in (root / "sweeps").glob("*") if os.path.lexists(path / manifests.NAME))
 
 
 def launched(root: Path) -> tuple[list[Manifest], list[Fault]]:
@@ -234,7 +235,7 @@ def launched(root: Path) -> tuple[list[Manifest], list[Fault]]:
 def find(text: str, root: Path, name: str | None = None) -> Target:
     """The sweep meant by a yaml, a name or a folder. `name`: another name to run it under (`run.sweep`)."""
     folder = Path(text)
-    if (folder / manifests.NAME).is_file():
+    if os.path.lexists(folder / manifests.NAME):
         folder = folder.resolve()
         return Target(folder.name, folder, folder.parent.parent, None)
     known = specs.names()
@@ -243,7 +244,7 @@ def find(text: str, root: Path, name: str | None = None) -> Target:
         chosen = name or spec.name
         return Target(chosen, manifests.sweep_folder(root, chosen), root, spec)
     folder = manifests.sweep_folder(root, text)
-    if (folder / manifests.NAME).is_file():
+    if os.path.lexists(folder / manifests.NAME):
         return Target(text, folder, root, None)
     there = [path.name for path in launched_folders(root)]
     what = f"is no sweep: neither a file in sweeps/, nor one launched in {root}, nor a folder"

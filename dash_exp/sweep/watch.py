@@ -33,14 +33,14 @@ from dash_exp.sweep.status import (
     read_sweeps,
     select,
 )
-from dash_exp.text import format_path, last_lines, shown_lines
+from dash_exp.text import format_path, last_lines, printable, shown_lines
 
 ROOT = "run.dir="
 FOLLOW_S = 0.5
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def say_json(value: Any) -> None:

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from dash_exp.config.compose import CELL_ID, MATCH, compose, partner_of, partner_overrides, without_budget
 from dash_exp.config.schema import Config, changed
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_json
 from dash_exp.record.identity import make_cell
 from dash_exp.record.ledger import training_seconds
+from dash_exp.record.reading import read_config
 
 COMPARED = ("cpu", "threads", "gpus")
 """Of what provenance knows of a machine; nodes of one kind differ by a little memory."""
@@ -85,7 +84,10 @@ def find_partner(config: Config, pool: Path) -> Partner:
         )
     if state != "finished":
         raise Blocked(f"waits for its partner {folder.name}, which is {state} (step {status.get('step', 0)})")
-    theirs = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    frozen = read_config(folder)
+    if frozen.damage:
+        raise UserError([one.fault("restore the partner's record") for one in frozen.damage])
+    theirs = frozen.value
     mine = {"seed": config.seed, "model": config.model.name}
     other = {"seed": theirs["seed"], "model": theirs["model"]["name"]}
     if mine != other:

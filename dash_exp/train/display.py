@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dash_exp.record.folder import Row
 from dash_exp.record.ledger import PHASES
-from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
+from dash_exp.text import format_accuracy, format_number, format_path, format_seconds, printable
 
 REWARD, LIKELIHOOD = "reward/mean", "policy/logprob_mean"
 SHOWN_STEPS = 8
@@ -62,7 +62,7 @@ class Display:
 
     def note(self, text: str) -> None:
         if self.mode != "none":
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def step(self, row: Row) -> None:
         """Show a step's row."""
@@ -109,7 +109,7 @@ class Display:
         if self.mode == "none":
             return
         for line in summary_lines(folder, steps, evals, reason):
-            self.console.print(line, markup=False, soft_wrap=True)
+            self.console.print(printable(line), markup=False, soft_wrap=True)
 
 
 def summary_lines(folder: Path, steps: Sequence[Row], evals: Sequence[Row], reason: str) -> list[str]:

@@ -53,7 +53,7 @@ def test_a_torn_line_is_reported_every_time(outputs: Path, tmp_path: Path) -> No
     with (outputs / "cells" / "dash-m-d-s1-d0000001" / "steps.jsonl").open("a") as stream:
         stream.write('{"step": 5, "rew\n')
     for _ in range(3):
-        assert any("torn" in p.what for p in load([outputs], tmp_path / "cache").problems)
+        assert any("1 damaged line left out" in p.what for p in load([outputs], tmp_path / "cache").problems)
 
 
 def test_fewer_places_give_fewer_rows(outputs: Path, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_torn_lines_and_redone_steps(outputs: Path) -> None:
     rows = quantities.steps_of(records, folder.name)
     assert list(rows["step"]) == [1, 2, 3, 4]
     assert rows["reward/mean"].iloc[-1] == 0.5
-    assert any("1 torn lines" in p.what for p in records.problems)
+    assert any("1 damaged line" in p.what for p in records.problems)
 
 
 def test_what_is_missing_is_listed(outputs: Path) -> None:
@@ -389,7 +389,7 @@ def test_different_hardware_is_a_thing_left_out(outputs: Path, tmp_path: Path) -
     )
     reported = make(load([outputs]), pictures=False).problems
     assert any(p.where == "table3-arithmetic, training time" and "DASH" in p.what for p in reported)
-    assert main([str(outputs), "--out", str(tmp_path / "report")]) == 1
+    assert main([str(outputs), "--out", str(tmp_path / "report"), "--strict"]) == 1
 
 
 def test_more_k_than_samples_is_a_missing_value_with_its_reason(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_torn_verdicts_are_counted_below_the_table(outputs: Path) -> None:
     with (folder / "eval_samples.jsonl").open("a") as stream:
         stream.write('{"attempt": 1, "step": 4, "data\n')
     text = make(load([outputs]), pictures=False).files["tables/table3-arithmetic.md"].decode()
-    assert f"{folder.name}/eval_samples.jsonl: 1 torn lines left out" in text
+    assert f"{folder.name}/eval_samples.jsonl: 1 damaged lines left out" in text
 
 
 def test_the_target_is_what_every_run_of_the_baseline_reached(tmp_path: Path) -> None:

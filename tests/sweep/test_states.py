@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,17 +16,9 @@ import pytest
 from dash_exp.record import journal
 from dash_exp.record.folder import Recorder, Row, lock
 from dash_exp.record.locks import HERE, Locks, ask_to_end, is_alive, runs
+from dash_exp.record.state import Evidence, derive_state, last_rows, recent_steps
 from dash_exp.sweep.slurm.queue import JobState
-from dash_exp.sweep.states import (
-    CellState,
-    Evidence,
-    derive_state,
-    last_rows,
-    recent_steps,
-    state_of,
-    states_of,
-    steps_of,
-)
+from dash_exp.sweep.states import CellState, state_of, states_of, steps_of
 from dash_exp.sweep.watch import Follower
 from dash_exp.text import last_lines
 from tests.conftest import REPOSITORY
@@ -291,7 +284,8 @@ def test_steps_that_a_resumed_run_makes_anew_count_once(folder: Path) -> None:
         recorder.status("interrupted", 6)
     with Recorder(folder) as recorder:  # from the checkpoint at step 4
         recorder.append("steps", steps_rows(1, reward=0.9, first=5))
-        rows = recent_steps(folder)
+        rows, damage = recent_steps(folder)
+        assert not damage
     assert [(r["step"], r["reward/mean"]) for r in rows] == [(1, 0.1), (2, 0.1), (3, 0.1), (4, 0.1), (5, 0.9)]
 
 
@@ -337,9 +331,11 @@ def test_where_it_ran_is_what_was_said_last(folder: Path) -> None:
 
 def test_only_the_ends_of_files_are_read(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
-    path.write_text('{"step": 1}\n' * 5000 + '{"step": 2}\n{"step": 3, "tor')
-    assert last_rows(path, 2, size=60) == [{"step": 1}, {"step": 2}]
-    assert last_rows(tmp_path / "absent", 2) == []
+    one, two = ({"step": step, "attempt": 1} for step in (1, 2))
+    path.write_text(f"{json.dumps(one)}\n" * 5000 + json.dumps(two) + '\n{"step": 3, "tor')
+    rows, damage = last_rows(path, 2, size=90)
+    assert rows == [one, two] and "not JSON" in damage[0].what
+    assert last_rows(tmp_path / "absent", 2) == ([], ())
     text = tmp_path / "output.txt"
     text.write_bytes(b"first\n\n 10 %\r 20 %\r100 %\n\x1b[31mred\x1b[0m\r\nlast \xff\n")
     assert last_lines(text, 3) == ["100 %", "red", "last \N{REPLACEMENT CHARACTER}"]

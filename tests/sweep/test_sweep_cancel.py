@@ -132,7 +132,9 @@ def test_cancelling_a_sweep_skips_what_another_sweep_runs(root: Path) -> None:
     with held_by_a_process(shared) as process:
         journal.note(shared, "start", host="here", pid=process.pid, job=None, sweep="other")
         done = cancel(mine, ids(mine), entire=True, wait_s=0.1)
-        assert [(one.entry.id, why) for one, why in done.skipped] == [("0000001c", "run by the sweep other")]
+        assert [(one.entry.id, why) for one, why in done.skipped] == [
+            ("0000001c", "run by the sweep other; name it to cancel it as well")
+        ]
         assert [one.entry.id for one in done.ended] == ["0000002c"]
         assert process.poll() is None and states(other) == ["running"]
         cancel(mine, {"0000001c"}, entire=False, wait_s=20)  # by name, it is meant

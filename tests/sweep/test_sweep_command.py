@@ -124,8 +124,8 @@ def test_a_broken_manifest_hides_no_other_sweep(root: Path, capsys: Capture) -> 
     broken.write_text(broken.read_text()[:100])
     assert command("status", f"run.dir={root}") == 0
     printed = capsys.readouterr()
-    assert "mine" in printed.out and "torn: holds no manifest.json" in printed.err
-    assert "torn: holds no manifest.json" in refused_after(capsys, "list", f"run.dir={root}")
+    assert "mine" in printed.out and "torn/manifest.json:" in printed.err and "is damaged" in printed.err
+    assert "is damaged" in refused_after(capsys, "list", f"run.dir={root}")
 
 
 def refused_after(capsys: Capture, *words: object) -> str:

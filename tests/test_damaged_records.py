@@ -1,0 +1,212 @@
+"""One damaged record is that cell's problem: every command names it and goes on with the others. Each kind of
+damage is a row of DAMAGES, each command a row of COMMANDS."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from analysis.__main__ import main as report
+from dash_exp.record import journal
+from dash_exp.record import manifest as manifests
+from dash_exp.record.folder import Recorder
+from dash_exp.record.locks import HERE
+from dash_exp.sweep.__main__ import main as sweep
+from tests.sweep.sweep_fixtures import cell_of, ran, sweep_of, write_yaml
+
+OF_CELL = ("config.yaml", "status.json", "provenance.json", "steps.jsonl", "evals.jsonl", "launch.jsonl")
+SEEN_BY_STATUS = ("config.yaml", "status.json", "steps.jsonl", "launch.jsonl")
+QUIET = ("eval_samples.jsonl", "events.jsonl", "log.txt", "output.txt")
+"""Files whose damage only some commands can see."""
+
+
+def text(path: Path, value: str | bytes) -> None:
+    path.write_bytes(value if isinstance(value, bytes) else value.encode())
+
+
+def folder_in_its_place(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("nothing"))
+
+
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def value_of_every_key(made: object) -> Callable[[Path], None]:
+    """Every key has this value, nested ones too."""
+
+    def changed(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: changed(one) if isinstance(one, dict) else made for key, one in value.items()}
+        return made
+
+    def damage(path: Path) -> None:
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        rows = [json.dumps(changed(json.loads(line))) for line in lines]
+        text(path, "\n".join(rows) + "\n")
+
+    return damage
+
+
+def first_key(name: str) -> Callable[[Path], None]:
+    """Change the first quoted key of the last line that has one."""
+
+    def damage(path: Path) -> None:
+        head, quote, rest = path.read_text().rpartition('"attempt":')
+        text(path, f'{head}"{name}":{rest}' if quote else f'{{"{name}": 1}}\n')
+
+    return damage
+
+
+def nan(path: Path) -> None:
+    text(
+        path, path.read_text().replace('"step": 3', '"step": NaN').replace('"attempt": 1', '"attempt": 1e400')
+    )
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "empty": lambda p: text(p, ""),
+    "cut in a line": lambda p: text(p, p.read_bytes()[: len(p.read_bytes()) * 5 // 8]),
+    "not JSON": lambda p: text(p, "not json\n"),
+    "a list": lambda p: text(p, "[1, 2]\n"),
+    "a number": lambda p: text(p, "7\n"),
+    "null": lambda p: text(p, "null\n"),
+    "a text": lambda p: text(p, '"text"\n'),
+    "an empty object": lambda p: text(p, "{}\n"),
+    "a missing key": first_key("other"),
+    "NaN and infinity": nan,
+    "every value a text": value_of_every_key("\x1b[31mred"),
+    "every value a list": value_of_every_key([1]),
+    "every value null": value_of_every_key(None),
+    "every value negative": value_of_every_key(-1),
+    "every value huge": value_of_every_key(10**400),
+    "an integer of 5,000 digits": lambda p: text(p, '{"step": ' + "9" * 5000 + "}\n"),
+    "a key twice": lambda p: text(p, '{"state": "failed", "state": "finished", "step": 1, "step": 2}\n'),
+    "binary": lambda p: text(p, bytes(range(256)) * 3),
+    "NUL bytes": lambda p: text(p, b"\0" * len(p.read_bytes())),
+    "not UTF-8": lambda p: text(p, p.read_bytes().replace(b'"', b'"\xff', 3)),
+    "a lone surrogate": lambda p: text(p, p.read_text().replace(': "', ': "\\ud800', 2)),
+    "nested too deeply": lambda p: text(p, "[" * 5_000),
+    "a folder": folder_in_its_place,
+    "a link to nothing": link_to_nothing,
+    "a link to itself": link_to_itself,
+}
+YAML = {
+    "not YAML": "seed: [",
+    "aliases that multiply": "a: &a [1]\nb: &b [*a, *a]\nseed: *b\n",
+    "a Python object": "seed: !!python/object/apply:os.system [true]\n",
+    "a date": "seed: 2001-99-99\n",
+    "a key twice": "seed: 0\nseed: 1\n",
+    "an integer of 5,000 digits": f"seed: {'9' * 5000}\n",
+}
+
+
+NO_DAMAGE = {("steps.jsonl", "empty"), ("launch.jsonl", "empty"), ("status.json", "a missing key")}
+"""What looks like a run that has not begun. Lone surrogates are replaced."""
+FILES = (*OF_CELL, *QUIET)
+
+
+def finished_cell(folder: Path) -> None:
+    journal.note(folder, "start", host=HERE, pid=1, job=None, sweep="demo")
+    ran(folder, "finished", 3)
+    with Recorder(folder) as recorder:
+        recorder.append("evals", [{"step": 3, "dataset": "d", "metric": "accuracy", "value": 0.5, "n": 2}])
+        row = {"step": 3, "dataset": "d", "prompt": "p", "scores": [1.0], "outcomes": ["correct"]}
+        recorder.append("eval_samples", [row])
+        recorder.event("sample", 1.0, 2.0, step=3, worker="w", group=0)
+    (folder / "output.txt").write_text("printed\n")
+    journal.note_end(folder, 0, None)
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """Outputs whose cells have each one damage: of one file, in one way. The last cell is intact."""
+
+    root: Path
+    what: dict[str, tuple[str, str]]
+
+    @staticmethod
+    def make(root: Path, wanted: Sequence[tuple[str, str]]) -> Damaged:
+        cells = [cell_of("dash", seed, seed) for seed in range(len(wanted) + 1)]
+        manifest = sweep_of(root, cells[:1])
+        template = manifest.cell(manifest.entries[0])
+        finished_cell(template)
+        for cell in cells[1:]:
+            folder = cell.cell.folder(root)
+            shutil.copytree(template, folder)
+            text(folder / "config.yaml", yaml.safe_dump(cell.cell.frozen, sort_keys=False))
+        value = json.loads((manifest.folder / "manifest.json").read_text())
+        rows = [manifests.cell_row(cell) for cell in cells]
+        text(manifest.folder / "manifest.json", json.dumps({**value, "cells": rows}))
+        manifest = manifests.read(manifest.folder)
+        what = {}
+        for (name, kind), entry in zip(wanted, manifest.entries, strict=False):
+            made = {**DAMAGES, **YAML}[kind]
+            path = manifest.cell(entry) / name
+            before = path.read_bytes()
+            with suppress(ValueError):  # a kind of damage for JSON only
+                made(path) if callable(made) else text(path, made)
+            if not path.is_file() or path.read_bytes() != before:
+                what[entry.folder] = (name, kind)
+        return Damaged(root, what)
+
+
+ALL = [(name, kind) for name in FILES for kind in DAMAGES] + [("config.yaml", kind) for kind in YAML]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Damaged:
+    made = Damaged.make(tmp_path_factory.mktemp("damaged") / "outputs", ALL)
+    write_yaml(made.root, algorithm=["dash"])
+    return made
+
+
+def ran_command(arguments: Sequence[str]) -> tuple[int, str]:
+    command = report if arguments[0] in ("report", "live") else sweep
+    words = arguments[1:] if arguments[0] == "report" else arguments
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = command(words)
+    return code, out.getvalue() + err.getvalue()
+
+
+COMMANDS = {
+    "status": "status demo run.dir={}",
+    "status --json": "status demo run.dir={} --json",
+    "list": "list run.dir={}",
+    "logs": "logs demo run.dir={}",
+    "plan": "plan {}/tried.yaml run.dir={}",
+    "live": "live {} --once",
+    "report": "report {} --check --out {}/none",
+    "cancel": "cancel demo run.dir={}",
+}
+
+
+@pytest.mark.parametrize(
+    "label", [pytest.param(one, marks=[pytest.mark.long] * (one in ("live", "report"))) for one in COMMANDS]
+)
+def test_damaged_cells_take_no_command_down(damaged: Damaged, label: str) -> None:
+    code, printed = ran_command(COMMANDS[label].replace("{}", str(damaged.root)).split())
+    assert code in (0, 1) and "\x1b" not in printed, printed
+    if label == "status --json":
+        cells = {Path(one["folder"]).name: one for one in json.loads(printed)["cells"]}
+        unseen = {what for name, what in damaged.what.items() if what[0] not in cells[name]["damage"]}
+        assert {
+            what for what in unseen if what[0] in SEEN_BY_STATUS and "surrogate" not in what[1]
+        } == NO_DAMAGE
+        assert list(cells.values())[-1]["damage"] == ""
