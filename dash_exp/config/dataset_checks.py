@@ -24,14 +24,15 @@ from dash_exp.errors import Fault, nearest
 SHOT_KEYS = ("problem", "solution")
 EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
     "math": MATH_EXTRACTIONS,
+    "math_verify": MATH_EXTRACTIONS,  # unused: the library finds the answer itself
     "integer": ("first_integer",),
     "code": ("program", "last_block"),
     "reasoning_gym": ("answer_tag", "boxed_or_last", "whole"),
 }
 VERIFIERS_OF: dict[str, tuple[str, ...]] = {
-    "jsonl": ("math", "integer", "code"),
-    "arithmetic": ("integer", "math"),
-    "digits": ("integer", "math"),
+    "jsonl": ("math", "math_verify", "integer", "code"),
+    "arithmetic": ("integer", "math", "math_verify"),
+    "digits": ("integer", "math", "math_verify"),
     "functions": ("code",),
     "reasoning_gym": ("reasoning_gym",),
 }

@@ -1,6 +1,6 @@
 """Verifiers: what a completion's reward is, decided by pure judges, run in killable processes."""
 
-VERIFIER_VERSION = "2"
+VERIFIER_VERSION = "3"
 """Raised whenever a judge could answer differently for the same text and gold answer."""
 
 CODE_VERSION = "3"

@@ -6,12 +6,13 @@ What a judge needs is imported when it is made: a run on integers starts no proc
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import platform
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from dash_exp.errors import Fault, UserError
 from dash_exp.types import Score
 from dash_exp.verifiers import CODE_VERSION, VERIFIER_VERSION
+from dash_exp.verifiers.math.extract import GYM_EXTRACTORS, MATH_VERIFY, extract
 from dash_exp.verifiers.types import CodeGold, Judge, VerifyTask, score
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ class Judges:
 
         if self._math_pool is None:  # shared by all extractions
             self._math_pool = VerifierPool(self.workers, self.timeout_s, self.memory_mb)
-        return math_judge(self._math_pool, extraction)
+        return math_judge(self._math_pool, extraction if verifier == "math" else verifier)
 
 
 def judge_integer(text: str, answer: str) -> Score:
@@ -95,7 +97,7 @@ def judge_integer(text: str, answer: str) -> Score:
     if match is None:
         return score("no_answer", "no integer in the text")
     found = match.group()
-    if len(found) <= _MAX_DIGITS and int(found) == int(answer):
+    if len(found) <= _MAX_DIGITS >= len(answer) and int(found) == int(answer):
         return score("correct")
     return score("wrong", f"found {found[:40]}, expected {answer[:40]}")
 
@@ -118,7 +120,7 @@ class InlineJudge:
 class PooledJudge:
     """Judges in a pool of processes that it owns, and remembers verdicts.
 
-    `prepare` finds the answer in the completion here, so equal answers of a group are judged once.
+    `prepare` must be quick whatever the completion: it runs in the process that trains.
     """
 
     def __init__(
@@ -139,7 +141,8 @@ class PooledJudge:
         task = self._prepare(text, answer)
         if isinstance(task, Score):
             return _done(task)
-        return self._cache.get((answer, task.text), lambda: self._pool.submit(task))
+        key = hashlib.blake2b(f"{answer}\0{task.text}".encode(errors="surrogatepass")).digest()
+        return self._cache.get(key, lambda: self._pool.submit(task))
 
     def close(self) -> None:
         """Close the pool."""
@@ -147,14 +150,19 @@ class PooledJudge:
 
 
 def math_judge(pool: VerifierPool, extraction: str, cache_size: int = CACHE_SIZE) -> PooledJudge:
-    """Judges answers to maths problems. Raises ValueError for an unknown extraction."""
-    from dash_exp.verifiers.math.extract import extract
+    """Judges answers to maths problems, found by an extraction, or both found and judged by the library
+    alone (`math_verify`). Raises ValueError for an unknown extraction."""
+    library = f"math-verify-{installed_version('math-verify')}"
+    version = f"{library}+alone-{VERIFIER_VERSION}"
+    if extraction != MATH_VERIFY:
+        extract("", extraction)  # an unknown mode fails here, not on the first completion
+        version = f"math-{VERIFIER_VERSION}+{library}+{extraction}"
+    return PooledJudge(pool, _unread(extraction), version, cache_size=cache_size)
 
-    extract("", extraction)  # an unknown mode fails here, not on the first completion
-    prepare = _extracting(extraction, lambda text: extract(text, extraction))
-    library = installed_version("math-verify")
-    version = f"math-{VERIFIER_VERSION}+math-verify-{library}+{extraction}"
-    return PooledJudge(pool, prepare, version, cache_size=cache_size)
+
+def _unread(how: str) -> Prepare:
+    """Completions go to the workers as they are: no pattern is matched in the process that trains."""
+    return lambda text, answer: VerifyTask(text, answer, how=how)
 
 
 def code_judge(
@@ -197,35 +205,14 @@ def gym_judge(
     """Scores answers by reasoning-gym's own scorers, in the same sandbox as programs: some of those
     scorers evaluate the answer. `extraction`: `answer_tag`, `boxed_or_last` or `whole`."""
     from dash_exp.verifiers.code.sandbox import confinement
-    from dash_exp.verifiers.math.extract import boxed_or_last
 
-    finders: Mapping[str, Callable[[str], str | None]]
-    finders = {"answer_tag": answer_tag, "boxed_or_last": boxed_or_last, "whole": str.strip}
-    if extraction not in finders:
-        raise ValueError(f"extraction {extraction!r} is not one of {', '.join(finders)}")
-    prepare = _extracting(extraction, lambda text: finders[extraction](text) or None)
+    if extraction not in GYM_EXTRACTORS:
+        raise ValueError(f"extraction {extraction!r} is not one of {', '.join(GYM_EXTRACTORS)}")
     sandbox = confinement(wanted).with_scratch()
     pool = _sandboxed_pool("reasoning_gym", sandbox, workers, timeout_s, memory_mb)
     library = installed_version("reasoning-gym")
     version = f"gym-{CODE_VERSION}+reasoning-gym-{library}+{extraction}"
-    return PooledJudge(pool, prepare, version, sandbox.warnings)
-
-
-def answer_tag(text: str) -> str | None:
-    """What stands in the last `<answer>...</answer>`, stripped."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return text[start + len("<answer>") : end].strip() if start >= 0 else None
-
-
-def _extracting(extraction: str, find: Callable[[str], str | None]) -> Prepare:
-    def prepare(text: str, answer: str) -> VerifyTask | Score:
-        found = find(text)
-        if found is None:
-            return score("no_answer", f"nothing found by {extraction}")
-        return VerifyTask(found, answer)
-
-    return prepare
+    return PooledJudge(pool, _unread(extraction), version, sandbox.warnings)
 
 
 def _sandboxed_pool(

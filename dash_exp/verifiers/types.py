@@ -30,13 +30,15 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VerifyTask:
-    """What a worker process judges: an answer and its gold. For programs the text is JSON: a program that
+    """What a worker process judges: a completion and its gold. For programs the text is JSON: a program that
     runs as it is, or a list of candidates for one (`code/program.py`). `timeout_s`: the limit of this task in
-    seconds, where it is longer than the pool's own."""
+    seconds, where it is longer than the pool's own. `how` an answer is found in the text: the name of an
+    extraction, or `math_verify`."""
 
     text: str
     answer: str
     timeout_s: float | None = None
+    how: str = "whole"
 
 
 @dataclass(frozen=True, slots=True)

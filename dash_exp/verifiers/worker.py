@@ -88,7 +88,7 @@ def load_judge() -> TaskJudge:
     from dash_exp.verifiers.math.compare import judge_candidate, judge_math
 
     judge_candidate("x + \\frac{1}{2}", "\\frac{1 + 2x}{2}")
-    return lambda task: judge_math(task.text, task.answer, "whole")
+    return lambda task: judge_math(task.text, task.answer, task.how)
 
 
 def _verdict(judge: TaskJudge, task: VerifyTask) -> tuple[Score, bool]:

@@ -12,7 +12,8 @@ from code_fixtures import BEST_AND_LIMITS, HandPool
 
 from dash_exp.verifiers.code import candidate
 from dash_exp.verifiers.code.candidate import is_formula, read_literal
-from dash_exp.verifiers.judges import PooledJudge, answer_tag, gym_judge
+from dash_exp.verifiers.judges import PooledJudge, gym_judge
+from dash_exp.verifiers.math.extract import GYM_EXTRACTORS, answer_tag
 from dash_exp.verifiers.types import GymGold
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
@@ -189,8 +190,10 @@ def test_extractions(extraction: str, text: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("dash_exp.verifiers.judges._sandboxed_pool", lambda *settings: pool)
     verifier = gym_judge(1, 10.0, 2048, extraction)
     verifier.submit(text.format(5), "gold")
-    assert [(task.text, task.answer) for task, _ in pool.asked] == [("5", "gold")]
-    assert verifier.submit("", "gold").result(GENEROUS_S).outcome == "no_answer"
+    assert [(task.text, task.answer, task.how) for task, _ in pool.asked] == [
+        (text.format(5), "gold", extraction)
+    ]
+    assert [GYM_EXTRACTORS[extraction](some) for some in (text.format(5), "")] == ["5", None]
     assert "reasoning-gym-" in verifier.version and extraction in verifier.version
 
 

@@ -43,6 +43,7 @@ from dash_exp.verifiers.code.confine import (
 )
 from dash_exp.verifiers.code.examiner import Examiner
 from dash_exp.verifiers.code.values import Channel
+from dash_exp.verifiers.math.extract import GYM_EXTRACTORS
 from dash_exp.verifiers.types import CodeGold, VerifyTask, score, wall_limit
 from dash_exp.verifiers.worker import die_with, private_channel, send, silence
 
@@ -318,7 +319,10 @@ def _judge(task: VerifyTask, host: socket.socket, cpu_s: int, options: Options) 
         examiner = Examiner()
         examiner.connect(Channel(end, examiner.to_handle, examiner.from_handle))
         if options.judge == "reasoning_gym":
-            return examiner.score_answer(task.text, task.answer, cpu_s)
+            found = GYM_EXTRACTORS[task.how](task.text)
+            if found is None:
+                return score("no_answer", f"nothing found by {task.how}")
+            return examiner.score_answer(found, task.answer, cpu_s)
         try:
             gold = CodeGold.from_text(task.answer)
         except (ValueError, TypeError) as error:

@@ -11,65 +11,97 @@ MAX_CANDIDATE_CHARS = 2_000
 
 _MAX_JOINED = 16
 _MAX_GAP = 40
-"""Characters between two members of a list of formulas."""
+"""Characters between two members of a list."""
 
 _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\.|[{}]", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _BARE = re.compile(r"[^\s${}\\]{1,64}")
+_BOX_JOINT = re.compile(
+    r"[\s$]*(?:(?:[,;，、&]|\\q?quad|\\text\s?\{[\s,]*(?:and|or)\s*\}|\band\b|\bor\b|和|或)[\s$,]*){1,3}"
+    r"(?:[A-Za-z](?:_\w)?\s?=\s?)?"
+)
 _ANSWER_PHRASE = re.compile(
     r"(?:answers?|(?:correct|right)\s(?:option|choice))\*{0,2}(?:\s{0,3}(?:is|are|to|:|=|：)){1,3}\s{0,3}:?",
     re.IGNORECASE,
 )
 _MATH = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$(?!\d)|\\\(((?:[^\\]|\\[^()])+)\\\)")
 _DISPLAY = re.compile(r"\\\[((?:[^\\]|\\[^\[\]])+)\\\]")
+_SCALED = (
+    r"(?:\s(?:and\s(?:a\s|one[\s-])?(?:half|quarter|third)|and\sthree[\s-]quarters|hundred|thousand|million|billion"
+    r"|trillion|dozen|halves|thirds|quarters|fourths|fifths|tenths|percent|per\scent|squared|cubed"
+    r"|(?:degrees\s)?below\szero)\b){0,2}"
+)
+"""Words that belong to the number in front of them."""
+_SIGNED = r"(?:(?<![\w)\]}])(?<![\d)]\s)(?:[-−]\s?|(?:minus|negative)\s))?"
+_PLAIN = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?![\w.])|[kK]\b)?"
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[-−]\s?)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?![\w.]))?"
-    r"(?:\s?/\s?\d+)?(?:\s?\\?%)?"
+    rf"{_SIGNED}\$?{_PLAIN}(?:(?:(?:\s|-|\s?and\s)\d+)?\s?/\s?\d+)?(?:\s?\\?%)?{_SCALED}", re.IGNORECASE
+)
+_DENIED = re.compile(
+    r"\b(?:not|instead of|rather than)\s(?:equal to\s|a\s)?[$\\(]{0,2}(?:[A-Za-z]\s?=\s?)?$", re.IGNORECASE
 )
 _FILLER = re.compile(
     r"(?:(?:therefore|thus|simply|just|given by|equal to|exactly|about|approximately)[\s,:]+){0,3}",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n|。|,?\s+(?:because|since)\b|,\s+(?:as|which|where|so)\b")
+_SENTENCE_END = re.compile(
+    r"[.!?](?=\s|$)|\n|。|,?\s(?:because|since|rather than|instead of)\b"
+    r"|,\s(?:as|which|where|so|(?:and\s|but\s)?not)\b"
+)
 _JOINT = re.compile(r"\s*(?:[,;，、]\s*)?(?:(?:and|or|和|或)\b)?\s*")
-_JOINT_NUMBERS = re.compile(r"\s*,?\s*\bor\s+(?:[A-Za-z]{1,12}\s+)?(?:[A-Za-z]\s?=\s?)?")
-_SAME_NAME = re.compile(r"\s*,?\s*(?:\band\s+)?([A-Za-z])\s?=\s?")
+_JOINT_NUMBERS = re.compile(r"\s?,?\s?\bor\s(?:[A-Za-z]{1,12}\s)?(?:[A-Za-z]\s?=\s?)?")
+_SAME_NAME = re.compile(r"\s?,?\s?(?:\band\s)?([A-Za-z])\s?=\s?")
 _NAMED = re.compile(r"\s*([A-Za-z])(?:_\S{1,4})?\s*=")
-_JOINT_WORD = re.compile(r"\s*(?:and|or|和|或)\b")
-_PUNCTUATION = re.compile(r"\s*(?:[.,;:!?。，]|$|\n)")
+_ENDS = re.compile(r"\s*(?:[.,;:!?。，]|$|\n|(?:and|or|和|或)\b)")
 _PROSE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 """Words around a number rather than one formula."""
-_HASHED_NUMBER = re.compile(rf"(?:{_NUMBER.pattern})(?:\s[A-Za-z]{{1,20}})?\.?")
+_HASHED_NUMBER = re.compile(rf"(?:{_NUMBER.pattern})(?:\s[A-Za-z]{{1,20}})?\.?", re.IGNORECASE)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last closed `\boxed{...}` or `\fbox{...}`, or what follows a bare `\boxed`.
+    r"""Content of the last `\boxed{...}` or `\fbox{...}` that is not empty, or what follows a bare
+    `\boxed`. Boxes joined by commas, `and` or `or` are one list.
 
     One pass with a stack of open braces: a box inside a box belongs to the outer one, and a box
     that never closes is no box.
     """
-    first = _BOX.search(text)
-    if first is None:
-        return None
-    stack: list[int] = []  # start of the content for a box, -1 for any other brace
-    found: tuple[int, int] | None = None
-    pending = -1  # where a box's brace is expected
-    for token in _TOKEN.finditer(text, first.start()):
-        symbol = token.group()
+    stack: list[tuple[int, int]] = []  # for a box where it and its content start, else -1
+    boxes: deque[tuple[int, int, int, int]] = deque(maxlen=_MAX_JOINED)  # box and content: start, end
+    box = pending = -1  # the last box, and where its brace is expected
+    for token in _TOKEN.finditer(text):
+        symbol, at = token.group(), token.start()
         if symbol == "{":
-            is_box = pending >= 0 and not text[pending : token.start()].strip()
-            stack.append(token.end() if is_box else -1)
-        elif symbol == "}":
-            start = stack.pop() if stack else -1
-            if start >= 0:
-                found = (start, token.start())
-        pending = token.end() if symbol in ("\\boxed", "\\fbox") else -1
-        if pending >= 0:
-            found = _bare_box(text, pending) or found
-    if found is None:
-        return None
-    content = text[found[0] : min(found[1], _limit(found[0]))]
-    return _BOX.sub("", content).strip() or None  # boxes inside a box become plain groups
+            stack.append((box, token.end()) if pending >= 0 and _blank(text, pending, at) else (-1, -1))
+        elif symbol == "}" and stack:
+            start, content = stack.pop()
+            if start >= 0 and not _blank(text, content, at):
+                while boxes and boxes[-1][0] > start:
+                    boxes.pop()
+                boxes.append((start, content, at, token.end()))
+        pending = -1
+        if symbol in ("\\boxed", "\\fbox"):
+            box, pending = at, token.end()
+            bare = _bare_box(text, pending)
+            if bare:
+                boxes.append((at, *bare, bare[1]))
+    return _list_of_boxes(text, list(boxes))[:MAX_CANDIDATE_CHARS] or None
+
+
+def _list_of_boxes(text: str, boxes: list[tuple[int, int, int, int]]) -> str:
+    """Contents of the last box and of those that are joined to it."""
+    found, following = "", -1
+    for start, content, end, after in reversed(boxes):
+        gap = text[after:following] if following - after < _MAX_GAP else "."
+        if found and not _BOX_JOINT.fullmatch(gap):
+            break
+        joint = r" \text{ or } " if _is_or(gap) else ", "
+        member = _BOX.sub("", text[content : min(end, content + MAX_CANDIDATE_CHARS)]).strip()
+        found, following = f"{member}{joint}{found}" if found else member, start
+    return found
+
+
+def _blank(text: str, start: int, end: int) -> bool:
+    return end - start < 1_000 and not text[start:end].strip(" \t\n~$.")
 
 
 def _bare_box(text: str, start: int) -> tuple[int, int] | None:
@@ -81,24 +113,29 @@ def _bare_box(text: str, start: int) -> tuple[int, int] | None:
     return (start, start + len(kept)) if kept else None
 
 
-def _limit(start: int) -> int:
-    return start + MAX_CANDIDATE_CHARS
-
-
 def last_number(text: str) -> str | None:
-    """The last number in the text, such as `1,234.50`, `-3` or `3/4`, without a dollar sign."""
-    last = _last(_NUMBER, text)
-    return None if last is None else _tidy(last.group())
+    """The last number in the text, such as `1,234.50`, `-3`, `3/4`, `2 1/2` or `2 million`, without a
+    dollar sign. One that is denied (`14, not 15`) counts only where there is no other."""
+    last = _last(_NUMBER, text, _affirmed) or _last(_NUMBER, text)
+    return None if last is None else _tidy(last)
 
 
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    found = deque(pattern.finditer(text), maxlen=1)
+def _affirmed(match: re.Match[str]) -> bool:
+    return not _DENIED.search(match.string[max(0, match.start() - 25) : match.start()])
+
+
+def _last(
+    pattern: re.Pattern[str], text: str, wanted: Callable[[re.Match[str]], bool] = bool
+) -> re.Match[str] | None:
+    found = deque((match for match in pattern.finditer(text) if wanted(match)), maxlen=1)
     return found[0] if found else None
 
 
-def _tidy(number: str) -> str:
-    kept = number.replace("$", "").replace("−", "-").replace(" ", "").lower()
-    return kept[:MAX_CANDIDATE_CHARS]
+def _tidy(match: re.Match[str]) -> str:
+    kept = match.group().replace("$", "").replace("−", "-").lower()
+    kept = re.sub(r"^(?:minus|negative|-)\s", "-", kept)
+    kept = re.sub(r"\s?/\s?", "/", re.sub(r"(?<=\d)(?:\s?and\s|-)(?=\d)", " ", kept))
+    return re.sub(r"(?<=\d)k$", "e3", kept)[:MAX_CANDIDATE_CHARS]
 
 
 def after_hashes(text: str) -> str | None:
@@ -106,7 +143,7 @@ def after_hashes(text: str) -> str | None:
     at = text.rfind("####")
     if at < 0:
         return None
-    line = text[at + 4 : _limit(at)].lstrip("#").strip().split("\n", 1)[0].strip()
+    line = text[at + 4 : at + MAX_CANDIDATE_CHARS].lstrip("#").strip().split("\n", 1)[0].strip()
     return line or None
 
 
@@ -133,7 +170,7 @@ def _after_answer_phrase(text: str) -> str | None:
     last = _last(_ANSWER_PHRASE, text)
     if last is None:
         return None
-    rest = text[last.end() : _limit(last.end())].strip().strip("*").strip()
+    rest = text[last.end() : last.end() + MAX_CANDIDATE_CHARS].strip().strip("*").strip()
     maths = _MATH.match(rest) or _DISPLAY.match(rest)
     if maths is not None:
         return _with_joined(maths, rest)
@@ -143,7 +180,7 @@ def _after_answer_phrase(text: str) -> str | None:
     if (formula := _MATH.search(sentence)) is not None:
         return _with_joined(formula, sentence)
     if (number := _NUMBER.search(sentence)) is not None and _PROSE.search(sentence):
-        return _with_alternatives(number, sentence)
+        return ", ".join(map(_tidy, _last_run(_NUMBER, sentence, _alternatives, first=number)))
     return sentence or None
 
 
@@ -161,24 +198,11 @@ def _with_joined(first: re.Match[str], text: str) -> str:
         following = _MATH.match(text, joint.end()) if joint and joint.group().strip() else None
         if joint is None or following is None:
             break
-        goes_on = not (_PUNCTUATION.match(text, following.end()) or _JOINT_WORD.match(text, following.end()))
-        if goes_on and not _is_or(joint.group()):
+        if not (_ENDS.match(text, following.end()) or _is_or(joint.group())):
             break
         found.append(_formula(following))
         end = following.end()
     return ", ".join(found)[:MAX_CANDIDATE_CHARS]
-
-
-def _with_alternatives(number: re.Match[str], text: str) -> str:
-    found, end = [_tidy(number.group())], number.end()
-    while len(found) < _MAX_JOINED:
-        joint = _JOINT_NUMBERS.match(text, end)
-        following = _NUMBER.match(text, joint.end()) if joint else None
-        if following is None:
-            break
-        found.append(_tidy(following.group()))
-        end = following.end()
-    return ", ".join(found)
 
 
 def _is_or(joint: str) -> bool:
@@ -187,31 +211,38 @@ def _is_or(joint: str) -> bool:
 
 def _last_expression(text: str) -> str | None:
     formulas = _last_run(_MATH, text, _one_list)
-    display = _last(_DISPLAY, text)
+    display = _last(_DISPLAY, text, _affirmed)
     if display and not (formulas and formulas[-1].end() >= display.end()):
         formulas = [display]
     numbers = _last_run(_NUMBER, text, _alternatives)
     if formulas and not (numbers and numbers[-1].end() > formulas[-1].end()):
         return ", ".join(map(_formula, formulas))[:MAX_CANDIDATE_CHARS]
-    return ", ".join(_tidy(number.group()) for number in numbers)[:MAX_CANDIDATE_CHARS] or None
+    return ", ".join(map(_tidy, numbers))[:MAX_CANDIDATE_CHARS] or last_number(text)
 
 
 def _last_run(
-    pattern: re.Pattern[str], text: str, joined: Callable[[re.Match[str], re.Match[str], str], bool]
+    pattern: re.Pattern[str],
+    text: str,
+    joined: Callable[[re.Match[str], re.Match[str], str], bool],
+    first: re.Match[str] | None = None,
 ) -> list[re.Match[str]]:
-    """The last match, with those before it that belong to it."""
-    run: deque[re.Match[str]] = deque(maxlen=_MAX_JOINED)
-    for match in pattern.finditer(text):
+    """The last match that is not denied, with those before it that belong to it; with `first`, that
+    match and those after it that do."""
+    run: deque[re.Match[str]] = deque([first] if first else [], maxlen=_MAX_JOINED)
+    for match in pattern.finditer(text, first.end() if first else 0):
+        if not _affirmed(match):
+            continue
         gap = match.start() - run[-1].end() if run else _MAX_GAP
-        if gap >= _MAX_GAP or not joined(run[-1], match, text):
+        if gap >= _MAX_GAP or not joined(run[-1], match, text[run[-1].end() : match.start()]):
+            if first:
+                break
             run.clear()
         run.append(match)
     return list(run)
 
 
-def _one_list(first: re.Match[str], second: re.Match[str], text: str) -> bool:
+def _one_list(first: re.Match[str], second: re.Match[str], gap: str) -> bool:
     """Whether two formulas are alternatives: joined by `or`, or values of one name."""
-    gap = text[first.end() : second.start()]
     if not gap.strip() or not _JOINT.fullmatch(gap):
         return False
     names = [_NAMED.match(_formula(formula)) for formula in (first, second)]
@@ -219,11 +250,10 @@ def _one_list(first: re.Match[str], second: re.Match[str], text: str) -> bool:
     return bool(same) or _is_or(gap)
 
 
-def _alternatives(first: re.Match[str], second: re.Match[str], text: str) -> bool:
+def _alternatives(first: re.Match[str], second: re.Match[str], gap: str) -> bool:
     """Whether two numbers are: `3 or 4`, `x = 3, x = 4`."""
-    gap = text[first.end() : second.start()]
     named = _SAME_NAME.fullmatch(gap)
-    before = text[max(0, first.start() - 4) : first.start()]
+    before = first.string[max(0, first.start() - 4) : first.start()]
     same = named and re.search(rf"(?<![A-Za-z]){named.group(1)}\s?=\s?$", before)
     return bool(same) or _JOINT_NUMBERS.fullmatch(gap) is not None
 
@@ -233,6 +263,15 @@ def whole(text: str) -> str | None:
     return text.strip()[:MAX_CANDIDATE_CHARS] or None
 
 
+def answer_tag(text: str) -> str | None:
+    """What stands in the last `<answer>...</answer>`, stripped."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end].strip() if start >= 0 else None
+
+
+MATH_VERIFY = "math_verify"
+"""In place of an extraction: the library finds the answer itself."""
 EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
     "boxed": last_boxed,
     "boxed_or_last": boxed_or_last,
@@ -240,6 +279,12 @@ EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
     "hash": after_hashes,
     "whole": whole,
 }
+GYM_EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {
+    "answer_tag": lambda text: answer_tag(text) or None,
+    "boxed_or_last": boxed_or_last,
+    "whole": lambda text: text.strip() or None,
+}
+"""For reasoning-gym, whose answers have any length."""
 
 
 def extract(text: str, mode: str) -> str | None:

@@ -1,0 +1,279 @@
+"""Reads what stands beside a number: words that change it (`million`, `and a half`) and units."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from fractions import Fraction
+
+Unit = tuple[tuple[str, int], ...]
+"""Known names with their powers, sorted; `` is the name of an unknown unit whose power is said."""
+
+NO_UNIT: Unit = ()
+_MAX_DIGITS = 400
+
+_UNITS_AND_TEENS = """
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen
+"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SMALL = {word: value for value, word in enumerate(_UNITS_AND_TEENS.split())}
+_SMALL |= {word: 10 * ten for ten, word in enumerate(_TENS.split(), 2)}
+BASES = {word: str(value) for word, value in _SMALL.items() if 1 < value < 17}
+_SCALES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
+_PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "hundredth": 100, "thousandth": 1000}
+_CHANGES = re.compile(
+    rf"\s*(?:({'|'.join(_SCALES)}|k)s?|(squared|cubed)|plus ((?:[a-z]+[\s-])?[a-z]+)"
+    rf"|((?:one[\s-])?(?:of a )?(?:{'|'.join(_PARTS)})s?)|((?:degrees? )?below zero))(?![a-z-])"
+    r"(?: of an?(?= ))?"
+)
+"""Words that change the number in front of them."""
+_SPOILERS = """
+half twice double triple squared cubed below mod modulo plus minus times over divided multiplied than or and
+not except wrong incorrect
+"""
+_NEVER_UNITS = {*_SMALL, *_SCALES, *_SPOILERS.split()}
+
+_UNITS = """
+cent cents | dollar dollars usd bucks | degree degrees deg | radian radians rad | mm millimeter millimeters
+cm centimeter centimeters centimetres | m meter meters metre metres | km kilometer kilometers kilometres
+inch in inches | foot ft feet | yard yards yd | mile miles mi | second s sec seconds | minute min mins minutes
+hour h hr hrs hours | day days | week weeks | month months | year years | am | pm | kg kilogram kilograms
+gram g gm grams | mg milligram milligrams | pound lb lbs pounds | ounce oz ounces
+liter l L liters litre litres | ml mL milliliter milliliters | gallon gallons | ms millisecond milliseconds
+euro euros eur | yuan rmb yen | rupee rupees | celsius centigrade | fahrenheit | K kelvin | mol mole moles
+J joule joules | kJ kilojoule kilojoules | W watt watts | kW kilowatt kilowatts | MW megawatt megawatts
+mW milliwatt milliwatts | N newton newtons | Pa pascal pascals | kPa kilopascal kilopascals | Hz hertz
+kHz kilohertz | MHz megahertz | V volt volts | mV millivolt millivolts | A amp amps ampere amperes
+eV electronvolt electronvolts | keV | micrometer micrometers | ohm ohms | cal calorie calories
+"""
+"""Units, each with its other spellings."""
+_CANONICAL = {word: line.split()[0] for line in re.split(r"[|\n]", _UNITS.strip()) for word in line.split()}
+_SPEEDS = {"mph": "miles per hour", "kph": "km per hour", "kmh": "km per hour", "mpg": "miles per gallon"}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_POWERS_AFTER = {"squared": 2, "cubed": 3}
+_LOOSE = {*_SPEEDS, *_POWERS, *_POWERS_AFTER, "per", "Hz", "Pa", "eV", "kJ", "kW"}
+_LOOSE |= {word for word in _CANONICAL if len(word) > 2 or (len(word) > 1 and word.islower())}
+"""Words that are a unit without `\\text` too."""
+
+_POWER = r"(?:\^\s*+(?:\{\s*+-?\d\s*+\}|-?\d))"
+_TEXT = r"\\text\{[^{}]*\}\s*+" + _POWER + r"?+\s*+(?:(?:/|\\cdot(?![A-Za-z]))\s*+)?+"
+_FRACTION = re.compile(r"\\frac\s*\{((?:" + _TEXT + r")++)\}\s*\{((?:" + _TEXT + r")++)\}")
+_MARKED = re.compile(r"(?:" + _TEXT + r")++$")
+_PLAIN = re.compile(
+    r"(?<=[\d})\s])\s*+((?:[A-Za-z][A-Za-z-]*+\.?+\s*+" + _POWER + r"?+\s*+(?:/\s*+)?+){1,8}+)$"
+)
+_TOKEN = re.compile(r"[A-Za-z]+|/|\\cdot|\^\s*\{?\s*(-?\d)")
+_NUMERAL = re.compile(r"[-+\d\s.,/]+|[-+]?\s*\d*\s*\\frac\s*\{?\d+\}?\s*\{?\d+\}?")
+
+
+def split_quantity(text: str) -> tuple[str, Unit]:
+    r"""The number that a text stands for, and its unit: `5 \text{ m/s}`, `5\frac{\text{m}}{\text{s}}`,
+    `5 cm^2`, `2.5 \text{ million people}`. What follows and is neither stays part of the text."""
+    text = _FRACTION.sub(r" \1/\2", text)
+    marked = _MARKED.search(text)
+    before, words = text, ""
+    if marked and text[: marked.start()].strip():
+        before, words = text[: marked.start()].strip(), re.sub(r"\\text|[{}]", " ", marked.group())
+    elif plain := _PLAIN.search(text):
+        start = text[: plain.start()]
+        if re.search(r"\d", start) and _is_unit(plain.group(1), start, text[plain.start() : plain.start(1)]):
+            before, words = start.strip(), plain.group(1)
+    words = " ".join(words.split())
+    while words and (change := _CHANGES.match(words.lower())):
+        changed = _changed(before, change)
+        if changed is None:
+            return text, NO_UNIT
+        before, words = changed, words[change.end() :].strip()
+    strange = _NEVER_UNITS & set(re.findall(r"(?<!-)\b[a-z]+\b(?!-)", words.lower()))
+    if re.search(r"[A-Za-z] (?:squared|cubed)\b", words):
+        strange -= set(_POWERS_AFTER)
+    return (text, NO_UNIT) if strange or "," in words else (before, read_unit(words))
+
+
+def _changed(number: str, change: re.Match[str]) -> str | None:
+    scale, power, plus, part, below = change.groups()
+    if scale:
+        return rf"({number}) \cdot {1000 if scale == 'k' else _SCALES[scale]}"
+    if power:
+        return f"({number})^{{{_POWERS_AFTER[power]}}}"
+    if below:
+        return f"-({number})"
+    value = spelled(plus or re.sub(r"of a ", "", part))
+    if value is None:
+        return None
+    fraction = rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return rf"({number}) + {fraction}" if plus else rf"({number}) \cdot {fraction}"
+
+
+def _is_unit(words: str, before: str, space: str) -> bool:
+    """Whether words without `\\text` are a unit: known ones of two letters or more, known ones
+    with a stroke after a space (`5 m/s`), or any words, one of four letters or more, after a number."""
+    found = re.findall(r"[A-Za-z]+", words)
+    if all(
+        word in _LOOSE or word.lower() in _LOOSE or (len(word) == 1 and word in _CANONICAL) for word in found
+    ):
+        return all(len(word) > 1 for word in found) or ("/" in words and bool(space or before[-1:] == " "))
+    plain = _NUMERAL.fullmatch(before.strip())
+    return plain is not None and "/" not in words and max(map(len, found)) >= 4
+
+
+def read_unit(words: str) -> Unit:
+    """The known units in some words: `sq. feet` is (("foot", 2),), `m/s` is (("m", 1), ("second", -1)).
+
+    Words that are no unit say nothing. Of several units without a sign between them the first counts.
+    """
+    for short, long in _SPEEDS.items():
+        words = re.sub(rf"\b{short}\b", long, words, flags=re.IGNORECASE)
+    powers: Counter[str] = Counter()
+    sign, ahead, wanted, last = 1, 1, True, ""
+    for token in _TOKEN.finditer(words):
+        word = token.group()
+        lower, unit = word.lower(), _named(word)
+        if lower in ("/", "per", "\\cdot"):
+            sign, ahead, wanted = (sign if lower == "\\cdot" else -1), 1, True
+        elif lower in _POWERS:
+            ahead = _POWERS[lower]
+        elif word[0] == "^" or lower in _POWERS_AFTER:
+            power = _POWERS_AFTER.get(lower) or int(token.group(1))
+            if last and not wanted:
+                powers[last] = sign * power
+            elif wanted:
+                ahead = power
+        elif last == "degree" and _scale(word):
+            powers[_scale(word)] = powers.pop(last)
+        elif unit and (wanted or word in "kgmsAKN"):
+            powers[unit] += sign * ahead
+            ahead, wanted, last = 1, False, unit
+    if not powers and ahead != 1:
+        return (("", ahead),)
+    return tuple(sorted((name, power) for name, power in powers.items() if power))
+
+
+def _named(word: str) -> str:
+    return _CANONICAL.get(word) or (
+        _CANONICAL.get(word.lower(), "") if len(word) > 2 or word.isupper() else ""
+    )
+
+
+def _scale(word: str) -> str:
+    """The scale of temperature that follows `degrees`."""
+    return {"c": "celsius", "celsius": "celsius", "f": "fahrenheit", "fahrenheit": "fahrenheit"}.get(
+        word.lower(), ""
+    )
+
+
+def plain_units(words: str) -> str:
+    """Words with known units in one spelling, where numbers stand before them: `5 ft 3 in`."""
+    tokens = words.split()
+    after_number = [False, *(token.isdigit() for token in tokens)]
+    pairs = zip(tokens, after_number, strict=False)
+    return " ".join(_CANONICAL.get(token, token) if after else token for token, after in pairs)
+
+
+def units_clash(first: Unit, second: Unit) -> bool:
+    """Whether two units are both said and differ; of an unknown unit only the power counts."""
+    if not first or not second:
+        return False
+    names = {name for name, _ in first} | {name for name, _ in second}
+    if len(first) == len(second) == 1 and "degree" in names and names & {"celsius", "fahrenheit"}:
+        return False
+    if "" in names:
+        return sorted(power for _, power in first) != sorted(power for _, power in second)
+    return first != second
+
+
+# Numbers
+
+_DECIMAL = re.compile(r"([-+]?)\s*(\d+(?:\.\d*)?)")
+_FRAC = re.compile(r"([-+]?)\s*(\d+)?\s*\\frac\s*(?:\{\s*(-?\s*\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))")
+_SLASH = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
+_REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d*)\\overline\{(\d+)\}")
+_SPACED = re.compile(r"\d{1,3}(?: \d{3})+")
+
+
+def plain_value(text: str) -> tuple[Fraction | None, int | None]:
+    """Exact value of a plain number, fraction, mixed number, repeating decimal or number in words, and how
+    many digits follow its decimal point."""
+    text = text.strip()
+    if len(text) > _MAX_DIGITS:
+        return None, None
+    while len(text) > 1 and text[0] == "{" and text[-1] == "}" and "}" not in text[:-1]:
+        text = text[1:-1].strip()
+    if _SPACED.fullmatch(text):
+        text = text.replace(" ", "")
+    if plain := _DECIMAL.fullmatch(text):
+        sign, digits = plain.groups()
+        value, point = Fraction(digits.rstrip(".")), digits.find(".")
+        return -value if sign == "-" else value, None if point < 0 else len(digits) - point - 1
+    if frac := _FRAC.fullmatch(text):
+        sign, integer, top, top_digit, bottom, bottom_digit = frac.groups()
+        return _mixed(sign, integer, top or top_digit, bottom or bottom_digit), None
+    if slash := _SLASH.fullmatch(text):
+        return _mixed(*slash.groups()), None
+    if repeating := _REPEATING.fullmatch(text):
+        sign, integer, fixed, cycle = repeating.groups()
+        shift = 10 ** len(fixed)
+        tail = Fraction(int(cycle), shift * (10 ** len(cycle) - 1))
+        value = Fraction(int((integer or "0") + fixed), shift) + tail
+        return -value if sign == "-" else value, None
+    return spelled(text) if text[-1:].isalpha() else None, None
+
+
+def _mixed(sign: str, integer: str | None, top: str, bottom: str) -> Fraction | None:
+    if int(bottom) == 0:
+        return None
+    value = Fraction(int(integer or 0)) + Fraction(int(top.replace(" ", "")), int(bottom))
+    return -value if sign == "-" else value
+
+
+def spelled(text: str) -> Fraction | None:
+    """The value of a number in words: `forty-two`, `two and a half`, `three quarters`, `half a million`."""
+    words = text.lower().replace("-", " ").split()
+    if len(words) > 12:
+        return None
+    if len(words) > 1 and words[0] in ("minus", "negative"):
+        value = spelled(" ".join(words[1:]))
+        return None if value is None else -value
+    if len(words) > 1 and words[-1] in _SCALES and any(word.rstrip("s") in _PARTS for word in words):
+        value = spelled(" ".join(words[:-1]).removesuffix(" a"))
+        return None if value is None else value * _SCALES[words[-1]]
+    values = [_spelled(part.split()) for part in re.split(r"\b(?:and|plus)\b", " ".join(words))]
+    return None if None in values or not words else sum((value for value in values if value), Fraction(0))
+
+
+def _spelled(words: list[str]) -> Fraction | None:
+    done, current = 0, None
+    for at, word in enumerate(words):
+        if word in _SMALL:
+            unit, tens = _SMALL[word] < 10, (current or 0) % 100
+            if (
+                current is not None
+                and not (current % 100 == 0 and current)
+                and not (unit and tens >= 20 and tens % 10 == 0)
+            ):
+                return None
+            current = (current or 0) + _SMALL[word]
+        elif word in ("a", "an") and current is None and at < len(words) - 1:
+            current = 1
+        elif word in _SCALES:
+            current = (1 if current is None else current) * _SCALES[word]
+            if _SCALES[word] > 100:
+                done, current = done + current, 0
+        elif (
+            (part := _PARTS.get(word) or _PARTS.get(word.removesuffix("s")))
+            and at == len(words) - 1
+            and not done
+        ):
+            return Fraction(1 if current is None else current, part)
+        else:
+            return None
+    return Fraction(done + current) if current is not None else None
