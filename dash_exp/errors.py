@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from dash_exp.signals import Interrupted
-from dash_exp.text import printable
+from dash_exp.text import hide_credentials, printable
 
 
 class ExitCode(IntEnum):
@@ -39,7 +39,8 @@ class Fault:
     hint: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"\n    {self.hint}" if self.hint else "")
+        text = f"{self.where}: {self.what}" + (f"\n    {self.hint}" if self.hint else "")
+        return printable(hide_credentials(text))
 
 
 class UserError(Exception):

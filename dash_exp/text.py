@@ -26,6 +26,31 @@ def printable(text: str) -> str:
     return SURROGATE.sub("\ufffd", CONTROL.sub("", text))
 
 
+USER_IN_URL = re.compile(
+    r"(?<=://)[^/?#\s]*@"  # user, password or token
+    r"|(?<=://)[^/?#\s:@]*:(?!\d+(?:[/?#\s]|$))\S*@"  # a password with a slash that is not encoded
+    r"|(?<!http://)(?<!https://)(?<=://)[^/?#\s:@]*:\S*@"
+)
+"""What stands before the @ in a URL."""
+SECRET_IN_URL = re.compile(
+    r"(?P<name>[?&;#][^=&;\s'\"]*(?:pass|pwd|secret|token|key|auth|sig|credential)[^=&;\s'\"]*=)"
+    r"(?P<value>[^&;#\s'\"]+)",
+    re.I,
+)
+HIDDEN = "***"
+LONG = 100
+
+
+def hide_credentials(text: str) -> str:
+    """A text with URLs whose user, password and secret parameters are left out."""
+    return SECRET_IN_URL.sub(rf"\g<name>{HIDDEN}", USER_IN_URL.sub(f"{HIDDEN}@", text))
+
+
+def shorten(text: str) -> str:
+    """The start of a text that is too long for a message."""
+    return text if len(text) <= LONG else f"{text[:LONG]}... ({len(text)} characters)"
+
+
 def format_seconds(seconds: float) -> str:
     """Seconds as 8s, 3m05s or 2h07m."""
     whole = round(seconds)

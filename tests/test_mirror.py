@@ -306,7 +306,7 @@ def test_a_damaged_cell_is_named_and_the_others_mirrored(
         (["nowhere", "tests"], ["2 problems", "nowhere: is no folder", "tests: holds no cell"]),
         (["CELLS", "tracking.url=x"], ["tracking.url", "did you mean 'tracking.uri'?"]),
         (["CELLS", "tracking.uri=./mlruns"], ["tracking.uri: ./mlruns is a folder", "sqlite:////"]),
-        (["CELLS", "tracking.uri=http://a:pw@host"], ["holds a password", "http://a:***@host"]),
+        (["CELLS", "tracking.uri=http://a:pw@host"], ["holds a user, a password", "http://***@host"]),
     ],
 )
 def test_wrong_arguments(

@@ -12,9 +12,22 @@ from urllib.parse import urlsplit
 
 from dash_exp.config.dataset_checks import dataset_faults
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed, missing
-from dash_exp.config.schema import COUNT, FILTERS, STD_EPSILON, Config, Key, Range, dataset_places, declared
+from dash_exp.config.schema import (
+    COMPLETIONS,
+    FILTERS,
+    PROMPTS,
+    STD_EPSILON,
+    Config,
+    Key,
+    Range,
+    dataset_places,
+    declared,
+    plain,
+)
 from dash_exp.errors import Fault, nearest
+from dash_exp.text import hide_credentials
 
+RANDOM_SIZE, MOST_RANDOM_WEIGHTS = Range(1, 65_536), 10**9
 RANDOM_SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
 URLS, TRANSFER, WEIGHTS = "cluster.server_urls", "cluster.transfer", "cluster.weights_dir"
 
@@ -80,7 +93,7 @@ def _value_faults(where: str, key: Key, value: Any) -> Iterator[Fault]:
 def outside(key: str, value: float, allowed: Range) -> Iterator[Fault]:
     """A fault where a number is out of its range."""
     if not allowed.holds(value):
-        yield Fault(key, f"got {value:g}, must be {allowed}")
+        yield Fault(key, f"got {plain(value)}, must be {allowed}")
 
 
 def unknown(key: str, value: object, allowed: tuple[str, ...]) -> Fault:
@@ -92,6 +105,10 @@ def _group(config: Config) -> Iterator[Fault]:
     if source == "sampler" and size < 2:
         hint = "an advantage compares a completion with the others of its prompt; with a single one it is 0"
         yield Fault(key, f"got {size}, must be at least 2", hint)
+    batch = size * config.algorithm.prompts_per_step
+    if not COMPLETIONS.holds(max(1, batch)):
+        what = f"got {plain(size)}: a batch of {plain(batch)} completions, must be {COMPLETIONS}"
+        yield Fault(key, what, "lower it, or algorithm.prompts_per_step")
     if source != "sampler" and size != 1:
         hint = "a demonstration is shown once; algorithm.prompts_per_step sets the batch"
         yield Fault(key, f"got {size}, must be 1 with algorithm.source={source}", hint)
@@ -124,8 +141,13 @@ def _sampling(config: Config) -> Iterator[Fault]:
     call = sampler.prompts_per_call
     if sampler.schedule == "per_microbatch" and call >= 1 and prompts % call:
         what = f"got {call}, which does not divide algorithm.prompts_per_step={prompts}"
-        divisors = [str(n) for n in range(1, prompts + 1) if prompts % n == 0]
-        yield Fault("sampler.prompts_per_call", what, f"allowed: {', '.join(divisors)}")
+        allowed = ", ".join(map(str, divisors(prompts)))
+        yield Fault("sampler.prompts_per_call", what, f"allowed: {allowed}")
+
+
+def divisors(number: int) -> list[int]:
+    """None for a number that is out of range anyway."""
+    return [n for n in range(1, number + 1) if number % n == 0] if PROMPTS.holds(number) else []
 
 
 def _arm(config: Config) -> Iterator[Fault]:
@@ -167,7 +189,7 @@ def _updates(config: Config) -> Iterator[Fault]:
     arm, size, held = config.algorithm, config.algorithm.mini_batch, config.sampler.max_sequences
     if size is not None and size >= 1 and arm.group_size >= 1:
         prompts = arm.prompts_per_step
-        allowed = [arm.group_size * n for n in range(1, prompts + 1) if prompts % n == 0]
+        allowed = [arm.group_size * n for n in divisors(prompts)]
         if size not in allowed:
             what = (
                 f"got {size}; a mini-batch holds complete groups of {arm.group_size}, and the batch of "
@@ -248,7 +270,7 @@ def _random_model(config: Config) -> Iterator[Fault]:
         fault
         for name in RANDOM_SIZES
         if name in sizes
-        for fault in outside(f"model.random.{name}", sizes[name], COUNT)
+        for fault in outside(f"model.random.{name}", sizes[name], RANDOM_SIZE)
     ]
     yield from wrong
     if absent or wrong:
@@ -259,6 +281,10 @@ def _random_model(config: Config) -> Iterator[Fault]:
         yield Fault("model.random.hidden_size", what, "each head's size must be whole and even")
     if heads % kv_heads:
         yield Fault("model.random.kv_heads", f"got {kv_heads}, must divide heads = {heads}")
+    weights = sizes["layers"] * hidden * (4 * hidden + 3 * sizes["intermediate_size"])
+    if weights > MOST_RANDOM_WEIGHTS:
+        what = f"makes a model of {weights / 1e9:.3g} billion weights, at most {MOST_RANDOM_WEIGHTS / 1e9:g}"
+        yield Fault("model.random", what, "it is meant for tests: lower hidden_size or layers")
 
 
 def server_faults(config: Config) -> Iterator[Fault]:
@@ -267,7 +293,10 @@ def server_faults(config: Config) -> Iterator[Fault]:
     if config.sampler.name != "vllm_servers":
         return
     for url in urls:
-        if not _is_address(url):
+        if hide_credentials(url) != url:
+            hint = "write http://host:port; the key goes into the variable DASH_SERVER_KEY"
+            yield Fault(URLS, f"{hide_credentials(url)} holds a user, password or token", hint)
+        elif not _is_address(url):
             yield Fault(URLS, f"{url!r} is not the address of a server", "write http://host:port")
     repeated = sorted({url for url in urls if urls.count(url) > 1})
     if repeated:
@@ -296,7 +325,8 @@ def server_faults(config: Config) -> Iterator[Fault]:
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname and parts.port)
+        plain_address = not (parts.username or parts.password or parts.query or parts.fragment)
+        return parts.scheme in ("http", "https") and bool(parts.hostname and parts.port) and plain_address
     except ValueError:  # the port is not a number
         return False
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import itertools
+import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dash_exp import PACKAGE
 from dash_exp.config.checks import check
 from dash_exp.config.overrides import (
+    MAX_CELLS,
     Options,
     common_keys,
     composition_fault,
@@ -33,12 +37,13 @@ from dash_exp.config.overrides import (
     unreadable,
     variants_of,
 )
-from dash_exp.config.schema import BudgetConfig, Config
+from dash_exp.config.schema import BudgetConfig, Config, plain
 from dash_exp.errors import Fault, UserError
+from dash_exp.text import LONG, shorten
 
 VERSION_BASE = "1.3"
-MAX_CELLS = 64
-"""Cells of a sweep that are composed and checked before it starts, about 0.1 s each."""
+COMPOSED = 64
+"""Cells of a sweep that are composed and checked before it is planned, about 0.1 s each."""
 
 OPEN_MAPPINGS = ("fields", "timeouts", "task_options")
 """Of a dataset."""
@@ -59,7 +64,15 @@ ARM_ONLY = (
 """Keys that define an arm with several updates; its sizes, beta and the rest hold for its partner too."""
 PARTNER_HINT = "name a cell id, an arm (dash), or overrides (experiment=...)"
 
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)
+COMPOSITION_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    ValueError,
+    AssertionError,
+    RecursionError,
+    OSError,
+)
 
 
 def conf_dir() -> Path:
@@ -92,8 +105,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def find_faults(overrides: Sequence[str], *, sweep: bool = False, checked: bool = True) -> list[Fault]:
     """Every fault in a command line's overrides, in their order, then those of the cells they make.
 
-    `sweep`: a key may have several values, and all combinations are composed (up to MAX_CELLS, with each
-    value at least once). `checked=False` leaves out `checks.check`.
+    `sweep`: a key may have several values, up to MAX_CELLS combinations; the first COMPOSED of the options
+    and of each key's values are composed. `checked=False` leaves out `checks.check`.
     """
     with opened():
         parsed, faults = parse(overrides)
@@ -112,6 +125,10 @@ def find_faults(overrides: Sequence[str], *, sweep: bool = False, checked: bool 
         wrong_choice = any(
             not axis and parsed[place].key_or_group in options for place, axis in enumerate(axes)
         )
+        cells = math.prod(map(len, good))
+        if cells > MAX_CELLS:
+            fault = Fault("-m", f"makes {plain(cells)} cells", f"a sweep has at most {MAX_CELLS}: split it")
+            return [*dict.fromkeys(faults), fault]
         later = _cells_faults(good, options, checked)
     if wrong_choice:  # the default option stands in its place: only faults of keys that were written count
         written = {axis[0].key_or_group for axis in good}
@@ -226,6 +243,7 @@ class CachingComposer:
     def faults_of(self, text: str) -> list[Fault]:
         """What is wrong with an override by itself."""
         parsed, faults = parse([text])
+        faults += _searchpath_faults(parsed)
         for override in parsed:
             variants, several = variants_of(override, sweep=False)
             faults += several + [fault for one in variants for fault in override_faults(one, self.options)]
@@ -266,14 +284,14 @@ def absent_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def _cells(axes: list[list[Override]], options: Options) -> list[tuple[Override, ...]]:
     """Cells to compose: all combinations of options, since their settings may contradict each other (up to
-    MAX_CELLS), each with the first values of single keys; then every other value and option."""
+    COMPOSED), each with the first values of single keys; then other values and options (up to COMPOSED)."""
     choices = [axis for axis in axes if axis[0].key_or_group in options]
     values = [axis for axis in axes if axis[0].key_or_group not in options]
     first = tuple(axis[0] for axis in values)
-    products = list(itertools.islice(itertools.product(*choices), MAX_CELLS + 1))
-    cells = [(*chosen, *first) for chosen in products[:MAX_CELLS]]
-    turning = axes if len(products) > MAX_CELLS else values
-    rest = range(1, max((len(axis) for axis in turning), default=0))
+    products = list(itertools.islice(itertools.product(*choices), COMPOSED + 1))
+    cells = [(*chosen, *first) for chosen in products[:COMPOSED]]
+    turning = axes if len(products) > COMPOSED else values
+    rest = range(1, min(COMPOSED, max((len(axis) for axis in turning), default=0)))
     return cells + [tuple(axis[min(turn, len(axis) - 1)] for axis in (*choices, *values)) for turn in rest]
 
 
@@ -296,11 +314,14 @@ def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
     parsed, faults = [], []
     for text in overrides:
         try:
+            text.encode()  # a shell may pass bytes that are no UTF-8
             override = parser.parse_overrides([text])[0]
-        except (HydraException, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
+        except (HydraException, ValueError, RecursionError) as error:
             faults.append(unreadable(text, error))
             continue
-        if override.key_or_group:
+        if len(override.key_or_group) > LONG:
+            faults.append(Fault(shorten(override.key_or_group), "unknown key"))
+        elif override.key_or_group:
             parsed.append(override)
         else:
             faults.append(unreadable(text, "there is no key"))
@@ -319,12 +340,27 @@ def _searchpath(overrides: Sequence[Override]) -> list[str]:
 
 
 def _searchpath_faults(overrides: Sequence[Override]) -> list[Fault]:
-    folders = [path for path in _searchpath(overrides) if "://" not in path]
-    return [
-        Fault("hydra.searchpath", f"{folder} is not a folder", "write [file:///the/whole/path]")
-        for folder in folders
-        if not Path(folder).is_dir()
-    ]
+    """Entries that name no folder, or no package with options."""
+    faults = []
+    for entry in _searchpath(overrides):
+        scheme, divider, rest = entry.rpartition("://")
+        if scheme not in ("", "pkg"):
+            what, hint = f"{entry}: unknown kind {scheme}://", "write file:///folder or pkg://package.folder"
+        elif divider and not is_importable(rest):
+            what, hint = f"{entry} is not a package", "it must be importable from here"
+        elif not divider and not os.path.isdir(entry):
+            what, hint = f"{entry!r} is not a folder", "write [file:///the/complete/path]"
+        else:
+            continue
+        faults.append(Fault("hydra.searchpath", what, hint))
+    return faults
+
+
+def is_importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package.replace("/", ".")) is not None
+    except (ImportError, ValueError, AttributeError):
+        return False
 
 
 def options_in(folders: Sequence[str]) -> dict[str, list[str]]:

@@ -56,7 +56,7 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
             if gym_settings(data) not in map(gym_settings, parts_of(config.dataset).values()):
                 yield from _gym(place, data, installed)
     yield from _sandbox(config)
-    yield from _writable(Path(config.run.dir))
+    yield from _writable(config.run.dir)
 
 
 def _sandbox(config: Config) -> Iterator[Fault]:
@@ -181,7 +181,11 @@ def _neighbour(path: Path) -> str:
     return f"did you mean {folder / close[0]}?" if close else f"looked in {folder.resolve()}"
 
 
-def _writable(folder: Path) -> Iterator[Fault]:
+def _writable(given: str) -> Iterator[Fault]:
+    folder = Path(given)
+    if not given.strip():
+        yield Fault("run.dir", "is empty", "name a folder, or leave it out: outputs")
+        return
     existing = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not os.path.isdir(existing):
         yield Fault("run.dir", f"{folder} cannot be created: {existing} is not a folder")

@@ -10,21 +10,26 @@ import copy
 import dataclasses
 import difflib
 import functools
+import math
 import re
+import shlex
 import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString, RangeSweep
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.config.schema import Config, Key
+from dash_exp.config.schema import ACTIONS, Config, Key, plain
 from dash_exp.errors import Fault, nearest
+from dash_exp.text import LONG, hide_credentials, shorten
 
 Settings = TypeVar("Settings")
 Options = Mapping[str, Sequence[str]]
@@ -38,19 +43,34 @@ What a key means and what it may be, made from `dash_exp/config/schema.py`
 (`python -m dash_exp.config.overrides > docs/config.md`). Values are in `conf/`;
 `python -m dash_exp --cfg job --resolve` prints those of a run.
 """
+MAY_BE_EMPTY = ("id_prefix",)
+SECRETS = "it would be recorded: set the variable MLFLOW_TRACKING_URI, or for servers DASH_SERVER_KEY"
+MAX_CELLS = 5000
+"""Cells that a sweep may have; counted before it is expanded."""
+UNQUOTED = re.compile(r"[A-Za-z0-9_./@+-]+")
+OTHER_TYPE = re.compile(r"null|true|false|[+-]?(inf|nan|[\d_]*\.?[\d_]*(e[+-]?[\d_]+)?)", re.IGNORECASE)
+FLOAT_WITHOUT_DOT = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 TABLE_HEADER = "| key | value | meaning |\n|---|---|---|"
 KINDS = {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}
 
 
 def override_faults(override: Override, options: Options) -> list[Fault]:
-    """Faults of one override with one value. Keys of Hydra's own are left to Hydra."""
+    """Faults of one override with one value. Keys of Hydra's own are left to Hydra, as far as it checks."""
     key, value = override.key_or_group, override.value()
+    if key == "hydra.sweeper.max_batch_size" and isinstance(value, int) and value < 1:
+        return [Fault(key, f"got {plain(value)}, must be at least 1")]
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return []
     if key.split("/")[0] in options and not isinstance(value, dict):
         return _group_faults(override, options)
     if type_of(key) is None:
         return [unknown_key(key, options)]
+    if key.split(".")[0] in ACTIONS and hide_credentials(text := str(value)) != text:
+        return [
+            Fault(key, f"got {shorten(hide_credentials(text))}: a user, password or token in a URL", SECRETS)
+        ]
+    if value == "" and key.rpartition(".")[2] not in MAY_BE_EMPTY:
+        return [Fault(key, "is empty", f"write {key}=null, or leave it out")]
     if override.is_delete():
         if not _is_mapping(type_of(key.rpartition(".")[0])):
             return [Fault(key, "a setting cannot be removed", "give it another value")]
@@ -60,11 +80,18 @@ def override_faults(override: Override, options: Options) -> list[Fault]:
 
 def unreadable(text: str, why: object) -> Fault:
     key, equals, value = text.partition("=")
+    place = shorten(key or text).encode(errors="backslashreplace").decode()
     if not equals:
-        return Fault(text, "is not key=value", "see python -m dash_exp --help")
-    quoted = f"quote a value that holds one of {{}}[](),=: '{key}=\"{value}\"'"
-    given = text if len(text) <= 200 else f"{text[:200]}..."
-    return Fault(key or text, f"cannot read {given!r}: {str(why).splitlines()[0]}", quoted)
+        return Fault(place, "is not key=value", "see python -m dash_exp --help")
+    if len(value) > LONG:
+        return Fault(place, f"cannot read its value of {len(value)} characters: {first_line(why)}")
+    written = shlex.quote(f"{key}={quoted(value)}")
+    hint = f"write a value that holds one of {{}}[](),=: in quotes: {written}"
+    return Fault(place, f"cannot read {text!r}: {first_line(why)}", hint)
+
+
+def first_line(error: object) -> str:
+    return shorten((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def variants_of(override: Override, sweep: bool) -> tuple[list[Override], list[Fault]]:
@@ -74,13 +101,41 @@ def variants_of(override: Override, sweep: bool) -> tuple[list[Override], list[F
         return [override], []
     if not sweep:
         hint = f"add -m for one cell per value, or quote one value with commas: '{key}=\"a,b\"'"
-        return [], [Fault(key, f"got several values: {override.input_line}", hint)]
+        return [], [Fault(key, f"got several values: {shorten(override.input_line or '')}", hint)]
     if not override.is_discrete_sweep():
         return [], [Fault(key, "an interval has no list of values", f"write {key}=a,b,c")]
+    try:
+        many = count_of_values(override)
+    except (ValueError, ArithmeticError, HydraException) as error:
+        return [], [Fault(key, f"cannot read {override.input_line}: {first_line(error)}")]
+    if many > MAX_CELLS:
+        return [], [Fault(key, f"has {plain(many)} values", f"a sweep has at most {MAX_CELLS} cells")]
     texts = [f"{key}={value}" for value in override.sweep_string_iterator()]
     if not texts:
         return [], [Fault(key, f"no value matches {override.input_line}")]
     return OverridesParser.create().parse_overrides(texts), []
+
+
+def count_of_values(override: Override) -> int:
+    """How many values an override has, without making them. Raises ValueError or ArithmeticError for a range
+    that has no end."""
+    value = override._value
+    if isinstance(value, RangeSweep):
+        start, stop, step = (Decimal(str(number)) for number in (value.start, value.stop, value.step))
+        if not (step and (start - stop).is_finite()):
+            raise ValueError("a range needs finite ends and a step other than 0")
+        return max(0, math.ceil((stop - start) / step))
+    values = value.list if isinstance(value, ChoiceSweep) else value
+    return len(values) if isinstance(values, list) else 1  # a glob has as many as there are options
+
+
+def quoted(text: str) -> str:
+    """Text in Hydra's grammar, in quotes where it would be read as something else."""
+    if FLOAT_WITHOUT_DOT.fullmatch(text):
+        return repr(float(text))
+    if UNQUOTED.fullmatch(text) and not OTHER_TYPE.fullmatch(text):
+        return text
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
 def _group_faults(override: Override, options: Options) -> list[Fault]:
@@ -145,7 +200,7 @@ def _is_mapping(hint: Any) -> bool:
 def shown(value: Any) -> str:
     """A value as it was written, with its type."""
     kind = type(value).__name__
-    return "null" if value is None else f"{value!r} ({KINDS.get(kind, kind)})"
+    return "null" if value is None else f"{shorten(repr(value))} ({KINDS.get(kind, kind)})"
 
 
 def describe(hint: Any) -> str:
@@ -309,8 +364,8 @@ def own_settings(schema: type[Settings], prefix: str, texts: Sequence[str]) -> t
         else:
             try:
                 settings = OmegaConf.merge(settings, OmegaConf.from_dotlist([text]))
-            except OmegaConfBaseException:
-                faults.append(Fault(where, f"got {value!r}, expected {describe(types[name])}"))
+            except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError):
+                faults.append(Fault(where, f"got {shorten(repr(value))}, expected {describe(types[name])}"))
     made: Any = OmegaConf.to_object(settings)
     assert isinstance(made, schema)
     return made, faults

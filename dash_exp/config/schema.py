@@ -53,13 +53,20 @@ class Range:
     def holds(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        return above and below and value != math.inf
 
     def __str__(self) -> str:
-        low = f"{'more than' if self.open_low else 'at least'} {self.low:g}"
+        low = f"{'more than' if self.open_low else 'at least'} {plain(self.low)}"
         if self.high == math.inf:
             return low
-        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:g}"
+        return f"{low} and {'less than' if self.open_high else 'at most'} {plain(self.high)}"
+
+
+def plain(value: float) -> str:
+    """A number in a message; of an enormous one only how many digits it has."""
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**20 else f"a number of {len(str(abs(value)))} digits"
+    return f"{value:g}"
 
 
 NATURAL = Range(0)
@@ -68,6 +75,17 @@ POSITIVE = Range(0, open_low=True)
 INSIDE_UNIT = Range(0, 1, open_low=True, open_high=True)
 SHARE = Range(0, 1, open_low=True)
 BELOW_ONE = Range(0, 1, open_high=True)
+# Upper bounds: far above any sensible value, and below what would hang a machine.
+SEED = Range(0, 2**63 - 1)
+SECONDS = Range(0, 10**7, open_low=True)
+HOURS = Range(0, 8784, open_low=True)
+MEMORY_GB = Range(0, 10**6, open_low=True)
+STEPS, SOME_STEPS = Range(0, 10**8), Range(1, 10**8)
+PROMPTS = Range(1, 10**5)
+COMPLETIONS = Range(1, 10**6)
+TOKENS = Range(1, 2**24)
+THREADS = Range(1, 1024)
+GPUS = Range(0, 65_536)
 RELATED = None
 """In place of a range: what is allowed depends on other keys, see `config/checks.py`."""
 
@@ -129,8 +147,8 @@ class ModelConfig(Constant):
     revision: str | None = setting("a commit of `hub`, so that a result can be repeated", None)
     random: dict[str, int] = number(RELATED, "sizes of a random Llama over single characters, for tests", {})
     add_bos: bool = setting("put the tokenizer's begin token before a prompt", False)
-    memory_gb: float = number(POSITIVE, "memory that a run needs, requested from a cluster", 8.0)
-    hours: float = number(POSITIVE, "time that a run needs, requested from a cluster", 1.0)
+    memory_gb: float = number(MEMORY_GB, "memory that a run needs, requested from a cluster", 8.0)
+    hours: float = number(HOURS, "time that a run needs, requested from a cluster", 1.0)
 
 
 @dataclass
@@ -138,9 +156,11 @@ class AlgorithmConfig(Constant):
     """An arm: how one update is computed. Its sizes (`steps` to `group_size`) come from the recipe."""
 
     name: str = setting("the arm's name, part of the cell's")
-    steps: int | None = number(NATURAL, "batches; null: as many as `epochs` make", example="30")
-    epochs: float | None = number(POSITIVE, "how often every prompt is used, where `steps` is null", None)
-    prompts_per_step: int = number(COUNT, "prompts of a batch", example="16")
+    steps: int | None = number(STEPS, "batches; null: as many as `epochs` make", example="30")
+    epochs: float | None = number(
+        Range(0, 10**6, open_low=True), "how often every prompt is used, where `steps` is null", None
+    )
+    prompts_per_step: int = number(PROMPTS, "prompts of a batch", example="16")
     group_size: int = number(RELATED, "completions of a prompt", example="8")
     source: str = choice(*SOURCES, meaning="completions: sampled, the dataset's (SFT-H), a teacher's (SFT-M)")
     baseline: str = choice(*BASELINES, meaning="what is subtracted from a reward")
@@ -153,8 +173,8 @@ class AlgorithmConfig(Constant):
     beta_schedule: str = choice("constant", "linear", meaning="linear: to 0 over the planned steps")
     kl: str = choice(*KL_ESTIMATORS, meaning="estimator of the KL term", refused={"k1": NO_K1})
     aggregation: str = choice(*AGGREGATIONS, meaning="what sums over tokens are divided by (docs/arms.md)")
-    passes: int = number(COUNT, "updates over the full batch: 1, or K for PPO-Multi")
-    mini_batch: int | None = number(COUNT, "completions of one update (PPO-Mini); null: the batch")
+    passes: int = number(Range(1, 1000), "updates over the full batch: 1, or K for PPO-Multi")
+    mini_batch: int | None = number(COMPLETIONS, "completions of one update (PPO-Mini); null: the batch")
     schedule: str = choice(*SCHEDULES, meaning="all prompts of a batch at once, or some after the others")
     filters: list[str] = choice(*FILTERS, meaning="filters that fit the arm's definition")
 
@@ -164,24 +184,24 @@ class SamplerConfig(Constant):
     """How completions are sampled."""
 
     name: str = choice("hf", "vllm", "vllm_servers", meaning="the engine")
-    max_new_tokens: int = number(COUNT, "longest completion", example="6")
+    max_new_tokens: int = number(TOKENS, "longest completion", example="6")
     temperature: float = number(POSITIVE, "divides the logits", example="1.0")
     top_p: float = number(RELATED, "must be 1 in training")
     top_k: int = number(RELATED, "must be 0 in training")
     schedule: str = choice(*SCHEDULES, meaning="must be the arm's")
-    prompts_per_call: int = number(COUNT, "prompts sampled at a time with `schedule: per_microbatch`")
+    prompts_per_call: int = number(PROMPTS, "prompts sampled at a time with `schedule: per_microbatch`")
     streaming: bool = setting("backpropagate finished groups while others are sampled (one-update arms)")
-    max_sequences: int = number(COUNT, "completions decoded at once; bounds the memory of the KV cache")
+    max_sequences: int = number(COMPLETIONS, "completions decoded at once; bounds the memory of the KV cache")
     dtype: str = choice("bfloat16", "float32", meaning="vLLM only; `hf` shares the learner's weights")
-    kv_cache_gb: float = number(POSITIVE, "vLLM on CPU: memory of the KV cache (of each server)")
+    kv_cache_gb: float = number(MEMORY_GB, "vLLM on CPU: memory of the KV cache (of each server)")
     gpu_memory_utilization: float = number(SHARE, "vLLM on a GPU: share of its memory")
     enforce_eager: bool = setting("vLLM: no CUDA graphs")
-    servers: int = number(COUNT, "`vllm_servers`: servers to start, one GPU each, or on the CPU")
-    server_threads: int | None = number(COUNT, "on CPU; null: half of all while streaming, else all", None)
+    servers: int = number(THREADS, "`vllm_servers`: servers to start, one GPU each, or on the CPU")
+    server_threads: int | None = number(THREADS, "on CPU; null: half of all while streaming, else all", None)
     colocated: bool = setting("servers share the learner's GPUs and sleep while it learns")
-    waves: int = number(COUNT, "while streaming: parts a batch is requested in (docs/engine.md)")
-    restarts: int = number(NATURAL, "restarts of servers, in all")
-    stall_s: float = number(POSITIVE, "a server that returns no pending token for so long has failed")
+    waves: int = number(Range(1, 10_000), "while streaming: parts a batch is requested in (docs/engine.md)")
+    restarts: int = number(Range(0, 10_000), "restarts of servers, in all")
+    stall_s: float = number(SECONDS, "a server that returns no pending token for so long has failed")
 
 
 @dataclass
@@ -212,10 +232,10 @@ class DatasetConfig(Constant):
     id_prefix: str = setting("put before ids that are plain numbers", "")
     id_range: list[int] = number(RELATED, "first and last number at the end of the ids used; empty: all", [])
     tests_call: str | None = setting("code: appended to tests that lack it", None)
-    timeouts: dict[str, float] = number(POSITIVE, "code: seconds of processor time for single ids", {})
+    timeouts: dict[str, float] = number(SECONDS, "code: seconds of processor time for single ids", {})
     task: str | None = setting("`reasoning_gym`: the name of the task", None)
     task_options: dict[str, Any] = setting("`reasoning_gym`: settings of the task", {})
-    size: int | None = number(COUNT, "`reasoning_gym`: different questions", None)
+    size: int | None = number(Range(1, 10**7), "`reasoning_gym`: different questions", None)
     traces: str | None = setting("`sft_m`: the file that `dash_exp.traces` wrote", None)
     weight: float = number(POSITIVE, "share of the training prompts in a mixture", 1.0)
     mix: dict[str, DatasetConfig] = setting("datasets mixed into this one, by a label", {})
@@ -226,9 +246,9 @@ class DatasetConfig(Constant):
     stop: list[str] = setting("a completion ends after one of these; each is a single token", [])
     verifier: str = choice(*VERIFIERS, meaning="what judges an answer; which fit depends on `kind`")
     extraction: str = choice(*EXTRACTIONS, meaning="what is judged; depends on `verifier`", related=True)
-    max_prompt_tokens: int = number(COUNT, "longer prompts are left out")
-    completion_tokens: int = number(COUNT, "room for a short answer: what `recipe=small` samples at most")
-    max_new_tokens: int | None = number(COUNT, "when evaluating on this set; null: as in training", None)
+    max_prompt_tokens: int = number(TOKENS, "longer prompts are left out")
+    completion_tokens: int = number(TOKENS, "room for a short answer: what `recipe=small` samples at most")
+    max_new_tokens: int | None = number(TOKENS, "when evaluating on this set; null: as in training", None)
 
 
 @dataclass
@@ -236,9 +256,9 @@ class RecipeConfig(Constant):
     """Sizes of the supervised arms; a recipe's other values go into the other groups."""
 
     name: str = setting("the recipe's name")
-    sft_steps: int | None = number(NATURAL, "steps of the supervised arms; null: `sft_epochs`")
-    sft_epochs: float | None = number(POSITIVE, "epochs of the supervised arms")
-    sft_batch: int = number(COUNT, "demonstrations per step")
+    sft_steps: int | None = number(STEPS, "steps of the supervised arms; null: `sft_epochs`")
+    sft_epochs: float | None = number(Range(0, 10**6, open_low=True), "epochs of the supervised arms")
+    sft_batch: int = number(PROMPTS, "demonstrations per step")
     sft_lr: float = number(POSITIVE, "learning rate of the supervised arms")
 
 
@@ -246,7 +266,7 @@ class RecipeConfig(Constant):
 class LoraConfig(Constant):
     """Low-rank adapters beside frozen weights (Hu et al. 2021), by peft."""
 
-    rank: int = number(NATURAL, "train adapters instead of all weights; 0: off", 0, example="16")
+    rank: int = number(Range(0, 65_536), "train adapters instead of all weights; 0: off", 0, example="16")
     alpha: float = number(POSITIVE, "the adapters' product is scaled by alpha / rank", 32.0)
     targets: list[str] = setting("linear layers with adapters; empty: all but the output layer", [])
 
@@ -266,15 +286,15 @@ class LearnerConfig(Constant):
     precision: str = choice("bf16_mixed", "fp32", "bf16", meaning="mixed: fp32 master weights, bf16 compute")
     freeze_embeddings: bool = setting("do not train the embeddings")
     lora: LoraConfig = field(default_factory=LoraConfig)
-    micro_batch_tokens: int = number(COUNT, "what fits one pass; never changes the result")
-    logit_chunk: int = number(COUNT, "rows of logits held at once")
+    micro_batch_tokens: int = number(Range(1, 10**9), "what fits one pass; never changes the result")
+    logit_chunk: int = number(Range(1, 10**9), "rows of logits held at once")
     gradient_checkpointing: bool = setting("recompute activations instead of storing them")
     preflight: bool = setting("first try the largest micro-batch of the longest samples: does it fit?")
     deterministic: bool = setting("micro-batches in prompt order, not in the order in which groups finish")
     device: str = choice(*DEVICES, meaning="auto: cuda where there is one, else cpu", pattern=r"cuda:\d+")
-    ranks: int = number(COUNT, "data-parallel processes, one device each")
+    ranks: int = number(THREADS, "data-parallel processes, one device each")
     sharding: str = choice("none", "fsdp", meaning="fsdp: weights in parts", default="none")
-    timeout_s: float = number(POSITIVE, "a rank that does not answer for so long has failed")
+    timeout_s: float = number(SECONDS, "a rank that does not answer for so long has failed")
 
 
 @dataclass
@@ -284,11 +304,11 @@ class EvaluationConfig(Constant):
     name: str = setting("the evaluation's name")
     before: bool = setting("evaluate the base model")
     after: bool = setting("evaluate at the end")
-    every: int = number(NATURAL, "steps between evaluations; 0: only before and after")
-    samples: int = number(COUNT, "completions of an evaluated prompt", example="8")
+    every: int = number(STEPS, "steps between evaluations; 0: only before and after")
+    samples: int = number(PROMPTS, "completions of an evaluated prompt", example="8")
     temperature: float = number(NATURAL, "0: greedy")
     top_p: float = number(SHARE, "share of the probability that is sampled from")
-    k: list[int] = number(COUNT, "pass@k for these k; no value where k > samples", [], example="[1,8]")
+    k: list[int] = number(PROMPTS, "pass@k for these k; no value where k > samples", [], example="[1,8]")
     template: str | None = choice(*TEMPLATES, meaning="of every set; null: each set's own", default=None)
     limit: int | None = number(COUNT, "use the first so many prompts of each set", None)
     sets: dict[str, DatasetConfig] = setting("a label to a dataset", {})
@@ -298,17 +318,17 @@ class EvaluationConfig(Constant):
 class CheckpointConfig(Constant):
     """When a resumable checkpoint is written, and how many are kept."""
 
-    every: int = number(NATURAL, "steps between two; 0: only when interrupted and at the end")
-    keep: int = number(COUNT, "checkpoints kept while running")
+    every: int = number(STEPS, "steps between two; 0: only when interrupted and at the end")
+    keep: int = number(SOME_STEPS, "checkpoints kept while running")
 
 
 @dataclass
 class VerifierConfig(Constant):
     """The pool of worker processes that judge answers."""
 
-    workers: int = number(COUNT, "worker processes")
-    timeout_s: float = number(POSITIVE, "per verdict, from its start; for programs: of processor time")
-    memory_mb: int = number(Range(512), "memory of a worker")
+    workers: int = number(Range(1, 512), "worker processes")
+    timeout_s: float = number(SECONDS, "per verdict, from its start; for programs: of processor time")
+    memory_mb: int = number(Range(512, 10**7), "memory of a worker")
     sandbox: str = choice(*SANDBOXES, meaning="of programs (docs/verdicts.md)", default="auto")
 
 
@@ -319,7 +339,7 @@ class TrackingConfig(Constant):
     name: str = choice("none", "mlflow", meaning="the tracker")
     uri: str | None = setting("null: MLFLOW_TRACKING_URI, else a SQLite file in run.dir", None)
     experiment: str = setting("MLflow's experiment", "dash_exp")
-    every_s: float = number(POSITIVE, "seconds between two batches of a running cell", 30.0)
+    every_s: float = number(SECONDS, "seconds between two batches of a running cell", 30.0)
 
 
 @dataclass
@@ -327,33 +347,39 @@ class ClusterConfig(Constant):
     """Where cells run, and what each may use there."""
 
     name: str = choice("local", "slurm", meaning="this machine, or a SLURM cluster")
-    threads: int | None = number(COUNT, "CPU threads of a run; null: all (in a sweep: an equal part)", None)
+    threads: int | None = number(THREADS, "CPU threads of a run; null: all (in a sweep: an equal part)", None)
     server_urls: list[str] = setting("running vLLM servers to use; their key: DASH_SERVER_KEY", [])
     transfer: str = choice(*TRANSFERS, meaning="weights to servers; auto: what fits", default="auto")
     weights_dir: str | None = setting("a folder that learner and servers see, for weights", None)
-    gpus: int | None = number(NATURAL, "of a cell; null: one for each learner and server", None)
-    gpus_per_node: int = number(COUNT, "GPUs of a node")
-    cpus: int | None = number(COUNT, "of a cell; null: `cpus_per_gpu` for each GPU", None)
-    cpus_per_gpu: int = number(COUNT, "CPUs for each GPU, and the least that a cell gets")
-    memory_gb: float | None = number(POSITIVE, "memory of a cell on a node; null: the model's", None)
-    hours: float | None = number(POSITIVE, "a cell's time limit for one job; null: the model's", None)
-    cells_per_gpu: int = number(COUNT, "small cells that share a GPU")
-    max_parallel: int | None = number(COUNT, "jobs of a sweep at the same time; null: no limit of ours", None)
+    gpus: int | None = number(GPUS, "of a cell; null: one for each learner and server", None)
+    gpus_per_node: int = number(THREADS, "GPUs of a node")
+    cpus: int | None = number(Range(1, 65_536), "of a cell; null: `cpus_per_gpu` for each GPU", None)
+    cpus_per_gpu: int = number(THREADS, "CPUs for each GPU, and the least that a cell gets")
+    memory_gb: float | None = number(MEMORY_GB, "memory of a cell on a node; null: the model's", None)
+    hours: float | None = number(HOURS, "a cell's time limit for one job; null: the model's", None)
+    cells_per_gpu: int = number(THREADS, "small cells that share a GPU")
+    max_parallel: int | None = number(
+        PROMPTS, "jobs of a sweep at the same time; null: no limit of ours", None
+    )
     account: str | None = setting("SLURM's account", None)
     partition: str | None = setting("SLURM's partition", None)
     qos: str | None = setting("SLURM's quality of service", None)
     constraint: str | None = setting("SLURM's constraint", None)
     setup: list[str] = setting("shell lines before a cell is started, e.g. `module load cuda`", [])
-    warning_s: int = number(COUNT, "seconds before a time limit at which a cell saves and stops")
-    requeues: int = number(NATURAL, "requeues after a time limit, a preemption or a lost node")
-    retries: dict[str, int] = number(NATURAL, "restarts after a failure of each class (docs/sweeps.md)", {})
+    warning_s: int = number(Range(1, 65_535), "seconds before a time limit at which a cell saves and stops")
+    requeues: int = number(Range(0, 10_000), "requeues after a time limit, a preemption or a lost node")
+    retries: dict[str, int] = number(
+        Range(0, 10_000), "restarts after a failure of each class (docs/sweeps.md)", {}
+    )
 
 
 @dataclass
 class BudgetConfig(Constant):
     """When training stops before its last step."""
 
-    seconds: float | None = number(POSITIVE, "stop after so much training time", None, "3600")
+    seconds: float | None = number(
+        Range(0, 10**9, open_low=True), "stop after so much training time", None, "3600"
+    )
     match: str | None = setting("train as long as the same cell with another arm", None, "dash")
 
 
@@ -367,7 +393,7 @@ class RunConfig(Constant):
     partner: str | None = setting("the partner's command; set by the program, to be shown", None)
     sweep: str | None = setting("with -m: the sweep's name; null: made from what is varied", None)
     until_step: int | None = number(
-        COUNT, "pause after this step; the next start continues exactly there", None, "10"
+        SOME_STEPS, "pause after this step; the next start continues exactly there", None, "10"
     )
 
 
@@ -382,7 +408,7 @@ class PathsConfig(Constant):
 class Config(Constant):
     """One cell, and how to run it."""
 
-    seed: int = number(NATURAL, "every random choice of the run", example="0")
+    seed: int = number(SEED, "every random choice of the run", example="0")
     hardware: str | None = setting("kind of machine, where the result is a time; set by sweeps", None)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from dash_exp.config.schema import TrackingConfig
 from dash_exp.errors import Fault
+from dash_exp.text import HIDDEN, SECRET_IN_URL, USER_IN_URL, hide_credentials
 
 URI, EXPERIMENT, VARIABLE = "tracking.uri", "tracking.experiment", "MLFLOW_TRACKING_URI"
 PACKAGE = "mlflow"
@@ -19,12 +20,6 @@ DATABASE = "mlflow.db"
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 LONGEST_EXPERIMENT = 500
-USER_OF_SERVER = re.compile(r"(?<=://)(?P<user>[^/?#@:]*)(:(?P<password>[^/?#]*))?@")
-USER_OF_DATABASE = re.compile(r"(?<=://)(?P<user>[^/@:]*)(:(?P<password>[^@]*))?@")
-SECRET_VALUE = re.compile(
-    r"(?P<name>[?&;][^=&;]*(?:pass|pwd|secret|token|key)[^=&;]*=)(?P<value>[^&;#]*)", re.I
-)
-HIDDEN = "***"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +32,7 @@ class Place:
 
     @property
     def shown(self) -> str:
-        return hide(self.uri)
+        return hide_credentials(self.uri)
 
     @property
     def file(self) -> Path | None:
@@ -52,6 +47,7 @@ class Place:
 
     def clean(self, text: str) -> str:
         """A text without the address's secrets."""
+        text = text.replace(self.uri, self.shown)
         for secret in sorted(secrets_of(self.uri), key=len, reverse=True):
             text = text.replace(secret, HIDDEN)
         return text
@@ -84,8 +80,8 @@ def place_faults(tracking: TrackingConfig, environment: Mapping[str, str] = os.e
     uri, name = tracking.uri or environment.get(VARIABLE), tracking.experiment
     if uri:
         yield from _uri_faults(URI if tracking.uri else VARIABLE, uri)
-    if tracking.uri and secrets_of(tracking.uri):
-        what = f"{hide(tracking.uri)} holds a password, which would be written into records"
+    if tracking.uri and (shown := hide_credentials(tracking.uri)) != tracking.uri:
+        what = f"{shown} holds a user, a password or a token, which would be written into records"
         server = "for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         yield Fault(URI, what, f"set the variable {VARIABLE} instead, or {server}")
     if not name.strip() or len(name) > LONGEST_EXPERIMENT:
@@ -94,7 +90,7 @@ def place_faults(tracking: TrackingConfig, environment: Mapping[str, str] = os.e
 
 def _uri_faults(where: str, uri: str) -> Iterator[Fault]:
     scheme, colon, rest = uri.partition("://")
-    kind, shown = scheme.partition("+")[0].lower(), hide(uri)
+    kind, shown = scheme.partition("+")[0].lower(), hide_credentials(uri)
     if not colon or kind == "file":
         hint = f"name a database (sqlite:////folder/{DATABASE}) or a server (http://host:5000)"
         yield Fault(where, f"{shown} is a folder or file: MLflow no longer supports its file store", hint)
@@ -105,19 +101,9 @@ def _uri_faults(where: str, uri: str) -> Iterator[Fault]:
         yield Fault(where, f"{shown} names no file, and other processes could not see it", hint)
 
 
-def hide(uri: str) -> str:
-    """An address with its secrets left out."""
-    shown = _user(uri).sub(lambda m: f"{m['user']}{':' + HIDDEN if m['password'] is not None else ''}@", uri)
-    return SECRET_VALUE.sub(lambda m: f"{m['name']}{HIDDEN}", shown)
-
-
-def _user(uri: str) -> re.Pattern[str]:
-    """Where the user name is: a database's password may hold a slash that is not encoded."""
-    return USER_OF_SERVER if uri.lower().startswith(SERVERS) else USER_OF_DATABASE
-
-
 def secrets_of(uri: str) -> set[str]:
-    """Passwords and keys in an address, as written and decoded."""
-    found = [m["password"] for m in _user(uri).finditer(uri)]
-    found += [m["value"] for m in SECRET_VALUE.finditer(uri)]
+    """Passwords, tokens and keys in an address, as written and decoded."""
+    users = [m[0][:-1].partition(":") for m in USER_IN_URL.finditer(uri)]
+    found = [password or (user if uri.lower().startswith(SERVERS) else "") for user, _, password in users]
+    found += [m["value"] for m in SECRET_IN_URL.finditer(uri)]
     return {text for secret in found if secret for text in (secret, unquote(secret))}

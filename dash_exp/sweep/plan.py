@@ -22,6 +22,7 @@ from dash_exp.config.compose import (
     without_budget,
 )
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed
+from dash_exp.config.overrides import quoted
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, FaultCollector, UserError
 from dash_exp.record.identity import Cell, make_cell, resolve_paths
@@ -38,7 +39,7 @@ from dash_exp.sweep.resources import (
     settings_of,
     split,
 )
-from dash_exp.sweep.spec import Combination, Spec, combinations, key_of, quoted
+from dash_exp.sweep.spec import Combination, Spec, combinations, key_of
 from dash_exp.sweep.states import frozen_values, names_by_id
 from dash_exp.tasks.sources import data_faults
 from dash_exp.traces.settings import out_of
@@ -114,12 +115,12 @@ def plan_spec(
     installed: Installed = is_installed,
 ) -> Plan:
     """The plan of a sweep's file. `extra`: overrides from the command line, several values allowed, that
-    replace the file's own; settings of the launch among them count as `actions`."""
-    own, more = split(extra)
+    replace the file's own for the same keys, settings of the launch included."""
+    own, settings = split(extra)
     options = SweepOptions(spec.times, spec.traces, spec.about())
-    cells = combinations(spec, own)
+    cells = combinations(spec, (*own, *settings))
     return make_plan(
-        name or spec.name, cells, root=root, actions=(*actions, *more), options=options, installed=installed
+        name or spec.name, cells, root=root, actions=actions, options=options, installed=installed
     )
 
 

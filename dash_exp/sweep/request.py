@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dash_exp.config.compose import compose
+from dash_exp.config.schema import Range
 from dash_exp.errors import Fault, UserError, disk_errors_below
 from dash_exp.learning.settings import rank_from_environment
 from dash_exp.record.folder import read_json
@@ -32,12 +33,13 @@ from dash_exp.sweep.resources import (
     slug,
     split,
 )
-from dash_exp.sweep.spec import Spec, key_of
+from dash_exp.sweep.spec import Combination, Spec, key_of
 from dash_exp.sweep.states import frozen_values
 from dash_exp.sweep.status import SPEAKING, find
-from dash_exp.text import format_path
+from dash_exp.text import format_path, shorten
 
 N_JOBS, WAIT = "hydra.launcher.n_jobs", "hydra.launcher.wait"
+JOBS = Range(1, 1024)
 SHOWN_VALUES, NAME_LENGTH = 4, 80
 
 
@@ -71,8 +73,8 @@ def launch_multirun(
 def _launcher_settings(n_jobs: object, wait: object) -> tuple[int, bool]:
     """The launcher's own settings, checked. Raises UserError."""
     faults = []
-    if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or n_jobs < 1:
-        what = f"got {n_jobs!r}, must be a whole number from 1 on"
+    if not isinstance(n_jobs, int) or isinstance(n_jobs, bool) or not JOBS.holds(n_jobs):
+        what = f"got {shorten(repr(n_jobs))}, must be a whole number, {JOBS}"
         faults.append(Fault(N_JOBS, what, "so many cells run at once on this machine"))
     if not isinstance(wait, bool):
         faults.append(Fault(WAIT, f"got {wait!r}, expected true or false"))
@@ -160,8 +162,8 @@ def _n_jobs(flag: int | None, given: str | None, folder: Path) -> int:
     """Cells at once: as asked for, else as at the last launch, else one."""
     if flag is not None or given is not None:
         text = str(flag) if flag is not None else str(given)
-        if not text.isdecimal() or int(text) < 1:
-            raise UserError(Fault("-n", f"got {text}, must be a whole number from 1 on"))
+        if not text.isdecimal() or not JOBS.holds(int(text[:9])):
+            raise UserError(Fault("-n", f"got {shorten(text)}, must be a whole number, {JOBS}"))
         return int(text)
     before = read_order(folder)
     return before.n_jobs if before else 1
@@ -186,18 +188,30 @@ def _with_settings(manifest: Manifest, overrides: Sequence[str]) -> Plan:
     plan = plan_of(manifest)
     if not any(key_of(one) not in NOT_REPEATED for one in settings):
         return plan
-    asked = settings_of(compose((*manifest.actions, *settings)))
+    kept = [text for text in manifest.actions if text not in _of_options(manifest.actions, settings)]
+    asked = settings_of(compose((*kept, *settings)))
     plan = replace(plan, actions=common_actions([asked], settings_of(compose())))
-    if any(key_of(one).partition(".")[0] == "cluster" for one in settings):
-        plan = replace(plan, cells=tuple(_with_resources(cell, plan, manifest.root) for cell in plan.cells))
+    changed = {key_of(one) for one in settings}
+    if any(key.partition(".")[0] == "cluster" for key in changed):
+        cells = tuple(_with_resources(cell, plan, manifest.root, changed) for cell in plan.cells)
+        plan = replace(plan, cells=cells)
     return plan
 
 
-def _with_resources(cell: PlannedCell, plan: Plan, root: Path) -> PlannedCell:
-    """A frozen cell with what it asks for under the plan's actions."""
-    own = [text for text in cell.overrides if key_of(text) in OF_A_CELL]
+def _of_options(actions: Sequence[str], settings: Sequence[str]) -> Combination:
+    """The actions that an option chose (`cluster=slurm`) for which the settings choose another one."""
+    names = {key_of(text): text.partition("=")[2] for text in actions}
+    chosen = [group for group in ("cluster", "tracking") if group in map(key_of, settings)]
+    before = [f"{group}={names[f'{group}.name']}" for group in chosen if f"{group}.name" in names]
+    return common_actions([settings_of(compose(before))], settings_of(compose()))
+
+
+def _with_resources(cell: PlannedCell, plan: Plan, root: Path, changed: Collection[str]) -> PlannedCell:
+    """A frozen cell with what it asks for under the plan's actions, without its own for `changed` keys."""
+    kept = tuple(text for text in cell.overrides if key_of(text) not in changed)
+    own = [text for text in kept if key_of(text) in OF_A_CELL]
     config = read_frozen(cell.cell.folder(root), [*plan.actions, *own])
-    return replace(cell, resources=resources_of(config))
+    return replace(cell, overrides=kept, resources=resources_of(config))
 
 
 def plan_of(manifest: Manifest) -> Plan:

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import yaml
 
 from dash_exp.config.compose import conf_dir
+from dash_exp.config.overrides import quoted
 from dash_exp.config.schema import ACTIONS, ClusterConfig, Config, TrackingConfig
 from dash_exp.errors import Fault
 from dash_exp.record.manifest import Resources
-from dash_exp.sweep.spec import Combination, key_of, quoted
+from dash_exp.sweep.spec import Combination, key_of
 from dash_exp.sweep.worker import VISIBLE_GPUS, nvidia_smi, threads_each
 
 T = TypeVar("T")

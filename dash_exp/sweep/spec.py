@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.types import Quote, QuotedString
 
 from dash_exp import PACKAGE
 from dash_exp.config.compose import find_faults, opened, parse
-from dash_exp.config.overrides import variants_of
+from dash_exp.config.overrides import MAX_CELLS, quoted, variants_of
+from dash_exp.config.schema import SEED, plain
 from dash_exp.errors import Fault, UserError, nearest
 
 Combination = tuple[str, ...]
@@ -44,9 +44,6 @@ NEEDED = ("claim", "question", "feeds", "seeds", "grid")
 IN_BLOCK = ("zip", "exclude", "include")
 FEED = re.compile(r"(table|figure)_[a-z0-9_]+")
 STREAMING = "sampler.streaming"
-UNQUOTED = re.compile(r"[A-Za-z0-9_./@+-]+")
-OTHER_TYPE = re.compile(r"null|true|false|[+-]?(inf|nan|[\d_]*\.?[\d_]*(e[+-]?[\d_]+)?)", re.IGNORECASE)
-FLOAT_WITHOUT_DOT = re.compile(r"[+-]?\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +54,11 @@ class Block:
     axes: tuple[Axis, ...]
     exclude: tuple[frozenset[str], ...] = ()
     include: tuple[Combination, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Its combinations for one seed, with those that are excluded."""
+        return math.prod(map(len, self.axes)) + len(self.include)
 
     def combinations(self, seed: int) -> Iterator[Combination]:
         last = f"seed={seed}"
@@ -106,6 +108,7 @@ def combinations(spec: Spec, extra: Sequence[str] = ()) -> list[Combination]:
     """
     added = products(extra)
     replaced = {key_of(text) for text in extra}
+    refuse_many(len(spec.seeds) * len(added) * sum(block.size for block in spec.blocks))
     found = []
     for seed, block in itertools.product(spec.seeds, spec.blocks):
         for chosen, more in itertools.product(block.combinations(seed), added):
@@ -137,7 +140,15 @@ def products(overrides: Sequence[str]) -> list[Combination]:
             axes.append([variant.input_line or "" for variant in variants])
     if faults:
         raise UserError(faults)
+    refuse_many(math.prod(map(len, axes)))
     return list(itertools.product(*axes))
+
+
+def refuse_many(cells: int) -> None:
+    """Raises UserError for more cells than a sweep may have."""
+    if cells > MAX_CELLS:
+        fault = Fault("sweep", f"makes {plain(cells)} cells", f"at most {MAX_CELLS}: split it")
+        raise UserError(fault)
 
 
 def key_of(text: str) -> str:
@@ -163,15 +174,6 @@ def text_of(value: object) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(text_of, value)) + "]"
     return quoted(str(value)) if isinstance(value, str) else str(value)
-
-
-def quoted(text: str) -> str:
-    """Text in Hydra's grammar, in quotes where it would be read as something else."""
-    if FLOAT_WITHOUT_DOT.fullmatch(text):
-        return repr(float(text))
-    if UNQUOTED.fullmatch(text) and not OTHER_TYPE.fullmatch(text):
-        return text
-    return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ class Reader:
             mark = error.problem_mark or error.context_mark
             place = f"{self.path}:{mark.line + 1}" if mark else str(self.path)
             raise UserError(Fault(place, f"not valid yaml: {error.problem}")) from None
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(Fault(str(self.path), f"cannot be read: {error}")) from None
         if not isinstance(value, dict):
             raise UserError(Fault(str(self.path), "is not a sweep", f"it has {', '.join(NEEDED)}"))
@@ -277,9 +279,9 @@ class Reader:
 
     def _seeds(self, value: object) -> tuple[int, ...]:
         seeds = self._list("seeds", value)
-        wrong = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or s < 0]
+        wrong = [s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or not SEED.holds(s)]
         if wrong:
-            self._fault("seeds", f"got {wrong[0]!r}, expected whole numbers of at least 0")
+            self._fault("seeds", f"got {wrong[0]!r}, expected whole numbers, {SEED}")
         elif len(set(seeds)) < len(seeds):
             self._fault("seeds", f"got {seeds}, which names one twice")
         return () if wrong else tuple(seeds)

@@ -50,6 +50,8 @@ def say_json(value: Any) -> None:
 def root_of(words: Sequence[str]) -> Path:
     """The folder of outputs: the last `run.dir=`, else the default."""
     given = [word.removeprefix(ROOT) for word in words if word.startswith(ROOT)]
+    if given and not given[-1].strip():
+        raise UserError(Fault("run.dir", "is empty", "name a folder, or leave it out: outputs"))
     return Path(given[-1]) if given else default_root()
 
 

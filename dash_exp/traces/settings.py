@@ -9,7 +9,18 @@ from pathlib import Path
 from dash_exp.config.checks import check, declared_faults, is_below
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.overrides import own_settings, split_off
-from dash_exp.config.schema import COUNT, NATURAL, SHARE, Config, changed, number, setting
+from dash_exp.config.schema import (
+    COMPLETIONS,
+    COUNT,
+    NATURAL,
+    PROMPTS,
+    SHARE,
+    TOKENS,
+    Config,
+    changed,
+    number,
+    setting,
+)
 from dash_exp.errors import Fault, UserError
 
 TEACHER = "qwen7b_instruct"
@@ -34,13 +45,13 @@ class TracesConfig:
     """How a teacher is sampled; the paper's values for SFT-M. Keys of the command line: `traces.samples`
     and so on."""
 
-    samples: int = number(COUNT, "completions per prompt", 10)
+    samples: int = number(PROMPTS, "completions per prompt", 10)
     temperature: float = number(NATURAL, "0: greedy", 0.7)
     top_p: float = number(SHARE, "share of the probability that is sampled from", 0.95)
-    max_new_tokens: int = number(COUNT, "longest completion", 1024)
+    max_new_tokens: int = number(TOKENS, "longest completion", 1024)
     out: str | None = setting("the file; null: `<run.dir>/traces/<dataset>-<model>.jsonl`", None)
     limit: int | None = number(COUNT, "use the first so many prompts of the dataset", None)
-    chunk: int = number(COUNT, "prompts requested at a time: the most that a kill can lose", 256)
+    chunk: int = number(COMPLETIONS, "prompts requested at a time: the most that a kill can lose", 256)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,9 @@ def test_a_range_of_ids_is_two_numbers(code: Config, bounds: list[int]) -> None:
 
 def test_seconds_of_single_tasks(code: Config, config: Config) -> None:
     code = changed(code, {"dataset.timeouts": {"mbppplus-2": 0.0}})
-    assert faults(code) == [("dataset.timeouts.mbppplus-2", "got 0, must be more than 0")]
+    assert faults(code) == [
+        ("dataset.timeouts.mbppplus-2", "got 0, must be more than 0 and at most 10000000")
+    ]
     config = changed(config, {"dataset.timeouts": {"1": 2.0}, "dataset.tests_call": "f()"})
     assert [w for w, _ in faults(config)] == ["dataset.timeouts", "dataset.tests_call"]
 

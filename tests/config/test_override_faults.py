@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_exp.config.compose import compose, conf_dir, find_faults
+from dash_exp.config.compose import CachingComposer, compose, conf_dir, find_faults, opened
 from dash_exp.config.schema import FILTERS
 from dash_exp.errors import Fault, UserError
 
@@ -211,3 +211,64 @@ def test_showing_a_config_asks_for_no_files() -> None:
     missing = ["model=tiny", "dataset=gsm8k", "dataset.path=/nowhere/x.jsonl"]
     assert where(find_faults(missing)) == ["dataset.path"]
     assert find_faults(missing, checked=False) == []
+
+
+NINES = "9" * 5000  # more digits than Python reads
+NONSENSE = (
+    *(f"{key}={NINES}" for key in ("seed", "learner.lr", "algorithm.steps", "cluster.retries.node")),
+    *("", "=", "==", "=3", "a", "+", "~", "++", "~~seed", "seed", "seed=", "seed= ", "seed =3", '"seed"=3'),
+    *(f"seed={text}" for text in ("[", "]", "{", "{}", "(", "'", '"', "a b", "1e400", "nan", "true", "0x10")),
+    *(f"seed={text}" for text in ("range(0,9)", "range(1)", "choice()", "int(x)", "sort(1,a)", "glob(*)")),
+    *("seed=" + "[" * 3000, "seed=" + "[" * 3000 + "]" * 3000, "dataset.stop=" + "[" * 500 + "]" * 500),
+    *("seed=" + ",".join(map(str, range(6000))), "a" * 100_000 + "=3", "seed=" + "x" * 100_000),
+    *("a." * 2000 + "b=3", "seed=3\n4", "seed=\x1b[31m3", "\x1b[31m=3", "run.dir=a\udcffb", "\udcff=3"),
+    *("seed.x=3", "seed.0=3", "seed[0]=3", ".seed=3", "seed.=3", "seed..x=3", "..=3", "_target_=x"),
+    *("dataset.__class__=3", "dataset.shots=[3]", "dataset.timeouts={a:b}", "dataset.mix={a:3}"),
+    *("run.dir=", "model.path=", "dataset.path=''", "paths.data=", "hardware=", "tracking.experiment="),
+    *("algorithm=", "algorithm=null", "algorithm=..", "algorithm=../../etc/passwd", "algorithm=3"),
+    *(
+        f"hydra.searchpath={entry}"
+        for entry in ("[/no]", "[pkg://no.such]", "[foo://x]", "[1]", "['']", "/no")
+    ),
+    "hydra.sweeper.max_batch_size=0",
+    "cluster.server_urls=[http://u:secretpw@h:8000]",
+    "cluster.server_urls=[http://secretpw@h:8000]",
+    'cluster.server_urls=["http://h:8000/?key=secretpw"]',
+    'cluster={server_urls: ["http://secretpw@h:1"]}',
+    'cluster.setup=["export http_proxy=http://u:secretpw@h"]',
+    "tracking.uri=http://u:secretpw@h:5000",
+    "tracking.uri=http://secretpw@h:5000",
+    "tracking.uri=postgresql://u:1/secretpw@h/db",
+    'tracking.uri="https://h/?access_token=secretpw"',
+    "tracking.uri=[http://u:secretpw@h",
+    "tracking.uri=http://u:secretpw@h,http://x",
+    "tracking.url=http://u:secretpw@h",
+)
+
+
+def test_nonsense_is_a_fault_of_one_short_line_without_secrets() -> None:
+    with opened():
+        composer = CachingComposer()
+        found = {text: composer.faults_of(text) for text in NONSENSE}
+    assert [text[:80] for text, faults in found.items() if not faults] == []
+    for text, faults in found.items():
+        shown = "\n".join(map(str, faults))
+        assert len(shown) < 1000 and "secretpw" not in shown and "\x1b" not in shown, text[:80]
+        shown.encode()
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "what"),
+    [
+        ("seed=range(0,1000000000)", "seed", "has 1000000000 values"),
+        ("seed=range(0,1e18)", "seed", "has 1000000000000000000 values"),
+        ("seed=shuffle(range(0,1e9))", "seed", "has 1000000000 values"),
+        ("learner.lr=range(0,1,1e-9)", "learner.lr", "has 1000000000 values"),
+        ("seed=range(0,1,0)", "seed", "finite ends and a step other than 0"),
+        ("seed=range(0,inf)", "seed", "finite ends and a step other than 0"),
+        ("seed=range(0,100) algorithm.steps=range(1,101)", "-m", "makes 10000 cells"),
+    ],
+)
+def test_a_sweep_is_counted_before_it_is_expanded(override: str, where: str, what: str) -> None:
+    [fault] = find_faults(override.split(), sweep=True)
+    assert fault.where == where and what in fault.what

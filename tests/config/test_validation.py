@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dash_exp.config import checks
 from dash_exp.config.checks import check, largest_deviation
-from dash_exp.config.schema import FILTERS, TEMPLATES, Config, changed, declared
+from dash_exp.config.schema import FILTERS, TEMPLATES, Config, changed, declared, plain
 from dash_exp.errors import Fault
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
@@ -87,7 +87,7 @@ def test_numbers_outside_their_ranges(config: Config) -> None:
         if allowed.high < math.inf:
             wrong.append(allowed.high if allowed.open_high else allowed.high + 1)
         for value in wrong:
-            fault = Fault(key, f"got {value:g}, must be {allowed}")
+            fault = Fault(key, f"got {plain(value)}, must be {allowed}")
             assert fault in declared_faults(
                 changed(config, {key: [value] if key == "evaluation.k" else value})
             )
@@ -100,18 +100,18 @@ def declared_faults(config: Config) -> list[Fault]:
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("seed", -1, "at least 0"),
+        ("seed", 10**400, "at least 0 and at most 9223372036854775807"),
         ("sampler.gpu_memory_utilization", 1.1, "more than 0 and at most 1"),
         ("learner.warmup_share", 1.0, "at least 0 and less than 1"),
         ("algorithm.clip_low", 0.0, "more than 0 and less than 1"),
-        ("verifier.memory_mb", 0, "at least 512"),
-        ("learner.lora.rank", -1, "at least 0"),
+        ("verifier.memory_mb", 0, "at least 512 and at most 10000000"),
+        ("verifier.workers", 1_000_000, "at least 1 and at most 512"),
         ("dataset.weight", math.inf, "more than 0"),
-        ("evaluation.sets.arithmetic.max_prompt_tokens", 0, "at least 1"),
+        ("evaluation.sets.arithmetic.max_prompt_tokens", 0, "at least 1 and at most 16777216"),
     ],
 )
 def test_out_of_range(config: Config, key: str, value: float, allowed: str) -> None:
-    assert check(changed(config, {key: value})) == [Fault(key, f"got {value:g}, must be {allowed}")]
+    assert check(changed(config, {key: value})) == [Fault(key, f"got {plain(value)}, must be {allowed}")]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_pass_at_k_is_for_positive_k_named_once(config: Config) -> None:
     assert check(config) == []
     config = changed(config, {"evaluation.k": [0, 4, 4]})
     assert check(config) == [
-        Fault("evaluation.k", "got 0, must be at least 1"),
+        Fault("evaluation.k", "got 0, must be at least 1 and at most 100000"),
         Fault("evaluation.k", "names 4 more than once"),
     ]
 
@@ -296,7 +296,7 @@ def test_extraction_belongs_to_the_verifier(config: Config) -> None:
     [
         ({"hidden_size": 30}, "hidden_size", "got 30, must be a multiple of 2 x heads = 4"),
         ({"kv_heads": 3}, "kv_heads", "got 3, must divide heads = 2"),
-        ({"layers": 0}, "layers", "got 0, must be at least 1"),
+        ({"layers": 0}, "layers", "got 0, must be at least 1 and at most 65536"),
     ],
 )
 def test_sizes_of_a_random_model(config: Config, change: dict[str, int], where: str, what: str) -> None:

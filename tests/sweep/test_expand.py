@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dash_exp.config.compose import opened, parse
+from dash_exp.config.overrides import quoted
 from dash_exp.errors import UserError
-from dash_exp.sweep.spec import Block, Spec, combinations, key_of, products, quoted, text_of
+from dash_exp.sweep.spec import Block, Spec, combinations, key_of, products, text_of
 
 
 def spec(

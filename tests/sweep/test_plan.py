@@ -10,13 +10,14 @@ import pytest
 
 from dash_exp.config.compose import CachingComposer, compose, opened
 from dash_exp.errors import UserError
+from dash_exp.record import manifest as manifests
 from dash_exp.record.identity import freeze, make_cell, read_frozen
 from dash_exp.record.manifest import Plan
 from dash_exp.sweep import resources
 from dash_exp.sweep.plan import SweepOptions, make_plan, plan_spec
-from dash_exp.sweep.request import ad_hoc_name
-from dash_exp.sweep.resources import resource_faults, resources_of, split
-from dash_exp.sweep.spec import load, products
+from dash_exp.sweep.request import ad_hoc_name, request_of
+from dash_exp.sweep.resources import cluster_of, resource_faults, resources_of, split
+from dash_exp.sweep.spec import Spec, load, products
 
 pytestmark = pytest.mark.usefixtures("plain_machine")
 TINY = ["debug=fast", "cluster.threads=1"]
@@ -180,7 +181,7 @@ def test_every_fault_of_every_cell_is_reported_at_once(tmp_path: Path) -> None:
         "algorithm.beta: got 'x' (text), expected a number (in 12 of 24 cells, all with algorithm.beta=x)",
         "filter.treshold: unknown key\n    did you mean 'filter.threshold'?",
         "learner.lr: got -1, must be more than 0 (in 12 of 24 cells, all with algorithm=dash)",
-        "seed: got -1, must be at least 0 (in 4 of 24 cells, all with algorithm=dash seed=-1)",
+        "seed: got -1, must be at least 0 and at most 9223372036854775807 (in 4 of 24 cells, all with",
         "run.progress: has several values: none, plain",
         "the cell needs 3 GPUs, this machine has 0",
     ):
@@ -333,3 +334,44 @@ def test_data_that_change_make_other_cells(tmp_path: Path) -> None:
     assert (tmp_path / "cache" / "hashes").is_dir()
     file.write_text(json.dumps({**rows, "answer": "3"}))
     assert planned(tmp_path, *more).cells[0].id != first
+
+
+def spec_of(folder: Path, **overrides: Any) -> Spec:
+    """A sweep's file with one cell and these overrides."""
+    path = folder / "mine.yaml"
+    values = {
+        "claim": "c",
+        "question": "q",
+        "feeds": ["table_x"],
+        "seeds": [0],
+        "grid": {"algorithm": ["dash"]},
+    }
+    path.write_text(json.dumps({**values, "overrides": {"model": "tiny", "debug": "fast", **overrides}}))
+    return load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "asked"),
+    [
+        ({"cluster.cpus": 1, "cluster.gpus": 0}, ["cluster=slurm", "cluster.cpus=2"], ("slurm", 2, 60)),
+        ({"cluster.cpus": 1, "cluster.gpus": 0}, ["cluster=slurm"], ("slurm", 1, 60)),
+        ({"cluster": "slurm", "cluster.hours": 3}, ["cluster=local", "cluster.cpus=2"], ("local", 2, 180)),
+        ({"cluster.hours": 3, "cluster.cpus": 5}, ["cluster={cpus: 2, hours: 2}"], ("local", 2, 120)),
+    ],
+)
+def test_the_command_line_wins_over_the_sweeps_file(
+    tmp_path: Path, own: dict[str, Any], given: list[str], asked: tuple[str, int, int]
+) -> None:
+    plan = plan_spec(spec_of(tmp_path, **own), root=tmp_path / "out", extra=given)
+    resources = plan.cells[0].resources
+    assert (cluster_of(plan.actions).name, resources.cpus, resources.minutes) == asked
+
+
+def test_the_command_line_wins_at_the_next_launch_too(tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    spec = spec_of(tmp_path, **{"cluster.gpus": 0, "cluster.cpus": 1, "cluster.hours": 3})
+    manifests.write(plan_spec(spec, root=root, extra=["cluster=slurm", "cluster.cpus=2,3"]), root)
+    again = request_of("mine", ["cluster=local", "cluster.cpus=4"], root, None)
+    assert {cell.resources.cpus for cell in again.plan.cells} == {4}
+    assert (again.cluster.name, again.cluster.hours) == ("local", 3)
+    assert all("cluster.cpus" not in text for cell in again.plan.cells for text in cell.overrides)

@@ -60,7 +60,7 @@ def test_user_errors_have_exit_code_2(root: Path, capsys: Capture) -> None:
     assert "selects none of the 1 cells" in refused(capsys, "cancel", "mine", "grpo*", where)
     assert "goes without --watch" in refused(capsys, "status", "mine", where, "--json", "--watch")
     assert "has not been launched" in refused(capsys, "status", "demo", where)
-    assert "must be a whole number from 1 on" in refused(capsys, "plan", "demo", where, "-n", 0)
+    assert "must be a whole number, at least 1" in refused(capsys, "plan", "demo", where, "-n", 0)
     assert "cells are frozen" in refused(capsys, "launch", "mine", where, "algorithm=grpo")
 
 
