@@ -59,7 +59,7 @@ def model_faults(folder: Path) -> list[Fault]:
             found += check(folder)
         except UserError as error:
             found += error.faults
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _config_faults(folder: Path) -> Iterator[Fault]:

@@ -132,6 +132,40 @@ class GroupRows:
         return _scatter_back(back, flat, self.inverse).view(1, -1, q.shape[1], q.shape[3])
 
 
+def causal_rows(rows: int, length: int, device: torch.device) -> GroupRows:
+    """Samples of equal length, each in a row of its own."""
+    index = torch.arange(rows * length, device=device).view(rows, length)
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return GroupRows(index, index.flatten(), additive_mask(causal.expand(rows, 1, -1, -1)))
+
+
+@torch.no_grad()
+def packing_fault(model: Any) -> str | None:
+    """Why packed samples are not computed as each would be by itself, tried on three short ones; None where
+    they are. Raises what the model raises where it cannot be called so."""
+    length, device = 6, model.get_input_embeddings().weight.device
+    head = model.get_output_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randint(head.shape[0], (3, length), generator=generator).to(device)
+
+    def call(compute: Any, ids: Tensor) -> Any:
+        places = torch.arange(length, device=device).repeat(len(ids))
+        context = causal_rows(len(ids), length, device)
+        return compute(
+            input_ids=ids.flatten()[None], position_ids=places[None], context=context, use_cache=False
+        )
+
+    first, other = (
+        call(model.get_decoder(), samples[[n, 2]]).last_hidden_state[0, length:].float() for n in (0, 1)
+    )
+    if not float((first - other).abs().max()) <= 5e-5 * float(first.std()):  # rounding is below 1e-6
+        return "samples that are packed together change each other: a layer is without full attention"
+    logits = call(model, samples[2:]).logits[0].float()
+    if not float((first @ head.t().float() - logits).abs().max()) <= 1e-3 * float(logits.std()) + 1e-6:
+        return "logits are not the output matrix times the last hidden state"
+    return None
+
+
 class _ScatterBack(torch.autograd.Function):
     """Cells [R*L, F] back to flat tokens [T, F]; the gradient of filler cells is 0."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import string
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +108,8 @@ def _download(hub: str, revision: str | None) -> Path:
         raise UserError(Fault("model.hub", what, hint)) from error
 
 
+TABLES = ("inv_freq", "attn.bias", "attention.bias", "masked_bias")
+"""Ends of names of tables that old checkpoints hold, and that the model makes itself."""
 CHARACTERS = "\n" + "".join(c for c in string.printable if c.isprintable())
 
 
@@ -149,11 +152,13 @@ def make_random(sizes: Mapping[str, int], folder: Path) -> None:
 def load_model(folder: Path, dtype: Any, attention: str) -> Any:
     """The causal language model of a folder, with our attention.
 
-    Raises UserError for a folder that is broken, that lacks a tensor, or whose attention is of a kind
-    that packed groups do not know.
+    Raises UserError for a folder that is broken, that lacks a tensor or has others, or whose samples cannot
+    be packed.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    from dash_exp.modeling.attention import ATTENTION, packing_fault
 
     logging.disable_progress_bar()  # a local folder loads in a moment; downloads keep their bar
     model, facts = _load(
@@ -168,11 +173,27 @@ def load_model(folder: Path, dtype: Any, attention: str) -> Any:
             output_loading_info=True,
         ),
     )
-    if missing := sorted(facts["missing_keys"]):
-        raise UserError(
-            Fault("model", f"{folder} lacks {len(missing)} tensors, e.g. {missing[0]}", "is it complete?")
-        )
+    if faults := list(_tensor_faults(folder, model, facts)):
+        raise UserError(faults)
+    if attention == ATTENTION and (what := _load(folder, lambda: packing_fault(model))):
+        raise UserError(Fault("model", f"{folder}: {what}", "choose a model like Llama, Qwen2 or Qwen3"))
     return model
+
+
+def _tensor_faults(folder: Path, model: Any, facts: Mapping[str, Any]) -> Iterator[Fault]:
+    """What is wrong with the tensors of a checkpoint. `facts`: transformers' own of how it loaded."""
+    if missing := sorted(facts["missing_keys"]):
+        yield Fault("model", f"{folder} lacks {len(missing)} tensors, e.g. {missing[0]}", "is it complete?")
+    if unused := sorted(name for name in facts["unexpected_keys"] if not name.endswith(TABLES)):
+        what = f"{folder} has {len(unused)} tensors that the model does not use, e.g. {unused[0]}"
+        yield Fault("model", what, "is its config.json that of another model?")
+    broken = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
+    if broken:
+        yield Fault("model", f"{folder} has NaN or infinity in {len(broken)} tensors, e.g. {broken[0]}")
+
+
+def _is_finite(tensor: Any) -> bool:
+    return all(math.isfinite(float(end)) for end in tensor.detach().aminmax())
 
 
 def load_computing(folder: Path, precision: str, attention: str) -> Any:
@@ -232,6 +253,18 @@ def text_model(folder: Path) -> TextModel:
 
 
 Loaded = TypeVar("Loaded")
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+)
+"""What transformers raises for folders that it cannot use: it validates little itself."""
 
 
 def _load(folder: Path, load: Callable[[], Loaded]) -> Loaded:
@@ -240,7 +273,7 @@ def _load(folder: Path, load: Callable[[], Loaded]) -> Loaded:
 
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (*LOAD_ERRORS, SafetensorError) as error:
         raise UserError(Fault("model", f"{folder} does not load: {first_line(error)}")) from error
 
 
