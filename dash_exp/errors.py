@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
+from dash_exp import _exit_quietly
 from dash_exp.signals import Interrupted
 from dash_exp.text import hide_credentials, printable
 
@@ -82,6 +85,8 @@ def run_command(
         print(usage)
         return ExitCode.OK
     try:
+        if signal.getsignal(signal.SIGINT) is _exit_quietly:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return command(arguments)
     except UserError as error:
         print_error(str(error))
@@ -119,6 +124,22 @@ def disk_errors_below(root: Path, consequence: str = "nothing was started") -> I
         raise
     except OSError as error:
         raise UserError(disk_fault(error, root), consequence) from error
+
+
+@contextmanager
+def as_disk_errors(path: Path) -> Iterator[None]:
+    """Raise OSError for errors of the disk that a library reports as another one: safetensors and tokenizers
+    have types of their own, with the system's number in their text."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises a plain Exception
+        number = re.search(r"os error (\d+)|\(os (\d+)\)|code: (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[number.lastindex or 1])
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 class FaultCollector:

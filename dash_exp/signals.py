@@ -5,21 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-"""Ctrl-C, a scheduler's end, and its warning before the end."""
-SCHEDULERS = (signal.SIGTERM, signal.SIGUSR2)
-"""What a scheduler sends to every process of a job at once."""
+SCHEDULERS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+"""What a scheduler or a terminal sends to every process of a job at once: its end, the warning before it, a
+lost terminal, Ctrl-\\."""
+STOPPING = (signal.SIGINT, *SCHEDULERS)
 ECHO_S = 2.0
-"""A scheduler's signal reaches a process directly and again from its parent, which forwards it: the same one
-within so many seconds is the same request."""
+"""Such a signal reaches a process directly and again from its parent or shell: the same one within so many
+seconds is the same request."""
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -48,18 +49,36 @@ class Stop:
         first, self.received, self._received_at = self.received is None, number, now
         if not (first and self.deferred):
             raise Interrupted(number)
-        print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Handle the stopping signals by `handler` inside the block."""
-    before = {number: signal.signal(number, handler) for number in STOPPING}
+    """Handle the stopping signals by `handler` inside the block. Under nohup SIGHUP stays ignored."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_lost_terminal()
+        handler(number, frame)
+
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {number: signal.signal(number, handle) for number in STOPPING if number not in ignored}
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def leave_lost_terminal() -> None:
+    """Write to nowhere instead of to a terminal that was closed, where every write is an error."""
+    for stream in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 @contextmanager

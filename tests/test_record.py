@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,9 +23,10 @@ from dash_exp.record.folder import (
     read_rows,
     write_json,
 )
-from dash_exp.record.ledger import PHASES, Ledger
+from dash_exp.record.ledger import PHASES, Ledger, RunningClock, Times
 from dash_exp.seeding import permutation, seed_for, uniforms
 from dash_exp.statistics.shares import bootstrap_interval, pass_at_k, wilson_interval
+from tests.conftest import REPOSITORY
 
 
 def test_rows_of_the_last_attempt_of_each_step() -> None:
@@ -152,3 +157,56 @@ def test_seeds_depend_on_every_argument_and_nothing_else() -> None:
     assert seeds[0] == seed_for(0, "sample", 1, "p", 0) == 1743606167261203305
     assert all(0 <= s < 2**63 for s in seeds)
     assert sorted(permutation(3, 50).tolist()) == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("pause", "slept", "worked", "counted"),
+    [
+        (60.0, 60.0, 0.0, 0.0),  # stopped
+        (0.1, 3600.0, 0.0, 0.0),  # asleep with the machine
+        (60.0, 60.0, 60.0, 60.0),  # a long call into C that lets no other thread run
+        (1.0, 1.0, 0.0, 1.0),  # waiting
+    ],
+)
+def test_a_suspended_process_is_not_charged(
+    pause: float, slept: float, worked: float, counted: float
+) -> None:
+    now = [Times(5.0, 100.0, 0.0)]
+    clock = RunningClock(lambda: now[-1])
+    ledger = Ledger(clock)
+    with ledger.phase("sample"):
+        now.append(Times(6.0, 101.0, 1.0))
+        clock()
+        now.append(Times(6.0 + pause, 101.0 + slept, 1.0 + worked))
+    gaps = clock.take_gaps()
+    assert [round(end - start) for start, end in gaps] == ([round(slept)] if counted == 0.0 else [])
+    wall, seconds = ledger.close_step()
+    assert wall == pytest.approx(1.0 + counted) and seconds["sample"] == pytest.approx(1.0 + counted)
+
+
+STOPPED = """
+import time
+from dash_exp.record import ledger as module
+from dash_exp.record.ledger import Ledger, RunningClock
+module.SUSPENDED_S = 0.6
+clock = RunningClock()
+started = time.perf_counter()
+with clock.beating():
+    ledger = Ledger(clock)
+    print("up", flush=True)
+    time.sleep(1.5)
+    wall, _ = ledger.close_step()
+(gap,) = clock.take_gaps()
+print(wall, gap[1] - gap[0], time.perf_counter() - started)
+"""
+
+
+def test_a_stopped_process_notes_the_gap() -> None:
+    command = [sys.executable, "-c", STOPPED]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(0.9)
+    process.send_signal(signal.SIGCONT)
+    wall, gap, total = map(float, process.communicate(timeout=20)[0].split())
+    assert gap > 0.8 and wall < total - 0.6

@@ -23,7 +23,7 @@ from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.config.tracking import VARIABLE, Place, place_of
 from dash_exp.errors import UserError
 from dash_exp.record.folder import append_line, read_json
-from dash_exp.signals import Interrupted, block_signals
+from dash_exp.signals import STOPPING, Interrupted, block_signals
 
 if TYPE_CHECKING:
     from dash_exp.mirror.sync import CellSync
@@ -35,7 +35,7 @@ FIRST_S, POLL_S = 1.0, 1.0
 """Seconds between two syncs until the run is found, and between two checks whether the run has ended."""
 LAST_S, RETRY_S, HANGING_S = 120.0, 2.0, 480.0
 """The last sync is tried for LAST_S, every RETRY_S; the process is killed HANGING_S later."""
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+IGNORED = (*STOPPING, signal.SIGUSR1)
 """A scheduler sends these to every process of a job. This one ends when its run has ended."""
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from dash_exp.config.model_files import end_ids, end_outside, model_faults
 from dash_exp.config.schema import ModelConfig
-from dash_exp.errors import Fault, UserError
+from dash_exp.errors import Fault, UserError, as_disk_errors
 from dash_exp.record.identity import file_hash, package_path
 
 
@@ -71,7 +71,8 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> Path:
                 shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
             fresh = Path(tempfile.mkdtemp(prefix=f".making-{folder.name}-", dir=folder.parent))
             try:
-                make(fresh)
+                with as_disk_errors(folder):
+                    make(fresh)
                 os.rename(fresh, folder)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)

@@ -10,11 +10,9 @@ found by its checksums.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,10 +22,10 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dash_exp.errors import as_disk_errors
 from dash_exp.record.folder import read_json, write_json
 
 MODEL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -89,11 +87,8 @@ def save(cell: Path, step: int, snapshot: Snapshot, model_folder: Path) -> Path:
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    try:
+    with as_disk_errors(path):
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # its own error type, also for a full disk
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -37,6 +37,7 @@ from pathlib import Path
 from dash_exp.errors import ExitCode
 from dash_exp.record.folder import CellBusy, append_line, lock, read_json, write_json
 from dash_exp.record.reading import Row, read_record, read_rows
+from dash_exp.signals import STOPPING
 
 NAME = "launch.jsonl"
 CLASSES = ("out_of_memory", "timeout", "preemption", "node", "nccl", "nan", "config", "verifier", "unknown")
@@ -54,6 +55,7 @@ BY_SIGNAL = {
     signal.SIGTERM: "preemption",
     signal.SIGINT: "preemption",
     signal.SIGHUP: "preemption",
+    signal.SIGQUIT: "preemption",
     signal.SIGXCPU: "timeout",
     signal.SIGKILL: "node",
 }
@@ -155,7 +157,7 @@ def classify(exit_code: int, status: Row, output_tail: str, scheduler_state: str
     if known:
         return known
     number = signal_of(exit_code)
-    if number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):  # asked to end, and so it did
+    if number in STOPPING:  # asked to end, and so it did
         return BY_SIGNAL[number]
     for text in (str(status.get("failure") or ""), output_tail):
         for name, pattern in BY_TEXT:

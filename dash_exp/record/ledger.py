@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+BEAT_S, SUSPENDED_S = 0.25, 2.0
+"""Seconds between two beats of the clock; a longer pause without work is a suspension."""
+BUSY_SHARE = 0.05
+"""Share of a pause in which a process that was not suspended uses a processor: something else kept the clock
+from beating."""
+CORES = min(8, os.cpu_count() or 1)
 PHASES = ("sample", "verify", "logprob", "backprop", "optimizer", "sync", "evaluate", "checkpoint", "other")
 Item = TypeVar("Item")
 
@@ -19,6 +27,67 @@ def union_s(intervals: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Now, by the clocks of the system: `running` goes on while the process is stopped but not while the
+    machine sleeps, `booted` goes on then too; `worked`: seconds of processor time of this process."""
+
+    running: float
+    booted: float
+    worked: float
+
+    @classmethod
+    def now(cls) -> Times:
+        booted = time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+        return cls(time.perf_counter(), booted, time.process_time())
+
+
+class RunningClock:
+    """Seconds in which this process was not suspended: neither stopped (SIGSTOP, Ctrl-Z, a frozen container)
+    nor asleep with the machine. A thread calls it often, so that a pause between two calls is seen."""
+
+    def __init__(self, times: Callable[[], Times] = Times.now):
+        self._times, self._lock = times, threading.Lock()
+        self._last = times()
+        self._stopped_s = 0.0
+        self._gaps: list[tuple[float, float]] = []
+        self._ended = threading.Event()
+
+    def __call__(self) -> float:
+        with self._lock:
+            before, now = self._last, self._times()
+            self._last = now
+            pause, slept = now.running - before.running, now.booted - before.booted
+            work = BUSY_SHARE * slept + BEAT_S * CORES  # the second part: since the last beat
+            if slept > SUSPENDED_S and now.worked - before.worked < work:
+                self._gaps.append((time.time() - slept, time.time()))
+                self._stopped_s += pause
+            return now.running - self._stopped_s
+
+    def take_gaps(self) -> list[tuple[float, float]]:
+        """Start and end, in seconds since the epoch, of each suspension since the last call."""
+        self()
+        with self._lock:
+            taken, self._gaps = self._gaps, []
+        return taken
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Notice every suspension inside the block."""
+
+        def beat() -> None:
+            while not self._ended.wait(BEAT_S):
+                self()
+
+        thread = threading.Thread(target=beat, name="clock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join()
 
 
 class Ledger:
@@ -33,6 +102,11 @@ class Ledger:
         self._opened = self._since
         self._beside: list[tuple[float, float]] = []
         self._waited: set[str] = set()
+        self._gaps: list[tuple[float, float]] = []
+
+    def suspended(self, gaps: Iterable[tuple[float, float]]) -> None:
+        """This process was suspended in these intervals of this step: nothing worked beside it then."""
+        self._gaps += gaps
 
     def beside(self, start: float, end: float, waits_in: str) -> None:
         """Another process worked from `start` to `end` (any one clock) while this process worked too, or
@@ -43,7 +117,8 @@ class Ledger:
     def overlap_s(self) -> float:
         """Seconds of this step in which others worked and this process did not wait for them: the union
         of their intervals, less the seconds in the phases that wait for them."""
-        return max(0.0, union_s(self._beside) - sum(self._seconds[name] for name in self._waited))
+        worked = union_s([*self._beside, *self._gaps]) - union_s(self._gaps)
+        return max(0.0, worked - sum(self._seconds[name] for name in self._waited))
 
     def _switch(self) -> None:
         now = self._clock()
@@ -81,7 +156,7 @@ class Ledger:
         wall, seconds = self.so_far()
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._opened = self._since
-        self._beside, self._waited = [], set()
+        self._beside, self._waited, self._gaps = [], set(), []
         return wall, seconds
 
 

@@ -92,7 +92,8 @@ class Attempt:
         spent = self.spent_seconds(done)
         self.stop.deferred = True
         try:
-            return train(plan, parts, hooks, self.recorder, done=done, spent_s=spent)
+            with hooks.clock.beating():
+                return train(plan, parts, hooks, self.recorder, done=done, spent_s=spent)
         finally:
             self.stop.deferred = False
 

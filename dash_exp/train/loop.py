@@ -44,7 +44,7 @@ class StepContext:
 
 def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float) -> Ending:
     """Run the steps after step `done`, by which `spent_s` seconds of training time were used."""
-    ledger = Ledger()
+    ledger = Ledger(hooks.clock)
     budget = Budget(plan.budget_s, spent_s, ledger)
     if 0 < done < plan.steps and plan.budget_s is not None and spent_s >= plan.budget_s:
         return Ending(done, "budget")
@@ -58,6 +58,7 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
         if signal is None and evaluation_due(plan, step):
             with ledger.phase("evaluate"):
                 hooks.evaluate(step)
+        note_suspensions(hooks, ledger, recorder, step)
         incomplete = len(facts.updates) < plan.updates_per_batch  # the budget ended between two updates
         out_of_time = incomplete or budget.over()
         if checkpoint_due(plan, step) or out_of_time or signal is not None or is_paused(plan, step):
@@ -76,6 +77,14 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
         if is_paused(plan, step):
             return Ending(step, "paused")
     return Ending(plan.steps, "planned")
+
+
+def note_suspensions(hooks: Hooks, ledger: Ledger, recorder: Recorder, step: int) -> None:
+    """Record apart when this process was suspended; the ledger's clock leaves that time out."""
+    gaps = hooks.clock.take_gaps()
+    ledger.suspended(gaps)
+    for start, end in gaps:
+        recorder.event("suspended", start, end, step=step, worker="main")
 
 
 def train_step(ctx: StepContext) -> BatchFacts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dash_exp.learning.filters import Filter, make_filter
 from dash_exp.learning.packing import Packer
 from dash_exp.learning.rounds import RoundLearner
 from dash_exp.record.folder import Row
+from dash_exp.record.ledger import RunningClock
 from dash_exp.sampling.protocol import Sampler, groups_at_once
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.types import Completion, Decoding
@@ -80,12 +81,13 @@ class Parts:
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What the loop calls besides: evaluation of a step; its checkpoint (whether it is the last step, and its
-    row so far); progress; and which signal asked to stop, if any."""
+    row so far); progress; and which signal asked to stop, if any. `clock`: of the step's ledger."""
 
     evaluate: Callable[[int], None]
     checkpoint: Callable[[int, bool, Row], None]
     progress: Callable[[Row], None]
     stop_signal: Callable[[], int | None]
+    clock: RunningClock = field(default_factory=RunningClock)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dash_exp.sweep.slurm import queue
 from tests.sweep.real_slurm import LARGEST_ARRAY, SCRIPTS, Cluster
 from tests.sweep.slurm_helpers import FakeSlurm
 
@@ -31,6 +32,7 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(home))
+    monkeypatch.setattr(queue, "SILENCE", queue.Silence())
     return FakeSlurm(home)
 
 

@@ -128,3 +128,39 @@ def test_a_signal_to_every_process_of_a_cell_ends_its_step_and_saves(tmp_path: P
     outcomes = {row["outcome"] for row in read_final(folder, "samples")}
     assert not outcomes & {"crashed", "verifier_error"}
     assert not [row for row in read_rows(folder / "events.jsonl").rows if row["kind"] == "fault"]
+
+
+HUNG_UP = """
+import os, signal, time
+from dash_exp.signals import Stop, handling
+stop = Stop()
+stop.deferred = True
+with handling(stop):
+    print("up", flush=True)
+    while stop.received is None:
+        time.sleep(0.01)
+    print("x" * 100_000, flush=True)
+os._exit(128 + stop.received)
+"""
+
+
+def test_a_closed_terminal_ends_a_step_and_what_is_printed_then_is_lost() -> None:
+    ours, theirs = os.openpty()
+    command = ["setsid", "--ctty", "--wait", sys.executable, "-c", HUNG_UP]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPOSITORY)
+    os.close(theirs)
+    assert os.read(ours, 100).startswith(b"up")
+    os.close(ours)
+    assert process.wait(20) == 128 + signal.SIGHUP
+
+
+def test_ctrl_c_during_imports_prints_nothing() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "dash_exp.cell", "nothing"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "dash_exp.text" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    assert "Traceback" not in process.stderr.read() and process.wait(20) == 128 + signal.SIGINT
+    process.stderr.close()

@@ -79,6 +79,7 @@ def test_without_slurm_nothing_is_known(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_command_that_hangs_is_given_up(fake_slurm: FakeSlurm) -> None:
     (fake_slurm.home / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     assert queue.run(["squeue"], timeout_s=0.2) is None
+    assert queue.SILENCE.timeout_s() == queue.AGAIN_S  # the next commands do not wait as long
 
 
 def test_tasks_that_never_ran_share_a_line(fake_slurm: FakeSlurm) -> None:

@@ -6,16 +6,19 @@ known, and `JobState` shows it.
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
 
-TIMEOUT_S = 20.0
-"""For one command; a busy controller takes seconds."""
+TIMEOUT_S, AGAIN_S, SILENT_S = 8.0, 1.0, 60.0
+"""For one command: a busy controller takes seconds. After a command without an answer, the next ones wait for
+`AGAIN_S` only, for `SILENT_S`."""
 AT_ONCE = 1000
 """Jobs named on one command line, whose length is bounded."""
 DEFAULT_ARRAY_SIZE = 1001
@@ -105,14 +108,28 @@ def largest_array() -> int:
     return max(1, int(value)) if value.isdigit() else DEFAULT_ARRAY_SIZE
 
 
-def run(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> str | None:
+def run(command: Sequence[str], timeout_s: float | None = None) -> str | None:
     """A command's standard output; None if it is missing, fails, or takes too long."""
     succeeded, text = call(command, timeout_s)
     return text if succeeded else None
 
 
-def call(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> tuple[bool, str]:
+@dataclass(slots=True)
+class Silence:
+    """When SLURM last did not answer this process."""
+
+    since: float = -math.inf
+
+    def timeout_s(self) -> float:
+        return AGAIN_S if time.monotonic() - self.since < SILENT_S else TIMEOUT_S
+
+
+SILENCE = Silence()
+
+
+def call(command: Sequence[str], timeout_s: float | None = None) -> tuple[bool, str]:
     """Run a command. Returns whether it succeeded, and its output, else its error in one line."""
+    timeout_s = timeout_s or SILENCE.timeout_s()
     try:
         done = subprocess.run(
             list(command),
@@ -123,7 +140,10 @@ def call(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> tuple[bool, st
             stdin=subprocess.DEVNULL,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        SILENCE.since = time.monotonic()
+        return False, f"{command[0]} has not answered within {timeout_s:g} s"
+    except OSError as error:
         return False, str(error)
     return (True, done.stdout) if done.returncode == 0 else (False, " ".join(done.stderr.split()))
 
