@@ -50,17 +50,20 @@ class Claim:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A comparison of two recipes. `noise`: of the data, in the comparison's unit, None where it cannot be
-    estimated."""
+    estimated. `dataset`: the evaluation set, of an accuracy."""
 
     comparison: Comparison
     unit: str
     noise: Noise | None = None
+    dataset: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """A claim about one model and dataset. `effect` is in `unit`. `p`: of the claim, before and after Holm's
-    correction. `advice`: what would decide an undecided claim."""
+    correction. `advice`: what would decide an undecided claim. `pair`: of an accuracy, the keys of both
+    recipes ("" for the model before training) and the evaluation set; `of_equality`: the claim is that they
+    do not differ."""
 
     claim: str
     where: str
@@ -72,6 +75,8 @@ class Finding:
     advice: str
     paper: str
     cells: tuple[str, ...]
+    pair: tuple[str, str, str] | None = None
+    of_equality: bool = False
 
 
 Measure = Callable[[Records, Variant, Variant], list[Measured]]
@@ -133,7 +138,20 @@ def _finding(
     advice = advise(claim, measured) if verdict == "undecided" else ""
     cells = arm.cells + (other.cells if other else ())
     return Finding(
-        claim.text, where, verdict, effect, measured.unit, p, p_adjusted, advice, claim.paper, cells
+        claim.text,
+        where,
+        verdict,
+        effect,
+        measured.unit,
+        p,
+        p_adjusted,
+        advice,
+        claim.paper,
+        cells,
+        (arm.key, other.key if other and other.arm != "base" else "", measured.dataset)
+        if measured.dataset
+        else None,
+        claim.sign == 0,
     )
 
 
@@ -173,7 +191,7 @@ def accuracy(records: Records, arm: Variant, other: Variant | None) -> list[Meas
         points = (
             None if noise is None else replace(noise, seeds=100 * noise.seeds, prompts=100 * noise.prompts)
         )
-        made.append(Measured(found.scaled(100), f"points on {dataset}", points))
+        made.append(Measured(found.scaled(100), f"points on {dataset}", points, dataset))
     return made
 
 
@@ -208,14 +226,15 @@ def length(records: Records, arm: Variant, other: Variant) -> list[Measured]:
 
 
 def instability(records: Records, arm: Variant, other: Variant) -> list[Measured]:
-    """How much the reward curve swings about its trend."""
-    return _per_run(
-        records,
-        arm,
-        other,
-        lambda cell: est.instability(_column(records, cell, "reward/mean")),
-        "reward (sd)",
-    )
+    """How much accuracy on a fixed set swings about its trend, in percentage points: of the policy, whatever
+    prompts it was trained on."""
+
+    def swing(cell: str) -> float:
+        curve = quantities.policy_curve(records, cell)
+        return 100 * est.instability(curve) if len(curve) else math.nan
+
+    found = _per_run(records, arm, other, swing, "points (sd)")
+    return found or [Measured(Comparison(math.nan, note=TOO_FEW_EVALUATIONS), "points (sd)")]
 
 
 MEASURES: dict[str, Measure] = {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.ticker import ScalarFormatter, StrMethodFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter, StrMethodFormatter
 
 from dash_exp.errors import Fault, UserError, nearest
 
@@ -177,6 +177,7 @@ def watched(records: Records, variants: Sequence[Variant]) -> list[Picture]:
             draw_curves(records, axis, own, metric_curve(metric), words)
             if metric == "kl/mean":
                 axis.set_yscale("log")  # one bad update may be a hundred times what is usual
+                axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         for axis in axes[len(present) :]:
             axis.set_visible(False)
         legend_of_all(drawn, axes)
@@ -290,6 +291,8 @@ def response(records: Records, variants: Sequence[Variant]) -> list[Picture]:
                 axis.plot(values, [p.value for p in points], color="0.7", linewidth=0.8, zorder=0)
                 if min(values) > 0 and max(values) >= 8 * min(values):
                     axis.set_xscale("log")
+                    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                    axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.set_xlabel(name)
                 axis.set_ylabel(words)
             n = "; ".join(f"{v.varied[0][1]}: {len(quantities.finished(records, v))}" for v in rows)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from . import quantities, style
 from .estimates import Estimate
 from .load import Records
-from .table import scaled
+from .table import file_name, scaled
 from .tables import MODEL_NAMES
 from .variants import Variant
 
@@ -34,6 +34,10 @@ class Picture:
     caption: str
     drawn: Figure
     cells: tuple[str, ...]
+
+    @property
+    def file_name(self) -> str:
+        return file_name(self.id)
 
     def _repr_png_(self) -> bytes:
         """Shown as a picture in a notebook."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from . import aggregate, claims, curves, figures, more_tables, style, tables, timeline
 from .claims import TOO_FEW_EVALUATIONS
@@ -14,8 +15,9 @@ from .estimates import NOTHING
 from .load import Problem, Records
 from .more_tables import NO_FILTER, NO_REWARD, NOT_JUDGED
 from .quantities import NONE_FINISHED
+from .render import as_html, as_latex
 from .report import page, sidecar
-from .table import Table, as_csv, as_html, as_latex, as_markdown
+from .table import Entry, Table, as_csv, as_markdown
 from .tables import NOT_TRAINED
 from .variants import Variant, repeated, variants
 
@@ -70,20 +72,21 @@ def make(records: Records, *, pictures: bool = True, metrics: Sequence[str] = ()
         *more_tables.more_tables(records, found),
     ]
     judged = claims.findings(records, found)
+    made = [with_verdicts(table, judged) for table in made]
     problems = (*records.problems, *repeated(records, found), *missing(made))
     files: dict[str, bytes] = {}
     for table in made:
         forms = {"md": as_markdown(table), "tex": as_latex(table), "csv": as_csv(table)}
-        own = {f"tables/{table.id}.{kind}": text.encode() for kind, text in forms.items()}
-        own[f"tables/{table.id}.html"] = as_html(table).encode()
+        own = {f"tables/{table.file_name}.{kind}": text.encode() for kind, text in forms.items()}
+        own[f"tables/{table.file_name}.html"] = as_html(table).encode()
         files |= own
-        files[f"tables/{table.id}.json"] = sidecar(records, table.title, table.cells, own).encode()
+        files[f"tables/{table.file_name}.json"] = sidecar(records, table.title, table.cells, own).encode()
     images: list[tuple[figures.Picture, bytes]] = []
     drawers: tuple[Drawer, ...] = (*DRAWERS, partial(curves.asked, metrics=metrics)) if pictures else ()
     with style.applied():
         for draw in drawers:
             for picture in draw(records, found):
-                stem = f"figures/{picture.id}"
+                stem = f"figures/{picture.file_name}"
                 own = {f"{stem}.pdf": style.pdf(picture.drawn), f"{stem}.png": style.png(picture.drawn)}
                 files |= own
                 text = sidecar(records, picture.title, picture.cells, own)
@@ -92,6 +95,24 @@ def make(records: Records, *, pictures: bool = True, metrics: Sequence[str] = ()
     if pictures:
         files["report.html"] = page(records, found, made, images, judged, problems).encode()
     return Report(files, problems, tuple(made), tuple(judged))
+
+
+def with_verdicts(table: Table, findings: Sequence[claims.Finding]) -> Table:
+    """The table with marks at the differences that a decided claim of the page is about."""
+    decided: dict[tuple[str, str, str], Literal["more", "less"]] = {}
+    for finding in findings:
+        if finding.pair and finding.verdict != "undecided" and not finding.of_equality:
+            arm, other, dataset = finding.pair
+            if finding.effect.value > 0:
+                decided[finding.pair], decided[other, arm, dataset] = "more", "less"
+            else:
+                decided[finding.pair], decided[other, arm, dataset] = "less", "more"
+
+    def marked(entry: Entry) -> Entry:
+        return replace(entry, verdict=decided.get(entry.pair, "")) if entry.pair else entry
+
+    rows = tuple((label, tuple(map(marked, entries))) for label, entries in table.rows)
+    return replace(table, rows=rows)
 
 
 def missing(tables: Sequence[Table]) -> list[Problem]:

@@ -7,20 +7,24 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from dash_exp.record.reading import unusable
+from dash_exp.statistics.comparison import MIN_SEEDS
 
 from .claims import Finding
 from .figures import Picture
 from .load import Problem, Records
-from .table import Table, as_html, counted, interval
-from .variants import Variant
+from .render import render
+from .table import Table, interval, p_text
+from .variants import Variant, differences
 
 READ = ("config.yaml", "status.json", "steps.jsonl", "evals.jsonl", "eval_samples.jsonl", "events.jsonl")
 """The files of a cell that decide what is made from it."""
@@ -38,7 +42,7 @@ nav a { margin-right: 1rem } a { color: #0056a3 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
 thead th { border-bottom: 2px solid #999; font-weight: 600 }
 .ci, .n, .paper, .notes, .small { color: var(--soft); font-size: .8rem } .na { color: var(--bad) }
-.better { color: var(--good) } .worse { color: var(--bad) }
+.delta { font-size: .85rem; white-space: nowrap } .better { color: var(--good) } .worse { color: var(--bad) }
 figure { margin: 1.5rem 0 } figcaption { margin-bottom: .5rem; font-size: .92rem }
 figure img { width: 100%; height: auto; display: block }
 .claim { border-left: 5px solid #999; padding: .3rem .8rem; margin: .8rem 0 }
@@ -47,7 +51,25 @@ figure img { width: 100%; height: auto; display: block }
 @media (max-width: 40rem) { body { font-size: 15px; padding: .7rem } th, td { padding: .25rem .4rem } }
 @media print { nav { display: none } figure, .claim { break-inside: avoid } }
 """
-MARKS = {"supported": "&#10003;", "contradicted": "&#10007;", "undecided": "?"}
+MARKS = {"supported": "\u2713", "contradicted": "\u2717", "undecided": "?"}
+SECTIONS = (
+    ("claims", "Claims"),
+    ("tables", "Tables"),
+    ("figures", "Figures"),
+    ("configs", "Configs"),
+    ("left-out", "Missing or odd"),
+    ("cells", "Cells"),
+    ("how", "How this was made"),
+)
+CELL_COLUMNS = {
+    "seed": "seed",
+    "state": "state",
+    "steps": "step",
+    "hardware": "hardware",
+    "judges": "judges",
+    "commit": "commit",
+    "requeues": "requeues",
+}
 
 
 def page(
@@ -59,22 +81,30 @@ def page(
     problems: Sequence[Problem],
 ) -> str:
     """The html page."""
-    sections = [
-        ("claims", "Claims of the paper", _claims(findings)),
-        ("tables", "Tables", "".join(as_html(table) for table in tables)),
-        ("figures", "Figures", "".join(_figure(picture, data) for picture, data in images)),
-        ("left-out", "What is missing or odd", _problems(problems)),
-        ("cells", "Cells", _cells(records)),
-        ("how", "How this was made", _how()),
-    ]
-    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
-    body = "".join(f'<section id="{n}"><h2>{escape(t)}</h2>{text}</section>' for n, t, text in sections)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(_title(records))}</title><style>{STYLE}</style></head><body>"
-        f"<h1>{escape(_title(records))}</h1>{_lead(records, variants, problems)}<nav>{links}</nav>{body}"
-        "</body></html>\n"
+    labels, rows = differences(records, variants)
+    made = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return render(
+        "report.html.j2",
+        title=_title(records),
+        style=Markup(STYLE),
+        summary=_summary(records, variants, findings, problems),
+        sections=SECTIONS,
+        findings=findings,
+        family=sum(math.isfinite(f.p) for f in findings),
+        marks=MARKS,
+        result=_result(findings),
+        tables=tables,
+        pictures=[(picture, base64.b64encode(data).decode()) for picture, data in images],
+        labels=labels,
+        differences=rows,
+        problems=problems,
+        cell_titles=("cell", *CELL_COLUMNS),
+        cells=[
+            (name, *(_short(row[key]) for key in CELL_COLUMNS.values()))
+            for name, row in records.cells.iterrows()
+        ],
+        how=HOW,
+        made=f"analysis code {code_hash()[:12]}; {made}",
     )
 
 
@@ -83,73 +113,49 @@ def _title(records: Records) -> str:
     return f"Report: {', '.join(names)}" if names else "Report"
 
 
-def _lead(records: Records, variants: Sequence[Variant], problems: Sequence[Problem]) -> str:
+def _summary(
+    records: Records, variants: Sequence[Variant], findings: Sequence[Finding], problems: Sequence[Problem]
+) -> list[str]:
+    """What was run, what was concluded, and what is needed or missing."""
     states = records.cells["state"].value_counts()
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    seeds = sorted({len(v.cells) for v in variants})
-    spread = (
-        f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
+    numbers = [len(v.cells) for v in variants]
+    low, high = min(numbers, default=0), max(numbers, default=0)
+    seeds = f"{low} to {high} seeds" if low < high else f"{low} seed{'s' if low != 1 else ''}"
+    ran = f"{len(records.cells)} runs ({counts}) of {len(variants)} recipes, {seeds} each."
+    verdicts = Counter(str(f.verdict) for f in findings)
+    decided = [f"{verdicts[v]} {v}" for v in MARKS if verdicts[v]]
+    concluded = (
+        f"Of {len(findings)} claims of the paper that these runs can be asked about, {', '.join(decided)}."
+        if findings
+        else "These runs can be asked about no claim of the paper."
     )
+    if high < MIN_SEEDS:
+        concluded += f" No recipe has {MIN_SEEDS} seeds, so nothing is ranked."
     some = "1 thing is" if len(problems) == 1 else f"{len(problems)} things are"
-    rest = f' <a href="#left-out">{some} missing or odd.</a>' if problems else ""
-    return (
-        f"<p>{len(records.cells)} runs ({counts}) of {len(variants)} recipes, {spread} each. Every "
-        f"number has its 95 % interval and n; NA has a reason.{rest}</p>"
-    )
+    rest = f"{some} missing or odd (listed below)." if problems else "Nothing is missing."
+    return [ran, concluded, rest]
 
 
-TWINS = """<p class=small>Each is judged for the models and data named below it, nothing else; the paper's own
-number stands at the end.</p>"""
+def _result(findings: Sequence[Finding]) -> Callable[[Finding], str]:
+    """How a finding's numbers are shown; a raw p-value below 0.05 that does not decide is explained."""
+    family = sum(math.isfinite(f.p) for f in findings)
 
+    def result(f: Finding) -> str:
+        effect = f.effect
+        if math.isnan(effect.value):
+            return f"no value: {effect.note}"
+        seeds = f"{effect.n_seeds} seed{'s' if effect.n_seeds != 1 else ''}"
+        n = f"{seeds} x {effect.n_prompts} prompts" if effect.n_prompts else seeds
+        value = f"{effect.value:.2f}" if f.unit.startswith("times") else f"{effect.value:+.2f}"
+        text = f"{value}{interval(effect, 2)} {f.unit}, n = {n}"
+        if math.isfinite(f.p):
+            text += f", {p_text(f.p)}"
+            if family > 1:
+                text += f", {p_text(f.p_adjusted)} after {family} claims"
+        return f"{text}; {effect.note}" if effect.note else text
 
-def _claims(findings: Sequence[Finding]) -> str:
-    if not findings:
-        return "<p>These data hold no two arms that a claim of the paper compares.</p>"
-    return TWINS + "".join(_claim(f) for f in findings)
-
-
-def _claim(f: Finding) -> str:
-    effect = f.effect
-    if math.isnan(effect.value):
-        result = f"no value: {escape(effect.note)}"
-    else:
-        note = f"; {escape(effect.note)}" if effect.note else ""
-        n = counted(effect).replace("x", " seeds x ") + (" prompts" if effect.n_prompts else " seeds")
-        n = n.replace("1 seeds", "1 seed") if effect.n_seeds == 1 else n
-        value = f"{effect.value:.2f}" if f.unit.startswith("x") else f"{effect.value:+.2f}"
-        result = f"{value}{interval(effect, 2)} {escape(f.unit)}, n = {n}{note}"
-    return (
-        f'<div class="claim {f.verdict}"><span class=verdict>{MARKS[f.verdict]} {f.verdict}</span> &middot; '
-        f"{escape(f.claim)}<br><span class=small>{escape(f.where)}: {result}. Paper: {escape(f.paper)}."
-        "</span></div>"
-    )
-
-
-def _figure(picture: Picture, data: bytes) -> str:
-    source = base64.b64encode(data).decode()
-    return (
-        f'<figure id="{picture.id}"><figcaption><b>{escape(picture.title)}.</b> {escape(picture.caption)}'
-        f'</figcaption><img alt="{escape(picture.title)}" src="data:image/png;base64,{source}"></figure>'
-    )
-
-
-def _problems(problems: Sequence[Problem]) -> str:
-    if not problems:
-        return "<p>Nothing.</p>"
-    return "<ul>" + "".join(f"<li><b>{escape(p.where)}</b> {escape(p.what)}</li>" for p in problems) + "</ul>"
-
-
-def _cells(records: Records) -> str:
-    titles = ("cell", "seed", "state", "steps", "hardware", "judges", "commit", "requeues")
-    columns = ("seed", "state", "step", "hardware", "judges", "commit", "requeues")
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    rows = "".join(
-        f"<tr><td>{escape(str(name))}</td>"
-        + "".join(f"<td>{escape(_short(row[key]))}</td>" for key in columns)
-        + "</tr>"
-        for name, row in records.cells.iterrows()
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return result
 
 
 def _short(value: object) -> str:
@@ -157,15 +163,11 @@ def _short(value: object) -> str:
     return text[:10] if len(text) == 40 and text.isalnum() else text
 
 
-HOW = """Accuracies: means over seeds and prompts; intervals by resampling both (from three seeds on). Times
-and lengths: Student's t over seeds. Comparisons are paired by seed (and prompt); p values are Holm's over a
-table. A claim is decided only by an interval over at least three seeds. Times of different hardware are never
-put together. Beside each table and figure lies a .json with its cells, their code and content."""
-
-
-def _how() -> str:
-    made = f"analysis code {code_hash()[:12]}; " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    return f"<p>{HOW}</p><p class=small>{escape(made)}. Paper: arXiv 2505.17218.</p>"
+HOW = """Every interval and p-value follows one rule, which counts the noise of seeds and that of prompts
+(docs/statistics.md). A claim is decided only with at least three seeds, where its p-value, corrected over the
+claims of this page, is below 0.05; a star and a colour mark differences that such a claim is about. Times of
+different hardware are never put together. Beside each table and figure lies a json with its cells, their code
+and content."""
 
 
 @cache
@@ -184,7 +186,7 @@ def content_of(folder: str) -> str:
 def code_hash() -> str:
     """SHA-256 over the analysis code and its data files."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in HERE.rglob("*") if p.suffix in (".py", ".csv", ".mplstyle")):
+    for path in sorted(p for p in HERE.rglob("*") if p.suffix in (".py", ".csv", ".mplstyle", ".j2")):
         digest.update(f"{path.relative_to(HERE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -1,13 +1,15 @@
-"""One table object, and the same numbers as markdown, LaTeX (booktabs), csv and html."""
+"""One table object, and the same numbers as markdown and csv (html and LaTeX: `render`)."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Literal
 
 from .estimates import NOTHING, Difference, Estimate
 
@@ -16,24 +18,24 @@ MANY = 6
 """A reason that holds in more places than this is given with their number, not with a list."""
 CSV_PLACE = ("table", "row", "group", "column", "unit")
 CSV_VALUE = ("value", "low", "high", "n_seeds", "n_prompts")
-CSV_COMPARED = ("paper", "delta", "delta_low", "delta_high", "p", "p_holm", "note")
-LATEX = {c: f"\\{c}" for c in "&%_#${}"} | {
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-}
+CSV_COMPARED = ("paper", "delta", "delta_low", "delta_high", "p", "verdict", "note")
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+"""A text that begins with one of these is run by spreadsheets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A number as it is shown: `estimate` in the column's unit, what the paper has in the same unit, and the
-    paired difference to the table's baseline row. A missing value is NA, and `estimate.note` its reason."""
+    difference to the table's baseline row. A missing value is NA, and `estimate.note` its reason.
+
+    `pair`: keys of the two recipes that the difference compares, and the evaluation set. `verdict`: whether a
+    claim of the page about this pair is decided, and so whether more or less was shown."""
 
     estimate: Estimate = NOTHING
     paper: float | None = None
     delta: Difference | None = None
-    p_adjusted: float = math.nan
-    """Of the difference, after Holm's correction over the table."""
+    pair: tuple[str, str, str] | None = None
+    verdict: Literal["more", "less", ""] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,28 @@ class Table:
 
     def _repr_html_(self) -> str:
         """Shown as a table in a notebook."""
+        from .render import as_html
+
         return as_html(self)
+
+    @property
+    def file_name(self) -> str:
+        return file_name(self.id)
+
+    @property
+    def footnotes(self) -> list[str]:
+        return footnotes(self)
 
     @property
     def has_paper(self) -> bool:
         return any(entry.paper is not None for _, entries in self.rows for entry in entries)
+
+
+def file_name(identifier: str) -> str:
+    """A file name, and a name for links, made from one that may hold anything: what had to be replaced is
+    told apart by a checksum."""
+    plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", identifier).lstrip(".")[:80] or "_"
+    return plain if plain == identifier else f"{plain}-{zlib.crc32(identifier.encode()):08x}"
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
@@ -138,75 +157,40 @@ def as_markdown(table: Table) -> str:
         head.append(f"{column.group} {heading(column)}".strip())
         if table.has_paper:
             head.append("paper")
-    lines = [f"**{table.title}**", "", _row(head), _row(["---"] * len(head))]
+    lines = [f"**{_markdown(table.title)}**", "", _row(head), _row(["---"] * len(head))]
     for label, entries in table.rows:
         cells = [label]
         for column, entry in zip(table.columns, entries, strict=True):
-            cells.append(plain(entry, column) + _delta_text(entry, column))
+            delta = delta_text(entry, column)
+            cells.append(plain(entry, column) + (f" ({delta})" if delta else ""))
             if table.has_paper:
                 cells.append("" if entry.paper is None else number(entry.paper, column.digits))
         lines.append(_row(cells))
-    notes = [f"- {note}" for note in footnotes(table)]
-    return "\n".join([*lines, "", table.caption, *(["", *notes] if notes else []), ""])
+    notes = [f"- {_markdown(note)}" for note in footnotes(table)]
+    return "\n".join([*lines, "", _markdown(table.caption), *(["", *notes] if notes else []), ""])
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    return f"| {' | '.join(_markdown(cell) for cell in cells)} |"
 
 
-def _delta_text(entry: Entry, column: Column) -> str:
-    """` (+3.1)`, with a star where it is significant after Holm's correction."""
+def _markdown(text: str) -> str:
+    """Names come from records: no cell ends early, and no html is passed on."""
+    text = text.replace("|", "/").replace("\n", " ").replace("&", "&amp;")
+    return re.sub(r"<(?![0-9])", "&lt;", text)  # p<0.001 stays
+
+
+def delta_text(entry: Entry, column: Column) -> str:
+    """`+3.1 [0.2, 6.0], p=0.04`, with a star where a claim about it is decided; empty where there is none."""
     if entry.delta is None or math.isnan(entry.delta.estimate.value):
         return ""
-    star = "*" if entry.p_adjusted < 0.05 else ""
-    return f" ({entry.delta.estimate.value:+.{column.digits}f}{star})"
+    found, star = entry.delta.estimate, "*" if entry.verdict else ""
+    p = f", {p_text(entry.delta.p)}" if math.isfinite(entry.delta.p) else ""
+    return f"{found.value:+.{column.digits}f}{star}{interval(found, column.digits)}{p}"
 
 
-def as_latex(table: Table) -> str:
-    """A table environment for the booktabs package."""
-    per = 2 if table.has_paper else 1
-    lines = [
-        r"\begin{table}",
-        r"  \centering",
-        rf"  \caption{{{_tex(table.title)}. {_tex(table.caption)}}}",
-        rf"  \label{{tab:{table.id}}}",
-        rf"  \begin{{tabular}}{{l{'r' * per * len(table.columns)}}}",
-        r"    \toprule",
-    ]
-    if any(column.group for column in table.columns):
-        lines += _tex_groups(table, per)
-    head = [""]
-    for column in table.columns:
-        head += [_tex(heading(column)), "paper"][:per]
-    lines += [f"    {' & '.join(head)} \\\\", r"    \midrule"]
-    for label, entries in table.rows:
-        cells = [_tex(label)]
-        for column, entry in zip(table.columns, entries, strict=True):
-            paper = "" if entry.paper is None else number(entry.paper, column.digits)
-            cells += [_tex(plain(entry, column)), paper][:per]
-        lines.append(f"    {' & '.join(cells)} \\\\")
-    notes = [rf"  \\ {{\footnotesize {_tex(note)}}}" for note in footnotes(table)]
-    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", *notes, r"\end{table}", ""])
-
-
-def _tex_groups(table: Table, per: int) -> list[str]:
-    """The line of column groups, with a rule under each."""
-    spans: list[tuple[str, int]] = []
-    for column in table.columns:
-        if spans and spans[-1][0] == column.group:
-            spans[-1] = (column.group, spans[-1][1] + per)
-        else:
-            spans.append((column.group, per))
-    cells, rules, first = [""], [], 2
-    for group, width in spans:
-        cells.append(rf"\multicolumn{{{width}}}{{c}}{{{_tex(group)}}}")
-        rules.append(rf"\cmidrule(lr){{{first}-{first + width - 1}}}")
-        first += width
-    return [f"    {' & '.join(cells)} \\\\", f"    {' '.join(rules)}"]
-
-
-def _tex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+def p_text(p: float) -> str:
+    return "p<0.001" if p < 0.001 else f"p={p:.2g}"
 
 
 def as_csv(table: Table) -> str:
@@ -218,53 +202,18 @@ def as_csv(table: Table) -> str:
         for column, entry in zip(table.columns, entries, strict=True):
             found, delta = entry.estimate, entry.delta or Difference(NOTHING)
             change = (delta.estimate.value, delta.estimate.low, delta.estimate.high, delta.p)
-            place = (table.id, label, column.group, column.heading, column.unit)
+            place = map(_cell, (table.id, label, column.group, column.heading, column.unit))
             value = map(_exact, (found.value, found.low, found.high))
-            compared = map(_exact, (entry.paper, *change, entry.p_adjusted))
-            writer.writerow([*place, *value, found.n_seeds, found.n_prompts, *compared, found.note])
+            compared = map(_exact, (entry.paper, *change))
+            counts = (found.n_seeds, found.n_prompts)
+            writer.writerow([*place, *value, *counts, *compared, entry.verdict, _cell(found.note)])
     return stream.getvalue()
+
+
+def _cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(FORMULAS) else text
 
 
 def _exact(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else repr(round(float(value), 10))
-
-
-def as_html(table: Table) -> str:
-    """A figure element; differences are coloured by whether they are better."""
-    head = "".join(f'<th scope="col">{escape(c.group)}<br>{escape(heading(c))}</th>' for c in table.columns)
-    body = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>'
-        + "".join(_td(entry, column) for column, entry in zip(table.columns, entries, strict=True))
-        + "</tr>"
-        for label, entries in table.rows
-    )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in footnotes(table))
-    return (
-        f'<figure class="table" id="{table.id}"><figcaption><b>{escape(table.title)}.</b> '
-        f'{escape(table.caption)}</figcaption><div class="wide"><table>'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
-        f"</table></div>{f'<ul class=notes>{notes}</ul>' if notes else ''}</figure>"
-    )
-
-
-def _td(entry: Entry, column: Column) -> str:
-    found = entry.estimate
-    shown = f'<span class="na" title="{escape(found.note)}">{NA}</span>'
-    if not math.isnan(found.value):
-        ends = escape(interval(found, column.digits))
-        value = number(found.value, column.digits)
-        shown = f"<b>{value}</b><span class=ci>{ends}</span> <span class=n>n={counted(found)}</span>"
-    paper = ""
-    if entry.paper is not None:
-        paper = f"<br><span class=paper>paper {number(entry.paper, column.digits)}</span>"
-    return f"<td>{shown}{_html_delta(entry.delta, entry, column)}{paper}</td>"
-
-
-def _html_delta(delta: Difference | None, entry: Entry, column: Column) -> str:
-    if delta is None or math.isnan(delta.estimate.value):
-        return ""
-    good = delta.estimate.value * column.better
-    kind = "better" if good > 0 else "worse" if good < 0 else "same"
-    p = "" if math.isnan(entry.p_adjusted) else f", p={entry.p_adjusted:.2g} (Holm)"
-    title = f"difference{interval(delta.estimate, column.digits)}{p}"
-    return f' <span class="{kind}" title="{escape(title)}">{delta.estimate.value:+.{column.digits}f}</span>'

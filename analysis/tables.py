@@ -138,7 +138,8 @@ def _caption(wanted: Wanted, data: str) -> str:
     baseline = ARMS.get(wanted.baseline, wanted.baseline)
     text = (
         "Accuracy in percent with a 95 % interval over prompts and, from three runs on, seeds; n is seeds x "
-        f"prompts. Differences are to {baseline}, on the same prompts, with 95 % interval and p-value."
+        f"prompts. Differences are to {baseline}, on the same prompts, with 95 % interval and p-value; a "
+        "star marks those that a decided claim is about."
     )
     if wanted.timed:
         text += (
@@ -250,8 +251,12 @@ def _metric(
         paper = paper_values.percent(wanted.task, source, arm, _paper_metric(dataset, metric))
         delta = None
         if label != base_label:
-            delta = _delta(scores, found.get(base_label or ""), value, wanted.baseline != "base")
-        entries[label] = Entry(_percent(scores, value, trained=arm != "base"), paper, delta)
+            untrained = "row" if arm == "base" else "baseline" if wanted.baseline == "base" else ""
+            delta = _delta(scores, found.get(base_label or ""), value, untrained)
+        baseline = own.get(base_label or "")
+        keys = [v.key if v and v.arm != "base" else "" for v in (variant, baseline)]
+        pair = (keys[0], keys[1], dataset) if metric == "accuracy" else None
+        entries[label] = Entry(_percent(scores, value, trained=arm != "base"), paper, delta, pair)
     return entries, notes
 
 
@@ -298,17 +303,21 @@ def _percent(scores: quantities.Scores | None, value: Value, *, trained: bool) -
 
 
 def _delta(
-    scores: quantities.Scores | None, base: quantities.Scores | None, value: Value, trained: bool
+    scores: quantities.Scores | None, base: quantities.Scores | None, value: Value, untrained: str
 ) -> est.Difference | None:
-    """In percentage points; `trained`: whether the baseline is."""
+    """In percentage points. `untrained`: which of both is the model before training, `row`, `baseline` or
+    neither."""
     if scores is None or base is None or not scores.cells or not base.cells:
         return None
     one, other = value(scores), value(base)
     if one.size == 0 or other.size == 0:
         return None
-    found = quantities.compare(
-        replace(scores, scores_SP=one), replace(base, scores_SP=other), trained=trained
-    )
+    a, b = replace(scores, scores_SP=one), replace(base, scores_SP=other)
+    if untrained == "row":
+        found = quantities.compare(b, a, trained=False)
+        found = found and found.scaled(-1)
+    else:
+        found = quantities.compare(a, b, trained=untrained != "baseline")
     return None if found is None else est.difference(found, 100)
 
 

@@ -101,6 +101,16 @@ def variants(records: Records) -> list[Variant]:
     return sorted(found, key=lambda v: (v.data, v.model, order.get(v.arm, len(order)), v.arm, v.place))
 
 
+def differences(records: Records, found: Sequence[Variant]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Labels of recipes, and every setting that is not the same in all of them with its values."""
+    settings = _settings(records.cells)
+    several = len({(v.model, v.data) for v in found}) > 1
+    labels = [f"{v.label}, {v.model}, {v.data}" if several else v.label for v in found]
+    table = settings.loc[[v.cells[0] for v in found]].map(lambda value: str(value).strip())
+    differing = [name for name in table if table[name].nunique() > 1]
+    return labels, [(str(name).removeprefix("config."), list(table[name])) for name in differing]
+
+
 def repeated(records: Records, found: Sequence[Variant]) -> list[Problem]:
     """Cells left out because another has the same recipe and seed (other code, or an older record)."""
     used = {cell for variant in found for cell in variant.cells}

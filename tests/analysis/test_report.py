@@ -12,10 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from matplotlib.colors import to_rgb
 
+from analysis import estimates as est
 from analysis import quantities, style
 from analysis.__main__ import main
 from analysis.claims import findings
@@ -459,3 +461,59 @@ def test_live_shows_a_line_per_run(outputs: Path, capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert "6 finished" in lines[0]
     assert sum("DASH" in line and "4/4" in line for line in lines) == 3
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "../../../<script>alert(1)</script>$x",
+    "=HYPERLINK(1)",
+    r"\input{/etc/passwd}%$&_#{}~^",
+    'a" onload="alert(1)',
+    "| a | b |",
+    "&#60;script>",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_records_are_only_ever_text(tmp_path: Path, name: str) -> None:
+    """Of models and datasets, in every form of a report, and never a path outside of it."""
+    for seed in range(2):
+        for arm in ("dash", "grpo"):
+            plain = config(arm, seed, model__name=name, dataset__name=name)
+            make_cell(tmp_path, f"{arm}-m-d-s{seed}-d000000{seed}", plain, after=verdicts(20))
+    records = load([tmp_path / "cells" / p.name for p in (tmp_path / "cells").iterdir()])
+    report = make(records, pictures=name.startswith(".."))
+    out = tmp_path / "a" / "b" / "report"
+    write(report, out)
+    written = {p for p in tmp_path.rglob("*") if p.is_file() and "cells" not in p.parts}
+    assert written and all(out in p.parents for p in written)
+    for path in written:
+        text = path.read_text(errors="replace") if path.suffix in (".html", ".tex", ".csv", ".md") else ""
+        if path.suffix == ".html":
+            assert "<script" not in text and 'onload="alert' not in text, path
+            assert "&#60;script" not in text, path
+        if path.suffix == ".tex":
+            assert r"\input" not in text, path
+        if path.suffix == ".csv":
+            cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+            assert not any(c.startswith(("=", "@")) for c in cells), path
+        if path.suffix == ".md":
+            widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+            assert len(widths) == 1 and "<script" not in text, path
+
+
+def test_a_policy_that_stays_the_same_is_stable_whatever_prompts_it_meets(tmp_path: Path) -> None:
+    """Sampled rewards swing with the prompts; accuracy on the fixed set does not move."""
+    rng = np.random.default_rng(0)
+    folder = make_cell(
+        tmp_path, "dash-m-d-s0-d0000000", config("dash"), rewards=rng.random(20), after=verdicts(20)
+    )
+    evals = [
+        {"step": s, "dataset": "arithmetic", "metric": "accuracy", "value": 0.5, "n": PROMPTS, "attempt": 1}
+        for s in range(0, 20, 2)
+    ]
+    (folder / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evals))
+    records = load([tmp_path])
+    assert est.instability(records.steps["reward/mean"].to_numpy()) > 0.2
+    (cell,) = records.cells.index
+    assert est.instability(quantities.policy_curve(records, cell)) == pytest.approx(0.0, abs=1e-12)
