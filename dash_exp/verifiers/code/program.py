@@ -29,7 +29,7 @@ _UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError, OverflowErr
 _DEPTH = 4_000
 """Of nested expressions; each takes a frame of C."""
 _MAX_CHARS = 200_000
-"""Of a program that is divided into statements; longer ones run as they are."""
+"""Of a program that are read: enough for any function and what it needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def candidates(text: str, gold: CodeGold) -> list[str]:
         if gold.prefix and pieces and _is_body(pieces[0]):
             found.append(pieces[0])
         if gold.entry_point:
-            found += [piece for piece in reversed(pieces) if defines(piece, gold.entry_point)]
+            found += [piece for piece in reversed(pieces) if defines(piece, gold.entry_point, "[ \t]*")]
     found.append(find_program(text))
     return [program for program in dict.fromkeys(found) if program.strip()]
 
@@ -94,6 +94,9 @@ def _pieces(text: str, markdown: bool) -> Iterator[_Piece]:
         match = None if quote else _fence(line)
         if match and markdown and fence and (len(match[0]) < len(fence) or line.strip() != match[0]):
             match = None  # in a block it is text
+        if match is None and not markdown and not quote and _ends_in_fence(line):
+            match = ("```", "")
+            lines.append(line.rstrip().rstrip("`"))
         if match is None:
             lines.append(line.removeprefix(indent))  # a block inside a list item is indented
             quote = "" if markdown else _scan(line, quote)[0]
@@ -118,6 +121,13 @@ def _fence(line: str) -> tuple[str, str] | None:
     return "`" * ticks, rest.split(maxsplit=1)[0] if rest and not rest[0].isspace() else ""
 
 
+def _ends_in_fence(line: str) -> bool:
+    """Whether code is followed by a fence: backticks stand in strings and comments only."""
+    code = line.rstrip().rstrip("`")
+    ticks = len(line.rstrip()) - len(code)
+    return ticks >= 3 and "`" not in code and "#" not in code and not _scan(code, "")[0]
+
+
 def _only_fences(text: str) -> bool:
     return all(_fence(line) or not line.strip() for line in text.splitlines())
 
@@ -140,10 +150,10 @@ def _scan(line: str, quote: str) -> tuple[str, int]:
         quote = mark[0] if mark[0] in ("'''", '"""') else ""
 
 
-def defines(program: str, name: str) -> bool:
-    """Whether the program defines or assigns `name` at top level, as far as its text shows."""
+def defines(program: str, name: str, indent: str = "") -> bool:
+    """Whether the text defines or assigns `name` at top level. `indent`: a pattern for other levels."""
     name = re.escape(name)
-    pattern = rf"^(?:(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))"
+    pattern = rf"^{indent}(?:(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|{name}[ \t]*(?::[^=\n]*)?=(?!=))"
     return re.search(pattern, program, re.MULTILINE) is not None
 
 
@@ -157,6 +167,10 @@ def complete(program: str, gold: CodeGold) -> str:
         return program
     if not gold.entry_point or _is_body(program) or not defines(program, gold.entry_point):
         return gold.prefix + program
+    return _with_helpers(program, gold)
+
+
+def _with_helpers(program: str, gold: CodeGold) -> str:
     if _FUTURE.search(program):  # has to stay first
         return program
     start = re.search(
@@ -175,9 +189,8 @@ def assemble(found: Sequence[str], gold: CodeGold) -> types.CodeType:
     try:
         for program in found:
             header = bool(gold.prefix) and _is_body(program)
-            if gold.prefix and not header and not defines(program, gold.entry_point):
-                continue  # prose behind a header leaves an empty function
-            kept = _belonging(_statements(complete(program, gold)), gold.entry_point, header)
+            source = gold.prefix + program if header else _with_helpers(program, gold)
+            kept = _belonging(_statements(source), gold.entry_point, header)
             if kept:
                 try:
                     return compiled(ast.Module(kept, []))
@@ -197,12 +210,11 @@ def compiled(program: str | ast.Module) -> types.CodeType:
 
 def _statements(source: str) -> list[ast.stmt]:
     """The statements at top level that can be read."""
-    if len(source) > _MAX_CHARS:
-        return []
+    source = source[:_MAX_CHARS]
     try:
         return ast.parse(source).body
     except _UNREADABLE:
-        pass
+        source = source.replace("\0", "?").encode(errors="replace").decode()
     found: list[ast.stmt] = []
     for number, lines in _chunks(source):
         try:
@@ -240,7 +252,8 @@ def _belonging(statements: list[ast.stmt], entry_point: str, header: bool) -> li
     counts, else the last. Empty where no statement defines it.
     """
     bound = [_bound(statement) for statement in statements]
-    first = next((at for at, names in enumerate(bound) if entry_point in names), None)
+    defining = (at for at, names in enumerate(bound) if entry_point in names)
+    first = next((at for at in defining if not _uses(statements[at], entry_point)), None)
     if first is None:
         return []
     before = [s for s in statements[:first] if not _is_idle(s)]
@@ -259,9 +272,13 @@ def _is_idle(statement: ast.stmt) -> bool:
 
 
 def _uses(statement: ast.stmt, name: str) -> bool:
+    """Whether it looks the name up when it runs, as far as is seen; a function does so when it is called."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return False  # not before it is called
-    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(statement))
+        return False
+    if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Lambda):
+        return False
+    names = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+    return any(node.id == name and isinstance(node.ctx, ast.Load) for node in names)
 
 
 def _attempt(statement: ast.stmt) -> ast.stmt:
