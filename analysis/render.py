@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dash_exp.text import printable
+
 from . import table as forms
 from .table import Column, Entry, Table
 
@@ -21,6 +23,13 @@ LATEX = {c: f"\\{c}" for c in "&%_#${}"} | {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
+
+
+def escape_latex(value: object) -> str:
+    """A text on one line, without commands."""
+    text = printable(str(value)).replace("\n", " ")
+    start = f"{{{text[0]}}}" if text[:1] in ("[", "*") else ""  # after a line break they are arguments
+    return start + "".join(LATEX.get(c, c) for c in text[1 if start else 0 :])
 
 
 def kind(entry: Entry, column: Column) -> str:
@@ -42,9 +51,15 @@ HELPERS = {
 }
 
 
+def _shown(value: object) -> object:
+    return printable(value) if type(value) is str else value
+
+
 @cache
 def _html() -> Environment:
-    made = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_shown
+    )
     made.globals.update(HELPERS)
     return made
 
@@ -55,7 +70,7 @@ def _latex() -> Environment:
     made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=False,
-        finalize=lambda value: "".join(LATEX.get(c, c) for c in str(value).replace("\n", " ")),
+        finalize=escape_latex,
         block_start_string="<%",
         block_end_string="%>",
         variable_start_string="<<",

@@ -15,6 +15,9 @@ import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from dash_exp.text import printable
 
 from .variants import Variant
 
@@ -114,14 +117,25 @@ def figure(
     return made, [axis for line in axes for axis in line]
 
 
+def _take_literally(made: Figure) -> None:
+    """Names come from records: dollars in them are no formulas, and control characters are left out. Numbers
+    at axes are written when they are drawn."""
+    for text in made.findobj(Text):
+        if isinstance(text, Text) and text.get_text() and "mathdefault" not in text.get_text():
+            text.set_parse_math(False)
+            text.set_text(printable(text.get_text()))
+
+
 def png(made: Figure) -> bytes:
     """Without dates or names of programs, so that equal data give equal bytes."""
     stream = io.BytesIO()
+    _take_literally(made)
     made.savefig(stream, format="png", dpi=200, metadata={"Software": None})
     return stream.getvalue()
 
 
 def pdf(made: Figure) -> bytes:
     stream = io.BytesIO()
+    _take_literally(made)
     made.savefig(stream, format="pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
     return stream.getvalue()

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dash_exp.text import printable
+
 from .estimates import NOTHING, Difference, Estimate
 
 NA = "NA"
@@ -19,7 +21,7 @@ MANY = 6
 CSV_PLACE = ("table", "row", "group", "column", "unit")
 CSV_VALUE = ("value", "low", "high", "n_seeds", "n_prompts")
 CSV_COMPARED = ("paper", "delta", "delta_low", "delta_high", "p", "verdict", "note")
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+FORMULAS = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 """A text that begins with one of these is run by spreadsheets."""
 
 
@@ -176,7 +178,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _markdown(text: str) -> str:
     """Names come from records: no cell ends early, and no html is passed on."""
-    text = text.replace("|", "/").replace("\n", " ").replace("&", "&amp;")
+    text = printable(text).replace("](", "]\\(").replace("|", "/").replace("\n", " ").replace("&", "&amp;")
     return re.sub(r"<(?![0-9])", "&lt;", text)  # p<0.001 stays
 
 
@@ -212,7 +214,8 @@ def as_csv(table: Table) -> str:
 
 def _cell(text: str) -> str:
     """Text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(FORMULAS) else text
+    shown = printable(text)
+    return f"'{shown}" if shown.lstrip().startswith(FORMULAS) else shown
 
 
 def _exact(value: float | None) -> str:
