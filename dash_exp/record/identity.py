@@ -31,6 +31,7 @@ from dash_exp.config.schema import (
 )
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.reading import REPAIR, Damage, read_config, unusable
+from dash_exp.verifiers import CODE_VERSION, VERIFIER_VERSION
 
 FORMAT = 1
 """Raised when the meaning of a config changes, so that old records are not taken for new ones."""
@@ -42,6 +43,13 @@ LATER: Mapping[str, object] = {
     "filter.share": None,
 }
 """Keys that came later, each with the value that stands for what was done before it and changes no id."""
+
+JUDGED_BY = {
+    "math": {"judge": VERIFIER_VERSION},
+    "code": {"judge": CODE_VERSION},
+    "reasoning_gym": {"judge": CODE_VERSION},
+}
+"""What a dataset's verifier adds to an id. Integers have been judged the same way since the first version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,7 @@ def _dataset_identity(one: DatasetConfig, cache: Path | None) -> dict[str, Any]:
     """A dataset's settings with its files, and those of what is mixed in, replaced by what they hold."""
     kept = asdict(one)
     kept["mix"] = {label: _dataset_identity(part, cache) for label, part in one.mix.items()}
+    kept |= JUDGED_BY.get(one.verifier, {})
     if one.kind == "reasoning_gym":
         kept["generator"] = package_version("reasoning-gym")
     if one.traces and Path(one.traces).is_file():

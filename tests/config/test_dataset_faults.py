@@ -11,6 +11,7 @@ from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.dataset_checks import EXTRACTIONS_OF, VERIFIERS_OF
 from dash_exp.config.schema import KINDS, VERIFIERS, Config, DatasetConfig, changed, parts_of
+from dash_exp.record import identity
 from dash_exp.record.identity import make_cell, resolve_paths
 
 pytest_plugins = ["tests.config.config_fixtures"]
@@ -261,3 +262,16 @@ def test_traces_are_known_by_what_they_hold(config: Config, tmp_path: Path) -> N
         one = changed(config, {"algorithm.source": "traces", "dataset.traces": str(tmp_path / name)})
         ids.add(make_cell(one, tmp_path / "cache").id)
     assert len(ids) == 2
+
+
+@pytest.mark.parametrize(("dataset", "changes"), [("functions", True), ("arithmetic", False)])
+def test_a_new_version_of_a_verifier_makes_another_cell(
+    monkeypatch: pytest.MonkeyPatch, dataset: str, changes: bool
+) -> None:
+    config = compose([f"dataset={dataset}", "model=tiny", "evaluation=none"])
+    before = make_cell(config, None).id
+    monkeypatch.setitem(identity.JUDGED_BY, "code", {"judge": "another"})
+    assert (make_cell(config, None).id != before) == changes
+    limited = changed(config, {"verifier.sandbox": "limits"})
+    assert make_cell(changed(limited, {"verifier.sandbox": "auto"}), None).id == make_cell(config, None).id
+    assert make_cell(limited, None).id != make_cell(config, None).id
