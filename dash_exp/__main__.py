@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 import runpy
-import shlex
 import sys
 import traceback
 from argparse import Namespace
@@ -28,6 +27,7 @@ from dash_exp.config.checks import check
 from dash_exp.config.compose import VERSION_BASE, conf_dir, find_faults, register
 from dash_exp.config.schema import changed, to_config
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, print_error, run_command
+from dash_exp.text import format_command
 
 COMMANDS = ("capacity", "cell", "evaluate", "judge", "mirror", "report", "serve", "sweep", "traces")
 """What `dash-exp <command>` runs: `python -m dash_exp.<command>`, and for `report` the analysis."""
@@ -165,13 +165,18 @@ def run_cell(composed: Any) -> int:
         if faults:
             raise UserError(faults)
     from dash_exp.cell.__main__ import run_config
+    from dash_exp.learning.settings import rank_from_environment
     from dash_exp.train.budget import resolve_match
 
     given = HydraConfig.get().overrides
     places = [text for text in given.hydra if text.startswith("hydra.searchpath")]
     config, partner = resolve_match(config, [*places, *given.task], Path(config.run.dir) / "cache")
-    command = shlex.join(["python", "-m", "dash_exp", *partner]) if partner else None
-    return run_config(changed(config, {"run.partner": command}), apart=sweeping)
+    shown = {"run.partner": format_command("dash_exp", *partner) if partner else None}
+    if not sweeping and rank_from_environment(os.environ) is None:
+        once = ("run.force", "run.until_step")
+        again = [text for text in sys.argv[1:] if text.lstrip("+").partition("=")[0] not in once]
+        shown["run.command"] = format_command("dash_exp", *again)
+    return run_config(changed(config, shown), apart=sweeping)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def format_accuracy(row: Mapping[str, Any]) -> str:
     """A share with its interval, or a dash for what could not be measured."""
     value, low, high = (format_number(row.get(key)) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def format_command(module: str, *arguments: str) -> str:
+    """`python -m <module> <arguments>`, quoted so that it can be pasted into a shell."""
+    return shlex.join(["python", "-m", module, *arguments])
 
 
 def format_path(path: Path) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dash_exp.config.checks import check
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, changed
 from dash_exp.errors import (
     DISK_ERRORS,
     ExitCode,
@@ -35,7 +35,7 @@ from dash_exp.record.folder import CellBusy, Recorder, archive, read_final, read
 from dash_exp.record.identity import freeze, make_cell, read_frozen, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning, run_forwarding
 from dash_exp.tasks.sources import data_faults
-from dash_exp.text import format_path
+from dash_exp.text import format_command, format_path
 from dash_exp.train.budget import Blocked, find_partner
 from dash_exp.train.display import Display
 
@@ -102,7 +102,7 @@ def run_on_ranks(config: Config, cell: Callable[[Coordinator | None], int]) -> i
 
 def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
     """Run the cell in `folder` (frozen already). `config` supplies the actions (run, cluster, ...)."""
-    display = Display(config.algorithm.steps or 0, config.run.progress)
+    display = Display(config.algorithm.steps or 0, config.run.progress, config.run.command)
     stop = Stop()
     try:
         with handling(stop), ExitStack() as stack:
@@ -187,7 +187,7 @@ def record_interrupted(recorder: Recorder, display: Display, number: int, trace:
     name = signal.Signals(number).name
     record_end(recorder, "interrupted", name, trace)
     display.stop()
-    display.note(f"Interrupted by {name}; the same command continues from the last checkpoint.")
+    display.note(f"Interrupted by {name}. {display.goes_on('the last checkpoint')}")
     return ExitCode.SIGNALLED + number
 
 
@@ -229,6 +229,8 @@ def run_folder(arguments: Sequence[str]) -> int:
     if cell.id != folder.name.rpartition("-")[2]:
         what = "was frozen with other data, model or settings than are there now"
         raise UserError(Fault(str(folder), what, "run the experiment again: it becomes a cell of its own"))
+    command = format_command("dash_exp.cell", *arguments)
+    config = changed(config, {"run.command": command})
     return run_on_ranks(config, lambda links: run(folder, config, links))
 
 

@@ -30,7 +30,7 @@ from dash_exp.record import provenance
 from dash_exp.record.folder import CellBusy, Recorder, Row, archive, read_final, read_json, write_json
 from dash_exp.record.identity import freeze, model_hash, resolve_paths, weights_hash
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning
-from dash_exp.text import format_accuracy, format_number, format_path, format_seconds
+from dash_exp.text import format_accuracy, format_command, format_number, format_path, format_seconds
 from dash_exp.train.display import Display
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def _value(row: Row) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     usage = f"usage: {USAGE}\n\n{__doc__}"
-    return run_command(start, arguments, usage, "the same command continues from here.")
+    again = format_command("dash_exp.evaluate", *arguments)
+    return run_command(start, arguments, usage, f"this continues from here:\n{again}")
 
 
 def start(arguments: Sequence[str]) -> int:

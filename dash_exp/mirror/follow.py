@@ -19,11 +19,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from dash_exp.config.overrides import quoted
 from dash_exp.config.schema import Config, TrackingConfig
 from dash_exp.config.tracking import VARIABLE, Place, place_of
 from dash_exp.errors import UserError
 from dash_exp.record.folder import append_line, read_json
 from dash_exp.signals import STOPPING, Interrupted, block_signals
+from dash_exp.text import format_command
 
 if TYPE_CHECKING:
     from dash_exp.mirror.sync import CellSync
@@ -90,7 +92,15 @@ class Follower:
             return
         if code != 0:
             self._report(f"{self.place.shown} has not got everything ({LOG} says why); later:")
-            self.note(f"    python -m dash_exp.mirror {self.folder}")
+            self.note(f"    {format_command('dash_exp.mirror', str(self.folder), *self._settings())}")
+
+    def _settings(self) -> list[str]:
+        """Where the mirror is, as overrides."""
+        uri, experiment = self.tracking.uri, self.tracking.experiment
+        return [
+            *([f"tracking.uri={quoted(uri)}"] if uri else []),
+            f"tracking.experiment={quoted(experiment)}",
+        ]
 
     def _report(self, text: str) -> None:
         self.note(f"mirror: {text}")
@@ -175,7 +185,9 @@ class SyncTimer:
                 self._print("complete")
                 return 0
             if time.monotonic() > deadline:
-                self._print("given up; python -m dash_exp.mirror sends what is missing")
+                self._print(
+                    f"given up; {format_command('dash_exp.mirror', str(self.folder))} sends what is missing"
+                )
                 return 1
             time.sleep(RETRY_S)
         self._print("left to a later run")

@@ -24,14 +24,7 @@ from dash_exp.record.manifest import SWEEP_NAME, Entry, Manifest, Plan, held
 from dash_exp.record.reading import unusable
 from dash_exp.sweep import local
 from dash_exp.sweep.pool import Log, Relay
-from dash_exp.sweep.report import (
-    by_state,
-    closing_lines,
-    closing_table,
-    count_of,
-    print_parts,
-    status_command,
-)
+from dash_exp.sweep.report import by_state, closing_lines, closing_table, count_of, print_parts, sweep_command
 from dash_exp.sweep.resources import tracking_of
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
@@ -92,7 +85,7 @@ def launch(
     else:
         log("nothing is left to run")
     if not (wait or here):
-        log(status_command(manifest))
+        log(sweep_command("status", manifest))
         return ExitCode.OK
     if not here:
         _follow(manifest, cluster, log)

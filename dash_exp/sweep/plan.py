@@ -4,7 +4,6 @@ is written or queued."""
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +41,7 @@ from dash_exp.sweep.resources import (
 from dash_exp.sweep.spec import Combination, Spec, combinations, key_of
 from dash_exp.sweep.states import frozen_values, names_by_id
 from dash_exp.tasks.sources import data_faults
+from dash_exp.text import format_command
 from dash_exp.traces.settings import out_of
 
 TRACES = "dataset.traces"
@@ -229,7 +229,7 @@ def _pending_traces(
         try:
             path = out_of(arguments).resolve()
         except UserError as error:
-            where = f"python -m dash_exp.traces {' '.join(command)}"
+            where = format_command("dash_exp.traces", *command)
             context.faults.add_all(Fault(where, f"{f.where}: {f.what}", f.hint) for f in error.faults)
             return {}
         found[path] = Traces(path, arguments)
@@ -354,9 +354,9 @@ def _choose(context: PlanContext, draft: Draft, found: Candidates, partners: Map
         draft.config = context.composer.compose(draft.overrides)
     else:
         what = f"its partner is neither in this sweep nor in {context.root / 'cells'}"
-        makes = [text for text in split(found.overrides)[0] if key_of(text) != "seed"]
-        command = shlex.join(["python", "-m", "dash_exp", *makes])
-        hint = f"add it to the sweep, or run it first, with the same seed: {command}"
+        places = ("run.dir", "paths.data")
+        makes = [text for text in found.overrides if not is_setting(text) or key_of(text) in places]
+        hint = f"add it to the sweep, or run it first: {format_command('dash_exp', *makes)}"
         context.faults.add(draft.number, [Fault(MATCH, what, hint)])
 
 

@@ -23,7 +23,7 @@ from dash_exp.record.state import median_of, recent_steps
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, plain, table
 from dash_exp.sweep.states import CellState, folder_of, frozen_values, states_of
 from dash_exp.sweep.status import labels, launched_folders
-from dash_exp.text import format_path
+from dash_exp.text import format_command, format_path
 
 NEW = "new"
 """The state of a cell that has no folder yet."""
@@ -254,7 +254,7 @@ def plan_view(made: Preview) -> RenderableType:
     parts += more_cells(len(made.lines), "--json has them all")
     for traces in dict.fromkeys(one.traces for one in plan.waiting):
         many = sum(one.traces == traces for one in plan.waiting)
-        command = f"python -m dash_exp.traces {' '.join(traces.arguments)}"
+        command = format_command("dash_exp.traces", *traces.arguments)
         parts.append(plain(f"{many} more once there are traces; made first, by\n  {command}"))
     unknown = sum(line.hours_left is None for line in made.lines)
     many_text = "any of them" if unknown == len(made.lines) else f"{unknown} of them"

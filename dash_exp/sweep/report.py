@@ -16,7 +16,7 @@ from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.states import CellState
 from dash_exp.sweep.status import SweepCell, SweepState, default_root, end_of_output
 from dash_exp.sweep.worker import error_line
-from dash_exp.text import format_number, format_path, format_seconds, printable
+from dash_exp.text import format_command, format_number, format_path, format_seconds, printable
 from dash_exp.train.display import REWARD
 
 STYLES = {
@@ -42,10 +42,10 @@ def print_parts(*parts: RenderableType) -> None:
     """Print. If the output is not a terminal, lines have no trailing blanks."""
     console = Console(highlight=False)
     if console.is_terminal:
-        console.print(*parts, sep="\n")
+        console.print(*parts, sep="\n", crop=False)
         return
     with console.capture() as caught:
-        console.print(*parts, sep="\n")
+        console.print(*parts, sep="\n", crop=False)
     print("\n".join(line.rstrip() for line in caught.get().splitlines()), flush=True)
 
 
@@ -114,7 +114,7 @@ def status_view(state: SweepState, chosen: Sequence[SweepCell], long: bool) -> R
         paths = [str(one.traces.path) for one in state.waiting]
         for path in dict.fromkeys(paths):
             parts.append(plain(f"{paths.count(path)} more wait for the traces {format_path(Path(path))}"))
-    return Group(*parts, *_outputs(state.manifest.name, chosen, long), *_advice(state))
+    return Group(*parts, *_outputs(state.manifest, chosen, long), *_advice(state))
 
 
 def _head(state: SweepState) -> RenderableType:
@@ -165,7 +165,7 @@ def more_cells(count: int, hint: str) -> list[RenderableType]:
     return [plain(f"... and {count - SHOWN_CELLS} more: {hint}")] if count > SHOWN_CELLS else []
 
 
-def _outputs(name: str, chosen: Sequence[SweepCell], long: bool) -> list[RenderableType]:
+def _outputs(manifest: Manifest, chosen: Sequence[SweepCell], long: bool) -> list[RenderableType]:
     """Why cells failed, and the end of their output: of the first few, or of all chosen cells that ran."""
     wanted = [one for one in chosen if one.cell.state == "failed" or (long and one.cell.attempt)]
     shown = wanted if long else wanted[:SHOWN_FAILURES]
@@ -182,21 +182,21 @@ def _outputs(name: str, chosen: Sequence[SweepCell], long: bool) -> list[Rendera
         ]
     if len(wanted) > len(shown):
         more = len(wanted) - len(shown)
-        parts.append(plain(f"\n{more} more failed: python -m dash_exp.sweep status {name} --failed"))
+        parts.append(plain(f"\n{more} more failed: {sweep_command('status', manifest, '--failed')}"))
     return parts
 
 
 def _advice(state: SweepState) -> list[RenderableType]:
     """The next command, if nothing happens without one."""
-    counts, name = state.counts, state.manifest.name
+    counts, manifest = state.counts, state.manifest
     lines = []
     if counts.get("failed"):
-        lines.append(f"python -m dash_exp.sweep retry {name} --failed   starts what failed once more")
+        lines.append(f"{sweep_command('retry', manifest, '--failed')}   # what failed, once more")
     left = [kind for kind in ("pending", "interrupted", "cancelled") if counts.get(kind)]
     left += ["blocked"] if counts.get("blocked") and not state.is_moving else []
     if left and not state.has_controller:
-        lines.append(f"python -m dash_exp.sweep launch {name}   goes on with what is {' or '.join(left)}")
-    return [plain(""), *(plain(line) for line in lines)] if lines else []
+        lines.append(f"{sweep_command('launch', manifest)}   # what is {' or '.join(left)}")
+    return [plain(""), *(plain(line, no_wrap=True, overflow="ignore") for line in lines)] if lines else []
 
 
 # The end of a launch ------------------------------------------------------------------------------
@@ -239,10 +239,12 @@ def closing_lines(manifest: Manifest, cells: Sequence[SweepCell], counts: Mappin
     if len(broken) > SHOWN_REASONS:
         lines.append(f"  ... and {len(broken) - SHOWN_REASONS} more")
     lines = [printable(line) for line in lines]
-    return [*lines, f"sweep   {format_path(manifest.folder)}", f"status  {status_command(manifest)}"]
+    return [*lines, f"sweep   {format_path(manifest.folder)}", f"status  {sweep_command('status', manifest)}"]
 
 
-def status_command(manifest: Manifest) -> str:
-    """The command that shows a sweep: by its name if that is enough."""
-    is_default = manifest.root.resolve() == default_root().resolve()
-    return f"python -m dash_exp.sweep status {manifest.name if is_default else format_path(manifest.folder)}"
+def sweep_command(verb: str, manifest: Manifest, *more: str) -> str:
+    """A command about a launched sweep. It names the folder where a name is not enough: other outputs, or a
+    launch, which would read the sweep's file again, without what was given on the command line then."""
+    is_default = verb != "launch" and manifest.root.resolve() == default_root().resolve()
+    which = manifest.name if is_default else format_path(manifest.folder)
+    return format_command("dash_exp.sweep", verb, which, *more)

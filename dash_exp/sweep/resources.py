@@ -32,7 +32,7 @@ OF_A_CELL = frozenset(
     f"cluster.{name}" for name in ("gpus", "cpus", "gpus_per_node", "cpus_per_gpu", "memory_gb", "hours")
 )
 """What cells of one sweep may ask for differently."""
-NOT_REPEATED = frozenset({"run.dir", "run.force", "run.sweep", "run.partner"})
+NOT_REPEATED = frozenset({"run.dir", "run.force", "run.sweep", "run.partner", "run.command"})
 """Settings of a single launch, not of every start."""
 
 

@@ -26,7 +26,7 @@ from dash_exp.record.manifest import Entry, Manifest, Waiting
 from dash_exp.sweep import spec as specs
 from dash_exp.sweep.spec import Spec
 from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, open_need, states_of
-from dash_exp.text import last_lines
+from dash_exp.text import format_command, last_lines
 
 LIST_HINT = "python -m dash_exp.sweep list names them"
 UNCHANGED = "nothing was changed"
@@ -205,7 +205,9 @@ class Target:
         """What was launched. Raises UserError where nothing was."""
         if not os.path.lexists(self.folder / manifests.NAME):
             what = f"has not been launched: there is no {self.folder / manifests.NAME}"
-            hint = f"python -m dash_exp.sweep launch {self.name}; run.dir=<folder> looks elsewhere"
+            hint = (
+                f"{format_command('dash_exp.sweep', 'launch', self.name)}; run.dir=<folder> looks elsewhere"
+            )
             raise UserError(Fault(self.name, what, hint), UNCHANGED)
         return manifests.read(self.folder)
 

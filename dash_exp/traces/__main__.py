@@ -37,7 +37,7 @@ from dash_exp.seeding import seed_for
 from dash_exp.signals import Stop, handling, reduce_openmp_spinning
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.tasks.sources import load_examples
-from dash_exp.text import format_path, format_seconds
+from dash_exp.text import format_command, format_path, format_seconds
 from dash_exp.traces.file import TraceFile, prompt_line, totals
 from dash_exp.traces.settings import Command, TracesConfig, parse
 from dash_exp.types import Decoding, Group, Prompt, Request, Score
@@ -245,7 +245,8 @@ class Progress:
 def main(arguments: Sequence[str]) -> int:
     keys = "\n".join(f"    traces.{f.name}={f.default}" for f in fields(TracesConfig))
     usage = f"usage: {USAGE}\n\n{__doc__}\nIts own keys, with their defaults:\n{keys}"
-    return run_command(start, arguments, usage, "the same command continues from here.")
+    again = format_command("dash_exp.traces", *arguments)
+    return run_command(start, arguments, usage, f"this continues from here:\n{again}")
 
 
 def start(arguments: Sequence[str]) -> int:

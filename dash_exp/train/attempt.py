@@ -206,7 +206,7 @@ class Attempt:
         """Record that the run stopped where `run.until_step` asked it to; its checkpoint is written."""
         reason = f"paused at step {step} (run.until_step)"
         self.recorder.status("interrupted", step, reason=reason)
-        self.log(f"{reason}; the next start continues from there")
+        self.log(f"{reason}. {self.display.goes_on('there')}")
 
     def finish(self, ending: Ending) -> None:
         """Record the end, then delete what only a resumption needs. A run killed in between is cleaned up by

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -13,9 +15,17 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from dash_exp.config.compose import partner_overrides
 from dash_exp.record.folder import Row
 from dash_exp.record.ledger import PHASES
-from dash_exp.text import format_accuracy, format_number, format_path, format_seconds, printable
+from dash_exp.text import (
+    format_accuracy,
+    format_command,
+    format_number,
+    format_path,
+    format_seconds,
+    printable,
+)
 
 REWARD, LIKELIHOOD = "reward/mean", "policy/logprob_mean"
 SHOWN_STEPS = 8
@@ -50,10 +60,11 @@ def quality_columns(row: Row) -> list[tuple[str, str]]:
 
 
 class Display:
-    """Progress of one run. `mode`: `auto` (live on a terminal, else plain), `plain` or `none`."""
+    """Progress of one run. `mode`: `auto` (live on a terminal, else plain), `plain` or `none`; `command`:
+    starts it again."""
 
-    def __init__(self, steps: int, mode: str, console: Console | None = None):
-        self.steps, self.mode = steps, mode
+    def __init__(self, steps: int, mode: str, command: str | None = None, console: Console | None = None):
+        self.steps, self.mode, self.command = steps, mode, command
         self.console = console or Console(highlight=False)
         self.live = mode == "auto" and self.console.is_terminal
         self._rows: deque[list[tuple[str, str]]] = deque(maxlen=SHOWN_STEPS)
@@ -63,6 +74,12 @@ class Display:
     def note(self, text: str) -> None:
         if self.mode != "none":
             self.console.print(printable(text), markup=False, soft_wrap=True)
+
+    def goes_on(self, place: str) -> str:
+        """A sentence that names the command which continues from a place."""
+        if self.command is None:
+            return f"The same command continues from {place}."
+        return f"This continues from {place}:\n    {self.command}"
 
     def step(self, row: Row) -> None:
         """Show a step's row."""
@@ -108,11 +125,13 @@ class Display:
         self.stop()
         if self.mode == "none":
             return
-        for line in summary_lines(folder, steps, evals, reason):
+        for line in summary_lines(folder, steps, evals, reason, self.command):
             self.console.print(printable(line), markup=False, soft_wrap=True)
 
 
-def summary_lines(folder: Path, steps: Sequence[Row], evals: Sequence[Row], reason: str) -> list[str]:
+def summary_lines(
+    folder: Path, steps: Sequence[Row], evals: Sequence[Row], reason: str, command: str | None = None
+) -> list[str]:
     """The summary as text, at most 80 columns but for paths."""
     lines = ["", f"Finished after {len(steps)} steps ({reason})." if steps else "No steps."]
     if steps:
@@ -127,7 +146,7 @@ def summary_lines(folder: Path, steps: Sequence[Row], evals: Sequence[Row], reas
     lines += accuracy_lines(evals)
     if steps:
         lines += time_lines(steps)
-    return [*lines, f"  record           {format_path(folder)}", *next_lines(folder)]
+    return [*lines, f"  record           {format_path(folder)}", *next_lines(folder, command)]
 
 
 def accuracy_lines(evals: Sequence[Row]) -> list[str]:
@@ -154,11 +173,19 @@ def time_lines(steps: Sequence[Row]) -> list[str]:
     ]
 
 
-def next_lines(folder: Path) -> list[str]:
+def next_lines(folder: Path, command: str | None) -> list[str]:
+    """Where the weights are, and commands for what could be run next, which keep everything else."""
     checkpoint = sorted((folder / "checkpoints").glob("step-*"))
     weights = [f"  weights          {format_path(checkpoint[-1])}"] if checkpoint else []
-    return [
-        *weights,
-        "  next             python -m dash_exp algorithm=grpo   (another arm, same prompts)",
-        "                   python -m dash_exp seed=1           (another seed)",
-    ]
+    module, *overrides = shlex.split(command or "python -m none")[2:]
+    name = re.fullmatch(r"([^-]+)-.*-s(\d+)-[0-9a-f]{8}", folder.name)
+    if module != "dash_exp" or name is None:
+        return weights
+    seed = [text for text in overrides if text.partition("=")[0] != "seed"] + [f"seed={int(name[2]) + 1}"]
+    shown = [f"  next             {format_command(module, *seed)}   # another seed"]
+    if not name[1].startswith("sft"):  # else its sizes are not those of an arm that samples
+        bound = ("filter", "filter.name", "sampler.schedule", "sampler.streaming")
+        others = partner_overrides("dash" if name[1] == "grpo" else "grpo", overrides)
+        arm = [text for text in others if text.lstrip("+").partition("=")[0] not in bound]
+        shown.append(f"                   {format_command(module, *arm)}   # another arm, same prompts")
+    return [*weights, *shown]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,12 @@ def test_partners_are_cells_of_the_sweep_and_come_with_their_machine(tmp_path: P
 
 def test_a_partner_outside_the_sweep_must_have_been_frozen(tmp_path: Path) -> None:
     message = refused(tmp_path, "algorithm=ppo_multi,ppo_mini", "seed=0,1", "budget.match=dash")
-    assert message.count("its partner is neither in this sweep nor in") == 1  # of four cells, reported once
-    assert "with the same seed: python -m dash_exp debug=fast algorithm=dash" in message
+    assert (
+        message.count("its partner is neither in this sweep nor in") == 2
+    )  # of four cells, once for each seed
+    printed = shlex.split(message.partition("run it first: ")[2].splitlines()[0])
+    assert printed[:3] == ["python", "-m", "dash_exp"] and f"run.dir={tmp_path}" in printed
+    assert make_cell(compose(printed[3:]), tmp_path / "cache").id == single_id(tmp_path, "algorithm=dash")
     dash = planned(tmp_path, "algorithm=dash").cells[0]
     freeze(dash.cell.frozen, dash.cell.folder(tmp_path))
     plan = planned(tmp_path, "algorithm=ppo_multi", "budget.match=dash")

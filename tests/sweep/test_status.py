@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -28,13 +29,14 @@ from dash_exp.sweep.status import (
     select,
     sweep_eta_s,
 )
+from dash_exp.text import format_path
 from tests.sweep.sweep_fixtures import cell_of, held_by_a_process, ran, rewrite, steps_rows, sweep_of
 
 
 def text_of(shown: RenderableType, width: int = 80) -> str:
     console = Console(width=width, highlight=False, color_system=None)
     with console.capture() as caught:
-        console.print(shown)
+        console.print(shown, crop=False)
     return "\n".join(line.rstrip() for line in caught.get().splitlines())
 
 
@@ -168,14 +170,15 @@ def test_the_table_fits_eighty_columns_and_shows_the_failure(tmp_path: Path) -> 
     ran(folders[3], "blocked", 0, reason="waits")
     state = read_sweep(manifest)
     text = text_of(status_view(state, state.cells, long=False))
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(len(line) for line in text.splitlines() if "python -m" not in line) <= 80
     assert "\n6 cells: 3 pending, 1 blocked, 1 failed, 1 finished\n" in text
     row = next(line for line in text.splitlines() if line.startswith("dash seed=0"))
     assert row.split() == ["dash", "seed=0", "0000000c", "finished", "20/20", "0.500", "2.00", "stale"]
     assert "dash seed=1 (0000001c), failed: out_of_memory: torch.OutOfMemoryError" in text
     assert "| two [of brackets]" in text
-    assert "sweep retry demo --failed" in text
-    assert "sweep launch demo   goes on with what is pending or blocked" in text
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if "python -m" in line]
+    start, folder = ["python", "-m", "dash_exp.sweep"], format_path(manifest.folder)
+    assert commands == [[*start, "retry", folder, "--failed"], [*start, "launch", folder]]
     assert "3 " in text_of(sweep_lines([state]))
 
 
