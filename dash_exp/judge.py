@@ -28,7 +28,7 @@ from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example, row_id
 from dash_exp.tasks.sources import first_faults, load_examples
-from dash_exp.text import format_seconds
+from dash_exp.text import format_seconds, printable
 from dash_exp.types import Score
 from dash_exp.verifiers.judges import Judges
 from dash_exp.verifiers.math.extract import extract
@@ -237,7 +237,7 @@ def run(arguments: Sequence[str]) -> int:
         judges.close()
     lines = report(config.dataset.name, verdicts)
     lines[-1:] = [f"  in {format_seconds(time.monotonic() - start)}", "", lines[-1]]
-    print("\n".join(lines), flush=True)
+    print(printable("\n".join(lines)), flush=True)
     return ExitCode.OK
 
 

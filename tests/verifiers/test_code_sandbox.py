@@ -19,7 +19,7 @@ import dash_exp
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose
 from dash_exp.verifiers.code import sandbox
-from dash_exp.verifiers.code.confine import filter_supported
+from dash_exp.verifiers.code.confine import filter_supported, landlock_supported
 from dash_exp.verifiers.code.sandbox import Confinement, confinement, spare_uid
 from dash_exp.verifiers.judges import code_judge
 from dash_exp.verifiers.pool import Program, VerifierPool
@@ -166,6 +166,19 @@ def test_a_sandbox_that_cannot_start_is_our_fault() -> None:
         verdict = pool.submit(VerifyTask("def f(): 0", CodeGold("f()").to_text())).result(60)
     assert verdict.outcome == "verifier_error"
     assert "out of namespaces" in verdict.detail
+
+
+def test_a_confinement_that_fails_is_our_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not landlock_supported():
+        pytest.skip("no Landlock here")
+    monkeypatch.setattr(sandbox, "_needed", lambda: ["/no/such/path"])
+    verifier = code_judge(1, 10.0, 512, "limits")
+    verdict = verifier.submit("def f(): 0", CodeGold("f()", "f").to_text()).result(60)
+    verifier.close()
+    assert verdict.outcome == "verifier_error"
+    assert (
+        "programs cannot be confined: [Errno 2] No such file or directory: '/no/such/path'" in verdict.detail
+    )
 
 
 def test_no_secret_reaches_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

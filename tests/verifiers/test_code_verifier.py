@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from code_fixtures import BEST_AND_LIMITS, CONFINEMENTS, descendants, verifier_in
 
+from dash_exp.text import printable
 from dash_exp.types import Score
 from dash_exp.verifiers.code import host
 from dash_exp.verifiers.judges import PooledJudge, Wanted, code_judge
@@ -471,6 +472,13 @@ def test_modules_that_tests_use_without_import(
 )
 def test_what_a_program_cannot_change(verifier: PooledJudge, program: str, tests: str, outcome: str) -> None:
     assert verdict(verifier, program, tests, prefix=HEADER).outcome == outcome
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred\u202e", "\x1b]0;title\x07", "a\x00\x9b2Jb", "\ud800"])
+def test_a_detail_can_be_shown(verifier: PooledJudge, text: str) -> None:
+    for program in (f"def f(x): return {text!r}", f"def f(x): raise ValueError({text!r})"):
+        detail = verdict(verifier, program, "assert f(1) == 2, f(1)").detail
+        assert detail == printable(detail) and detail.endswith("(line 1 of the tests)")
 
 
 def test_the_papers_rule_takes_the_last_block_as_it_is() -> None:

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from dash_exp.text import printable
 from dash_exp.types import Score
 from dash_exp.verifiers.code import candidate as candidates
 from dash_exp.verifiers.code.candidate import Candidate
@@ -116,11 +117,30 @@ def main(arguments: list[str] | None = None) -> int:
     if limits.filtered:
         filter_host(options.read_only)
     try:
+        _try_confinement(limits)
         _serve(channel, Options(options.judge, limits, options.deadline_s))
     except Exception:  # noqa: BLE001 (written where the pool reads it; children do not have this file)
         traceback.print_exc(file=errors)
         return 1
     return 0
+
+
+def _try_confinement(limits: Limits) -> None:
+    """Raises OSError where a process cannot be confined, which would make every program `crashed`."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            confine(limits)
+        except OSError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    _wait(child)
+    with os.fdopen(reading) as stream:
+        if reason := stream.read():
+            raise OSError(f"programs cannot be confined: {reason}")
 
 
 def _warm(judge: str) -> None:
@@ -303,9 +323,8 @@ def _examine(host: socket.socket, channel: IO[bytes], options: Options) -> None:
             verdict = _judge(task, host, int(limit) + _EXTRA_CPU_S, options)
         except BaseException as error:  # noqa: BLE001 (a fault of ours is reported, never a silent 0)
             verdict = score("verifier_error", f"{type(error).__name__}: {error}"[:300])
-        send(
-            channel, {**serial, "score": asdict(replace(verdict, detail=verdict.detail[:_MAX_DETAIL_CHARS]))}
-        )
+        verdict = replace(verdict, detail=printable(verdict.detail)[:_MAX_DETAIL_CHARS])
+        send(channel, {**serial, "score": asdict(verdict)})
         _report(host, serial)
 
 

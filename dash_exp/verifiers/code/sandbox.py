@@ -155,7 +155,7 @@ def _folders_above(paths: list[str]) -> list[str]:
 
 def _needed() -> list[str]:
     package = Path(dash_exp.__file__).resolve().parent
-    own = [str(package / name) for name in ("__init__.py", "types.py", "verifiers")]
+    own = [str(package / name) for name in ("__init__.py", "text.py", "types.py", "verifiers")]
     libraries = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     linked = [p for p in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if os.path.isabs(p)]
     prefixes = [f"{prefix}/{name}" for prefix in (sys.base_prefix, sys.prefix) for name in _OF_PREFIX]
