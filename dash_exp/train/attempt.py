@@ -197,7 +197,12 @@ class Attempt:
 
     def progress(self, row: Row) -> None:
         self.display.step(row)
-        for text in warnings_of(row):
+        warnings = warnings_of(row)
+        if gap := gap_warning(row, self.config):
+            warnings.append(gap)
+            now, step = time.time(), int(row["step"])
+            self.recorder.event("fault", now, now, what="log-prob gap", step=step, reason=gap)
+        for text in warnings:
             self.recorder.log(text)
             if int(row["step"]) <= 3:
                 self.display.note(text)
@@ -216,6 +221,24 @@ class Attempt:
         self.recorder.log(f"finished after step {ending.step} ({ending.reason})")
         steps, evals = read_final(self.folder, "steps"), read_final(self.folder, "evals")
         self.display.summary(self.folder, steps, evals, ending.reason)
+
+
+LOGPROB_GAP = {"float32": 0.003, "float16": 0.01, "bfloat16": 0.03}
+"""More than rounding explains, as a mean over tokens, by the less precise type of sampler and learner."""
+
+
+def gap_warning(row: Row, config: Config) -> str | None:
+    """What is wrong where sampler and learner compute different probabilities with the same weights."""
+    s, precision = config.sampler, config.learner.precision
+    kinds = {s.dtype} if s.name.startswith("vllm") else set[str]()
+    kinds.add("float32" if precision == "fp32" else "bfloat16")
+    allowed, gap = max(LOGPROB_GAP.get(kind, 0.03) for kind in kinds), row.get("policy/logprob_gap") or 0.0
+    if gap <= allowed or config.algorithm.source != "sampler":
+        return None
+    return (
+        f"warning: log-probabilities of sampler and learner differ by {gap:.3g} a token, more than the "
+        f"{allowed:g} that rounding explains: the batch is off-policy; does the sampler hold this model?"
+    )
 
 
 def warnings_of(row: Row) -> list[str]:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from dash_exp.config.checks import is_loopback
+from dash_exp.config.environment import KEY_VARIABLE
+from dash_exp.config.model_files import config_hash, weight_files
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.settings import local_ranks
+from dash_exp.sampling.fleet import leftovers
 from dash_exp.sampling.fleet.fleet import FleetSettings
-from dash_exp.sampling.fleet.member import KEY_VARIABLE, Launch, Member, Needs, RestartPolicy, ServerSettings
+from dash_exp.sampling.fleet.member import Launch, Member, Needs, RestartPolicy, ServerSettings
 from dash_exp.sampling.fleet.sampler import Processors, ServerSampler, gpus, processors
 from dash_exp.sampling.transfer import Transfer
 from dash_exp.sampling.transfer.path import FileWeights, PathTransfer, SharedWeights
@@ -38,9 +41,7 @@ def make_servers(
     """Start the servers, or connect to those that are named, and wait until all answer."""
     s, named = config.sampler, bool(config.cluster.server_urls)
     key = os.environ.get(KEY_VARIABLE, "") if named else secrets.token_urlsafe(32)
-    if not key:
-        what = "is not set, but cluster.server_urls names servers"
-        raise UserError(Fault(KEY_VARIABLE, what, "set it to the key they were started with"))
+    leftovers.sweep()
     transfer = make_transfer(config)
     sampler = ServerSampler(
         make_members(config, policy, transfer.engine),
@@ -113,7 +114,7 @@ def make_members(config: Config, policy: Policy, engine: str) -> list[Member]:
     """The servers, not started yet. `engine`: how they receive weights."""
     s, urls, count = config.sampler, config.cluster.server_urls, torch.cuda.device_count()
     if urls:
-        needs = Needs(policy.vocabulary, policy.longest, s.dtype, engine)
+        needs = Needs(config_hash(policy.folder), policy.vocabulary, policy.longest, s.dtype, engine)
         return [Member(f"server-{n}", None, url, needs) for n, url in enumerate(urls)]
     plain = server_settings(config, policy.folder, policy.vocabulary, policy.longest, engine)
     if count:
@@ -144,10 +145,10 @@ def server_settings(
 
 
 def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files, by name: what servers get where nothing learns."""
+    """Every tensor of a folder's weights, by name: what servers get where nothing learns."""
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 yield name, file.get_tensor(name)

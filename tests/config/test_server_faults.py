@@ -9,6 +9,7 @@ import pytest
 from dash_exp.config import schema
 from dash_exp.config.checks import is_loopback, server_faults
 from dash_exp.config.compose import compose
+from dash_exp.config.environment import KEY_VARIABLE, key_faults
 from dash_exp.config.schema import Config
 from dash_exp.train.build_servers import transfer_of
 
@@ -88,3 +89,10 @@ def test_loopback() -> None:
         True
     ] * 4
     assert not is_loopback("http://node7:1") and not is_loopback("http://0.0.0.0:1")
+
+
+def test_a_key_that_no_request_can_carry_is_refused_and_never_shown() -> None:
+    assert list(key_faults("secret-1_A")) == []
+    for key in ("", "secret\n", "sec ret", "secret\r\nX: 1", "sécret", "secret\x00", "\tsecret"):
+        (fault,) = key_faults(key)
+        assert fault.where == KEY_VARIABLE and "cret" not in str(fault)

@@ -64,7 +64,7 @@ class Fake:
 
     async def do_dash_exp_facts(self, body: object) -> web.Response:
         names = ("vocabulary", "max_model_len", "max_sequences", "dtype", "transfer")
-        return web.json_response({name: self.settings[name] for name in names})
+        return web.json_response({name: self.settings[name] for name in names} | {"config": "same"})
 
     async def do_metrics(self, body: object) -> web.Response:
         return web.Response(text=f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}\n')

@@ -32,7 +32,7 @@ from tests.sampling.server_rig import (
     until,
 )
 
-NEEDS = Needs(vocabulary=100, longest=64, dtype="float32", transfer=PATH)
+NEEDS = Needs(config="same", vocabulary=100, longest=64, dtype="float32", transfer=PATH)
 
 
 class Town:
@@ -117,6 +117,7 @@ def test_one_that_does_not_fit_cannot_be_reached_or_has_another_key_is_refused(t
     town.server()
     for needs, what in (
         (replace(NEEDS, longest=65), r"takes 64 tokens, this run needs 65\n.*serve\.max_model_len=65"),
+        (replace(NEEDS, config="other"), "serves another model: its config.json differs"),
         (replace(NEEDS, vocabulary=99), "has vocabulary 100, this run 99"),
         (replace(NEEDS, dtype="bfloat16"), "has dtype float32, this run bfloat16"),
         (replace(NEEDS, transfer="dash_nccl"), r"takes weights by dash_shared.*\n.*serve\.transfer=nccl"),
@@ -125,8 +126,35 @@ def test_one_that_does_not_fit_cannot_be_reached_or_has_another_key_is_refused(t
             town.guest(needs=needs)
     with pytest.raises(UserError, match="DASH_SERVER_KEY: is not the key of http"):
         town.guest(key="wrong")
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 did not answer within 1 s\n.*dash_exp\.serve"):
-        town.guest(urls=["http://127.0.0.1:9"])
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9 cannot be reached: .* refused\n.*dash_exp\.serve"):
+        town.guest(urls=["http://127.0.0.1:9"], connect_s=100)
+    slow = town.server()
+    os.kill(slow.process.pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match=r"did not answer within 1 s \(it is too slow: no answer in time\)"):
+        town.guest(urls=[str(slow.url)])
+
+
+def test_one_of_our_own_that_is_killed_while_starting_is_started_again(tmp_path: Path) -> None:
+    died = tmp_path / "died"
+    once = f"[ -e {died} ] || {{ touch {died}; kill -9 $$; }}; exec {FAKE[0]} {FAKE[1]}"
+    for command, restarts in ((("sh", "-c", once), 1), (("sh", "-c", "kill -9 $$"), 0)):
+        events: list[str] = []
+        fleet = fleet_settings(Launch("secret", tmp_path, command), replace(POLICY, restarts=restarts))
+
+        def start(fleet: Any = fleet, events: list[str] = events) -> ServerSampler:
+            member = Member("server-0", server_settings())
+            return ServerSampler(
+                [member], lambda: NAMED, shared(), fleet, lambda *_, **more: events.append(more["what"])
+            )
+
+        if restarts:
+            start().close()
+        else:
+            with pytest.raises(
+                RuntimeError, match=r"ended with code -9 while starting(.|\n)*not started again"
+            ):
+                start()
+        assert events == ["server killed while starting"]
 
 
 def test_one_that_is_lost_is_waited_for_and_gets_its_weights_again(town: Town) -> None:

@@ -47,7 +47,7 @@ def received(*parts: dict[str, torch.Tensor]) -> Model:
     model = Model()
     engine = SimpleNamespace(model=model)
     try:
-        with checking(engine, SUMS, SENT):
+        with checking(engine, SUMS, SENT, {"b": tuple(SENT["b"].shape)}):
             for part in parts:
                 engine.model.load_weights(part.items())
     finally:
@@ -72,6 +72,28 @@ def test_parts_are_checked_as_they_come() -> None:
 def test_what_was_not_sent_is_refused(parts: list[dict[str, torch.Tensor]], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         received(*parts)
+
+
+def test_a_tensor_of_another_shape_is_refused_before_it_is_loaded() -> None:
+    from dash_exp.sampling.vllm.weights import check
+
+    tensor = torch.ones(4, 2)
+    check("a", tensor, {"a": checksum(tensor)}, {"a": (4, 2)})
+    with pytest.raises(ValueError, match=r"a has shape \(4, 2\), but \(8, 2\) in the model of this server"):
+        check("a", tensor, {"a": checksum(tensor)}, {"a": (8, 2)})
+
+
+def test_what_the_model_holds_is_what_was_sent() -> None:
+    from dash_exp.sampling.vllm.weights import check_loaded
+
+    model = torch.nn.Module()
+    model.joined, model.lm_head = torch.nn.Linear(2, 4, bias=False), torch.nn.Linear(2, 3, bias=False)
+    sent = {"q": torch.randn(2, 2), "k": torch.randn(2, 2), "lm_head.weight": model.lm_head.weight.detach()}
+    model.joined.weight.data = torch.cat([sent["q"], sent["k"]])
+    check_loaded(sent, model, ["joined.weight", "lm_head.weight"])
+    model.joined.weight.data[3] = 0
+    with pytest.raises(ValueError, match="the model holds numbers of size"):
+        check_loaded(sent, model, ["joined.weight", "lm_head.weight"])
 
 
 def test_the_transfers_between_gpus_take_checksums() -> None:

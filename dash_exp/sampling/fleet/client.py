@@ -38,6 +38,13 @@ CALL_ERRORS = (OSError, TimeoutError, aiohttp.ClientError, InvalidResponseError)
 """What a call of a broken server raises."""
 
 
+def describe(error: BaseException) -> str:
+    """An error in words; asyncio's TimeoutError has none of its own."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return "it is too slow: no answer in time"
+    return f"{type(error).__name__} {error}"
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """The tokens of one completion, with their log-probabilities."""

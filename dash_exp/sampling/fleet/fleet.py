@@ -22,9 +22,10 @@ from dash_exp.sampling.fleet.client import (
     RefusedError,
     ServerClient,
     completion_request,
+    describe,
     parse_completion,
 )
-from dash_exp.sampling.fleet.member import POLL_S, Launch, Member, Pending, RestartPolicy
+from dash_exp.sampling.fleet.member import POLL_S, Launch, Member, Pending, RestartPolicy, ServerKilledError
 from dash_exp.sampling.transfer import OutdatedError, Transfer, Weights
 from dash_exp.types import Completion, Decoding, Group, Origin, Request
 
@@ -89,11 +90,24 @@ class Fleet:
     async def start(self) -> None:
         """Start or reach every server, and wait until all serve. Raises RuntimeError if one cannot be
         started, UserError if one that is named cannot be reached or does not fit."""
-        await asyncio.gather(*(self._start(m) for m in self.members))
+        await asyncio.gather(*(self._start_first(m) for m in self.members))
 
-    async def _start(self, member: Member) -> None:
+    async def _start_first(self, member: Member) -> None:
+        """Start a server for the first time; again, within the budget of restarts, where it was killed."""
+        while True:
+            start = time.time()
+            try:
+                return await self._start(member, first=True)
+            except ServerKilledError as error:
+                more = {"reason": str(error), "restarts_left": self.restarts_left}
+                self._record_fault(member, "server killed while starting", start, **more)
+                if self.restarts_left == 0:
+                    raise RuntimeError(f"{error}\nnot started again: no sampler.restarts left") from error
+                self.restarts_left -= 1
+
+    async def _start(self, member: Member, first: bool = False) -> None:
         try:
-            await member.start(self.settings.launch, self.settings.policy)
+            await member.start(self.settings.launch, self.settings.policy, first)
             await self._until_ready(member)
         except BaseException:
             await self._stop(member)
@@ -175,7 +189,7 @@ class Fleet:
                 await self._start(member)
             except (RuntimeError, UserError, *CALL_ERRORS) as error:
                 member.state = "lost"
-                self._record_fault(member, "server did not start again", start, reason=str(error))
+                self._record_fault(member, "server did not start again", start, reason=describe(error))
                 if member.settings is None:
                     break
                 continue
@@ -229,7 +243,7 @@ class Fleet:
             try:
                 await call(member.client)
             except (RefusedError, *CALL_ERRORS) as error:
-                await self.lose(member, f"{failure}: {type(error).__name__} {error}")
+                await self.lose(member, f"{failure}: {describe(error)}")
 
         await asyncio.gather(*(one(m) for m in self.serving))
 
@@ -307,7 +321,7 @@ class Fleet:
             batch.finished.put(RuntimeError(f"{member.name} refuses the prompt {request.prompt.id}: {error}"))
             return
         except CALL_ERRORS as error:
-            await self.lose(member, f"{type(error).__name__} {error}")
+            await self.lose(member, describe(error))
             return
         if batch is not self.batch or member.pending.get(request.position) is not pending:
             return  # the server was taken for lost, and the request went to another one

@@ -15,16 +15,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import aiohttp
+
+from dash_exp.config.environment import KEY_VARIABLE
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import read_json
-from dash_exp.sampling.fleet.client import CALL_ERRORS, RefusedError, Sampled, ServerClient
+from dash_exp.sampling.fleet import leftovers
+from dash_exp.sampling.fleet.client import CALL_ERRORS, RefusedError, Sampled, ServerClient, describe
 from dash_exp.sampling.protocol import EngineSettings
 from dash_exp.sampling.transfer import ENGINES, IPC
 from dash_exp.signals import SCHEDULERS, block_signals
 from dash_exp.types import Request
 
 LAUNCH = (sys.executable, "-c", "from dash_exp.sampling.vllm.server import main; main()")
-WHERE, KEY_VARIABLE = "cluster.server_urls", "DASH_SERVER_KEY"
+WHERE = "cluster.server_urls"
+START_HINT = "start it with python -m dash_exp.serve, and wait until it says how to use it (docs/engine.md)"
 END_WAIT_S, TIDY_S, POLL_S = 10.0, 3.0, 0.05
 HEALTH_CHECKS = 3
 """So many failed in a row mean that the server is lost."""
@@ -83,6 +88,7 @@ class ServerProcess:
         self._ready = launch.folder / f".{name}.json"
         self._ready.unlink(missing_ok=True)
         self.host = settings.host
+        sockets = leftovers.socket_folder()
         given = {**asdict(settings), "key": launch.key, "ready": str(self._ready.resolve())}
         with self.log.open("ab") as log, block_signals(*SCHEDULERS):
             self.process = subprocess.Popen(
@@ -90,9 +96,10 @@ class ServerProcess:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment(settings),
+                env=environment(settings, sockets=sockets),
                 start_new_session=True,
             )
+        self.note = leftovers.Note(self.process.pid, sockets)
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended already, which `start` reports
             self.process.stdin.write(f"{json.dumps(given)}\n".encode())
@@ -118,6 +125,7 @@ class ServerProcess:
     def kill(self) -> None:
         """End it and all its children. Its standard input is closed first and its children get a moment to
         clean up: killed at once, vLLM leaves files in shared memory."""
+        self.note.write()
         if self.process.stdin is not None:
             with suppress(BrokenPipeError):
                 self.process.stdin.close()
@@ -134,10 +142,14 @@ class ServerProcess:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(END_WAIT_S)
         self._ready.unlink(missing_ok=True)
+        self.note.clear()
 
 
-def environment(settings: ServerSettings, given: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The server's environment: ours, with what must be set before vLLM is imported."""
+def environment(
+    settings: ServerSettings, given: Mapping[str, str] | None = None, sockets: Path | None = None
+) -> dict[str, str]:
+    """The server's environment: ours, with what must be set before vLLM is imported. `sockets`: where vLLM
+    makes its own."""
     ours = os.environ if given is None else given
     made = {name: value for name, value in ours.items() if name not in REMOVED_VARIABLES}
     made |= {
@@ -149,6 +161,8 @@ def environment(settings: ServerSettings, given: Mapping[str, str] | None = None
     }
     defaults = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     defaults["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "60"  # seconds: longer than we keep an unused connection
+    if sockets is not None:
+        made["VLLM_RPC_BASE_PATH"] = str(sockets)
     if "OMP_WAIT_POLICY" not in made:
         defaults["GOMP_SPINCOUNT"] = "2000"
     return defaults | made
@@ -163,10 +177,16 @@ def visible_gpu(index: str | None, ours: str | None) -> str:
     return names[int(index)] if names else index
 
 
+class ServerKilledError(RuntimeError):
+    """A signal ended a server while it was starting."""
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a server that was started by hand must have been started with."""
+    """What a server that was started by hand must have been started with. `config`: the hash of its model's
+    config.json."""
 
+    config: str
     vocabulary: int
     longest: int
     dtype: str
@@ -175,6 +195,8 @@ class Needs:
     def unmet(self, url: str, facts: Mapping[str, Any]) -> list[Fault]:
         """`facts`: what it says of itself."""
         found: list[tuple[str, str]] = []
+        if facts.get("config") != self.config:
+            found.append(("serves another model: its config.json differs", "start it with the run's model"))
         for name, wanted in (("dtype", self.dtype), ("vocabulary", self.vocabulary)):
             if facts.get(name) != wanted:
                 what = f"has {name} {facts.get(name)}, this run {wanted}"
@@ -230,35 +252,47 @@ class Member:
     def completions(self) -> int:
         return sum(len(one.missing) for one in self.pending.values())
 
-    async def start(self, launch: Launch, policy: RestartPolicy) -> None:
+    async def start(self, launch: Launch, policy: RestartPolicy, first: bool = False) -> None:
         """Start it, if it is ours, and wait until it answers. Raises RuntimeError where its process ends or
-        does not answer, UserError where one that was started by hand does not, or does not fit."""
+        does not answer, UserError where one that was started by hand does not, or does not fit. `first`: one
+        that was started by hand is not waited for where nothing listens at its address."""
         self.state = "starting"
         if self.settings is not None:
             self.process = ServerProcess(self.settings, launch, self.name)
         wait_s = policy.connect_s if self.settings is None else policy.start_s
         try:
             async with asyncio.timeout(wait_s):
-                await self._connect(launch.key, policy.answer_s)
+                await self._connect(launch.key, policy.answer_s, first)
         except TimeoutError as error:
             if self.settings is not None:
                 raise RuntimeError(f"{self.name} did not start within {wait_s:g} s") from error
-            hint = "start it with python -m dash_exp.serve (docs/engine.md)"
-            raise UserError(Fault(WHERE, f"{self.url} did not answer within {wait_s:g} s", hint)) from error
+            what = f"{self.url} did not answer within {wait_s:g} s ({self.reason or 'it is slow'})"
+            raise UserError(Fault(WHERE, what, START_HINT)) from error
         if self.needs is not None:
             await self._check(self.needs)
+        if self.process is not None:
+            self.process.note.write()
 
-    async def _connect(self, key: str, answer_s: float) -> None:
+    async def _connect(self, key: str, answer_s: float, first: bool) -> None:
+        self.reason = ""
         while True:
             if self.process is not None:
                 if (code := self.process.exit_code) is not None:
-                    raise RuntimeError(f"{self.name} ended with code {code}: {self.log_tail()}")
+                    kind = ServerKilledError if code < 0 else RuntimeError
+                    raise kind(f"{self.name} ended with code {code} while starting: {self.log_tail()}")
                 self.url = self.process.url
             if self.url is not None and self.client is None:
                 self.client = ServerClient(self.url, key, answer_s)
-            with suppress(*CALL_ERRORS):
+            try:
                 if self.client is not None and await self.client.healthy():
                     return
+            except CALL_ERRORS as error:
+                self.reason = describe(error)
+                if first and self.process is None and isinstance(error, aiohttp.ClientConnectorError):
+                    number = error.os_error.errno or 0
+                    why = os.strerror(number) if number > 0 else error.os_error.strerror
+                    what = f"{self.url} cannot be reached: {why or error}"
+                    raise UserError(Fault(WHERE, what, START_HINT)) from error
             await asyncio.sleep(POLL_S)
 
     async def _check(self, needs: Needs) -> None:
@@ -287,7 +321,7 @@ class Member:
                 well, reason = await self.client.healthy(), "/health reports an error"
                 now = await self.client.tokens() if self.pending else sampled
             except CALL_ERRORS as error:
-                well, now, reason = False, sampled, f"{type(error).__name__} {error}"
+                well, now, reason = False, sampled, describe(error)
             failed = 0 if well else failed + 1
             if failed >= HEALTH_CHECKS:
                 return f"{failed} health checks failed: {reason}"

@@ -39,6 +39,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
+        "load_format": "safetensors",
         "logits_processors": [f"{__name__}:{MaskPadding.__name__}"],
         "additional_config": {"dash_vocabulary": settings.vocabulary},
     }

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import dash_exp.sampling.vllm.weights  # noqa: F401  (registers our transfers with vLLM)
+from dash_exp.config.model_files import config_hash
 from dash_exp.record.folder import write_json
 from dash_exp.sampling.fleet.client import FACTS
 from dash_exp.sampling.fleet.member import ServerSettings
@@ -148,7 +149,7 @@ def main() -> None:
     global _key
     given = json.loads(_first_line())
     _key, ready = given.pop("key"), Path(given.pop("ready"))
-    _facts.update({name: given[name] for name in FACT_NAMES})
+    _facts.update({name: given[name] for name in FACT_NAMES}, config=config_hash(Path(given["model"])))
     end_with_stdin()
     keep_signals_blocked()
     import uvloop

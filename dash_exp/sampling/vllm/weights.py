@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,12 +45,15 @@ from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 from vllm.platforms import current_platform
 
+from dash_exp.config.model_files import tensor_shapes
 from dash_exp.record.checkpoint import checksum
 from dash_exp.sampling.transfer import IPC, NCCL, PATH
 from dash_exp.sampling.transfer.path import SharedReader
 from dash_exp.signals import tune_malloc
 
 Named = Iterable[tuple[str, Tensor]]
+Shapes = Mapping[str, tuple[int, ...]]
+ANY_SHAPE: Shapes = MappingProxyType({})
 POLL_S = 0.1
 
 
@@ -85,7 +89,7 @@ class InPlace:
 
     def __init__(self, model: Any):
         tune_malloc()  # the packed copies are allocated anew each time, in the memory of the last ones
-        self.model = model
+        self.model, self.checked = model, False
         self.kept = [
             (layer, _plain_weight(layer)) for layer in model.modules() if isinstance(layer, LinearBase)
         ]
@@ -96,7 +100,11 @@ class InPlace:
         for layer, weight in self.kept:
             layer.weight = weight
         try:
-            loaded = self.model.load_weights(named)
+            sent = dict(named)
+            loaded = self.model.load_weights(iter(sent.items()))
+            if not self.checked:
+                check_loaded(sent, self.model, loaded or ())
+                self.checked = True
             for layer, _ in self.kept:
                 layer.quant_method.process_weights_after_loading(layer)
         finally:
@@ -104,6 +112,19 @@ class InPlace:
                 layer.weight = empty
         repack_output(self.model)
         return set(loaded or ())
+
+
+def check_loaded(named: Mapping[str, Tensor], model: Any, loaded: Iterable[str]) -> None:
+    """Compare what the model holds with what was sent, by sums, since it joins some tensors. Raises
+    ValueError where a part was left out, cut or replaced."""
+    kept = dict(model.named_parameters())
+    tied = model.lm_head.weight is kept.get("model.embed_tokens.weight")
+    sent = [tensor for name, tensor in named.items() if not (tied and name == "lm_head.weight")]
+    both = (sent, [kept[name] for name in set(kept) & set(loaded)])
+    total, own = (sum(float(t.sum(dtype=torch.float64)) for t in some) for some in both)
+    size, own_size = (sum(float(t.abs().sum(dtype=torch.float64)) for t in some) for some in both)
+    if not max(abs(total - own), abs(size - own_size)) <= 1e-9 * size:
+        raise ValueError(f"the model holds numbers of size {own_size:g} where {size:g} was sent")
 
 
 def repack_output(model: Any) -> None:
@@ -167,6 +188,7 @@ class PathReceiver(WeightTransferEngine[PathInit, PathUpdate]):
     def __init__(self, *arguments: Any, **more: Any):
         super().__init__(*arguments, **more)
         self._loader = Loader(self.model, self.model_config)
+        self._shapes = tensor_shapes(Path(self.model_config.model))
         self._files = SharedReader()
 
     def init_transfer_engine(self, init_info: PathInit) -> None:
@@ -193,7 +215,7 @@ class PathReceiver(WeightTransferEngine[PathInit, PathUpdate]):
         named = self._files.read(wait_for_file(Path(update_info.path), update_info.arrival_s))
         expected = dict(update_info.checksums)
         for name, tensor in named.items():
-            check(name, tensor, expected)
+            check(name, tensor, expected, self._shapes)
         if expected:
             raise ValueError(f"{sorted(expected)} did not arrive")
         self._loader.load(named)
@@ -213,8 +235,11 @@ def wait_for_file(path: Path, timeout_s: float) -> Path:
     return path
 
 
-def check(name: str, tensor: Tensor, expected: dict[str, str]) -> None:
-    """Remove a received tensor from the expected ones. Raises ValueError where its checksum differs."""
+def check(name: str, tensor: Tensor, expected: dict[str, str], shapes: Shapes = ANY_SHAPE) -> None:
+    """Remove a received tensor from the expected ones. Raises ValueError where its checksum differs, or its
+    shape is not that of the model this server was started with (`shapes`)."""
+    if tuple(tensor.shape) != (own := shapes.get(name, tuple(tensor.shape))):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {own} in the model of this server")
     if checksum(tensor) != expected.pop(name, None):
         raise ValueError(f"{name} is not what the learner sent")
 
@@ -222,8 +247,8 @@ def check(name: str, tensor: Tensor, expected: dict[str, str]) -> None:
 class CheckedModel:
     """Stands in for the model while vLLM's own transfers load it, and checks each tensor on the way."""
 
-    def __init__(self, model: Any, checksums: Mapping[str, str]):
-        self.model, self.expected = model, dict(checksums)
+    def __init__(self, model: Any, checksums: Mapping[str, str], shapes: Shapes):
+        self.model, self.expected, self.shapes = model, dict(checksums), shapes
         self.loaded: set[str] = set()
 
     def load_weights(self, weights: Named) -> set[str]:
@@ -233,17 +258,19 @@ class CheckedModel:
 
     def _checked(self, weights: Named) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            check(name, tensor, self.expected)
+            check(name, tensor, self.expected, self.shapes)
             yield name, tensor
 
 
 @contextmanager
-def checking(engine: Any, checksums: Mapping[str, str], required: Iterable[str]) -> Iterator[None]:
+def checking(
+    engine: Any, checksums: Mapping[str, str], required: Iterable[str], shapes: Shapes = ANY_SHAPE
+) -> Iterator[None]:
     """Let one of vLLM's transfers load through checks. `required`: parameters of the model, listed while tied
     ones are one; during an update they are separate. Raises ValueError: the model is incomplete then, and the
     learner treats the server as lost."""
     model = engine.model
-    engine.model = checked = CheckedModel(model, checksums)
+    engine.model = checked = CheckedModel(model, checksums, shapes)
     try:
         yield
     finally:
@@ -261,9 +288,10 @@ class _Checking:
         super().__init__(*arguments, **more)
         model: Any = self.model  # type: ignore[attr-defined]
         self._required = {name for name, _ in model.named_parameters()}
+        self._shapes = tensor_shapes(Path(self.model_config.model))  # type: ignore[attr-defined]
 
     def receive_weights(self, update_info: Any) -> None:
-        with checking(self, update_info.checksums, self._required):
+        with checking(self, update_info.checksums, self._required, self._shapes):
             super().receive_weights(update_info)  # type: ignore[misc]
 
 

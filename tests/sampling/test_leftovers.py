@@ -1,0 +1,71 @@
+"""What killed servers leave is removed by the next run, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from dash_exp.sampling.fleet import leftovers
+
+HOLDER = """
+import sys, time
+from multiprocessing import resource_tracker, shared_memory
+memory = shared_memory.SharedMemory(create=True, size=64)
+resource_tracker.unregister(memory._name, "shared_memory")
+print("/dev/shm" + "/" + memory._name.lstrip("/"), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with TemporaryDirectory() as short:  # a socket's path may have 107 characters
+        monkeypatch.setattr(leftovers, "folder", lambda: Path(short))
+        yield Path(short)
+
+
+def test_a_killed_servers_shared_memory_and_sockets_are_removed_once_it_is_dead(place: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert holder.stdout is not None
+    memory, sockets = Path(holder.stdout.readline().strip()), leftovers.socket_folder()
+    assert sockets is not None
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(sockets / "one"))
+    note = leftovers.Note(holder.pid, sockets)
+    note.write()
+    leftovers.sweep()
+    assert memory.exists() and (sockets / "one").exists()  # it lives
+    os.killpg(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert memory.exists()
+    leftovers.sweep()
+    assert not memory.exists() and list(place.iterdir()) == []
+
+
+def test_nothing_is_removed_that_is_not_provably_of_a_dead_server(place: Path, tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+    dead.wait()
+    kept = tmp_path / "sockets-kept"
+    kept.mkdir()
+    other = Path(f"/dev/shm/dash-test-{os.getpid()}")
+    other.touch()
+    try:
+        files = {str(other): 1, str(kept / "file"): 2, "/dev/shm/absent": 3}
+        (place / f"{dead.pid}-1.json").write_text(json.dumps({"files": files, "sockets": str(kept)}))
+        (place / "notes-mine.json").write_text("{")
+        leftovers.sweep()
+        assert other.exists() and kept.exists() and (place / "notes-mine.json").exists()
+        assert not (place / f"{dead.pid}-1.json").exists()
+    finally:
+        other.unlink()
