@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dash_exp.record.folder import read_rows
+from dash_exp.record.metrics import judged_prompts
 from dash_exp.statistics.comparison import Comparison, compare_scores
 
 from . import estimates as est
@@ -99,20 +99,9 @@ def policy_curve(records: Records, cell: str) -> est.Array:
 def scores_of(folder: Path, dataset: str, step: int, stamp: int) -> pd.DataFrame:
     """The mean verdict on each prompt of an evaluation: columns prompt, score, correct, n. `stamp`: when the
     file last changed. `attrs["torn"]`: lines of the file that could not be read."""
-    read = read_rows(folder / "eval_samples.jsonl")
-    rows = [r for r in read.rows if r["dataset"] == dataset and r["step"] == step]
-    odd = sum(len(r["scores"]) != len(r["outcomes"]) for r in rows)
-    rows = [r for r in rows if len(r["scores"]) == len(r["outcomes"])]
-    newest = max((r["attempt"] for r in rows), default=0)
-    found = []
-    for row in (r for r in rows if r["attempt"] == newest):
-        judged = [(s, o) for s, o in zip(row["scores"], row["outcomes"], strict=True) if s is not None]
-        if judged:
-            correct = sum(outcome == "correct" for _, outcome in judged)
-            score = sum(s for s, _ in judged) / len(judged)
-            found.append({"prompt": row["prompt"], "score": score, "correct": correct, "n": len(judged)})
-    table = pd.DataFrame(found, columns=["prompt", "score", "correct", "n"])
-    table.attrs["torn"] = read.torn + odd
+    rows, torn = judged_prompts(folder, dataset, step)
+    table = pd.DataFrame(rows, columns=["prompt", "score", "correct", "n"])
+    table.attrs["torn"] = torn
     return table
 
 

@@ -8,9 +8,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dash_exp.record.folder import Row, finite
+from dash_exp.record.reading import read_rows
 from dash_exp.types import AdvantagedGroup, Completion, Score
 
 
@@ -166,3 +168,22 @@ def peak_memory_mb() -> float:
     """Peak resident memory of this process since it began."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
+
+
+def judged_prompts(folder: Path, dataset: str, step: int) -> tuple[list[Row], int]:
+    """Of a cell's evaluation of a set at a step, by its last attempt: each prompt with at least one verdict,
+    its mean `score`, and how many of `n` samples were `correct`. Also how many rows could not
+    be used."""
+    read = read_rows(folder / "eval_samples.jsonl")
+    rows = [r for r in read.rows if r["dataset"] == dataset and r["step"] == step]
+    odd = sum(len(r["scores"]) != len(r["outcomes"]) for r in rows)
+    rows = [r for r in rows if len(r["scores"]) == len(r["outcomes"])]
+    newest = max((r["attempt"] for r in rows), default=0)
+    found: list[Row] = []
+    for row in (r for r in rows if r["attempt"] == newest):
+        judged = [(s, o) for s, o in zip(row["scores"], row["outcomes"], strict=True) if s is not None]
+        if judged:
+            correct = sum(outcome == "correct" for _, outcome in judged)
+            score = sum(s for s, _ in judged) / len(judged)
+            found.append({"prompt": row["prompt"], "score": score, "correct": correct, "n": len(judged)})
+    return found, read.torn + odd

@@ -3,14 +3,16 @@
   python -m dash_exp.sweep list               what each tests, and its progress
   python -m dash_exp.sweep plan <sweep>       a dry run: cells, hours, scripts
   python -m dash_exp.sweep launch <sweep>     start it or go on; returns at once
+  python -m dash_exp.sweep race <sweep>       add seeds until decided; rungs
   python -m dash_exp.sweep status [<sweep>]   what its cells are doing
   python -m dash_exp.sweep logs <sweep>       the end of its cells' output
   python -m dash_exp.sweep retry <sweep>      start failed cells again
   python -m dash_exp.sweep cancel <sweep>     stop its cells, to continue later
 
-plan and launch take overrides of the sweep's own (cluster=slurm seed=0,1), the
-others patterns, which select cells: an override (algorithm=dash), a part of a
-folder's name, or either with wildcards; each further one narrows the choice.
+plan, launch and race take overrides of the sweep's own (cluster=slurm
+seed=0,1), the others patterns, which select cells: an override
+(algorithm=dash), a part of a folder's name, or either with wildcards; each
+further one narrows the choice.
 run.dir=<folder> looks elsewhere than in outputs/. `<command> --help` lists
 flags (--json, --watch, --wait, --failed). Everything may be repeated, and run
 twice at once. More in docs/sweeps.md.
@@ -59,7 +61,7 @@ def parser_of(command: str) -> Parser:
         add("sweep", help="yaml, name or folder")
     if command == "list":
         add("words", nargs="*", metavar="NAME", help="only these, wildcards allowed; or run.dir=<folder>")
-    elif command in ("plan", "launch"):
+    elif command in ("plan", "launch", "race"):
         add("overrides", nargs="*", metavar="key=value", help="besides the sweep's own, e.g. cluster=slurm")
     else:
         add("words", nargs="*", metavar="PATTERN", help="only these cells; or run.dir=<folder>")
@@ -69,10 +71,16 @@ def parser_of(command: str) -> Parser:
         add("--failed", action="store_true", help="only cells that failed")
     if command in ("launch", "retry"):
         add("--wait", action="store_true", help="follow it; exit code 1 if a cell failed")
-    if command in ("plan", "launch", "retry"):
+    if command in ("plan", "launch", "race", "retry"):
         add("-n", "--n-jobs", type=int, metavar="N", help="cells at once on this machine")
     if command == "launch":
         add("--force", action="store_true", help="archive what is recorded, and start anew")
+    if command == "race":
+        add("--until", choices=["decided"], help="add seeds (3, 5, 8, 12) to arms that are not decided")
+        add("--rungs", metavar="STEPS", help="let all cells advance together to these steps, e.g. 10,30,90")
+        add("--halve", metavar="METRIC", help="with --rungs: only the better half goes on after each")
+        add("--metric", help="accuracy (of the first evaluation set), another set, reward or time")
+        add("--budget-hours", type=float, metavar="H", help="hours of all its cells, added up")
     if command == "status":
         some = "only these, with the end of their output"
         add("--cell", action="append", default=[], metavar="PATTERN", help=some)
@@ -199,6 +207,17 @@ def launch_command(args: Namespace) -> int:
     return launch(request, wait=args.wait, detached=True)
 
 
+def race_command(args: Namespace) -> int:
+    from dash_exp.sweep.dispatch import print_line
+    from dash_exp.sweep.race.run import race, settings_of
+    from dash_exp.sweep.request import request_of
+
+    settings = settings_of(args)
+    return race(
+        request_of(args.sweep, args.overrides, root_of(args.overrides), args.n_jobs), settings, print_line
+    )
+
+
 def retry_command(args: Namespace) -> int:
     manifest, patterns = needed(args)
     wanted = ("failed",) if args.failed else ("failed", "interrupted", "cancelled")
@@ -243,6 +262,12 @@ COMMANDS: dict[str, tuple[str, Callable[[Namespace], int]]] = {
     "list": ("what each sweep tests, and its progress here", list_command),
     "plan": ("a dry run that shows everything and writes nothing", plan_command),
     "launch": ("start or continue a sweep; returns at once", launch_command),
+    "race": (
+        "add seeds in rounds until each comparison is decided (--until decided), or let cells advance by "
+        "--rungs, with --halve only the better half after each. All recipes are compared with the first, or "
+        "as `compare` in the sweep's file says. The same command continues a race",
+        race_command,
+    ),
     "status": ("what its cells are doing; of all sweeps without a name", status_command),
     "logs": ("the end of its cells' output", logs_command),
     "retry": ("start cells again that failed, were cancelled or interrupted", retry_command),

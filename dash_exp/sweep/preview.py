@@ -20,6 +20,7 @@ from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import Plan, PlannedCell, Resources, cell_row, waiting_row
 from dash_exp.record.state import median_of, recent_steps
+from dash_exp.sweep.detectable import power_of, power_text
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, plain, table
 from dash_exp.sweep.states import CellState, folder_of, frozen_values, states_of
 from dash_exp.sweep.status import labels, launched_folders
@@ -70,12 +71,14 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A plan with what is known of its cells. `sbatch`: the scripts that SLURM would get, if any."""
+    """A plan with what is known of its cells. `sbatch`: the scripts that SLURM would get, if any.
+    `power`: what its seeds and prompts can detect (detectable.py)."""
 
     plan: Plan
     root: Path
     lines: tuple[Line, ...]
     sbatch: tuple[str, ...]
+    power: dict[str, Any] | None = None
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(line.state for line in self.lines))
@@ -90,6 +93,7 @@ class Preview:
             "counts": self.counts(),
             "cells": [line.as_json() for line in self.lines],
             "waiting": [waiting_row(one) for one in self.plan.waiting],
+            "power": self.power,
             "sbatch": list(self.sbatch),
         }
 
@@ -115,7 +119,7 @@ def preview(plan: Plan, root: Path, sbatch: Sequence[str] = ()) -> Preview:
             shared=shared.get(cell.id, ()),
         )
         lines.append(line)
-    return Preview(plan, root, tuple(lines), tuple(sbatch))
+    return Preview(plan, root, tuple(lines), tuple(sbatch), power_of(plan, root))
 
 
 def _rest(state: CellState | None) -> float:
@@ -259,7 +263,9 @@ def plan_view(made: Preview) -> RenderableType:
     unknown = sum(line.hours_left is None for line in made.lines)
     many_text = "any of them" if unknown == len(made.lines) else f"{unknown} of them"
     note = f"no cell with the arm, model, data and sizes of {many_text} has finished here"
-    return Group(*parts, plain(""), _resource_table(made), *([plain(note)] if unknown else []))
+    notes = [note] if unknown else []
+    notes += [power_text(made.power)] if made.power else []
+    return Group(*parts, plain(""), _resource_table(made), *map(plain, notes))
 
 
 def _head(made: Preview) -> list[str]:

@@ -11,10 +11,10 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dash_exp.record.folder import Row, read_final
+from dash_exp.record.folder import Row, read_final, read_json
 from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.states import CellState
-from dash_exp.sweep.status import SweepCell, SweepState, default_root, end_of_output
+from dash_exp.sweep.status import RACE, SweepCell, SweepState, default_root, end_of_output
 from dash_exp.sweep.worker import error_line
 from dash_exp.text import format_command, format_number, format_path, format_seconds, printable
 from dash_exp.train.display import REWARD
@@ -107,7 +107,8 @@ def sweep_lines(states: Sequence[SweepState]) -> RenderableType:
 def status_view(state: SweepState, chosen: Sequence[SweepCell], long: bool) -> RenderableType:
     """A sweep: its counts, its cells in a table, and why cells failed. `long`: the end of the output of all
     chosen cells."""
-    parts: list[RenderableType] = [_head(state), plain("")]
+    race = race_lines(read_json(state.manifest.folder / RACE))
+    parts: list[RenderableType] = [_head(state), *map(plain, race), plain("")]
     parts += [_cell_table(chosen[:SHOWN_CELLS])] if chosen else []
     parts += more_cells(len(chosen), "name a pattern, or --json for all of them")
     if len(chosen) == len(state.cells):
@@ -124,6 +125,16 @@ def _head(state: SweepState) -> RenderableType:
         host = state.controller.get("host")
         place += f", run by process {state.controller['pid']}" + (f" on {host}" if host else "")
     return plain(f"{state.manifest.name}\n{counts_text(state.counts)}{eta}\n{place}")
+
+
+def race_lines(found: Row) -> list[str]:
+    """A race as `status` shows it; nothing where there was none."""
+    if not found:
+        return []
+    spent, budget = format_seconds(3600 * found["spent_hours"]), found["budget_hours"]
+    spent += " spent" if budget is None else f" of {format_seconds(3600 * budget)} spent"
+    how = f"by rungs {', '.join(map(str, found['rungs']))}" if found["rungs"] else "until decided"
+    return [f"race {how}, {found['metric']}: {found['state']}, {spent}", *(f"  {t}" for t in found["lines"])]
 
 
 def _cell_table(chosen: Sequence[SweepCell]) -> Table:

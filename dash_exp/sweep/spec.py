@@ -7,6 +7,7 @@ times      true: results are times, so its cells are labelled with their kind of
            do not overlap phases (sampler.streaming=false, unless it is set)
 overrides  of every cell
 seeds      of every combination
+compare    pairs for `race`, each {arm: {key: value}, other: {key: value}}: overrides that select a recipe
 traces     arguments of `python -m dash_exp.traces`, a line each, for cells that learn from a teacher
 grid       blocks, all of whose combinations are taken. In a block:
     <key>    an axis: a list of values, or one; axes are multiplied
@@ -39,7 +40,7 @@ Combination = tuple[str, ...]
 Axis = tuple[Combination, ...]
 """What an axis chooses from; with `zip`, a choice has several overrides."""
 
-KEYS = ("claim", "question", "feeds", "times", "overrides", "seeds", "traces", "grid")
+KEYS = ("claim", "question", "feeds", "times", "overrides", "seeds", "traces", "compare", "grid")
 NEEDED = ("claim", "question", "feeds", "seeds", "grid")
 IN_BLOCK = ("zip", "exclude", "include")
 FEED = re.compile(r"(table|figure)_[a-z0-9_]+")
@@ -85,10 +86,13 @@ class Spec:
     times: bool
     traces: tuple[Combination, ...]
     source: Path
+    compare: tuple[tuple[Combination, Combination], ...] = ()
 
     def about(self) -> dict[str, object]:
         """What a manifest records of the file."""
+        pairs = [{"arm": list(arm), "other": list(other)} for arm, other in self.compare]
         return {
+            **({"compare": pairs} if pairs else {}),
             "claim": self.claim,
             "question": self.question,
             "feeds": list(self.feeds),
@@ -241,6 +245,7 @@ class Reader:
             times=times is True,
             traces=self._traces(value.get("traces")),
             source=self.path,
+            compare=self._compare(value.get("compare")),
         )
         if self.faults:  # it will not be planned, so faults of its keys and options are found here
             raise UserError([*self.faults, *_faults_of_each(spec)])
@@ -292,6 +297,17 @@ class Reader:
             if not isinstance(line, str) or not all("=" in part for part in line.split()):
                 self._fault("traces", f"got {line!r}", "write key=value, as for python -m dash_exp.traces")
         return tuple(tuple(str(line).split()) for line in lines)
+
+    def _compare(self, value: object) -> tuple[tuple[Combination, Combination], ...]:
+        found = []
+        for number, one in enumerate(self._list("compare", value)):
+            place = f"compare[{number}]"
+            if isinstance(one, dict) and set(one) == {"arm", "other"}:
+                arm, other = (self._combination(f"{place}.{name}", one[name]) for name in ("arm", "other"))
+                found.append((arm, other))
+            else:
+                self._fault(place, f"got {one!r}", "{arm: {algorithm: dash}, other: {algorithm: grpo}}")
+        return tuple(found)
 
     def _combination(self, place: str, value: object) -> Combination:
         """A mapping from keys to values as overrides."""

@@ -33,7 +33,7 @@ UNCHANGED = "nothing was changed"
 WILD = set("*?[")
 SPEAKING = ("algorithm", "model", "dataset", "experiment", "evaluation", "recipe")
 """Keys whose options need no key beside them."""
-CONTROLLER = "controller.json"
+CONTROLLER, RACE = "controller.json", "race.json"
 OPEN = ("running", "queued", "pending", "blocked", "interrupted")
 """States of cells that may still finish."""
 
@@ -86,6 +86,7 @@ class SweepState:
             "counts": self.counts,
             "eta_s": self.eta_s,
             "controller": self.controller,
+            "race": read_json(self.manifest.folder / RACE) or None,
             "cells": [one.as_json() for one in self.cells],
             "waiting": [{"overrides": list(w.overrides), "traces": str(w.traces.path)} for w in self.waiting],
         }

@@ -30,7 +30,15 @@ FROZEN: dict[str, Any] = {
     "sampler": {"name": "hf", "max_new_tokens": 6, "streaming": True, "servers": 1, "colocated": False},
     "dataset": {"name": "arithmetic", "mix": {}, "limit": None},
     "learner": {"ranks": 1, "device": "auto", "precision": "bf16_mixed", "preflight": False},
-    "evaluation": {"name": "none", "before": True, "after": True, "every": 0, "samples": 1, "limit": None},
+    "evaluation": {
+        "name": "none",
+        "before": True,
+        "after": True,
+        "every": 0,
+        "samples": 1,
+        "limit": None,
+        "sets": {},
+    },
     "budget": {"seconds": None, "match": None},
 }
 """What is looked at of a frozen config; the names and the nesting are those of a real one."""

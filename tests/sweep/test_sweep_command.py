@@ -217,7 +217,7 @@ def test_nothing_to_retry_starts_nothing(root: Path, capsys: Capture) -> None:
     assert not (manifest.folder / "controller.json").exists()
 
 
-HEAVY = {"torch", "numpy", "transformers", "vllm", "mlflow"}
+HEAVY = {"torch", "transformers", "vllm", "mlflow"}
 
 
 def test_the_command_needs_no_torch(root: Path) -> None:
@@ -226,6 +226,7 @@ def test_the_command_needs_no_torch(root: Path) -> None:
         "import sys; from dash_exp.sweep.__main__ import main\n"
         f"assert main(['status', 'mine', 'run.dir={root}']) == 0\n"
         f"assert main(['list', 'run.dir={root}']) == 0\n"
+        f"assert not {HEAVY | {'numpy'}} & set(sys.modules), 'numpy'\n"
         f"assert main(['plan', 'mine', 'run.dir={root}']) == 0\n"
         f"assert main(['plan', 'demo_minute', 'run.dir={root}']) == 0\n"
         f"sys.exit(str({HEAVY} & set(sys.modules)).replace('set()', '') or 0)\n"

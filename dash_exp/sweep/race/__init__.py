@@ -1,0 +1,1 @@
+"""`python -m dash_exp.sweep race`: add seeds until comparisons are decided, or advance a grid by rungs."""
