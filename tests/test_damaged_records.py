@@ -15,14 +15,19 @@ import pytest
 import yaml
 
 from analysis.__main__ import main as report
+from dash_exp.errors import UserError
 from dash_exp.record import journal
 from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import Recorder
 from dash_exp.record.locks import HERE
+from dash_exp.record.reading import read_record, read_rows, summary
 from dash_exp.sweep.__main__ import main as sweep
+from dash_exp.text import printable
 from tests.sweep.sweep_fixtures import cell_of, ran, sweep_of, write_yaml
 
 OF_CELL = ("config.yaml", "status.json", "provenance.json", "steps.jsonl", "evals.jsonl", "launch.jsonl")
+CERTAIN = ("empty", "cut in a line", "not JSON", "a list", "binary", "a folder", "a link to nothing")
+"""Kinds of damage that leave nothing to go on with."""
 SEEN_BY_STATUS = ("config.yaml", "status.json", "steps.jsonl", "launch.jsonl")
 QUIET = ("eval_samples.jsonl", "events.jsonl", "log.txt", "output.txt")
 """Files whose damage only some commands can see."""
@@ -210,3 +215,68 @@ def test_damaged_cells_take_no_command_down(damaged: Damaged, label: str) -> Non
             what for what in unseen if what[0] in SEEN_BY_STATUS and "surrogate" not in what[1]
         } == NO_DAMAGE
         assert list(cells.values())[-1]["damage"] == ""
+
+
+def test_a_rerun_repairs_a_damaged_cell_or_names_what_to_do(damaged: Damaged) -> None:
+    """A damaged config, status or provenance is refused and stays as it is; rows are left out and named."""
+    wrong = []
+    for folder_name, (name, kind) in damaged.what.items():
+        folder = damaged.root / "cells" / folder_name
+        before = (folder / name).read_bytes() if (folder / name).is_file() else None
+        try:
+            with Recorder(folder) as recorder:
+                recorder.event("sample", 1.0, 2.0)
+                recorder.append("steps", [{"step": 4}])
+                journal.note(folder, "start", host=HERE, pid=1)
+                if recorder.attempt < 1:
+                    wrong.append(f"{name}, {kind}: attempt {recorder.attempt}")
+            if name in ("config.yaml", "status.json", "provenance.json") and kind in CERTAIN:
+                wrong.append(f"{name}, {kind}: not refused")
+            if before and not (folder / name).read_bytes().startswith(before):
+                wrong.append(f"{name}, {kind}: what was there is gone")
+        except UserError as error:
+            after = (folder / name).read_bytes() if (folder / name).is_file() else None
+            if after != before or name not in str(error) or "run.force=true" not in str(error):
+                wrong.append(f"{name}, {kind}: {error}")
+        if name == "status.json" and kind in CERTAIN and journal.set_state(folder, "cancelled"):
+            wrong.append(f"{name}, {kind}: a damaged status was replaced")
+    assert wrong == []
+
+
+def test_the_next_attempt_is_counted_from_what_is_left(damaged: Damaged) -> None:
+    folder = damaged.root / "cells" / [*damaged.what][-1]
+    folder = next(p for p in sorted(folder.parent.iterdir()) if p.name not in damaged.what)
+    with Recorder(folder) as recorder:
+        recorder.append("steps", [{"step": 4}])
+        attempt = recorder.attempt
+    (folder / "status.json").unlink()
+    (folder / "provenance.json").unlink()
+    with Recorder(folder) as recorder:
+        assert recorder.attempt == attempt + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "what"),
+    [
+        ("steps.jsonl", '{"step": -1, "attempt": 1}', "line 1 has step=-1, not an integer from 0"),
+        ("steps.jsonl", '{"step": 1, "attempt": 1, "reward/mean": "high"}', "not a finite number"),
+        ("steps.jsonl", '{"step": 1, "attempt": 1, "reward/mean": NaN}', "has reward/mean=NaN"),
+        ("steps.jsonl", '{"attempt": 1, "attempt": 2}', 'line 1 has the key "attempt" twice'),
+        ("launch.jsonl", '{"kind": "end"}', "launch.jsonl line 1 has no time"),
+        ("status.json", '{"state": "done"}', 'has state="done", not one of pending'),
+        ("status.json", '{\n"state": "running",\n', "status.json line 3 is not JSON"),
+        ("manifest.json", '{"name": "../x"}', 'has name="../x", not the name of a folder'),
+        ("provenance.json", "", "provenance.json is empty"),
+    ],
+)
+def test_what_is_damaged_is_named(tmp_path: Path, name: str, line: str, what: str) -> None:
+    path = tmp_path / name
+    path.write_text(line)
+    read = read_rows(path) if path.suffix == ".jsonl" else read_record(path)
+    assert what in summary(read.damage)
+
+
+def test_printable_text_has_no_control_characters() -> None:
+    hostile = "a\x1b[2Jb\x1b]0;title\x07c\x9b31md\x1b]8;;http://x\x1b\\\\e\x00f\u202eg\u2066h\x1b(0i\ud800"
+    assert printable(hostile.replace("\\\\", "\\")) == "abcdefghi\ufffd"
+    assert printable("tab\tand\nnewline, Ünïcödé 模型") == "tab\tand\nnewline, Ünïcödé 模型"

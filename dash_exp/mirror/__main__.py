@@ -22,9 +22,10 @@ from dash_exp.config.tracking import URI, VARIABLE, Place, place_of, tracking_fa
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 from dash_exp.mirror.follow import follow
 from dash_exp.mirror.mlflow import Store, StoreError
-from dash_exp.mirror.sync import BusyError, CellSync, cell_lock, sweeps_below, sync_sweep
+from dash_exp.mirror.sync import BusyError, CellSync, cell_lock, record_damage, sweeps_below, sync_sweep
 from dash_exp.record.manifest import NAME as MANIFEST
-from dash_exp.record.manifest import Manifest
+from dash_exp.record.manifest import Manifest, read_all
+from dash_exp.record.reading import summary
 from dash_exp.text import printable
 
 NAME_WIDTH = 52
@@ -73,7 +74,7 @@ def find_records(folders: Sequence[Path]) -> dict[Path, tuple[dict[Path, None], 
 
 def _contents(folder: Path) -> tuple[Path, list[Manifest], list[Path]]:
     """The outputs folder, sweeps and cells that a folder stands for."""
-    if (folder / "config.yaml").exists():
+    if os.path.lexists(folder / "config.yaml"):
         return folder.parent.parent, [], [folder]
     if (folder / MANIFEST).exists():
         root = folder.parent.parent
@@ -82,7 +83,15 @@ def _contents(folder: Path) -> tuple[Path, list[Manifest], list[Path]]:
         root = folder.parent if folder.name in ("cells", "sweeps") else folder
         sweeps = [] if folder.name == "cells" else sweeps_below(root)
         if folder.name != "sweeps":
-            return root, sweeps, sorted(path.parent for path in (root / "cells").glob("*/config.yaml"))
+            return (
+                root,
+                sweeps,
+                [
+                    cell
+                    for cell in sorted((root / "cells").glob("*"))
+                    if os.path.lexists(cell / "config.yaml")
+                ],
+            )
     cells = sorted({one.cell(entry) for one in sweeps for entry in one.entries})
     return root, sweeps, [cell for cell in cells if cell.is_dir()]
 
@@ -90,6 +99,7 @@ def _contents(folder: Path) -> tuple[Path, list[Manifest], list[Path]]:
 def rebuild(root: Path, cells: Sequence[Path], sweeps: dict[str, Manifest], place: Place) -> Iterator[Fault]:
     """Sync all cells and sweeps, and print what was done. Yields faults of cells. Raises StoreError."""
     store, known = Store(place), sweeps_below(root)
+    yield from read_all(root)[1]
     print(f"mirror: {place.shown}, experiment {place.experiment}")
     counts: Counter[str] = Counter()
     values = 0
@@ -108,6 +118,8 @@ def rebuild(root: Path, cells: Sequence[Path], sweeps: dict[str, Manifest], plac
             store.check()  # raises if the server does not answer at all
             yield Fault(str(folder), f"was refused by MLflow: {error}")
             continue
+        if damage := record_damage(folder):
+            yield Fault(str(folder), f"is damaged: {summary(damage)}", "the rest of it was mirrored")
         if sent is None or cell.run is None:
             counts["unchanged" if cell.run else "not started"] += 1
             continue

@@ -15,7 +15,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dash_exp.mirror.mlflow import ENDED, Point, Run, Store, StoreError
 from dash_exp.record import journal, manifest
 from dash_exp.record.folder import Row, read_final, read_json, read_rows
 from dash_exp.record.manifest import Manifest
-from dash_exp.record.reading import read_config
+from dash_exp.record.reading import Damage, read_config, read_record
 from dash_exp.record.state import state_here
 
 FORMAT = 1
@@ -213,11 +213,14 @@ def worst_status(states: Sequence[str]) -> str:
 
 def sweeps_below(root: Path) -> list[Manifest]:
     """All sweeps of an outputs folder whose manifests can be read, oldest first."""
-    found = []
-    for path in (root / "sweeps").glob(f"*/{manifest.NAME}"):
-        with suppress(UserError):
-            found.append(manifest.read(path.parent))
-    return sorted(found, key=lambda one: (one.created, one.name))
+    return sorted(manifest.read_all(root)[0], key=lambda one: (one.created, one.name))
+
+
+def record_damage(folder: Path) -> list[Damage]:
+    """What was left out of a cell's values because it is damaged."""
+    records = [read_record(folder / name).damage for name in ("status.json", "provenance.json")]
+    streams = [read_rows(folder / f"{name}.jsonl").damage for name in ("steps", "evals")]
+    return [one for damage in (*records, *streams) for one in damage]
 
 
 def sweeps_of(folder: Path, sweeps: Sequence[Manifest]) -> list[Manifest]:

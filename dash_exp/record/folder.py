@@ -128,7 +128,7 @@ class Recorder:
         self._lock = -1
 
     def __enter__(self) -> Recorder:
-        names = (*(f"{name}.jsonl" for name in STREAMS), ".lock", "log.txt")
+        names = (*(f"{name}.jsonl" for name in STREAMS), "launch.jsonl", ".lock", "log.txt")
         _refuse([one for name in names if (one := unusable(self.folder / name))])
         self._lock = lock(self.folder)
         try:

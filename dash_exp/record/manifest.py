@@ -235,6 +235,23 @@ def read(folder: Path) -> Manifest:
     return Manifest(name, folder, root, tuple(entries), waiting, actions, about, created)
 
 
+def folders_below(root: Path) -> list[Path]:
+    """Folders of all sweeps launched below this root, by name."""
+    return sorted(path for path in (root / "sweeps").glob("*") if os.path.lexists(path / NAME))
+
+
+def read_all(root: Path) -> tuple[list[Manifest], list[Fault]]:
+    """All sweeps launched below this root, and what is wrong with those that cannot be read."""
+    found: list[Manifest] = []
+    faults: list[Fault] = []
+    for folder in folders_below(root):
+        try:
+            found.append(read(folder))
+        except UserError as error:
+            faults += error.faults
+    return found, faults
+
+
 @contextmanager
 def held(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Hold a sweep's lock: one writer at a time, on this machine and, if the file system can, on others."""

@@ -268,6 +268,8 @@ def parse(data: bytes) -> Any:
     """A JSON value, its keys unique, its texts free of lone surrogates. Raises Unreadable."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except Unreadable:
+        raise
     except UnicodeDecodeError as error:
         raise Unreadable(f"is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:

@@ -35,9 +35,10 @@ from rich.padding import Padding
 
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 from dash_exp.record import journal
+from dash_exp.record.manifest import read_all
 from dash_exp.sweep import spec as specs
 from dash_exp.sweep.report import by_state, counts_text, plain, print_parts
-from dash_exp.sweep.status import counts_of, launched, read_sweep, read_sweeps, select
+from dash_exp.sweep.status import counts_of, read_sweep, read_sweeps, select
 from dash_exp.sweep.watch import ROOT, chosen_of, logs_command, needed, root_of, say, say_json, status_command
 from dash_exp.text import format_seconds
 
@@ -134,7 +135,7 @@ class ListedSweep:
 
 def list_sweeps(root: Path) -> tuple[list[ListedSweep], list[Fault]]:
     """Every sweep, those of sweeps/ first, and what is wrong with their files."""
-    manifests, faults = launched(root)
+    manifests, faults = read_all(root)
     states = {state.manifest.name: state for state in read_sweeps(manifests)}
     rows = []
     for name in specs.names():

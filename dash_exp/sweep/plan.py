@@ -23,9 +23,10 @@ from dash_exp.config.compose import (
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed
 from dash_exp.config.overrides import quoted
 from dash_exp.config.schema import Config
-from dash_exp.errors import Fault, FaultCollector, UserError
+from dash_exp.errors import Fault, UserError
 from dash_exp.record.identity import Cell, make_cell, resolve_paths
 from dash_exp.record.manifest import Plan, PlannedCell, Traces, Waiting
+from dash_exp.sweep.faults import FaultCollector
 from dash_exp.sweep.resources import (
     NOT_REPEATED,
     OF_A_CELL,

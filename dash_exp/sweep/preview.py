@@ -18,12 +18,12 @@ from rich.table import Table
 from dash_exp.errors import UserError
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
-from dash_exp.record.manifest import Plan, PlannedCell, Resources, cell_row, waiting_row
+from dash_exp.record.manifest import Plan, PlannedCell, Resources, cell_row, folders_below, waiting_row
 from dash_exp.record.state import median_of, recent_steps
 from dash_exp.sweep.detectable import power_of, power_text
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, plain, table
 from dash_exp.sweep.states import CellState, folder_of, frozen_values, states_of
-from dash_exp.sweep.status import labels, launched_folders
+from dash_exp.sweep.status import labels
 from dash_exp.text import format_command, format_path
 
 NEW = "new"
@@ -144,7 +144,7 @@ def _states(plan: Plan, root: Path) -> dict[str, CellState]:
 def _shared(plan: Plan, root: Path) -> dict[str, tuple[str, ...]]:
     """Names of other sweeps launched here, by the ids of their cells."""
     found: dict[str, list[str]] = defaultdict(list)
-    for folder in launched_folders(root):
+    for folder in folders_below(root):
         if folder.name != plan.name:
             for row in read_json(folder / "manifest.json").get("cells", ()):
                 found[row["id"]].append(folder.name)

@@ -219,22 +219,6 @@ def default_root() -> Path:
     return Path(config["run"]["dir"])
 
 
-def launched_folders(root: Path) -> list[Path]:
-    """Folders of all sweeps launched below this root, by name."""
-    return sorted(path for path in (root / "sweeps").glob("*") if os.path.lexists(path / manifests.NAME))
-
-
-def launched(root: Path) -> tuple[list[Manifest], list[Fault]]:
-    """All sweeps launched below this root, and what is wrong with those that cannot be read."""
-    found, faults = [], []
-    for folder in launched_folders(root):
-        try:
-            found.append(manifests.read(folder))
-        except UserError as error:
-            faults += error.faults
-    return found, faults
-
-
 def find(text: str, root: Path, name: str | None = None) -> Target:
     """The sweep meant by a yaml, a name or a folder. `name`: another name to run it under (`run.sweep`)."""
     folder = Path(text)
@@ -249,7 +233,7 @@ def find(text: str, root: Path, name: str | None = None) -> Target:
     folder = manifests.sweep_folder(root, text)
     if os.path.lexists(folder / manifests.NAME):
         return Target(text, folder, root, None)
-    there = [path.name for path in launched_folders(root)]
+    there = [path.name for path in manifests.folders_below(root)]
     what = f"is no sweep: neither a file in sweeps/, nor one launched in {root}, nor a folder"
     hint = nearest(text, {*known, *there}) if known or there else LIST_HINT
     raise UserError(Fault(text, what, hint), UNCHANGED)

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dash_exp.errors import ExitCode, Fault, UserError, print_error
-from dash_exp.record.manifest import Manifest
+from dash_exp.record.manifest import Manifest, read_all
 from dash_exp.sweep.report import print_parts, status_view, sweep_lines
 from dash_exp.sweep.status import (
     LIST_HINT,
@@ -27,7 +27,6 @@ from dash_exp.sweep.status import (
     Target,
     default_root,
     find,
-    launched,
     output_path,
     read_sweep,
     read_sweeps,
@@ -101,7 +100,7 @@ class View:
 
 
 def view_all(root: Path) -> View:
-    manifests, faults = launched(root)
+    manifests, faults = read_all(root)
     for fault in faults:
         print_error(str(fault))
     return View(read_sweeps(manifests), place=format_path(root))
