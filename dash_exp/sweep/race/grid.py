@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dash_exp.errors import Fault, FaultCollector, UserError, nearest
+from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.record import manifest as manifests
 from dash_exp.record.manifest import Plan, PlannedCell, sweep_folder
 from dash_exp.sweep.dispatch import LaunchRequest
+from dash_exp.sweep.faults import FaultCollector
 from dash_exp.sweep.local import planned_cell
 from dash_exp.sweep.plan import SweepOptions, make_plan
 from dash_exp.sweep.race.rounds import Field
