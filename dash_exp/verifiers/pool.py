@@ -32,6 +32,8 @@ _JOIN_S = 10.0
 _WATCHDOG_GRACE_S = 5.0
 _SANDBOX_GRACE_S = 5.0
 _EXIT_S = 1.0
+_LONGEST_S = 2_000_000.0
+"""What the kernel's call can wait for."""
 _MAX_VERDICT_BYTES = 65_536
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR")
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -378,5 +380,5 @@ def _poll(descriptor: int, event: int, deadline: float) -> None:
     poller = select.poll()
     poller.register(descriptor, event)
     left = deadline - time.monotonic()
-    if left <= 0 or not poller.poll(left * 1000):
+    if left <= 0 or not poller.poll(1000 * min(left, _LONGEST_S)):
         raise WorkerTimeoutError

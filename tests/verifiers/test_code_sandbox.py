@@ -137,6 +137,19 @@ def test_a_scratch_folder_hides_nothing_that_lies_below_it() -> None:
     assert fallback.with_scratch() == fallback
 
 
+def test_data_beside_an_environment_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment may be the project's own folder, or the package lie in a checkout with data."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "data.jsonl").write_text("{}")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("LD_LIBRARY_PATH", ".:")
+    shown = [Path(path) for path in sandbox._needed()]
+    assert tmp_path / "lib" in shown
+    package = Path(dash_exp.__file__).parent
+    hidden = (tmp_path / "data.jsonl", package / "tasks" / "generated.py", Path.cwd() / "x")
+    assert not [path for path in shown for one in hidden if one.is_relative_to(path)]
+
+
 def test_an_environment_may_be_a_link(tmp_path: Path) -> None:
     """An environment that is a link to another folder, as some tools make them."""
     skip_without("bwrap")

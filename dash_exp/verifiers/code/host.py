@@ -206,7 +206,7 @@ def _watch(examiner: Child, candidate: Child, limit_s: float) -> Score | None:
             return score("timeout", f"no verdict within {limit_s:g} s of processor time")
         if passed >= (limit := limit_s if used < limit_s * _WAITING else wall):
             return score("timeout", f"no verdict within {limit:g} s")
-        ends = poller.poll(1000 * max(_LOOK_S, min(limit_s - used, limit - passed)))
+        ends = poller.poll(1000 * min(60.0, max(_LOOK_S, min(limit_s - used, limit - passed))))
     if _line_of(examiner.end) is None:
         return score("crashed", "the tests' process ended: out of memory?")
     return None
