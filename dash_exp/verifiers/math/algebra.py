@@ -29,7 +29,7 @@ SYMPY_ERRORS = (
 _SPELLING = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
 )
-_DIGITS, _MOST_DIGITS = 8, 1_000
+_DIGITS, _MOST_DIGITS = 8, 100
 """Digits of a difference that have to be certain, and the working precision up to which that is tried."""
 
 
@@ -143,12 +143,12 @@ def lies_within(text: str, low: Fraction, high: Fraction) -> bool:
 Sides = tuple[Sequence[str], Sequence[str]]
 
 
-def same_relation(gold: Sides, found: Sides) -> bool | None:
+def same_relation(gold: Sides, found: Sides) -> bool:
     """Whether two relations, each (sides, signs), mean the same: equations up to a constant factor,
-    inequalities up to a positive one. None when one cannot be read."""
+    inequalities up to a positive one."""
     left, right = _differences(*gold), _differences(*found)
     if left is None or right is None:
-        return None
+        return False
     rest = list(right)
     for kind, difference in left:
         twin = next((r for r in rest if r[0] == kind and _proportional(kind, difference, r[1])), None)
@@ -194,9 +194,9 @@ def points(texts: Sequence[str]) -> sympy.Set | None:
     return sympy.FiniteSet(*values) if all(map(is_real_number, values)) else None
 
 
-def same_set(gold: sympy.Set, found: sympy.Set) -> bool | None:
-    """Whether two sets have the same members; None where sympy does not know."""
+def same_set(gold: sympy.Set, found: sympy.Set) -> bool:
+    """Whether two sets have the same members, as far as sympy knows."""
     try:
         return bool(gold == found or ((gold - found).is_empty and (found - gold).is_empty))
     except SYMPY_ERRORS:
-        return None
+        return False

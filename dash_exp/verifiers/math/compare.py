@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import Enum
 from fractions import Fraction
 from functools import lru_cache
 
@@ -26,7 +25,7 @@ from dash_exp.verifiers.math.parse import (
     parse_form,
     parse_leaf,
 )
-from dash_exp.verifiers.math.quantities import plain_units, units_clash
+from dash_exp.verifiers.math.quantities import units_clash
 from dash_exp.verifiers.types import score
 
 MAX_JUDGED_CHARS = 1_000
@@ -34,50 +33,25 @@ MAX_JUDGED_CHARS = 1_000
 
 _ROUNDED_DIGITS = 3
 """A gold decimal with at least this many significant digits may be a rounded exact number."""
+_LETTER = re.compile(r"\(?([A-Z])\)?")
 _CHOICE = re.compile(
-    r"^\s*(?:(?i:\\text\{\s*(?:option|choice)\s*\}:?\s*|(?:\\text\{\s*)?(?:option|choice)\s*:?\s*))?"
-    r"(?:\\text\{\s*\(([A-Z])\)\s*\}|\(([A-Z])\)|(?:\\text\{\s*)?([A-J])\s*[.):])\s*\}?\s*([^\s}].*)$",
+    r"\s*(?:(?i:option|choice)\s*:?)?\s*(?:\(\s*([A-Z])\s*\)|([A-J])(?=\s*(?:[.):]|$)))[\s.):]*(.*)",
     re.DOTALL,
 )
-_OPTION = re.compile(r"^\s*(?:\\text\{\s*)?(?:option|choice)\s*\}?:?\s*(?=\(?[A-J]\b)", re.IGNORECASE)
-_DOUBTS = (
-    r"[,;/&]"
-    r"|(?i:(?:or|and|not|are|isn'?t|cannot|but|nor|wrong|incorrect)\b)"
-    r"|(?i:is\b(?!\s+(?:the\s+)?(?:correct|right|answer|true)\b))"
+_DOUBTS = re.compile(
+    r"(?<![A-Za-z])\(\s*[A-J]\s*\)|^\s*[,;/&]|^\W*[A-J](?:\W+[A-J])*\W*$"  # another choice
+    r"|^\W*(?i:or|and|not|are|isn'?t|cannot|but|nor|wrong|incorrect"
+    r"|is(?!\s+(?:the\s+)?(?:correct|right|answer|true)\b))\b"
 )
-_MORE_CHOICES = re.compile(
-    r"(?<![A-Za-z])\(\s*[A-J]\s*\)"  # another choice
-    rf"|^[\s{{}}\\]*(?:text\s*\{{\s*)?(?:{_DOUBTS})"
-    r"|^\W*(?:text\W+)?[A-J](?:\W+(?:text\W+)?[A-J])*\W*$"  # `B C`, `B, C`
-)
-_CHOICE_ONLY = re.compile(r"^\(?([A-Z])\)?$")
-_AMOUNT = re.compile(r"\d+\D*")
-"""One number and its unit, in which capitals count: `5 MW`."""
-_LETTERS = re.compile(r"[A-H]{2,8}")
+_LEADING_CHOICE = re.compile(r"^(?:\\text\{\s*\([A-J]\)\s*\}|\([A-J]\))(?=\s*\S)")
 _GROUPED = re.compile(r"\d,\d{3}")
 _OR = re.compile(r"\\text\s*\{\s*or\s*\}")
 _PRIMES = re.compile(r"(?<=[A-Za-z)}])'+|\\prime(?![A-Za-z])")
-_DATE = re.compile(r"\d{4}-(?:0\d|1[0-2])-(?:[0-2]\d|3[01])")
 _COLON = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _TIME = re.compile(r"\d{1,2}(?:\s*:\s*\d\d){1,2}")
-
-
-class Match(Enum):
-    """How a candidate compares with gold."""
-
-    SAME = "same"
-    DIFFERENT = "different"
-    UNREADABLE = "unreadable"
-
-    @classmethod
-    def of(cls, same: bool | None) -> Match:
-        return cls.UNREADABLE if same is None else cls.SAME if same else cls.DIFFERENT
-
-
-def all_of(matches: Sequence[Match]) -> Match:
-    if Match.DIFFERENT in matches:
-        return Match.DIFFERENT
-    return Match.UNREADABLE if Match.UNREADABLE in matches else Match.SAME
+_SYMBOLS = re.compile(r"[\\^_{}+*/=<>-]")
+_AMOUNT = re.compile(r"\d+\D*")
+"""One number and its unit, in which capitals count: `5 MW`."""
 
 
 def judge_math(text: str, answer: str, extraction: str) -> Score:
@@ -102,59 +76,51 @@ def judge_candidate(candidate: str, answer: str) -> Score:
         return score("correct")
     if len(candidate) > MAX_JUDGED_CHARS:
         return score("unparsed", f"{len(candidate)} characters are no answer")
-    match = _judge(candidate, answer)
+    gold, found = normalise(answer), normalise(candidate)
     spellings = _OR.split(candidate)
-    if match is not Match.SAME and 1 < len(spellings) <= 4:  # one answer, written in several ways
-        match = all_of([_judge(spelling, answer) for spelling in spellings])
-    if match is Match.SAME:
+    if _same(gold, found) or (
+        1 < len(spellings) <= 4 and all(_same(gold, normalise(spelling)) for spelling in spellings)
+    ):
         return score("correct")
     shown = f"found {candidate[:80]!r}, expected {answer[:80]!r}"
-    return score("wrong" if match is Match.DIFFERENT else "unparsed", shown)
+    return score("wrong" if _readable(parse_form(found)) else "unparsed", shown)
 
 
-def _judge(candidate: str, answer: str) -> Match:
-    gold, found = normalise(answer), normalise(candidate)
+def _same(gold: str, found: str) -> bool:
+    """Whether two normalised answers are the same."""
     if squash(gold) == squash(found):
-        return Match.SAME
-    choice, expected = _CHOICE.match(found), _CHOICE_ONLY.match(gold)
-    if expected and choice:
-        *letters, rest = choice.groups()
-        letter = "" if _MORE_CHOICES.search(rest) else next(letter for letter in letters if letter)
-        return Match.of(letter == expected.group(1))
-    if expected:
-        found = _OPTION.sub("", found)
-    elif choice and not choice.group(3):
-        found = trim(choice.group(4))
-    words = [plain_units(plain_words(text)) for text in (gold, found)]
-    if words[0] and words[0] == words[1] and not _AMOUNT.fullmatch(words[0]):
-        return Match.SAME
-    if _same_letters(gold, found) or _same_letters(found, gold):
-        return Match.SAME
-    first = compare(parse_form(gold), parse_form(found))
-    if first is Match.SAME or not (_GROUPED.search(gold) or _GROUPED.search(found)):
-        return first
+        return True
+    if letter := _LETTER.fullmatch(gold):
+        choice = _CHOICE.fullmatch(re.sub(r"\\text\b|[{}]", " ", found))
+        if choice:
+            return letter[1] in (choice[1], choice[2]) and not _DOUBTS.search(choice[3])
+    else:
+        found = trim(_LEADING_CHOICE.sub("", found))
+    words = plain_words(gold)
+    if words and words == plain_words(found) and not _AMOUNT.fullmatch(words):
+        return True
+    if compare(parse_form(gold), parse_form(found)):
+        return True
     # `1,234` is one number or a list of two: any reading of both that agrees will do. The form cannot tell:
     # of the golds written so in MATH, 8 are numbers and 1 is a list
-    for join_gold, join_found in ((False, False), (True, False), (False, True)):
-        if compare(parse_form(gold, join_gold), parse_form(found, join_found)) is Match.SAME:
-            return Match.SAME
-    return first
+    readings = ((False, False), (True, False), (False, True)) if _GROUPED.search(gold + " " + found) else ()
+    return any(compare(parse_form(gold, joined[0]), parse_form(found, joined[1])) for joined in readings)
 
 
-def _same_letters(joined: str, listed: str) -> bool:
-    """Whether `ABD` are the choices that `A, B, D` lists."""
-    letters = re.sub(r"\\text|[\s,{}()]", "", listed)
-    return (
-        bool(_LETTERS.fullmatch(joined) and "," in listed)
-        and len(set(joined)) == len(joined)
-        and sorted(joined) == sorted(letters)
-    )
+def _readable(form: Form) -> bool:
+    """Whether every part is a number, a formula that can be parsed, or words."""
+    if isinstance(form, Leaf):
+        known = form.value is not None or form.base is not None or plain_words(form.text)
+        return bool(known) or not _SYMBOLS.search(form.text) or algebra.expression(form.text) is not None
+    if isinstance(form, Relation):
+        return True
+    return all(map(_readable, form.items if isinstance(form, Group) else (*form.parts, *form.minus)))
 
 
 # Forms
 
 
-def compare(gold: Form, candidate: Form) -> Match:
+def compare(gold: Form, candidate: Form) -> bool:
     """Whether two forms are the same answer."""
     if isinstance(gold, Leaf) and isinstance(candidate, Leaf):
         return compare_leaves(gold, candidate)
@@ -166,53 +132,43 @@ def compare(gold: Form, candidate: Form) -> Match:
         return _groups(gold, candidate)
     group, leaf = (gold, candidate) if isinstance(gold, Group) else (candidate, gold)
     if not isinstance(leaf, Leaf) or not isinstance(group, Group) or "\\emptyset" in leaf.text:
-        return Match.DIFFERENT  # the empty set is no element of itself
+        return False  # the empty set is no element of itself
     if group.unordered:
-        return compare(group.items[0], leaf) if len(group.items) == 1 else Match.DIFFERENT
+        return len(group.items) == 1 and compare(group.items[0], leaf)
     items = [item.text for item in _column(group, leaf).items if isinstance(item, Leaf)]
     half_open = (group.opening, group.closing) in (("(", "]"), ("[", ")"))
     if half_open or not 2 <= len(items) <= 3 or not re.search(r"(?<![A-Za-z\\])[jk](?![A-Za-z])", leaf.text):
-        return Match.DIFFERENT
+        return False
     terms = (f"({item}) \\cdot {unit}" for item, unit in zip(items, "ijk", strict=False))
     return compare_leaves(Leaf(" + ".join(terms)), leaf)  # a tuple or column beside `2i - j + 3k`
 
 
-def _as_relation(form: Form) -> algebra.Sides | None:
-    if isinstance(form, Relation):
-        return form.sides, form.signs
-    if isinstance(form, Leaf) and form.name:
-        return (form.name, form.text), ("=",)
-    return None
-
-
-def _relations(gold: Form, candidate: Form) -> Match:
-    first, second = _as_relation(gold), _as_relation(candidate)
-    if first is not None and second is not None:
-        return Match.of(algebra.same_relation(first, second))
+def _relations(gold: Form, candidate: Form) -> bool:
+    sides = [
+        (form.sides, form.signs) if isinstance(form, Relation) else ((form.name, form.text), ("=",))
+        for form in (gold, candidate)
+        if isinstance(form, Relation) or (isinstance(form, Leaf) and form.name)
+    ]
+    if len(sides) == 2:
+        return algebra.same_relation(*sides)
     if isinstance(candidate, Relation) and set(candidate.signs) == {"="} and isinstance(gold, Leaf):
         # `a^2 + b^2 = 13` for gold `13`: every side that is a number has to be right
         values = [side for side in candidate.sides if not has_symbols(side)]
         if not values or candidate.sides[-1] == values[-1] != "0":
-            shown = values or [candidate.sides[-1]]
-            return all_of([compare_leaves(gold, parse_leaf(side)) for side in shown])
-    return Match.DIFFERENT
+            return all(compare_leaves(gold, parse_leaf(side)) for side in values or candidate.sides[-1:])
+    return False
 
 
-def _groups(gold: Group, candidate: Group) -> Match:
+def _groups(gold: Group, candidate: Group) -> bool:
     if gold.name and candidate.name and gold.name != candidate.name:
-        return Match.DIFFERENT
+        return False
     gold, candidate = _in_order(gold, candidate), _in_order(candidate, gold)
     gold, candidate = _column(gold, candidate), _column(candidate, gold)
     if not _compatible(gold, candidate) or len(gold.items) != len(candidate.items):
-        return Match.DIFFERENT
+        return False
     if gold.unordered and candidate.unordered and not _is_ranking(gold):
         return _matched(gold.items, candidate.items)
-    found = []
-    for expected, item in zip(gold.items, candidate.items, strict=True):
-        found.append(compare(expected, item))
-        if found[-1] is Match.DIFFERENT:
-            break
-    return all_of(found)
+    return all(map(compare, gold.items, candidate.items))
 
 
 def _in_order(group: Group, other: Group) -> Group:
@@ -226,20 +182,14 @@ def _in_order(group: Group, other: Group) -> Group:
 
 
 def _column(group: Group, other: Form) -> Group:
-    """A matrix of one row or column as a tuple, when it is compared with no matrix; `[[1],[2]]` as
-    a matrix, when it is compared with one."""
+    """A matrix of one row or column as a tuple, when it is compared with no matrix."""
     rows = [row for row in group.items if isinstance(row, Group)]
-    if isinstance(other, Group) and other.opening == "matrix":
-        nested = group.opening == "[" and [row.opening for row in rows] == ["["] * len(group.items)
-        return (
-            Group("matrix", "matrix", tuple(Group("(", ")", row.items) for row in rows)) if nested else group
-        )
-    if group.opening != "matrix":
+    if group.opening != "matrix" or (isinstance(other, Group) and other.opening == "matrix"):
         return group
-    if len(rows) == 1:
-        return rows[0]
     single = all(len(row.items) == 1 for row in rows)
-    return Group("(", ")", tuple(row.items[0] for row in rows)) if single else group
+    return (
+        rows[0] if len(rows) == 1 else Group("(", ")", tuple(r.items[0] for r in rows)) if single else group
+    )
 
 
 def _compatible(gold: Group, candidate: Group) -> bool:
@@ -251,30 +201,30 @@ def _compatible(gold: Group, candidate: Group) -> bool:
 
 def _is_ranking(gold: Group) -> bool:
     """A bare list of words (not of single letters) is taken to be in order."""
-    words = [plain_words(item.text) for item in gold.items if isinstance(item, Leaf)]
-    return not gold.opening and len(words) == len(gold.items) and all(len(w) > 3 for w in words)
+    return not gold.opening and all(isinstance(i, Leaf) and len(plain_words(i.text)) > 3 for i in gold.items)
 
 
-def _matched(gold: Sequence[Form], candidate: Sequence[Form]) -> Match:
-    """Every gold item has its own twin among the candidate's."""
+def _matched(gold: Sequence[Form], candidate: Sequence[Form]) -> bool:
+    """Every gold item has its own twin among the candidate's, and none is left."""
     rest = list(candidate)
-    unreadable = len(gold) != len(rest)
     for expected in gold:
-        matches = [compare(expected, item) for item in rest]
-        unreadable = unreadable or Match.UNREADABLE in matches
-        if Match.SAME not in matches:
-            return Match.UNREADABLE if unreadable else Match.DIFFERENT
-        del rest[matches.index(Match.SAME)]
-    return Match.DIFFERENT if rest else Match.SAME
+        twin = next((at for at, item in enumerate(rest) if compare(expected, item)), None)
+        if twin is None:
+            return False
+        del rest[twin]
+    return not rest
 
 
-def _sets(gold: Form, candidate: Form) -> Match:
-    if isinstance(gold, SetExpr) and isinstance(candidate, SetExpr):
-        pieces = [_matched(gold.parts, candidate.parts), _matched(gold.minus, candidate.minus)]
-        if all_of(pieces) is Match.SAME:
-            return Match.SAME
-    sets = _as_set(gold), _as_set(candidate)
-    return Match.DIFFERENT if sets[0] is None or sets[1] is None else Match.of(algebra.same_set(*sets))
+def _sets(gold: Form, candidate: Form) -> bool:
+    if (
+        isinstance(gold, SetExpr)
+        and isinstance(candidate, SetExpr)
+        and _matched(gold.parts, candidate.parts)
+        and _matched(gold.minus, candidate.minus)
+    ):
+        return True
+    first, second = _as_set(gold), _as_set(candidate)
+    return first is not None and second is not None and algebra.same_set(first, second)
 
 
 def _as_set(form: Form) -> sympy.Set | None:
@@ -298,33 +248,24 @@ def _as_set(form: Form) -> sympy.Set | None:
 # Leaves
 
 
-def compare_leaves(gold: Leaf, candidate: Leaf) -> Match:
+def compare_leaves(gold: Leaf, candidate: Leaf) -> bool:
     """Whether two unstructured answers are the same. Of a gold chain (`2/3 = 0.667`) any member
     will do; of a candidate's chain every member has to be right."""
     names = gold.name, candidate.name
     if all(names) and re.findall(r"'|\^-1", names[0]) != re.findall(r"'|\^-1", names[1]):
-        return Match.DIFFERENT  # the parser drops primes
+        return False  # the parser drops primes
     if all(0 < len(name) <= 4 for name in names) and names[0] != names[1]:
-        return Match.of(
-            algebra.same_relation(*(((leaf.name, leaf.text), ("=",)) for leaf in (gold, candidate)))
-        )
+        return algebra.same_relation(*(((leaf.name, leaf.text), ("=",)) for leaf in (gold, candidate)))
     percent_clash = (gold.percent and candidate.unit) or (candidate.percent and gold.unit)
     if units_clash(gold.unit, candidate.unit) or percent_clash:
-        return Match.DIFFERENT
-    if any(names) and _tautology(gold) != _tautology(candidate):
-        return Match.DIFFERENT
-    alternatives = (gold, *gold.chain)
-    found = []
-    for member in (candidate, *candidate.chain):
-        tried = [_leaf(alternative, member) for alternative in alternatives]
-        near = member.rounded and any(_shows(other, member) for other in alternatives)
-        found.append(Match.SAME if near or Match.SAME in tried else all_of(tried))
-    return all_of(found)
-
-
-def _tautology(leaf: Leaf) -> bool:
-    """Whether the leaf was written as `1 = 1`, which gives no name a value."""
-    return bool(leaf.chain) and not leaf.name and all(leaf.text == other.text for other in leaf.chain)
+        return False
+    return all(
+        any(
+            _leaf(expected, member) or (member.rounded and _shows(expected, member))
+            for expected in (gold, *gold.chain)
+        )
+        for member in (candidate, *candidate.chain)
+    )
 
 
 def _shows(exact: Leaf, shown: Leaf) -> bool:
@@ -352,64 +293,49 @@ def _rounded(gold: Leaf, candidate: Leaf) -> bool:
     return _lies_near(candidate, gold.value, Fraction(1, 2 * 10**gold.decimals))
 
 
-def _leaf(gold: Leaf, candidate: Leaf) -> Match:
-    dates = [_DATE.fullmatch(leaf.text) and leaf.text for leaf in (gold, candidate)]
-    if any(dates):  # else they would be differences
-        return Match.of(dates[0] == dates[1])
+def _leaf(gold: Leaf, candidate: Leaf) -> bool:
     if gold.base is not None or candidate.base is not None:
         digits = [re.sub(r"\\text|[\s{}()]", "", leaf.text).upper() for leaf in (gold, candidate)]
-        same_base = gold.base is None or candidate.base is None or gold.base == candidate.base
-        return Match.of(digits[0] == digits[1] and same_base)
+        return digits[0] == digits[1] and (None in (gold.base, candidate.base) or gold.base == candidate.base)
     if gold.value is not None and candidate.value is not None:
-        return Match.of(_same_number(gold, candidate))
+        expected, found = gold.value, candidate.value
+        if expected == found or gold.percent == candidate.percent:
+            return expected == found or _rounded(gold, candidate)
+        return expected / 100 == found if gold.percent else expected == found / 100
     if squash(gold.text) == squash(candidate.text):
-        return Match.of(gold.percent == candidate.percent)
+        return gold.percent == candidate.percent
     if ":" in gold.text or ":" in candidate.text:
         return _ratios(gold, candidate)
-    words = plain_words(gold.text), plain_words(candidate.text)
-    return Match.SAME if words[0] and words[0] == words[1] else _expressions(gold, candidate)
+    words = plain_words(gold.text)
+    return bool(words and words == plain_words(candidate.text)) or _expressions(gold, candidate)
 
 
-def _same_number(gold: Leaf, candidate: Leaf) -> bool:
-    expected, found = gold.value, candidate.value
-    assert expected is not None and found is not None
-    if expected == found:
-        return True
-    if gold.percent != candidate.percent:
-        return expected / 100 == found if gold.percent else expected == found / 100
-    return _rounded(gold, candidate)
-
-
-def _expressions(gold: Leaf, candidate: Leaf) -> Match:
+def _expressions(gold: Leaf, candidate: Leaf) -> bool:
     if _PRIMES.findall(gold.text) != _PRIMES.findall(candidate.text):
-        return Match.DIFFERENT  # the parser drops them: `f'` would be `f`
+        return False  # the parser drops them: `f'` would be `f`
     found, expected = algebra.expression(candidate.text), algebra.expression(gold.text)
     if found is None or expected is None:
-        return Match.UNREADABLE if found is None else Match.DIFFERENT
-    if algebra.same_expression(expected, found):
-        return Match.SAME
-    if gold.percent != candidate.percent:
-        total, percent = (found, expected) if gold.percent else (expected, found)
-        if isinstance(percent, sympy.Expr) and algebra.same_expression(total, percent / 100):
-            return Match.SAME
-    return Match.of(_rounded(gold, candidate))
+        return False
+    if algebra.same_expression(expected, found) or _rounded(gold, candidate):
+        return True
+    total, percent = (found, expected) if gold.percent else (expected, found)
+    different = gold.percent != candidate.percent and isinstance(percent, sympy.Expr)
+    return different and algebra.same_expression(total, percent / 100)
 
 
-def _ratios(gold: Leaf, candidate: Leaf) -> Match:
+def _ratios(gold: Leaf, candidate: Leaf) -> bool:
     """`3:5` as a ratio or a time. A time (`9:24`) is compared part by part only."""
     first, second = _parts(gold), _parts(candidate)
     if first is None or second is None:
-        return Match.UNREADABLE if first is second is None else Match.DIFFERENT
-    if len(first) == 1 or len(second) == 1:
-        if any(name in ("am", "pm") for name, _ in (*gold.unit, *candidate.unit)):  # 9 a.m. is 9:00
-            first, second = (*first, Fraction(0))[:2], (*second, Fraction(0))[:2]
-        else:
-            first, second = (*first, Fraction(1))[:2], (*second, Fraction(1))[:2]
+        return False
+    if len(first) == 1 or len(second) == 1:  # 9 a.m. is 9:00, and 3/5 is 3:5
+        missing = Fraction(not any(name in ("am", "pm") for name, _ in (*gold.unit, *candidate.unit)))
+        first, second = (*first, missing)[:2], (*second, missing)[:2]
     if first == second or _clock(gold, first) == _clock(candidate, second):
-        return Match.SAME
+        return True
     if _TIME.fullmatch(gold.text) or len(first) != len(second):
-        return Match.DIFFERENT
-    return Match.of(all(a * second[0] == b * first[0] for a, b in zip(first, second, strict=True)))
+        return False
+    return all(a * second[0] == b * first[0] for a, b in zip(first, second, strict=True))
 
 
 def _parts(leaf: Leaf) -> tuple[Fraction, ...] | None:

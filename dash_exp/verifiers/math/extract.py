@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 MAX_CANDIDATE_CHARS = 2_000
 """A candidate is cut to this length: no true answer is near it."""
 
+_MAX_READ = 200_000
+"""Only so many characters at the end are read, which takes about a second at worst."""
 _MAX_JOINED = 16
 _MAX_GAP = 40
 """Characters between two members of a list."""
@@ -50,7 +52,6 @@ _SENTENCE_END = re.compile(
 )
 _JOINT = re.compile(r"\s*(?:[,;，、]\s*)?(?:(?:and|or|和|或)\b)?\s*")
 _JOINT_NUMBERS = re.compile(r"\s?,?\s?\bor\s(?:[A-Za-z]{1,12}\s)?(?:[A-Za-z]\s?=\s?)?")
-_SAME_NAME = re.compile(r"\s?,?\s?(?:\band\s)?([A-Za-z])\s?=\s?")
 _NAMED = re.compile(r"\s*([A-Za-z])(?:_\S{1,4})?\s*=")
 _ENDS = re.compile(r"\s*(?:[.,;:!?。，]|$|\n|(?:and|or|和|或)\b)")
 _PROSE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
@@ -190,19 +191,14 @@ def _formula(match: re.Match[str]) -> str:
 
 
 def _with_joined(first: re.Match[str], text: str) -> str:
-    """A formula and those that a comma, `and` or `or` joins to it. One after which the sentence goes
+    return ", ".join(map(_formula, _last_run(_MATH, text, _continued, first=first)))[:MAX_CANDIDATE_CHARS]
+
+
+def _continued(_: re.Match[str], second: re.Match[str], gap: str) -> bool:
+    """Whether a comma, `and` or `or` joins a formula to the one before. One after which the sentence goes
     on begins another clause, unless it is an alternative."""
-    found, end = [_formula(first)], first.end()
-    while len(found) < _MAX_JOINED:
-        joint = _JOINT.match(text, end)
-        following = _MATH.match(text, joint.end()) if joint and joint.group().strip() else None
-        if joint is None or following is None:
-            break
-        if not (_ENDS.match(text, following.end()) or _is_or(joint.group())):
-            break
-        found.append(_formula(following))
-        end = following.end()
-    return ", ".join(found)[:MAX_CANDIDATE_CHARS]
+    joint = gap.strip() and _JOINT.fullmatch(gap)
+    return bool(joint and (_is_or(gap) or _ENDS.match(second.string, second.end())))
 
 
 def _is_or(joint: str) -> bool:
@@ -250,12 +246,9 @@ def _one_list(first: re.Match[str], second: re.Match[str], gap: str) -> bool:
     return bool(same) or _is_or(gap)
 
 
-def _alternatives(first: re.Match[str], second: re.Match[str], gap: str) -> bool:
-    """Whether two numbers are: `3 or 4`, `x = 3, x = 4`."""
-    named = _SAME_NAME.fullmatch(gap)
-    before = first.string[max(0, first.start() - 4) : first.start()]
-    same = named and re.search(rf"(?<![A-Za-z]){named.group(1)}\s?=\s?$", before)
-    return bool(same) or _JOINT_NUMBERS.fullmatch(gap) is not None
+def _alternatives(_: re.Match[str], __: re.Match[str], gap: str) -> bool:
+    """Whether `or` joins two numbers."""
+    return _JOINT_NUMBERS.fullmatch(gap) is not None
 
 
 def whole(text: str) -> str | None:
@@ -291,4 +284,4 @@ def extract(text: str, mode: str) -> str | None:
     """The candidate answer in `text`, or None. `mode` is a key of `EXTRACTORS`."""
     if mode not in EXTRACTORS:
         raise ValueError(f"extraction {mode!r} is not one of {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[mode](text)
+    return EXTRACTORS[mode](text[-_MAX_READ:])

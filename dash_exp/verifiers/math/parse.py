@@ -109,20 +109,19 @@ def parse_form(text: str, join_thousands: bool = True, depth: int = 0) -> Form:
     return _single(trim(items[0]) if len(items) == 1 else text, depth)
 
 
+def _items(form: Form) -> tuple[Form, ...]:
+    """Those of a bare list, else the form itself."""
+    return form.items if isinstance(form, Group) and not form.opening else (form,)
+
+
 def _listed(found: list[Form]) -> Form:
-    forms = [inner for form in found for inner in (form.items if _is_list(form) else (form,))]  # type: ignore[union-attr]
-    excluding = [form for form in forms if isinstance(form, SetExpr) and form.minus]
-    if len(excluding) == len(forms) and all(form.parts == (_REALS,) for form in excluding):
-        return SetExpr(
-            (_REALS,), tuple(point for form in excluding for point in form.minus)
-        )  # x != 2, x != 3
+    forms = tuple(item for form in found for item in _items(form))
+    sets = [form for form in forms if isinstance(form, SetExpr)]
+    if len(sets) == len(forms) and all(form.parts == (_REALS,) and form.minus for form in sets):
+        return SetExpr((_REALS,), tuple(point for form in sets for point in form.minus))  # x != 2, x != 3
     if all(isinstance(form, SetExpr) or (isinstance(form, Group) and form.name) for form in forms):
-        return SetExpr(tuple(forms))  # x < 2 or x > 3
-    return Group("", "", tuple(forms))
-
-
-def _is_list(form: Form) -> bool:
-    return isinstance(form, Group) and not form.opening
+        return SetExpr(forms)  # x < 2 or x > 3
+    return Group("", "", forms)
 
 
 def _single(text: str, depth: int) -> Form:
@@ -156,8 +155,7 @@ def _related(text: str, depth: int) -> Form | None:
     if set(signs) == {"="}:
         return _equation(sides, depth)
     if signs == ["\\ne"] and NAME.fullmatch(sides[0]):
-        point = parse_form(sides[1], depth=depth + 1)
-        return SetExpr((_REALS,), point.items if _is_list(point) else (point,))  # type: ignore[union-attr]
+        return SetExpr((_REALS,), _items(parse_form(sides[1], depth=depth + 1)))
     return _interval(sides, signs) or Relation(tuple(sides), tuple(signs))
 
 
@@ -214,17 +212,15 @@ def _within(distance: re.Match[str], low: str, high: str, strict: list[bool]) ->
 
 
 def _bracketed(text: str, depth: int) -> Form | None:
-    matrix = _MATRIX.match(text)
-    if matrix:
+    if matrix := _MATRIX.match(text):
         return _matrix(matrix.group(1).strip(), matrix.group(3), depth)
     if text.startswith("\\{") and text.endswith("\\}") and closing(text, 1) == len(text) - 1:
-        built = _BUILDER.match(text[2:-2])
-        if built is None:
-            return _group("{", "}", text[2:-2], depth)
-        form = parse_form(text[2 + built.end() : -2], join_thousands=False, depth=depth + 1)
+        inner = text[2:-2]
+        built = _BUILDER.match(inner)
+        form = parse_form(inner[built.end() :], False, depth + 1) if built else None
         parts = form.parts if isinstance(form, SetExpr) else (form,)
-        named = all(isinstance(part, Group) and part.name in ("", built.group(1).lower()) for part in parts)
-        return form if named else _group("{", "}", text[2:-2], depth)
+        known = all(isinstance(part, Group) and part.name in ("", inner.strip()[0].lower()) for part in parts)
+        return form if known else _group("{", "}", inner, depth)
     if not text or text[0] not in "([{" or closing(text, 0) != len(text) - 1:
         return None
     inner = text[1:-1]
@@ -234,31 +230,24 @@ def _bracketed(text: str, depth: int) -> Form | None:
     return _group(text[0], text[-1], inner, depth)
 
 
-def _group(opening: str, close: str, inner: str, depth: int) -> Form:
-    items = [part for part in split_top(inner, _COMMA) if part.strip()]
-    forms: list[Form] = []
-    for item in items[: MAX_ITEMS + 1]:
-        form = parse_form(item, join_thousands=False, depth=depth + 1)
-        forms.extend(
-            form.items if opening == "{" and isinstance(form, Group) and not form.opening else (form,)
-        )
+def _group(opening: str, close: str, inner: str, depth: int) -> Group:
+    parts = [part for part in split_top(inner, _COMMA) if part.strip()][: MAX_ITEMS + 1]
+    found = [parse_form(part, join_thousands=False, depth=depth + 1) for part in parts]
+    forms = tuple(item for form in found for item in (_items(form) if opening == "{" else (form,)))
     if len(forms) == 2 and opening in "([":
         low, high = (isinstance(end, Leaf) and INFINITY in end.text for end in forms)
         opening, close = "(" if low else opening, ")" if high else close  # whatever bracket was written
-    return Group(opening, close, tuple(forms))
+    return Group(opening, close, forms)
 
 
 def _matrix(factor: str, body: str, depth: int) -> Group:
     """A matrix, its cells multiplied by the factor in front."""
-    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", body) if row.strip()]
-    before, after = (f"{factor}(", ")") if factor in ("+", "-") else (f"{factor} \\cdot (", ")")
-    if not factor:
-        before = after = ""
+    rows = [row.split("&") for row in re.split(r"\\\\(?:\[[^\]]*\])?", body) if row.strip()][:MAX_ITEMS]
+    before = factor if factor in ("", "+", "-") else f"{factor} \\cdot "
     cells = [
-        Group("(", ")", tuple(parse_form(before + cell + after, depth=depth + 1) for cell in row.split("&")))
-        for row in rows[:MAX_ITEMS]
+        [parse_form(f"{before}({cell})" if factor else cell, depth=depth + 1) for cell in row] for row in rows
     ]
-    return Group("matrix", "matrix", tuple(cells))
+    return Group("matrix", "matrix", tuple(Group("(", ")", tuple(row)) for row in cells))
 
 
 def has_symbols(text: str) -> bool:

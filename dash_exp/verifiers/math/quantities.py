@@ -58,9 +58,10 @@ eV electronvolt electronvolts | keV | micrometer micrometers | ohm ohms | cal ca
 """Units, each with its other spellings."""
 _CANONICAL = {word: line.split()[0] for line in re.split(r"[|\n]", _UNITS.strip()) for word in line.split()}
 _SPEEDS = {"mph": "miles per hour", "kph": "km per hour", "kmh": "km per hour", "mpg": "miles per gallon"}
-_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWERS_AFTER = {"squared": 2, "cubed": 3}
-_LOOSE = {*_SPEEDS, *_POWERS, *_POWERS_AFTER, "per", "Hz", "Pa", "eV", "kJ", "kW"}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, **_POWERS_AFTER}
+_SCALES_OF_HEAT = {"c": "celsius", "celsius": "celsius", "f": "fahrenheit", "fahrenheit": "fahrenheit"}
+_LOOSE = {*_SPEEDS, *_POWERS, "per", "Hz", "Pa", "eV", "kJ", "kW"}
 _LOOSE |= {word for word in _CANONICAL if len(word) > 2 or (len(word) > 1 and word.islower())}
 """Words that are a unit without `\\text` too."""
 
@@ -71,7 +72,11 @@ _MARKED = re.compile(r"(?:" + _TEXT + r")++$")
 _PLAIN = re.compile(
     r"(?<=[\d})\s])\s*+((?:[A-Za-z][A-Za-z-]*+\.?+\s*+" + _POWER + r"?+\s*+(?:/\s*+)?+){1,8}+)$"
 )
-_TOKEN = re.compile(r"[A-Za-z]+|/|\\cdot|\^\s*\{?\s*(-?\d)")
+_TERM = re.compile(
+    r"(?:(/|per\b|\\cdot)\s*)?(?:\b(square|sq|cubic|cu)\b\.?\s*)?(?!per\b)([A-Za-z]+)"
+    r"(?:\s*(?:\^\s*\{?\s*(-?\d)|(squared|cubed)\b))?",
+    re.IGNORECASE,
+)
 _NUMERAL = re.compile(r"[-+\d\s.,/]+|[-+]?\s*\d*\s*\\frac\s*\{?\d+\}?\s*\{?\d+\}?")
 
 
@@ -134,49 +139,23 @@ def read_unit(words: str) -> Unit:
     for short, long in _SPEEDS.items():
         words = re.sub(rf"\b{short}\b", long, words, flags=re.IGNORECASE)
     powers: Counter[str] = Counter()
-    sign, ahead, wanted, last = 1, 1, True, ""
-    for token in _TOKEN.finditer(words):
-        word = token.group()
-        lower, unit = word.lower(), _named(word)
-        if lower in ("/", "per", "\\cdot"):
-            sign, ahead, wanted = (sign if lower == "\\cdot" else -1), 1, True
-        elif lower in _POWERS:
-            ahead = _POWERS[lower]
-        elif word[0] == "^" or lower in _POWERS_AFTER:
-            power = _POWERS_AFTER.get(lower) or int(token.group(1))
-            if last and not wanted:
-                powers[last] = sign * power
-            elif wanted:
-                ahead = power
-        elif last == "degree" and _scale(word):
-            powers[_scale(word)] = powers.pop(last)
-        elif unit and (wanted or word in "kgmsAKN"):
-            powers[unit] += sign * ahead
-            ahead, wanted, last = 1, False, unit
-    if not powers and ahead != 1:
-        return (("", ahead),)
-    return tuple(sorted((name, power) for name, power in powers.items() if power))
+    unknown = 0
+    for sign, ahead, word, power, after in _TERM.findall(words):
+        exponent = int(power) if power else _POWERS.get((ahead or after).lower(), 1)
+        unit = _named(word)
+        if powers["degree"] and (scale := _SCALES_OF_HEAT.get(word.lower())):
+            powers = Counter({scale: 1})
+        elif unit and (sign or not +powers or word in "kgmsAKN"):
+            powers[unit] += -exponent if sign in ("/", "per") else exponent
+        elif not unit and exponent != 1:
+            unknown = exponent
+    found = tuple(sorted((name, power) for name, power in powers.items() if power))
+    return found or ((("", unknown),) if unknown else NO_UNIT)
 
 
 def _named(word: str) -> str:
-    return _CANONICAL.get(word) or (
-        _CANONICAL.get(word.lower(), "") if len(word) > 2 or word.isupper() else ""
-    )
-
-
-def _scale(word: str) -> str:
-    """The scale of temperature that follows `degrees`."""
-    return {"c": "celsius", "celsius": "celsius", "f": "fahrenheit", "fahrenheit": "fahrenheit"}.get(
-        word.lower(), ""
-    )
-
-
-def plain_units(words: str) -> str:
-    """Words with known units in one spelling, where numbers stand before them: `5 ft 3 in`."""
-    tokens = words.split()
-    after_number = [False, *(token.isdigit() for token in tokens)]
-    pairs = zip(tokens, after_number, strict=False)
-    return " ".join(_CANONICAL.get(token, token) if after else token for token, after in pairs)
+    lower = word.lower() if len(word) > 2 or word.isupper() else word
+    return _CANONICAL.get(word) or _CANONICAL.get(lower, "")
 
 
 def units_clash(first: Unit, second: Unit) -> bool:
@@ -237,43 +216,28 @@ def _mixed(sign: str, integer: str | None, top: str, bottom: str) -> Fraction | 
 
 def spelled(text: str) -> Fraction | None:
     """The value of a number in words: `forty-two`, `two and a half`, `three quarters`, `half a million`."""
-    words = text.lower().replace("-", " ").split()
-    if len(words) > 12:
+    words = [word for word in text.lower().replace("-", " ").split() if word not in ("a", "an")]
+    if not words or len(words) > 12:
         return None
-    if len(words) > 1 and words[0] in ("minus", "negative"):
-        value = spelled(" ".join(words[1:]))
-        return None if value is None else -value
-    if len(words) > 1 and words[-1] in _SCALES and any(word.rstrip("s") in _PARTS for word in words):
-        value = spelled(" ".join(words[:-1]).removesuffix(" a"))
-        return None if value is None else value * _SCALES[words[-1]]
-    values = [_spelled(part.split()) for part in re.split(r"\b(?:and|plus)\b", " ".join(words))]
-    return None if None in values or not words else sum((value for value in values if value), Fraction(0))
-
-
-def _spelled(words: list[str]) -> Fraction | None:
-    done, current = 0, None
-    for at, word in enumerate(words):
-        if word in _SMALL:
-            unit, tens = _SMALL[word] < 10, (current or 0) % 100
-            if (
-                current is not None
-                and not (current % 100 == 0 and current)
-                and not (unit and tens >= 20 and tens % 10 == 0)
-            ):
-                return None
-            current = (current or 0) + _SMALL[word]
-        elif word in ("a", "an") and current is None and at < len(words) - 1:
-            current = 1
-        elif word in _SCALES:
-            current = (1 if current is None else current) * _SCALES[word]
-            if _SCALES[word] > 100:
-                done, current = done + current, 0
-        elif (
-            (part := _PARTS.get(word) or _PARTS.get(word.removesuffix("s")))
-            and at == len(words) - 1
-            and not done
-        ):
-            return Fraction(1 if current is None else current, part)
+    last = words[-1]
+    if last in _SCALES and any(word.rstrip("s") in _PARTS for word in words):
+        value = spelled(" ".join(words[:-1]))
+        return None if value is None else value * _SCALES[last]
+    if "and" in words or "plus" in words:
+        at = max(place for place, word in enumerate(words) if word in ("and", "plus"))
+        before, after = spelled(" ".join(words[:at])), spelled(" ".join(words[at + 1 :]))
+        return None if before is None or after is None else before + after
+    if part := _PARTS.get(last) or _PARTS.get(last.removesuffix("s")):
+        count = spelled(" ".join(words[:-1])) if words[1:] else Fraction(1)
+        return None if count is None else count / part
+    done = current = 0
+    for word in words:
+        tens = current % 100
+        if word in _SCALES:
+            current = max(current, 1) * _SCALES[word]
+            done, current = (done + current, 0) if _SCALES[word] > 100 else (done, current)
+        elif word in _SMALL and (not tens or (tens >= 20 and tens % 10 == 0 and _SMALL[word] < 10)):
+            current += _SMALL[word]
         else:
             return None
-    return Fraction(done + current) if current is not None else None
+    return Fraction(done + current)
