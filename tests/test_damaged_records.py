@@ -217,6 +217,50 @@ def test_damaged_cells_take_no_command_down(damaged: Damaged, label: str) -> Non
         assert list(cells.values())[-1]["damage"] == ""
 
 
+OF_SWEEP = {
+    "manifest.json": None,
+    "controller.json": {"pid": 1, "host": HERE, "started": 1.0},
+    "race.json": {
+        "started": 1.0,
+        "pid": 1,
+        "metric": "accuracy",
+        "rungs": [],
+        "halve": False,
+        "budget_hours": None,
+        "spent_hours": 1.0,
+        "state": "ended",
+        "lines": ["dash against grpo: open"],
+        "found": [],
+    },
+}
+
+
+def test_damaged_files_of_a_sweep_hide_no_other_sweep(tmp_path: Path) -> None:
+    """Each sweep has one damage. A damaged manifest is named, and only its own `status` exits with 2."""
+    root = tmp_path / "outputs"
+    intact = sweep_of(root, [cell_of("dash", 0, 1)], name="intact")
+    damaged = {}
+    for name, facts in OF_SWEEP.items():
+        for number, (kind, damage) in enumerate(DAMAGES.items()):
+            folder = root / "sweeps" / f"{Path(name).stem}-{number}"
+            shutil.copytree(intact.folder, folder)
+            path = folder / name
+            if facts is not None:
+                text(path, json.dumps(facts))
+            before = path.read_bytes()
+            damage(path)
+            if not path.is_file() or path.read_bytes() != before:
+                damaged[folder] = (name, kind)
+    for command in ("status", "list"):
+        code, printed = ran_command([command, f"run.dir={root}"])
+        assert code == (2 if command == "list" else 0) and "intact" in printed and "\x1b" not in printed
+    for folder, (name, kind) in damaged.items():
+        code, printed = ran_command(["status", str(folder)])
+        refused = name == "manifest.json" and "is damaged" in printed and name in printed
+        assert code == 0 or (code == 2 and refused), (name, kind, printed)
+    assert ran_command(["cancel", "intact", f"run.dir={root}"])[0] == 0
+
+
 def test_a_rerun_repairs_a_damaged_cell_or_names_what_to_do(damaged: Damaged) -> None:
     """A damaged config, status or provenance is refused and stays as it is; rows are left out and named."""
     wrong = []

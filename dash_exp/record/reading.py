@@ -176,6 +176,11 @@ SCHEMAS = {
         | {"cells": list_of(ENTRY), "waiting": list_of(WAITING)},
         {},
     ),
+    "race.json": Schema(
+        {"started": TIME, "metric": TEXT, "rungs": list_of(COUNT), "state": TEXT, "lines": list_of(TEXT)}
+        | {"spent_hours": NUMBER},
+        {"budget_hours": NUMBER, "pid": PID},
+    ),
     "controller.json": Schema({}, {"pid": PID, "host": TEXT, "started": TIME}),
 }
 CONFIG = {

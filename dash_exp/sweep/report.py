@@ -13,8 +13,9 @@ from rich.text import Text
 
 from dash_exp.record.folder import Row, read_final, read_json
 from dash_exp.record.manifest import Manifest
+from dash_exp.record.reading import read_record, summary
 from dash_exp.sweep.states import CellState
-from dash_exp.sweep.status import RACE, SweepCell, SweepState, default_root, end_of_output
+from dash_exp.sweep.status import CONTROLLER, RACE, SweepCell, SweepState, default_root, end_of_output
 from dash_exp.sweep.worker import error_line
 from dash_exp.text import format_command, format_number, format_path, format_seconds, printable
 from dash_exp.train.display import REWARD
@@ -108,6 +109,8 @@ def status_view(state: SweepState, chosen: Sequence[SweepCell], long: bool) -> R
     """A sweep: its counts, its cells in a table, and why cells failed. `long`: the end of the output of all
     chosen cells."""
     race = race_lines(read_json(state.manifest.folder / RACE))
+    own = [read_record(state.manifest.folder / name).damage for name in (RACE, CONTROLLER)]
+    race += [f"damaged: {summary(damage)}" for damage in own if damage]
     parts: list[RenderableType] = [_head(state), *map(plain, race), plain("")]
     parts += [_cell_table(chosen[:SHOWN_CELLS])] if chosen else []
     parts += more_cells(len(chosen), "name a pattern, or --json for all of them")
@@ -131,7 +134,7 @@ def race_lines(found: Row) -> list[str]:
     """A race as `status` shows it; nothing where there was none."""
     if not found:
         return []
-    spent, budget = format_seconds(3600 * found["spent_hours"]), found["budget_hours"]
+    spent, budget = format_seconds(3600 * found["spent_hours"]), found.get("budget_hours")
     spent += " spent" if budget is None else f" of {format_seconds(3600 * budget)} spent"
     how = f"by rungs {', '.join(map(str, found['rungs']))}" if found["rungs"] else "until decided"
     return [f"race {how}, {found['metric']}: {found['state']}, {spent}", *(f"  {t}" for t in found["lines"])]

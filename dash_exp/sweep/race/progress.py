@@ -10,11 +10,12 @@ from pathlib import Path
 
 from dash_exp.record.folder import Row, read_final, read_json
 from dash_exp.record.metrics import judged_prompts
+from dash_exp.record.reading import read_config
 from dash_exp.statistics.comparison import Comparison
 from dash_exp.sweep.race import rounds
 from dash_exp.sweep.race.grid import PER_RUN, Grid, Settings, field_of
 from dash_exp.sweep.race.rounds import Standing, Values
-from dash_exp.sweep.states import ACTIVE, CellState, frozen_values
+from dash_exp.sweep.states import ACTIVE, CellState
 from dash_exp.text import format_number
 from dash_exp.train.budget import spent_seconds
 
@@ -37,7 +38,9 @@ def values_of(folder: Path, metric: str, step: int) -> Values:
     """What a cell scored at a step; empty if that was not measured. `reward`: the mean of the last quarter of
     steps, at least five; `time`: the logarithm of training seconds."""
     if metric not in PER_RUN:
-        sets = list(frozen_values(folder)["evaluation"]["sets"])
+        sets = list((read_config(folder).value.get("evaluation") or {}).get("sets") or ())
+        if not sets:  # its config is damaged, as `status` says
+            return {}
         dataset = sets[0] if metric == "accuracy" else metric
         scored, _ = judged_prompts(folder, dataset, step)
         return {row["prompt"]: row["score"] for row in scored}
