@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str]) -> Command:
     config = changed(config, {"cluster.server_urls": []})  # this command starts one of them
     faults += [fault for fault in check(config) if is_below(fault.where, USED)]
     faults += setting_faults(serve, config)
-    faults += key_faults(os.environ.get(KEY_VARIABLE) or "made")
+    faults += key_faults(os.environ.get(KEY_VARIABLE) or "made", "serve")
     if faults:
         raise UserError(faults)
     return Command(config, serve)

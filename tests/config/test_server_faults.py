@@ -92,7 +92,7 @@ def test_loopback() -> None:
 
 
 def test_a_key_that_no_request_can_carry_is_refused_and_never_shown() -> None:
-    assert list(key_faults("secret-1_A")) == []
+    assert list(key_faults("secret-1_A", "here")) == []
     for key in ("", "secret\n", "sec ret", "secret\r\nX: 1", "sécret", "secret\x00", "\tsecret"):
-        (fault,) = key_faults(key)
-        assert fault.where == KEY_VARIABLE and "cret" not in str(fault)
+        (fault,) = key_faults(key, "here")
+        assert KEY_VARIABLE in fault.what and "cret" not in str(fault)

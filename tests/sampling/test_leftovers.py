@@ -62,10 +62,13 @@ def test_nothing_is_removed_that_is_not_provably_of_a_dead_server(place: Path, t
     other.touch()
     try:
         files = {str(other): 1, str(kept / "file"): 2, "/dev/shm/absent": 3}
-        (place / f"{dead.pid}-1.json").write_text(json.dumps({"files": files, "sockets": str(kept)}))
+        (place / f"{dead.pid}-1.json").write_text(
+            json.dumps({"machine": leftovers.machine(), "files": files, "sockets": str(kept)})
+        )
         (place / "notes-mine.json").write_text("{")
+        (place / f"{dead.pid}-2.json").write_text(json.dumps({"machine": "another", "files": {}}))
         leftovers.sweep()
         assert other.exists() and kept.exists() and (place / "notes-mine.json").exists()
-        assert not (place / f"{dead.pid}-1.json").exists()
+        assert not (place / f"{dead.pid}-1.json").exists() and (place / f"{dead.pid}-2.json").exists()
     finally:
         other.unlink()

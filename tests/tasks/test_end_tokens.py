@@ -40,6 +40,14 @@ def test_an_end_token_that_is_none(tiny_folder: Path, tmp_path: Path, given: Any
         text_model(_folder(tiny_folder, tmp_path, given, 1))
 
 
+def test_a_tokenizer_of_another_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = _folder(tiny_folder, tmp_path, 1, 1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 64}))
+    with pytest.raises(UserError, match=r"has \d+ tokens, but the model only 64"):
+        text_model(folder)
+
+
 def _folder(tiny_folder: Path, tmp_path: Path, generation: Any, config: Any) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)

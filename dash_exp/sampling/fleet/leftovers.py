@@ -42,6 +42,14 @@ def started(pid: int) -> str | None:
     return None
 
 
+def machine() -> str:
+    """Where a process id means the same: this boot of this machine or container."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return "unknown"
+
+
 def members(session: int) -> Iterator[int]:
     """The processes of a session that live."""
     for name in os.listdir("/proc"):
@@ -78,7 +86,8 @@ class Note:
         """Note what it holds now."""
         self.files |= held_files(self.pid)
         with suppress(OSError):
-            write_json(self.path, {"files": self.files, "sockets": str(self.sockets or "")})
+            sockets = str(self.sockets or "")
+            write_json(self.path, {"machine": machine(), "files": self.files, "sockets": sockets})
 
     def clear(self) -> None:
         """It has ended: remove what it left."""
@@ -88,9 +97,11 @@ class Note:
 def clear(note: Path) -> None:
     """Remove what a note names, if its process and that one's children have ended."""
     pid, _, ticks = note.stem.partition("-")
-    if not pid.isdecimal() or started(int(pid)) == ticks or any(members(int(pid))):
-        return
     known = read_json(note)
+    if known.get("machine") != machine() or not pid.isdecimal():
+        return
+    if started(int(pid)) == ticks or any(members(int(pid))):
+        return
     for path, inode in known.get("files", {}).items():
         with suppress(OSError):
             facts = os.lstat(path)
