@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from dash_exp.record.identity import LATER
+
 from .load import Problem, Records
 
 ARMS = {
@@ -32,6 +34,8 @@ ARMS = {
 
 OF_THE_ARM = ("config.algorithm.", "config.filter.name", "config.filter.threshold", "config.sampler.schedule")
 """Settings that an arm's name stands for, unless two variants of it differ in them."""
+NO_RESULT = ("config.seed", "config.algorithm.filters")
+"""Settings that make no other recipe: the seed, and which filters an arm allows."""
 PLACES = ("path", "traces")
 """Last part of the keys of files: where they lie does not make another recipe, what they hold does."""
 CONTENT = "content."
@@ -44,6 +48,7 @@ SIZES = {
     "config.algorithm.group_size": "G",
     "config.sampler.streaming": "streaming",
     "config.filter.threshold": "threshold",
+    "config.filter.share": "share",
     "config.algorithm.beta": "beta",
     "config.algorithm.steps": "steps",
     "config.learner.lr": "lr",
@@ -126,7 +131,7 @@ def _settings(cells: pd.DataFrame) -> pd.DataFrame:
     columns = [
         name
         for name in cells.columns
-        if name.startswith("config.") and name != "config.seed" and name.rpartition(".")[2] not in PLACES
+        if name.startswith("config.") and name not in NO_RESULT and name.rpartition(".")[2] not in PLACES
     ]
     made = {name: _content(cells, name) for name in cells.columns if name.startswith(CONTENT)}
     if TRACES in cells:
@@ -134,6 +139,9 @@ def _settings(cells: pd.DataFrame) -> pd.DataFrame:
     table = pd.concat([cells[columns].astype(object), pd.DataFrame(made, index=cells.index)], axis=1)
     if PARTNER in table:
         table[PARTNER] = table[PARTNER].where(table[PARTNER] == "null", "partner")
+    for key, before in LATER.items():
+        if (column := f"config.{key}") in table:
+            table[column] = table[column].fillna("null" if before is None else before)
     for column in table.columns[table.isna().any()]:
         known = table[column].dropna().map(str).unique()
         if len(known) == 1:  # older records lack the key: what all others have is what it meant

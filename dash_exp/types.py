@@ -99,11 +99,15 @@ class ScoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class AdvantagedGroup:
-    """A scored group with one advantage per completion, and which of them the filter keeps."""
+    """A scored group with one advantage per completion, and which of them are learned from. `masked`: those
+    that are not because they were cut (`algorithm.mask_truncated`), whatever the filter says. `penalties`:
+    what was added to the rewards. Both are empty where an arm has no such thing."""
 
     scored: ScoredGroup
     advantages: tuple[float, ...]
     kept: tuple[bool, ...]
+    masked: tuple[bool, ...] = ()
+    penalties: tuple[float, ...] = ()
 
     @property
     def group(self) -> Group:

@@ -91,6 +91,8 @@ def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
         prompts_per_update=prompts_per_update,
         aggregation=aggregation,
         denominator="all",
+        overlong_share=0.0,
+        mask_truncated=False,
         evaluate_every=0,
         checkpoint_every=0,
         budget_s=None,

@@ -124,6 +124,11 @@ def _advantages(config: Config) -> Iterator[Fault]:
             f"got {arm.scale!r} with algorithm.baseline=batch_mean: in a group of equal rewards it can be 0"
         )
         yield Fault("algorithm.scale", what, "set algorithm.scale=batch_std or none")
+    if arm.scale == "mean" and arm.overlong_share > 0:
+        what = (
+            f"got {arm.scale!r} with algorithm.overlong_share above 0: a mean of penalties can be 0 or less"
+        )
+        yield Fault("algorithm.scale", what, "set algorithm.overlong_share=0, or another scale")
 
 
 def _sampling(config: Config) -> Iterator[Fault]:
@@ -152,7 +157,7 @@ def divisors(number: int) -> list[int]:
 
 def _arm(config: Config) -> Iterator[Fault]:
     arm, name, schedule = config.algorithm, config.filter.name, config.sampler.schedule
-    if name in FILTERS and set(arm.filters) <= set(FILTERS) and name not in arm.filters:
+    if name in FILTERS and set(arm.filters) <= set(FILTERS) and arm.filters and name not in arm.filters:
         defined = f"algorithm={arm.name}, which is defined with filter={', '.join(arm.filters)}"
         hint = f"leave filter out, or choose an arm that is defined with filter={name}"
         yield Fault("filter", f"filter={name} contradicts {defined}", hint)
@@ -197,10 +202,12 @@ def _updates(config: Config) -> Iterator[Fault]:
             )
             yield Fault("algorithm.mini_batch", what, f"allowed: {', '.join(map(str, allowed))}")
     several = {"passes": arm.passes > 1, "mini_batch": (size or 0) > 0}
-    if any(several.values()) and arm.surrogate != "clipped":
+    if any(several.values()) and arm.surrogate == "policy_gradient":
         key = next(name for name, found in several.items() if found)
         what = f"got {arm.surrogate!r}, must be 'clipped' when algorithm.{key}={getattr(arm, key)}"
-        hint = "from the second update on the batch is off-policy: only the clipped ratio corrects it"
+        hint = (
+            "from the second update on the batch is off-policy: only a ratio corrects it (also clipped_...)"
+        )
         yield Fault("algorithm.surrogate", what, hint)
     if 0 < held < arm.group_size:
         what = f"got {held}, less than algorithm.group_size={arm.group_size}"
@@ -214,6 +221,9 @@ def _supervised(config: Config) -> Iterator[Fault]:
     if arm.source == "traces" and not data.traces:
         what = "not set, but algorithm.source=traces learns from that file"
         yield Fault("dataset.traces", what, TRACES_HINT)
+    if arm.source != "sampler" and config.correction.name != "none":
+        what = f"got {config.correction.name!r} with algorithm.source={arm.source}: nothing was sampled"
+        yield Fault("correction", what, "leave correction out")
     if arm.source == "traces" and data.mix:
         hint = "choose algorithm=sft_h, or one dataset"
         yield Fault("dataset.mix", "a mixture has no traces: they are of one dataset", hint)

@@ -19,7 +19,8 @@ BASELINES = ("group_mean", "leave_one_out", "batch_mean", "best_of_others")
 SCALES = ("std", "none", "batch_std", "mean")
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation before dividing by it."""
-SURROGATES = ("policy_gradient", "clipped")
+SURROGATES = ("policy_gradient", "clipped", "clipped_sequence", "clipped_weight")
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 KL_ESTIMATORS = ("k2", "k3")
 NO_K1 = (
     "as a term of the loss, k1's expected gradient is 0: it would regularise nothing; k2's is what k1 gives "
@@ -166,17 +167,25 @@ class AlgorithmConfig(Constant):
     baseline: str = choice(*BASELINES, meaning="what is subtracted from a reward")
     scale: str = choice(*SCALES, meaning="what the difference is divided by")
     pass_k: int = number(RELATED, "k of `baseline: best_of_others`", 2)
-    surrogate: str = choice(*SURROGATES, meaning="-A log pi, or PPO's clipped ratio")
-    clip_low: float = number(INSIDE_UNIT, "the ratio is clipped at 1 - this")
-    clip_high: float = number(INSIDE_UNIT, "the ratio is clipped at 1 + this")
+    surrogate: str = choice(*SURROGATES, meaning="-A log pi, or PPO's, GSPO's or CISPO's clip of the ratio")
+    clip_low: float = number(SHARE, "the ratio is clipped at 1 - this; 1: not from below")
+    clip_high: float = number(POSITIVE, "the ratio is clipped at 1 + this")
     beta: float = number(NATURAL, "weight of the KL term; 0: no reference model")
     beta_schedule: str = choice("constant", "linear", meaning="linear: to 0 over the planned steps")
     kl: str = choice(*KL_ESTIMATORS, meaning="estimator of the KL term", refused={"k1": NO_K1})
+    entropy: float = number(NATURAL, "weight of the entropy bonus", 0.0)
+    entropy_schedule: str = choice(
+        "constant", "linear", meaning="linear: to 0 over the planned steps", default="constant"
+    )
+    overlong_share: float = number(
+        Range(0, 1), "last part of `max_new_tokens` in which the reward falls by 1; 0: none", 0.0
+    )
+    mask_truncated: bool = setting("do not learn from completions that were cut", False)
     aggregation: str = choice(*AGGREGATIONS, meaning="what sums over tokens are divided by (docs/arms.md)")
     passes: int = number(Range(1, 1000), "updates over the full batch: 1, or K for PPO-Multi")
     mini_batch: int | None = number(COMPLETIONS, "completions of one update (PPO-Mini); null: the batch")
     schedule: str = choice(*SCHEDULES, meaning="all prompts of a batch at once, or some after the others")
-    filters: list[str] = choice(*FILTERS, meaning="filters that fit the arm's definition")
+    filters: list[str] = choice(*FILTERS, meaning="filters that fit the arm's definition; empty: all")
 
 
 @dataclass
@@ -213,6 +222,15 @@ class FilterConfig(Constant):
     share: float | None = number(SHARE, "what is kept; of what, says `docs/arms.md`", None)
     kl: str = choice("drop", "keep", meaning="keep: dropped completions are forwarded for the KL term")
     denominator: str = choice("all", "kept", meaning="divide by all completions sampled, or by the kept ones")
+
+
+@dataclass
+class CorrectionConfig(Constant):
+    """Weights against the gap between sampler and learner (`policy/logprob_gap`)."""
+
+    name: str = choice(*CORRECTIONS, meaning="what bounds the ratio of their probabilities", default="none")
+    floor: float = number(BELOW_ONE, "least ratio; 0: none", 0.0)
+    cap: float = number(Range(1, open_low=True), "largest ratio", 2.0)
 
 
 @dataclass
@@ -415,6 +433,7 @@ class Config(Constant):
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning import losses
+from dash_exp.learning.corrections import correction
 from dash_exp.learning.logprobs import Scorer, frozen_copy
 from dash_exp.learning.packing import MicroBatch, Packed, pack
 from dash_exp.learning.settings import (
@@ -22,7 +23,7 @@ from dash_exp.learning.settings import (
     Objective,
     Optimization,
     UpdateStats,
-    kl_coefficient,
+    coefficient,
     learning_rate,
 )
 from dash_exp.learning.weights import Weights, adapters_disabled, add_adapters, merged_weights
@@ -78,6 +79,7 @@ class Learner:
             temperature=objective.temperature,
             vocabulary=forward.vocabulary,
             chunk=forward.logit_chunk,
+            entropy_gradient=objective.entropy > 0,
         )
         self.reference: Scorer | None = None
         if objective.beta > 0 and optimization.adapters is None:
@@ -119,7 +121,10 @@ class Learner:
     @property
     def beta(self) -> float:
         """The KL coefficient of the update that is being accumulated."""
-        return kl_coefficient(self.updates, self.objective, max(1, self.optimization.total_updates))
+        return self._coefficient(self.objective.beta, self.objective.beta_schedule)
+
+    def _coefficient(self, start: float, schedule: str) -> float:
+        return coefficient(self.updates, start, schedule, max(1, self.optimization.total_updates))
 
     @property
     def lr(self) -> float:
@@ -168,23 +173,26 @@ class Learner:
         logprobs, entropy = self.policy(packed)
         detached = logprobs.detach()
         before = detached if old is None else old.to(detached.device)
-        low, high = goal.clip_low, goal.clip_high
-        if goal.surrogate == "clipped":
-            loss = losses.clipped_ratio(logprobs, before, packed.advantages, low, high)
-        else:
-            loss = losses.policy_gradient(logprobs, packed.advantages)
+        bounds = (goal.clip_low, goal.clip_high)
+        loss, clipped = losses.surrogate(goal.surrogate, logprobs, before, packed, bounds)
         which = "first" if old is None else "later"
+        if goal.correction != "none":
+            weight = self._correction(before, packed)
+            loss = loss * weight
+            self.sums.add(which, correction=float(weight.sum()))
         if goal.beta > 0:
             assert reference is not None, "an objective with KL needs the reference's log-probabilities"
             penalty = losses.kl_penalty(logprobs, reference.to(detached.device), goal.kl)
             loss = loss + self.beta * penalty
             self.sums.add(which, kl=float(penalty.detach().sum()))
+        if goal.entropy > 0:
+            loss = loss - self._coefficient(goal.entropy, goal.entropy_schedule) * entropy
         (loss * packed.weights).sum().backward()
         self.sums.add(
             which,
-            entropy=float(entropy.sum()),
+            entropy=float(entropy.detach().sum()),
             logprob=float(detached.sum()),
-            clipped=float(losses.clip_share(detached, before, packed.advantages, low, high).sum()),
+            clipped=float(clipped.sum()),
             ratio=float(torch.exp(detached - before).sum()),
             gap=float((detached - packed.sampler_logprobs).abs().sum()),
             tokens=len(packed.targets),
@@ -192,6 +200,11 @@ class Learner:
             computed=len(packed.input_ids),
         )
         return detached
+
+    def _correction(self, before: Tensor, packed: Packed) -> Tensor:
+        goal = self.objective
+        bounds = goal.correction_floor, goal.correction_cap
+        return correction(before, packed.sampler_logprobs, packed.lengths, goal.correction, *bounds)
 
     @torch.no_grad()
     def update(self, denominator: float) -> UpdateStats:

@@ -17,18 +17,20 @@ WEIGHT_ROWS = 1 << 14
 
 class _Output(NamedTuple):
     """How logits are computed: divided by `temperature`, the first `vocabulary` of them, `chunk` rows at
-    once."""
+    once. `entropy_gradient`: whether the entropy has one."""
 
     temperature: float
     vocabulary: int
     chunk: int
+    entropy_gradient: bool
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """See `token_logprobs`. Rows are independent, so with a frozen output matrix the gradient of
     every row's log-probability with respect to its hidden state, (W[y] - sum_v p_v W[v]) / tau, is
     computed while the logits are at hand; backward only scales it. A trainable matrix needs the
-    upstream gradient first, so its logits are computed again, chunk by chunk."""
+    upstream gradient first, so its logits are computed again, chunk by chunk. The entropy H has the
+    gradient -p_v (log p_v + H) with respect to logit v."""
 
     @staticmethod
     def forward(
@@ -38,6 +40,7 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy = torch.empty_like(logprobs)
         frozen_output = hidden.requires_grad and not weight.requires_grad
         unit_gradient = torch.empty_like(hidden) if frozen_output else None
+        unit_entropy = torch.empty_like(hidden) if frozen_output and output.entropy_gradient else None
         used = weight[: output.vocabulary]
         for rows in torch.arange(len(hidden), device=hidden.device).split(output.chunk):
             start, stop = int(rows[0]), int(rows[-1]) + 1
@@ -52,31 +55,42 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs[start:stop] = picked - max_logit.squeeze(1) - log_total
             weighted = torch.linalg.vecdot(exp_logits, logits)
             entropy[start:stop] = log_total - weighted / total
+            if unit_entropy is not None:
+                slope = _entropy_slope(logits - log_total[:, None], entropy[start:stop])
+                unit_entropy[start:stop] = (slope.to(hidden.dtype) @ used).div_(output.temperature)
             if unit_gradient is not None:
                 # 1 - p_y has to be formed before rounding: bf16 cannot tell 0.998 from 1
                 error = exp_logits.div_(total[:, None])
                 error.scatter_add_(1, y[:, None], torch.full_like(error[:, :1], -1.0))
                 unit_gradient[start:stop] = (error.to(hidden.dtype) @ used).div_(-output.temperature)
-        ctx.save_for_backward(hidden, weight, targets, unit_gradient)
+        ctx.save_for_backward(hidden, weight, targets, unit_gradient, unit_entropy)
         ctx.output = output
-        ctx.mark_non_differentiable(entropy)
+        if not output.entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, unit_gradient = ctx.saved_tensors
-        temperature, vocabulary, chunk = ctx.output
-        upstream = grads[0]
+        hidden, weight, targets, unit_gradient, unit_entropy = ctx.saved_tensors
+        temperature, vocabulary, chunk, entropy_gradient = ctx.output
+        upstream, upstream_entropy = grads
         if unit_gradient is not None:
-            return upstream[:, None].to(unit_gradient.dtype) * unit_gradient, None, None, None
+            gradient = upstream[:, None].to(unit_gradient.dtype) * unit_gradient
+            if unit_entropy is not None:
+                gradient += upstream_entropy[:, None].to(unit_entropy.dtype) * unit_entropy
+            return gradient, None, None, None
         used = weight[:vocabulary]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            grad_logits = torch.softmax(_logits(hidden[part], used, temperature), dim=1).neg_()
+            log_p = torch.log_softmax(_logits(hidden[part], used, temperature), dim=1)
+            grad_logits = log_p.exp().neg_()
             grad_logits.scatter_add_(1, targets[part, None], torch.ones_like(upstream[part, None]))
             grad_logits *= upstream[part, None] / temperature
+            if entropy_gradient:
+                slope = _entropy_slope(log_p, -torch.linalg.vecdot(log_p.exp(), log_p))
+                grad_logits += slope * (upstream_entropy[part, None] / temperature)
             low = grad_logits.to(hidden.dtype)
             grad_hidden[part] = low @ used
             if grad_weight is not None:
@@ -86,6 +100,11 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _entropy_slope(log_p: Tensor, entropy: Tensor) -> Tensor:
+    """The derivative of each row's entropy with respect to its logits; `log_p` [T, V], `entropy` [T]."""
+    return -log_p.exp() * (log_p + entropy[:, None])
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -101,12 +120,14 @@ def token_logprobs(
     temperature: float = 1.0,
     vocabulary: int | None = None,
     chunk: int = 512,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden W^T / temperature)[target], and the entropy of that distribution in nats.
 
     hidden [T, H]; weight [V, H], the output matrix; targets [T] int64 -> two fp32 tensors [T]. The
-    entropy carries no gradient. Ids from `vocabulary` on (rows that pad the matrix beyond the
-    tokenizer) have probability 0, as in the samplers. At most `chunk` rows of logits exist at once.
+    entropy carries a gradient only with `entropy_gradient`. Ids from `vocabulary` on (rows that pad the
+    matrix beyond the tokenizer) have probability 0, as in the samplers. At most `chunk` rows of logits exist
+    at once.
 
     Raises ValueError for shapes that do not fit and for a temperature that is not positive.
     """
@@ -118,7 +139,7 @@ def token_logprobs(
         raise ValueError(f"temperature must be positive, got {temperature}")
     size = weight.shape[0] if vocabulary is None else min(vocabulary, weight.shape[0])
     out: tuple[Tensor, Tensor] = _TokenLogprobs.apply(
-        hidden, weight, targets, _Output(temperature, size, chunk)
+        hidden, weight, targets, _Output(temperature, size, chunk, entropy_gradient)
     )
     return out
 
@@ -127,10 +148,13 @@ class Scorer(torch.nn.Module):
     """Computes the log-probabilities and entropies [C] of a micro-batch's completions. One module, so that
     every weight is used inside one forward: those of a sharded model are complete only there."""
 
-    def __init__(self, model: Any, *, temperature: float, vocabulary: int, chunk: int):
+    def __init__(
+        self, model: Any, *, temperature: float, vocabulary: int, chunk: int, entropy_gradient: bool = False
+    ):
         super().__init__()
         self.model = model
         self.temperature, self.vocabulary, self.chunk = temperature, vocabulary, chunk
+        self.entropy_gradient = entropy_gradient
 
     def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
         hidden = self.model.get_decoder()(
@@ -146,6 +170,7 @@ class Scorer(torch.nn.Module):
             temperature=self.temperature,
             vocabulary=self.vocabulary,
             chunk=self.chunk,
+            entropy_gradient=self.entropy_gradient,
         )
 
 

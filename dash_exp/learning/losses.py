@@ -1,17 +1,21 @@
 """Losses per token, KL estimators, and how tokens are weighted. Tensors in, tensors out.
 
-The loss of a batch is sum over tokens of weight x (surrogate + beta x KL), divided once by a
+The loss of a batch is sum over tokens of weight x (surrogate + beta x KL - entropy bonus), divided once by a
 denominator that counts completions or tokens. Nothing here divides, so sums over micro-batches add.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dash_exp.config.schema import AGGREGATIONS, KL_ESTIMATORS
+
+if TYPE_CHECKING:
+    from dash_exp.learning.packing import Packed
 
 
 def policy_gradient(logprobs_T: Tensor, advantages_T: Tensor) -> Tensor:
@@ -36,6 +40,44 @@ def clip_share(
     over = (ratio > 1.0 + high) & (advantages_T > 0)
     under = (ratio < 1.0 - low) & (advantages_T < 0)
     return (over | under).float()
+
+
+def clipped_weight(
+    logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, low: float, high: float
+) -> Tensor:
+    """-stop_gradient(clip(c, 1 - low, 1 + high)) A log pi with c = pi / pi_old, per token [T] (CISPO, MiniMax
+    2025, eq. 4): every token keeps a gradient, with a bounded weight."""
+    ratio = torch.exp(logprobs_T - old_logprobs_T).detach()
+    return -ratio.clamp(1.0 - low, 1.0 + high) * advantages_T * logprobs_T
+
+
+def per_completion(values_T: Tensor, lengths_N: Tensor, mean: bool = False) -> Tensor:
+    """At each token the sum (or mean) over its completion [T]; differentiable."""
+    owner = torch.arange(len(lengths_N), device=values_T.device).repeat_interleave(lengths_N)
+    sums = values_T.new_zeros(len(lengths_N)).index_add(0, owner, values_T)
+    return (sums / lengths_N if mean else sums)[owner]
+
+
+def surrogate(
+    name: str, logprobs_T: Tensor, old_logprobs_T: Tensor, packed: Packed, bounds: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """The loss of each token [T], and 1 where the clip acts on it, else 0.
+
+    `clipped_sequence` (GSPO, Zheng et al. 2025, eq. 5 and 7) is PPO's clip of one ratio per completion, the
+    geometric mean of its tokens': the same for all of them, so that `sequence_mean` makes it one term.
+    """
+    advantages, (low, high) = packed.advantages, bounds
+    if name == "clipped_sequence":
+        logprobs_T = per_completion(logprobs_T - old_logprobs_T, packed.lengths, mean=True)
+        old_logprobs_T = torch.zeros_like(logprobs_T)
+    if name == "clipped_weight":
+        ratio = torch.exp(logprobs_T - old_logprobs_T).detach()
+        bounded = ((ratio > 1.0 + high) | (ratio < 1.0 - low)).float()
+        return clipped_weight(logprobs_T, old_logprobs_T, advantages, low, high), bounded
+    cut = clip_share(logprobs_T.detach(), old_logprobs_T, advantages, low, high)
+    if name == "policy_gradient":
+        return policy_gradient(logprobs_T, advantages), cut
+    return clipped_ratio(logprobs_T, old_logprobs_T, advantages, low, high), cut
 
 
 def kl_penalty(logprobs_T: Tensor, reference_logprobs_T: Tensor, estimator: str) -> Tensor:

@@ -71,7 +71,7 @@ class Packed:
 
     `logit_index` [C]: input token whose hidden state predicts `targets` [C]. `advantages`, `weights`
     and `sampler_logprobs` [C] fp32 are aligned to `targets`. A completion that is forwarded for its KL
-    term only has advantage 0.
+    term only has advantage 0. `lengths` [N]: tokens of each completion, in order.
     """
 
     input_ids: Tensor
@@ -82,11 +82,13 @@ class Packed:
     advantages: Tensor
     weights: Tensor
     sampler_logprobs: Tensor
+    lengths: Tensor
 
 
 def pieces_of(group: AdvantagedGroup, max_tokens: int, keep_for_kl: bool) -> Iterator[Piece]:
     """The forwarded completions of a group, cut so that each piece fits `max_tokens`."""
-    wanted = tuple(i for i, kept in enumerate(group.kept) if kept or keep_for_kl)
+    masked = group.masked or (False,) * len(group.kept)
+    wanted = tuple(i for i, kept in enumerate(group.kept) if kept or (keep_for_kl and not masked[i]))
     return cut(Piece(group, wanted), max_tokens)
 
 
@@ -198,6 +200,7 @@ def pack(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed:
         sampler_logprobs=torch.tensor(
             list(chain.from_iterable(c.logprobs for c in completions)), device=device
         ),
+        lengths=repeats.to(device),
     )
 
 

@@ -14,8 +14,8 @@ from dash_exp.errors import Fault, UserError
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is minimised per token: surrogate + beta x KL. `temperature` divides the logits, as it does
-    in the sampler (1 for text that no sampler drew)."""
+    """What is minimised per token: correction x surrogate + beta x KL - entropy bonus. `temperature` divides
+    the logits, as it does in the sampler (1 for text that no sampler drew)."""
 
     surrogate: str
     clip_low: float
@@ -24,6 +24,11 @@ class Objective:
     beta_schedule: str
     kl: str
     temperature: float
+    entropy: float = 0.0
+    entropy_schedule: str = "constant"
+    correction: str = "none"
+    correction_floor: float = 0.0
+    correction_cap: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +122,9 @@ def learning_rate(update: int, plan: Optimization) -> float:
     return lr * max(0, total - update) / max(1, total - warmup)
 
 
-def kl_coefficient(update: int, goal: Objective, total: int) -> float:
-    """beta of update number `update` (from 0): constant, or linear to 0 over the planned updates."""
-    return goal.beta if goal.beta_schedule == "constant" else goal.beta * max(0, total - update) / total
+def coefficient(update: int, start: float, schedule: str, total: int) -> float:
+    """A weight in update number `update` (from 0): constant, or linear to 0 over the planned updates."""
+    return start if schedule == "constant" else start * max(0, total - update) / total
 
 
 # --- processes that torchrun or srun started ---

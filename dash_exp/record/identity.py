@@ -41,6 +41,13 @@ LATER: Mapping[str, object] = {
     "verifier.sandbox": "auto",
     "algorithm.pass_k": 2,
     "filter.share": None,
+    "algorithm.entropy": 0.0,
+    "algorithm.entropy_schedule": "constant",
+    "algorithm.overlong_share": 0.0,
+    "algorithm.mask_truncated": False,
+    "correction.name": "none",
+    "correction.floor": 0.0,
+    "correction.cap": 2.0,
 }
 """Keys that came later, each with the value that stands for what was done before it and changes no id."""
 
@@ -89,7 +96,9 @@ def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
     hashed = {k: v for k, v in identity.items() if k != "hardware" or v is not None}
     for place, before in LATER.items():
         group, _, key = place.partition(".")
-        hashed[group] = {k: v for k, v in hashed[group].items() if (k, v) != (key, before)}
+        hashed[group] = {k: v for k, v in hashed.get(group, {}).items() if (k, v) != (key, before)}
+    if not hashed["correction"]:
+        del hashed["correction"]
     fit = [name for name in hashed["algorithm"]["filters"] if name in FIRST_FILTERS]
     hashed["algorithm"] = {**hashed["algorithm"], "filters": fit}  # the others came later
     if hashed["algorithm"]["source"] != "traces":  # who reads none is the same cell before they are made

@@ -57,6 +57,9 @@ def batch_values(facts: BatchFacts) -> Row:
     kept = [(c, a) for c, _, a, k in rows if k]
     outcomes = Counter(s.outcome for _, s, _, _ in rows)
     constant = [all(a == 0.0 for a in g.advantages) for g in facts.groups]
+    masked = [c for g in facts.groups for c, m in zip(g.group.completions, g.masked, strict=False) if m]
+    by_mask = {"completions": len(masked), "tokens": sum(len(c.token_ids) for c in masked)}
+    penalties = [p for g in facts.groups for p in g.penalties]
     return {
         "reward/mean": mean([s.value for _, s, _, _ in rows]),
         **{f"outcome/{name}": count for name, count in sorted(outcomes.items())},
@@ -68,10 +71,12 @@ def batch_values(facts: BatchFacts) -> Row:
         "filter/kept_share": len(kept) / len(rows),
         "filter/zero_variance_share": mean(constant),
         "completions/sampled": len(rows),
-        "completions/dropped_by_filter": len(rows) - len(kept),
+        "completions/dropped_by_filter": len(rows) - len(kept) - by_mask["completions"],
         "tokens/sampled": sum(lengths),
         "tokens/kept": sum(len(c.token_ids) for c, _ in kept),
-        "tokens/dropped_by_filter": sum(lengths) - sum(len(c.token_ids) for c, _ in kept),
+        "tokens/dropped_by_filter": sum(lengths) - sum(len(c.token_ids) for c, _ in kept) - by_mask["tokens"],
+        **({"reward/overlong_penalty": mean(penalties)} if penalties else {}),
+        **({f"{k}/dropped_by_truncation": n for k, n in by_mask.items()} if facts.groups[0].masked else {}),
     }
 
 
@@ -113,6 +118,9 @@ def learner_values(facts: BatchFacts) -> Row:
         which = "later" if "later/tokens" in sums else "first"
         row["policy/clip_share"] = sums[f"{which}/clipped"] / sums[f"{which}/tokens"]
         row["policy/ratio_mean"] = sums[f"{which}/ratio"] / sums[f"{which}/tokens"]
+        if "first/correction" in sums or "later/correction" in sums:
+            both = sums.get("first/correction", 0.0) + sums.get("later/correction", 0.0)
+            row["correction/weight_mean"] = both / learned
         if "first/kl" in sums or "later/kl" in sums:
             row["kl/mean"] = (sums.get("first/kl", 0.0) + sums.get("later/kl", 0.0)) / learned
             row["kl/beta"] = last.beta

@@ -138,6 +138,8 @@ def make_plan(config: Config, prompts: int) -> Plan:
         prompts_per_update=(a.mini_batch or a.prompts_per_step * a.group_size) // a.group_size,
         aggregation=a.aggregation,
         denominator=config.filter.denominator,
+        overlong_share=a.overlong_share,
+        mask_truncated=a.mask_truncated,
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint.every,
         budget_s=config.budget.seconds,
@@ -204,7 +206,20 @@ def make_spec(
         adapters = Adapters(lora.rank, lora.alpha, tuple(lora.targets), seed_for(config.seed, "adapters"))
     return LearnerSpec(
         folder,
-        Objective(a.surrogate, a.clip_low, a.clip_high, a.beta, a.beta_schedule, a.kl, temperature),
+        Objective(
+            surrogate=a.surrogate,
+            clip_low=a.clip_low,
+            clip_high=a.clip_high,
+            beta=a.beta,
+            beta_schedule=a.beta_schedule,
+            kl=a.kl,
+            temperature=temperature,
+            entropy=a.entropy,
+            entropy_schedule=a.entropy_schedule,
+            correction=config.correction.name,
+            correction_floor=config.correction.floor,
+            correction_cap=config.correction.cap,
+        ),
         Optimization(
             lr=opt.lr,
             schedule=opt.schedule,

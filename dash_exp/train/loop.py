@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from operator import add
 
 from torch import Tensor
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning import losses
+from dash_exp.learning.advantages import overlong_penalty
 from dash_exp.learning.rounds import Round, Rounds, balanced
 from dash_exp.learning.settings import UpdateStats
 from dash_exp.record.folder import Recorder, timed_event
@@ -240,11 +242,22 @@ def in_prompt_order(groups: Iterator[ScoredGroup | None], first: int) -> Iterato
 
 
 def compute_advantages(ctx: StepContext, batch: Sequence[ScoredGroup]) -> list[AdvantagedGroup]:
-    """Advantages, computed once, then the filter, which looks at the verdicts in any arm."""
-    parts, first = ctx.parts, batch[0].group.position
-    rewards = [[score.value for score in one.scores] for one in batch]
-    kept = parts.filter.keep(rewards, seed_for(ctx.plan.seed, "filter", ctx.step, first))
-    return list(map(AdvantagedGroup, batch, parts.advantages(rewards), kept))
+    """Advantages, computed once, from rewards, which an arm may shape; the filter looks at the verdicts."""
+    plan, parts, first = ctx.plan, ctx.parts, batch[0].group.position
+    verdicts = [[score.value for score in one.scores] for one in batch]
+    kept = parts.filter.keep(verdicts, seed_for(plan.seed, "filter", ctx.step, first))
+    penalties: list[tuple[float, ...]] = [()] * len(batch)
+    masked: list[tuple[bool, ...]] = [()] * len(batch)
+    rewards = verdicts
+    if plan.overlong_share > 0:
+        limit, share = parts.decoding.max_new_tokens, plan.overlong_share
+        lengths = [[len(c.token_ids) for c in one.group.completions] for one in batch]
+        penalties = [tuple(overlong_penalty(n, limit, share) for n in own) for own in lengths]
+        rewards = [list(map(add, v, p)) for v, p in zip(verdicts, penalties, strict=True)]
+    if plan.mask_truncated:
+        masked = [tuple(c.finish_reason == "length" for c in one.group.completions) for one in batch]
+        kept = [tuple(k and not m for k, m in zip(*g, strict=True)) for g in zip(kept, masked, strict=True)]
+    return list(map(AdvantagedGroup, batch, parts.advantages(rewards), kept, masked, penalties))
 
 
 def demonstrated(request: Request, demonstrations: Mapping[str, Completion]) -> AdvantagedGroup:

@@ -45,6 +45,8 @@ class Plan:
     prompts_per_update: int
     aggregation: str
     denominator: str
+    overlong_share: float
+    mask_truncated: bool
     evaluate_every: int
     checkpoint_every: int
     budget_s: float | None

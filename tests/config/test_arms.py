@@ -40,7 +40,11 @@ AXES = [
     (["algorithm=maxrl"], 1, False),
     (["algorithm=gpg"], 1, False),
     (["algorithm=pass_at_k", "filter=random", "filter.share=0.5"], 1, False),
-    (["filter=positive", "algorithm=no_kl"], 1, False),
+    (["algorithm=cispo", "algorithm.mini_batch=32", "filter=advantage"], 2, False),
+    (["algorithm=dapo", "algorithm.mini_batch=32", "correction=sequence_truncate"], 2, False),
+    (["correction=token_mask", "filter.kl=keep", "algorithm.mask_truncated=true"], 1, True),
+    (["correction=sequence_mask", "algorithm.entropy=0.01"], 1, True),
+    (["filter=positive", "algorithm=no_kl", "algorithm.entropy=0.01"], 1, False),
     (["filter=max_variance", "algorithm=rloo"], 1, False),
     (["filter=variance_top_p", "algorithm=ppo_mini", "algorithm.mini_batch=32"], 2, True),
     (["filter=top_k", "algorithm.baseline=group_mean", "algorithm.scale=batch_std"], 1, True),
@@ -59,7 +63,8 @@ AXES = [
         (["algorithm=rloo"], 1, False),
         (["algorithm=dr_grpo"], 1, False),
         (["algorithm=reinforce_pp", "filter=top_k"], 1, False),
-        (["filter=random"], 1, True),
+        (["filter=random", "correction=token_truncate"], 1, True),
+        (["algorithm=gspo", "algorithm.mini_batch=32"], 2, False),
         (["algorithm=ppo_multi"], 3, True),
         (["algorithm=ppo_mini", "algorithm.mini_batch=32"], 2, True),
         (["algorithm=ppo_mini", "algorithm.mini_batch=32", "algorithm.passes=2"], 4, True),
@@ -85,6 +90,7 @@ def test_every_arm_and_axis_learns_in_both_steps_of_a_fast_run(
             assert abs(row["policy/ratio_mean"] - 1) > 1e-6
         assert ("kl/mean" in row) == ("kl/beta" in row) == kl
         assert "policy/clip_share" in row
+        assert ("correction/weight_mean" in row) == any("correction=" in text for text in overrides)
         if updates == 1:  # arms with one update never forward twice
             assert row["tokens/forwarded"] == row["tokens/backpropagated"]
 

@@ -58,6 +58,30 @@ ARMS: dict[str, dict[str, Any]] = {
     "maxrl": {"filter": "none", "scale": "mean", "beta": 0.0},
     "pass_at_k": {"filter": "none", "baseline": "best_of_others", "scale": "none", "beta": 0.0},
     "gpg": {"filter": "zero_variance", "scale": "none", "beta": 0.0, "aggregation": "token_mean"},
+    "gspo": {
+        "filter": "none",
+        "surrogate": "clipped_sequence",
+        "clip": (3e-4, 4e-4),
+        "beta": 0.0,
+        "aggregation": "sequence_mean",
+        "mini_batch": 64,
+    },
+    "cispo": {
+        "filter": "none",
+        "surrogate": "clipped_weight",
+        "clip": (1.0, 4.0),
+        "beta": 0.0,
+        "aggregation": "token_mean",
+        "mini_batch": 64,
+    },
+    "dapo": {
+        "filter": "zero_variance",
+        "surrogate": "clipped",
+        "clip": (0.2, 0.28),
+        "beta": 0.0,
+        "aggregation": "token_mean",
+        "mini_batch": 64,
+    },
     "sft_h": {"filter": "none", "source": "solutions", "beta": 0.0, "aggregation": "token_mean"},
     "sft_m": {"filter": "none", "source": "traces", "beta": 0.0, "aggregation": "token_mean"},
 }
@@ -68,7 +92,8 @@ def test_an_arm_differs_from_dash_in_what_defines_it_only(arm: str) -> None:
     config = composed(f"algorithm={arm}")
     differs = dict(ARMS[arm])
     assert config.filter.name == differs.pop("filter", "advantage")
-    assert (config.algorithm.clip_low, config.algorithm.clip_high) == (0.2, 0.2)
+    clip = differs.pop("clip", (0.2, 0.2))
+    assert (config.algorithm.clip_low, config.algorithm.clip_high) == clip
     found = {axis: getattr(config.algorithm, axis) for axis in AXES}
     assert found == {**dict(zip(AXES, COMMON, strict=True)), **differs}
     assert config.sampler.schedule == config.algorithm.schedule

@@ -28,7 +28,7 @@ def test_the_base_has_no_faults(config: Config) -> None:
 NAMES = {
     "algorithm.baseline": "batch_mean, best_of_others, group_mean, leave_one_out",
     "algorithm.scale": "batch_std, mean, none, std",
-    "algorithm.surrogate": "clipped, policy_gradient",
+    "algorithm.surrogate": "clipped, clipped_sequence, clipped_weight, policy_gradient",
     "algorithm.kl": "k2, k3",
     "algorithm.aggregation": "constant, sequence_mean, token_mean",
     "sampler.name": "hf, vllm, vllm_servers",
@@ -103,7 +103,7 @@ def declared_faults(config: Config) -> list[Fault]:
         ("seed", 10**400, "at least 0 and at most 9223372036854775807"),
         ("sampler.gpu_memory_utilization", 1.1, "more than 0 and at most 1"),
         ("learner.warmup_share", 1.0, "at least 0 and less than 1"),
-        ("algorithm.clip_low", 0.0, "more than 0 and less than 1"),
+        ("algorithm.clip_low", 0.0, "more than 0 and at most 1"),
         ("verifier.memory_mb", 0, "at least 512 and at most 10000000"),
         ("verifier.workers", 1_000_000, "at least 1 and at most 512"),
         ("dataset.weight", math.inf, "more than 0"),

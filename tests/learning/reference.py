@@ -28,6 +28,26 @@ def reference_logprobs(model: Any, group: AdvantagedGroup, index: int, temperatu
     return rows.gather(1, torch.tensor(own)[:, None]).squeeze(1)
 
 
+def entropies(model: Any, group: AdvantagedGroup, index: int, temperature: float) -> Tensor:
+    """Entropy at each token of a completion, with its gradient."""
+    prompt = group.group.prompt.token_ids
+    own = group.group.completions[index].token_ids
+    logits = model(input_ids=torch.tensor([[*prompt, *own]])).logits[0, len(prompt) - 1 : -1]
+    return torch.distributions.Categorical(logits=logits[:, :VOCABULARY] / temperature).entropy()
+
+
+def correction_weight(goal: Objective, before: Tensor, sampled: Tensor) -> Tensor | float:
+    """What a completion's surrogate is multiplied by."""
+    if goal.correction == "none":
+        return 1.0
+    ratio = torch.exp(before - sampled)
+    if goal.correction.startswith("sequence"):
+        ratio = ratio.prod().expand(len(ratio))
+    if goal.correction.endswith("truncate"):
+        return ratio.clamp(goal.correction_floor, goal.correction_cap)
+    return ratio * ((ratio >= goal.correction_floor) & (ratio <= goal.correction_cap))
+
+
 def old_logprobs(model: Any, groups: list[AdvantagedGroup], temperature: float = 1.0) -> Old:
     """Those of every completion, detached, by position of its group and index."""
     return {
@@ -56,10 +76,17 @@ def reference_gradient(
             before = logprobs.detach() if old is None else old[group.group.position, i]
             ratio = torch.exp(logprobs - before)
             a = group.advantages[i]
-            if goal.surrogate == "clipped":
+            if goal.surrogate == "clipped_sequence":
+                ratio = (logprobs - before).mean().exp().expand(len(logprobs))
+            if goal.surrogate == "clipped_weight":
+                loss = -ratio.detach().clamp(1 - goal.clip_low, 1 + goal.clip_high) * a * logprobs
+            elif goal.surrogate != "policy_gradient":
                 loss = -torch.minimum(ratio * a, ratio.clamp(1 - goal.clip_low, 1 + goal.clip_high) * a)
             else:
                 loss = -a * logprobs
+            loss = loss * correction_weight(goal, before, torch.tensor(completion.logprobs))
+            if goal.entropy:
+                loss = loss - goal.entropy * entropies(model, group, i, goal.temperature)
             if goal.beta:
                 with torch.no_grad():
                     other = reference_logprobs(frozen, group, i, goal.temperature)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dash_exp.config.schema import AGGREGATIONS, SURROGATES
+from dash_exp.config.schema import AGGREGATIONS, CORRECTIONS
 from dash_exp.learning import losses
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import MicroBatch, Packer, Piece
@@ -21,7 +22,11 @@ from tests.learning.reference import MAX_NEW, VOCABULARY, old_logprobs, referenc
 
 LENGTHS = [[3, 5, 1, 4], [2, 2, 6, 1], [4, 1, 1, 3], [1, 7, 2, 2]]
 PROMPTS = [6, 3, 9, 4]
-OBJECTIVES = list(itertools.product(SURROGATES, AGGREGATIONS, [0.0, 0.04]))
+OBJECTIVES = [
+    *itertools.product(("policy_gradient", "clipped"), AGGREGATIONS, [0.0, 0.04]),
+    ("clipped_sequence", "sequence_mean", 0.0),
+    ("clipped_weight", "token_mean", 0.04),
+]
 
 
 def objective(surrogate: str = "policy_gradient", beta: float = 0.0, temperature: float = 1.0) -> Objective:
@@ -181,6 +186,46 @@ def test_dropped_completions_owe_no_kl_by_default(tiny: Any) -> None:
     assert learner.take_sums()["first/tokens"] > dropped_tokens
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.allclose(drop[name], keep[name], rtol=1e-3)
+
+
+OFF_POLICY = [
+    ("clipped", "token_mean", {"clip_high": 2.0}),
+    ("clipped_sequence", "sequence_mean", {"clip_low": 3e-4, "clip_high": 4e-4}),
+    ("clipped_sequence", "constant", {"clip_low": 0.05, "clip_high": 0.05, "beta": 0.04}),
+    ("clipped_weight", "token_mean", {"clip_low": 1.0, "clip_high": 0.1}),
+    ("policy_gradient", "sequence_mean", {"entropy": 0.1}),
+    ("clipped", "token_mean", {"entropy": 0.05, "beta": 0.04}),
+    *(
+        ("clipped", "constant", {"correction": c, "correction_floor": 0.02, "correction_cap": 1.5})
+        for c in CORRECTIONS[1:]
+    ),
+    ("clipped_sequence", "sequence_mean", {"correction": "token_truncate", "entropy": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("surrogate", "aggregation", "more"), OFF_POLICY)
+def test_gradient_off_policy_equals_the_reference(
+    tiny: Any, plain: Any, surrogate: str, aggregation: str, more: dict[str, Any]
+) -> None:
+    """At weights that have moved since sampling, some ratios clipped and some not, in pieces and in one; the
+    output layer trained or, with frozen embeddings, not."""
+    goal = replace(objective(surrogate, temperature=0.8), **more)
+    groups = make_groups(LENGTHS, PROMPTS, kept=0.8)
+    old = old_logprobs(plain, groups, 0.8)
+    expected = reference_gradient(perturbed(copy.deepcopy(plain)), plain, groups, goal, aggregation, old)
+    for frozen, max_tokens in ((False, 1000), (True, 20)):
+        learner = learner_of(copy.deepcopy(tiny), goal, chunk=7, freeze_embeddings=frozen)
+        perturbed(learner.model)
+        for batch in batches_of(groups, max_tokens, aggregation):
+            before = [old[p.source.group.position, i] for p in batch.pieces for i in p.indices]
+            learner.accumulate(batch, learner.reference_logprobs(batch), torch.cat(before))
+        lengths = [len(c.token_ids) for g in groups for c in g.group.completions]
+        divisor = losses.denominator(lengths, MAX_NEW, aggregation)
+        actual = {name: g / divisor for name, g in learner.gradients.items()}
+        assert_close(actual, {name: expected[name] for name in actual})
+        sums = learner.take_sums()
+        share = sums["later/clipped"] / sums["later/tokens"]
+        assert surrogate == "policy_gradient" or goal.clip_high > 1 or 0 < share < 1
 
 
 def test_later_passes_have_a_ratio_and_a_clip(tiny: Any, plain: Any) -> None:

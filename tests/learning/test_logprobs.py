@@ -49,6 +49,24 @@ def test_value_and_gradient(chunk: int, temperature: float, trainable: bool, voc
         assert torch.allclose(a, e, atol=2e-5)
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_gradient_of_the_entropy(trainable: bool) -> None:
+    """In chunks, beside that of the log-probabilities, with a temperature and a padded vocabulary."""
+    hidden, weight, targets = tensors()
+    upstream = torch.linspace(-1, 1, T, dtype=torch.float64)
+    hidden.requires_grad_()
+    weight.requires_grad_(trainable)
+    logprobs, entropy = token_logprobs(
+        hidden, weight, targets, temperature=0.6, vocabulary=61, chunk=5, entropy_gradient=True
+    )
+    expected, expected_entropy = reference(hidden, weight, targets, 0.6, 61)
+    wanted = [hidden, weight] if trainable else [hidden]
+    actual = torch.autograd.grad((logprobs * upstream + entropy * upstream.flip(0)).sum(), wanted)
+    exact = torch.autograd.grad((expected * upstream + expected_entropy * upstream.flip(0)).sum(), wanted)
+    for a, e in zip(actual, exact, strict=True):
+        assert torch.allclose(a, e, atol=2e-5)
+
+
 def test_entropy_of_a_uniform_distribution_is_log_v() -> None:
     hidden, weight, targets = tensors()
     _, entropy = token_logprobs(hidden * 0, weight, targets, vocabulary=61)

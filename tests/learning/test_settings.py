@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dash_exp.learning.settings import Objective, kl_coefficient, learning_rate
+from dash_exp.learning.settings import coefficient, learning_rate
 from tests.learning.test_learner import setting
 
 
@@ -13,9 +13,6 @@ def test_learning_rate() -> None:
     assert learning_rate(0, setting(lr=0.3, warmup_share=0.35, total_updates=10)) == 0.3 / 4
 
 
-def test_kl_coefficient() -> None:
-    def goal(schedule: str) -> Objective:
-        return Objective("policy_gradient", 0.2, 0.2, 0.04, schedule, "k3", 1.0)
-
-    assert [kl_coefficient(u, goal("linear"), 4) for u in range(6)] == [0.04, 0.03, 0.02, 0.01, 0.0, 0.0]
-    assert {kl_coefficient(u, goal("constant"), 4) for u in range(9)} == {0.04}
+def test_coefficients_of_kl_and_entropy() -> None:
+    assert [coefficient(u, 0.04, "linear", 4) for u in range(6)] == [0.04, 0.03, 0.02, 0.01, 0.0, 0.0]
+    assert {coefficient(u, 0.04, "constant", 4) for u in range(9)} == {0.04}

@@ -47,11 +47,14 @@ def test_all_cells_compose_and_are_sound(names: list[str], tmp_path: Path) -> No
     assert arms == {path.stem for path in (conf_dir() / "algorithm").iterdir()} - {"sft_m"}
     assert {w.traces.path.parent for w in plan.waiting} == {tmp_path / "traces"}
     by_id = {c.id: c for c in plan.cells}
-    for cell in plan.cells:  # Multi and Mini wait for DASH of their own model, data and seed
+    for (
+        cell
+    ) in plan.cells:  # Multi and Mini wait for DASH of their own model, data and seed; filters for No-KL
         _, *rest = cell.cell.name.split("-")
-        matched = any(text.startswith("experiment=") and "_ppo_" in text for text in cell.overrides)
+        multi = any(text.startswith("experiment=") and "_ppo_" in text for text in cell.overrides)
+        filtered = any(text.startswith("budget.match=") and "no_kl" in text for text in cell.overrides)
         partners = [by_id[need].cell.name.split("-") for need in cell.needs]
-        assert partners == ([["dash", *rest]] if matched else [])
+        assert partners == [["dash", *rest]] * multi + [["no_kl", *rest]] * filtered
 
 
 @pytest.mark.long
