@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -80,7 +80,10 @@ def time_of(records: Records, variant: Variant, part: str = "") -> est.Estimate:
         return est.Estimate(np.nan, note=NONE_FINISHED)
     if len(machines := hardware_of(records, cells)) > 1:
         return est.Estimate(np.nan, n_seeds=len(cells), note=f"different hardware: {'; '.join(machines)}")
-    return est.over_seeds([training_seconds(steps_of(records, c), part) for c in cells])
+    found = est.over_seeds([training_seconds(steps_of(records, c), part) for c in cells])
+    partner = str(records.cells.loc[cells[0]].get("config.budget.match", "null"))
+    matched = "" if partner in ("null", "nan") else "as long as its partner (budget.match)"
+    return replace(found, note="; ".join(filter(None, (found.note, matched))))
 
 
 def policy_curve(records: Records, cell: str) -> est.Array:
