@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ from code_fixtures import skip_without
 import dash_exp
 from dash_exp.config.checks import check
 from dash_exp.config.compose import compose
+from dash_exp.config.schema import changed
 from dash_exp.verifiers.code import sandbox
 from dash_exp.verifiers.code.confine import filter_supported, landlock_supported
 from dash_exp.verifiers.code.sandbox import Confinement, confinement, spare_uid
@@ -54,32 +54,26 @@ def test_a_bubblewrap_that_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None
     assert "forbidden here: no new namespaces" in found.warnings[0]
 
 
-@pytest.mark.parametrize(
-    ("sandbox_of", "more", "faults"),
-    [
-        ("bwrap", (), []),
-        ("limits+landlock", (), []),
-        ("limits", (), ["algorithm"]),
-        ("limits", ("verifier.sandbox=limits",), []),
-        ("limits", ("algorithm=sft_h",), []),
-        ("limits", ("dataset=arithmetic",), []),
-        ("limits+landlock", ("verifier.sandbox=bwrap",), ["verifier.sandbox"]),
-        ("limits", ("verifier.sandbox=none",), ["verifier.sandbox"]),
-    ],
-)
-def test_programs_that_can_read_the_data_are_not_rewarded(
-    monkeypatch: pytest.MonkeyPatch, sandbox_of: str, more: tuple[str, ...], faults: list[str]
-) -> None:
-    absent = sandbox_of != "bwrap"
-    monkeypatch.setattr(
-        sandbox, "_probe", lambda: ((), "it is not installed") if absent else (("bwrap",), "")
-    )
-    monkeypatch.setattr(sandbox, "landlock_supported", lambda: "landlock" in sandbox_of)
-    config = compose(["dataset=functions", "model=tiny", *more])
-    if "none" not in config.verifier.sandbox:
-        with contextlib.suppress(RuntimeError):
-            assert confinement(config.verifier.sandbox).name == sandbox_of
-    assert [fault.where for fault in check(config)] == faults
+def test_programs_that_can_read_the_data_are_not_rewarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose(["dataset=functions", "model=tiny"])
+    rows: list[tuple[str, dict[str, object], list[str]]] = [
+        ("bwrap", {}, []),
+        ("limits+landlock", {}, []),
+        ("limits", {}, ["algorithm"]),
+        ("limits", {"verifier.sandbox": "limits"}, []),
+        ("limits", {"algorithm.source": "solutions", "algorithm.group_size": 1}, []),
+        ("limits", {"dataset.kind": "arithmetic", "dataset.verifier": "integer"}, []),
+        ("limits+landlock", {"verifier.sandbox": "bwrap"}, ["verifier.sandbox"]),
+        ("bwrap", {"verifier.sandbox": "bwrap"}, []),
+        ("limits", {"verifier.sandbox": "none"}, ["verifier.sandbox"]),
+    ]
+    for best, changes, wanted in rows:
+        found: object = (("bwrap",), "") if best == "bwrap" else ((), "it is not installed")
+        monkeypatch.setattr(sandbox, "_probe", lambda found=found: found)
+        monkeypatch.setattr(sandbox, "landlock_supported", lambda best=best: "landlock" in best)
+        assert confinement().name == best
+        faults = [fault.where for fault in check(changed(config, changes))]
+        assert [where for where in faults if where in ("algorithm", "verifier.sandbox")] == wanted, changes
 
 
 def test_a_processor_without_a_filter_gets_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
