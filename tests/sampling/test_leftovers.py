@@ -17,11 +17,13 @@ import pytest
 from dash_exp.sampling.fleet import leftovers
 
 HOLDER = """
-import sys, time
+import _multiprocessing, os, sys, time
 from multiprocessing import resource_tracker, shared_memory
 memory = shared_memory.SharedMemory(create=True, size=64)
 resource_tracker.unregister(memory._name, "shared_memory")
-print("/dev/shm" + "/" + memory._name.lstrip("/"), flush=True)
+name = f"/dash-test-{os.getpid()}"
+semaphore = _multiprocessing.SemLock(1, 1, 1, name, False)
+print("/dev/shm/" + memory._name.lstrip("/"), "/dev/shm/sem." + name[1:], flush=True)
 time.sleep(60)
 """
 
@@ -38,19 +40,19 @@ def test_a_killed_servers_shared_memory_and_sockets_are_removed_once_it_is_dead(
         [sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert holder.stdout is not None
-    memory, sockets = Path(holder.stdout.readline().strip()), leftovers.socket_folder()
+    held, sockets = list(map(Path, holder.stdout.readline().split())), leftovers.socket_folder()
     assert sockets is not None
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(sockets / "one"))
     note = leftovers.Note(holder.pid, sockets)
     note.write()
     leftovers.sweep()
-    assert memory.exists() and (sockets / "one").exists()  # it lives
+    assert all(p.exists() for p in (*held, sockets / "one"))  # it lives
     os.killpg(holder.pid, signal.SIGKILL)
     holder.wait()
-    assert memory.exists()
+    assert len(held) == 2 and all(path.exists() for path in held)
     leftovers.sweep()
-    assert not memory.exists() and list(place.iterdir()) == []
+    assert not any(path.exists() for path in held) and list(place.iterdir()) == []
 
 
 def test_nothing_is_removed_that_is_not_provably_of_a_dead_server(place: Path, tmp_path: Path) -> None:

@@ -61,16 +61,17 @@ def members(session: int) -> Iterator[int]:
 
 def held_files(session: int) -> dict[str, int]:
     """Files in shared memory that the processes of a session have mapped, but for weights, which have a lock:
-    inode by path."""
-    found = {}
+    inode by path. A semaphore is mapped under the name it was made with, and then renamed."""
+    inodes = set[int]()
     for pid in members(session):
         with suppress(OSError):
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                fields = line.split(maxsplit=5)
-                path = fields[5] if len(fields) == 6 else ""
-                if os.path.dirname(path) + "/" == SHARED_MEMORY:
-                    found[path] = int(fields[4])
-    return found
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            inodes |= {int(line.split()[4]) for line in lines if f" {SHARED_MEMORY}" in line}
+    with suppress(OSError), os.scandir(SHARED_MEMORY) as entries:
+        return {
+            e.path: e.inode() for e in entries if e.inode() in inodes and e.is_file(follow_symlinks=False)
+        }
+    return {}
 
 
 class Note:
