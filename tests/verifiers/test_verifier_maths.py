@@ -51,6 +51,20 @@ def test_outcomes(text: str, outcome: str) -> None:
     assert verdict.value == (1.0 if outcome == "correct" else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "gold", "outcome"),
+    [
+        (r"Hence \boxed{\frac{2}{4}}.", "0.5", "correct"),
+        ("the answer is 3", "4", "wrong"),
+        (r"\boxed{2 \text{ million}}", "2", "correct"),  # the library's own rules, not ours
+        ("I give up", "4", "no_answer"),
+        ("the answer is 3", "", "verifier_error"),
+    ],
+)
+def test_the_library_by_itself(text: str, gold: str, outcome: str) -> None:
+    assert judge_math(text, gold, "math_verify").outcome == outcome
+
+
 def test_an_unreadable_gold_is_matched_as_a_string() -> None:
     assert judge_candidate(r"\frac{1}{", r"\frac{1}{").outcome == "correct"
     assert judge_candidate(r"\frac{1}", r"\frac{1}{").outcome != "correct"

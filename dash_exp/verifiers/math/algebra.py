@@ -86,7 +86,7 @@ def _is_zero(gold: Expression, found: Expression) -> bool:
     for point, positive in _points(symbols):
         here = gold.xreplace(point), found.xreplace(point)
         # elsewhere roots and logarithms have several values
-        if (positive or all(side.evalf(8).is_real for side in here)) and _apart(*here):
+        if (positive or all(_is_real(side, point) for side in (gold, found))) and _apart(*here):
             return False
     positives = {symbol: sympy.Symbol(symbol.name, positive=True) for symbol in symbols}
     difference = gold - found
@@ -98,6 +98,15 @@ def _points(symbols: Sequence[Expression]) -> Iterator[tuple[dict[Expression, Ex
     for turn, signs in enumerate(((1, 1), (1, 1), (-1, -1), (-1, 1))):
         values = (sympy.Rational(signs[at % 2] * (7 + 6 * turn + 10 * at), 5) for at in range(len(symbols)))
         yield dict(zip(symbols, values, strict=True)), min(signs) > 0
+
+
+def _is_real(side: Expression, point: dict[Expression, Expression]) -> bool:
+    """Whether a value is real at a point, with all roots and logarithms in it."""
+    inner = [power.base for power in side.atoms(sympy.Pow) if not power.exp.is_integer]
+    inner += [logarithm.args[0] for logarithm in side.atoms(sympy.log)]
+    return (
+        all(part.xreplace(point).is_nonnegative for part in inner) and side.xreplace(point).evalf(8).is_real
+    )
 
 
 def _apart(gold: Expression, found: Expression) -> bool:

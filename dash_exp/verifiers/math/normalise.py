@@ -73,6 +73,7 @@ _TABLE: list[tuple[str, _Meaning]] = [
     (r"(\\text\{[^{}]*\^)\s*\{\s*(-?\d)\s*\}", r"\1\2"),  # `\text{m s^{-1}}`
     (rf"(?<=\d)\s*(?:\^\s*\{{\s*{_ORDINAL}\s*\}}|\^?\s*{_ORDINAL})|(?<=\d)(?:st|nd|rd|th)$", ""),
     (r"^([-\d.,/]+)\s+\(([A-Za-z]{2,}(?:\s[A-Za-z]+)*)\)$", r"\1\\text{ \2}"),  # `9 (apples)`
+    (r"\\text\{\s*per\s?cent\s*\}|(?<![A-Za-z\\])per\s?cent(?![A-Za-z])", r"\\%"),
     (_LEAD, ""),
     (_DENIAL, ""),
     (r"^(?:\\text\{\s*)?(?:minus|negative)\s*\}?\s*(?=[\d\\])", "-"),

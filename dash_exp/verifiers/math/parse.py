@@ -283,7 +283,7 @@ def _outside(
 # Leaves
 
 _TIME_SUFFIX = re.compile(r"\s*\b([ap])\s?\.?\s?m\b\.?\s*$", re.IGNORECASE)
-_PERCENT = re.compile(r"\s*\\?%\s*$|\s*(?:\\text\{\s*per\s?cent\s*\}|\bper\s?cent)\s*$")
+_PERCENT = re.compile(r"\s*\\?%\s*$")
 _BASE = re.compile(
     r"(?:\\text\{|\()?(-?(?:[0-9A-Z]+|\d[0-9a-z]+)(?:\.[0-9A-Z]+)?)[})]?"
     r"_\s*(?:\{?\s*(?:\\text\{)?(\d{1,2})\}?\}?)"

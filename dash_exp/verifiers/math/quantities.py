@@ -37,10 +37,10 @@ _CHANGES = re.compile(
 )
 """Words that change the number in front of them."""
 _SPOILERS = """
-half twice double triple squared cubed below mod modulo plus minus times over divided multiplied than or and
-not except wrong incorrect
+half twice double doubled triple tripled halved squared cubed below mod modulo plus minus over divided
+multiplied than or and not except wrong incorrect factorial score raised power root
 """
-_NEVER_UNITS = {*_SMALL, *_SCALES, *_SPOILERS.split()}
+_NEVER_UNITS = {*_SMALL, *_SCALES, *_PARTS, *_SPOILERS.split()}
 
 _UNITS = """
 cent cents | dollar dollars usd bucks | degree degrees deg | radian radians rad | mm millimeter millimeters
