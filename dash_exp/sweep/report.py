@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dash_exp.record.folder import Row, read_final, read_json
+from dash_exp.record.locks import HERE, runs
 from dash_exp.record.manifest import Manifest
 from dash_exp.record.reading import read_record, summary
 from dash_exp.sweep.states import CellState
@@ -137,7 +138,10 @@ def race_lines(found: Row) -> list[str]:
     spent, budget = format_seconds(3600 * found["spent_hours"]), found.get("budget_hours")
     spent += " spent" if budget is None else f" of {format_seconds(3600 * budget)} spent"
     how = f"by rungs {', '.join(map(str, found['rungs']))}" if found["rungs"] else "until decided"
-    return [f"race {how}, {found['metric']}: {found['state']}, {spent}", *(f"  {t}" for t in found["lines"])]
+    state = found["state"]
+    if state == "running" and found["host"] == HERE and not runs(found["pid"], "race"):
+        state = "not running; the same command continues it"
+    return [f"race {how}, {found['metric']}: {state}, {spent}", *(f"  {t}" for t in found["lines"])]
 
 
 def _cell_table(chosen: Sequence[SweepCell]) -> Table:

@@ -17,6 +17,7 @@ from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import Recorder, read_json
 from dash_exp.record.manifest import Plan
 from dash_exp.statistics.comparison import LOOK_WEIGHTS
+from dash_exp.sweep import report
 from dash_exp.sweep.detectable import power_of, power_text
 from dash_exp.sweep.dispatch import LaunchRequest
 from dash_exp.sweep.race import rounds, run
@@ -218,6 +219,7 @@ def test_seeds_are_added_until_decided(
     """Two recipes differ clearly and are decided with three seeds; two are equal but for noise, and get more
     seeds, up to the last look. Killed in the second round, it goes on there, without a run done twice."""
     monkeypatch.setattr(rounds, "LOOKS", (3, 5))
+    monkeypatch.setattr(report, "runs", lambda pid, word: False)  # this process would be taken for the race
     path = write_yaml(tmp_path, **{"algorithm.beta": [0.1, 0.9, 0.1001], "algorithm.steps": [8]})
     compare_also(path, (0.9, 0.1001), (0.1001, 0.1))
     words = ["race", path, "--until", "decided", "--metric", "reward", f"run.dir={tmp_path / 'out'}"]
@@ -225,6 +227,8 @@ def test_seeds_are_added_until_decided(
     stand_in.die_in = 2
     assert command(*words) == 130
     assert [len(cells) for cells in stand_in.launches] == [9, 4]
+    assert command("status", "tried", f"run.dir={tmp_path / 'out'}") == 0
+    assert "race until decided, reward: not running; the same" in capsys.readouterr().out
     stand_in.die_in = None
     assert command(*words) == 0
     assert [len(cells) for cells in stand_in.launches] == [9, 4, 3]

@@ -22,7 +22,7 @@ from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below
 from dash_exp.record import journal
 from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import read_json, write_json
-from dash_exp.record.locks import take_lock
+from dash_exp.record.locks import HERE, take_lock
 from dash_exp.record.manifest import Manifest, sweep_folder
 from dash_exp.sweep.dispatch import LaunchRequest, cancel, launch
 from dash_exp.sweep.pool import Log
@@ -236,6 +236,7 @@ class Record:
         settings = self.settings
         value = {
             "pid": os.getpid(),
+            "host": HERE,
             "started": self.started,
             "metric": settings.metric,
             "rungs": list(settings.rungs),
