@@ -20,12 +20,12 @@ from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.record import manifest as manifests
 from dash_exp.record import provenance
 from dash_exp.record.folder import Row, read_json
-from dash_exp.record.journal import classify
+from dash_exp.record.journal import classify, set_state
 from dash_exp.record.locks import HERE, runs
 from dash_exp.record.manifest import Entry, Manifest, Waiting
 from dash_exp.sweep import spec as specs
 from dash_exp.sweep.spec import Spec
-from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, open_need, states_of
+from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, open_need, recorded_state, states_of
 from dash_exp.text import format_command, last_lines
 
 LIST_HINT = "python -m dash_exp.sweep list names them"
@@ -108,6 +108,9 @@ def read_sweeps(manifests: Sequence[Manifest], now: float | None = None) -> list
     now = time.time() if now is None else now
     folders = list(dict.fromkeys(m.cell(entry) for m in manifests for entry in m.entries))
     states = dict(zip(folders, states_of(folders, now, code=provenance.code_hash()), strict=True))
+    for folder, cell in states.items():  # scancel: the job itself cannot know that it was not preempted
+        if cell.state == "cancelled" and cell.job and recorded_state(folder) != "cancelled":
+            set_state(folder, "cancelled")
     return [_joined(manifest, states) for manifest in manifests]
 
 

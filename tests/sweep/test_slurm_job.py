@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from dash_exp.record import journal
-from dash_exp.record.folder import Row, read_json, read_rows
+from dash_exp.record.folder import Row, read_json, read_rows, write_json
 from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.pool import Relay
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.job import Place, SlurmJob, out_of_time, threads, used_requeues
+from dash_exp.sweep.status import read_sweep
 from tests.conftest import REPOSITORY
 from tests.sweep.slurm_helpers import FakeSlurm, cluster_of, made_up, write_made_up, write_sweep
 
@@ -187,6 +188,36 @@ def test_which_cells_are_requeued(in_job: FakeSlurm, tmp_path: Path) -> None:
     job._requeue([on.name, cancelled.name, spent.name], "timeout", Place("7_3"))
     assert in_job.calls("scontrol") == ["scontrol requeue 7_3"]
     assert [kinds(folder) for folder in (on, cancelled, spent)] == [["requeue"], ["cancel"], ["requeue"]]
+
+
+def test_a_cell_that_never_finishes_a_step_is_not_requeued_for_ever(
+    in_job: FakeSlurm, tmp_path: Path
+) -> None:
+    sweep = write_made_up(tmp_path, made_up(1))
+    folder, place = sweep.cell(sweep.entries[0]), Place("7_3")
+    job = job_of(sweep, requeues=20)
+    for step in (2, 3, 3, 3):  # progress, then two requeues without
+        write_json(folder / "status.json", {"state": "interrupted", "step": step})
+        job._requeue([folder.name], "timeout", place)
+    assert len(in_job.calls("scontrol")) == 3
+    status = read_json(folder / "status.json")
+    assert status["state"] == "failed" and "no progress in 3 starts" in status["failure"]
+    journal.note(folder, "retry")
+    job._requeue([folder.name], "timeout", place)  # a person asked for more
+    assert len(in_job.calls("scontrol")) == 4
+
+
+@pytest.mark.parametrize("recorded", ["interrupted", "pending"])
+def test_scancel_has_one_name(in_job: FakeSlurm, tmp_path: Path, recorded: str) -> None:
+    """SLURM does not say to the job itself that it was cancelled, so whoever looks next records it."""
+    sweep = write_made_up(tmp_path, made_up(1))
+    folder = sweep.cell(sweep.entries[0])
+    write_json(folder / "status.json", {"state": recorded, "step": 3})
+    journal.note(folder, "queued", job="7_3", sweep="trial")
+    in_job.change("7_3", state="CANCELLED")
+    assert read_sweep(sweep).cells[0].cell.state == "cancelled"
+    assert read_json(folder / "status.json")["state"] == "cancelled"
+    assert read_sweep(sweep).cells[0].cell.state == "cancelled"
 
 
 def test_the_end_at_a_time_limit_is_recognized(in_job: FakeSlurm) -> None:

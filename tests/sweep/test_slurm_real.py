@@ -20,6 +20,7 @@ from dash_exp.record.manifest import Entry, Manifest, Resources
 from dash_exp.sweep.slurm import queue
 from dash_exp.sweep.slurm import submit as slurm
 from dash_exp.sweep.slurm.arrays import find_faults
+from dash_exp.sweep.status import read_sweep
 from tests.conftest import REPOSITORY
 from tests.sweep.real_slurm import (
     LARGEST_ARRAY,
@@ -233,6 +234,7 @@ def cancelled_by_scancel(root: Path, undisturbed: Path) -> Scenario:
     yield have_ended(*jobs)
     assert accounted(jobs[0]).startswith("CANCELLED")
     assert state(folder) == "interrupted" and requeues(folder) == []
+    assert read_sweep(sweep).cells[0].cell.state == "cancelled" == state(folder)
     yield have_ended(*submit(sweep))
     assert state(folder) == "finished" and differences(undisturbed, folder) == []
 

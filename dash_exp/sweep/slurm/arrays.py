@@ -25,6 +25,8 @@ from dash_exp.sweep.slurm.queue import chunks, run, setting
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
 NAME_LENGTH, SHOWN_NAMES = 60, 3
 """Characters of a job's name; arms or models named in it, more are counted."""
+EARLY_S = 60
+"""SLURM may send the warning so much too early."""
 UNKNOWN_MEMORY_MB = 1
 """The memory of a node that SLURM does not know."""
 
@@ -340,8 +342,9 @@ def _names(command: Sequence[str]) -> set[str]:
 
 def _warning_faults(entries: Sequence[Entry], cluster: ClusterConfig) -> list[Fault]:
     shortest = min((entry.resources.minutes for entry in entries), default=None)
-    if shortest is None or cluster.warning_s < 60 * shortest:
+    if shortest is None or cluster.warning_s + EARLY_S < 60 * shortest:
         return []
     what = f"got {cluster.warning_s} s before the end of jobs of {shortest} min"
-    hint = "a cell would be asked to end as soon as it starts: set it lower, or cluster.hours higher"
+    early = f"SLURM may warn {EARLY_S} s earlier, so a cell could be asked to end as soon as it starts"
+    hint = f"{early}: set it lower, or cluster.hours higher"
     return [Fault("cluster.warning_s", what, hint)]

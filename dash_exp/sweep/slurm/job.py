@@ -19,7 +19,7 @@ from pathlib import Path
 from dash_exp.errors import ExitCode
 from dash_exp.record import journal
 from dash_exp.record import manifest as manifests
-from dash_exp.record.folder import Row
+from dash_exp.record.folder import Row, read_json, read_rows
 from dash_exp.record.journal import BY_SCHEDULER, is_cancelled, may_retry, set_state
 from dash_exp.signals import handling, run_forwarding
 from dash_exp.sweep.local import make_traces
@@ -35,6 +35,8 @@ SETTLED = ("finished", PAUSED, "failed", "blocked", "cancelled")
 """States that are not caused by a signal to the job."""
 ATTEMPTS, PAUSE_S = 3, 5.0
 """To reach SLURM's controller when a job asks to be requeued."""
+FRUITLESS = 2
+"""Requeues at a time limit without progress after which a cell fails."""
 SHOWN_LINES = 20
 
 
@@ -163,6 +165,13 @@ class SlurmJob:
         """Requeue this job for those of the cells that were not cancelled and may be requeued once more."""
         rows = {name: journal.read(self.folder(name)) for name in names}
         wanted = [name for name in names if not is_cancelled(rows[name])]
+        stuck = [name for name in wanted if reason == "timeout" and is_stuck(rows[name], self.folder(name))]
+        for name in stuck:
+            text = f"made no progress in {FRUITLESS + 1} starts, each ended by the job's time limit"
+            why = f"{text}: raise cluster.hours, or make a step shorter (algorithm.prompts_per_step)"
+            set_state(self.folder(name), "failed", failure=why)
+            print_log(f"{name}: {why}")
+        wanted = [name for name in wanted if name not in stuck]
         able = [name for name in wanted if used_requeues(rows[name], place) < self.requeues]
         for name in set(wanted) - set(able):
             why = f"{reason}; was requeued as often as cluster.requeues={self.requeues} allows"
@@ -170,7 +179,7 @@ class SlurmJob:
             print_log(f"{name}: {why}")
         if able and requeue(place.job):
             for name in able:
-                journal.note(self.folder(name), "requeue", reason=reason, job=place.job)
+                note_requeue(self.folder(name), reason, place)
 
 
 @dataclass(frozen=True)
@@ -236,7 +245,26 @@ def note_restarts(folder: Path, place: Place) -> None:
     (`requeued`)."""
     for _ in range(place.restarts - requeues_of(journal.read(folder), place.job)):
         reason = BY_SCHEDULER.get(queue.last_run(place.job) or "", "requeued")
-        journal.note(folder, "requeue", reason=reason, job=place.job)
+        note_requeue(folder, reason, place)
+
+
+def note_requeue(folder: Path, reason: str, place: Place) -> None:
+    journal.note(folder, "requeue", reason=reason, job=place.job, progress=progress_of(folder))
+
+
+def progress_of(folder: Path) -> list[int]:
+    """What a cell has finished: steps, and rows of evaluations."""
+    step = int(read_json(folder / "status.json").get("step", 0))
+    return [step, len(read_rows(folder / "evals.jsonl").rows)]
+
+
+def is_stuck(rows: Sequence[Row], folder: Path) -> bool:
+    """Whether the last requeues of a cell, all at a time limit, have brought no progress."""
+    asked = [n for n, row in enumerate(rows) if row["kind"] in ("queued", "retry")]
+    last = [row for row in rows[max(asked, default=0) :] if row["kind"] == "requeue"][-FRUITLESS:]
+    here = progress_of(folder)
+    fruitless = [row for row in last if row["reason"] == "timeout" and row.get("progress") == here]
+    return len(fruitless) == FRUITLESS
 
 
 def requeue(job: str) -> bool:
