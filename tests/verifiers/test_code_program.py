@@ -222,12 +222,22 @@ def test_the_block_that_defines_the_entry_point(block: str) -> None:
             assert total_of(BLOCKS[block].replace("{}", spelling), gold) == 3, (spelling, gold.prefix)
 
 
+@pytest.mark.parametrize(
+    "before", [" Sure:\n", " Sure, it sums.\n\n", "    The sum.\n", "  # a\n\n", "\n \n"]
+)
+def test_what_is_indented_but_no_body(before: str) -> None:
+    for spelling in SPELLINGS.values():
+        assert total_of(f"{before}```python\n{spelling}\n```\nIt sums.", GOLD) == 3, spelling
+
+
 def test_of_several_definitions_the_first_completes_a_header_and_the_last_is_a_program() -> None:
     other = "\n\ndef total(xs):\n    return 0\n"
     assert total_of(BODY + other, GOLD) == 3
     assert total_of(WHOLE + other, GOLD) == 0
     assert total_of(f"```python\n{WHOLE}\n```\n```python{other}```", GOLD) == 0
     assert total_of(f"```python\n{BODY}\n```", GOLD) == 3
+    for gold in (GOLD, CodeGold("", "total")):
+        assert total_of(" def total(xs):\n    return sum(xs)\nDone", gold) == 3
 
 
 @pytest.mark.parametrize(

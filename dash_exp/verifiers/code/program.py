@@ -75,7 +75,8 @@ def candidates(text: str, gold: CodeGold) -> list[str]:
         if gold.prefix and pieces and _is_body(pieces[0]):
             found.append(pieces[0])
         if gold.entry_point:
-            found += [piece for piece in reversed(pieces) if defines(piece, gold.entry_point, "[ \t]*")]
+            defining = [p for p in reversed(pieces) if defines(p, gold.entry_point, r"[ \t]*+")]
+            found += [p.lstrip() for p in defining]  # a first token may begin with a space
     found.append(find_program(text))
     return [program for program in dict.fromkeys(found) if program.strip()]
 
@@ -188,7 +189,7 @@ def assemble(found: Sequence[str], gold: CodeGold) -> types.CodeType:
     sys.setrecursionlimit(max(limit := sys.getrecursionlimit(), _DEPTH))
     try:
         for program in found:
-            header = bool(gold.prefix) and _is_body(program)
+            header = len(gold.prefix.rstrip().split("\n")) if gold.prefix and _is_body(program) else 0
             source = gold.prefix + program if header else _with_helpers(program, gold)
             kept = _belonging(_statements(source), gold.entry_point, header)
             if kept:
@@ -246,15 +247,17 @@ def _chunks(source: str) -> Iterator[tuple[int, list[str]]]:
     yield first, chunk
 
 
-def _belonging(statements: list[ast.stmt], entry_point: str, header: bool) -> list[ast.stmt]:
+def _belonging(statements: list[ast.stmt], entry_point: str, header: int) -> list[ast.stmt]:
     """The first statement that defines the entry point, those before it, and as far as they run those behind
-    it that define something, but not by a use of the entry point. `header`: the first definition of it
-    counts, else the last. Empty where no statement defines it.
+    it that define something, but not by a use of the entry point. Empty where no statement defines it.
+
+    `header`: lines of a function's header, which is defined where it goes on, and only the first time; 0 for
+    none: then the last definition counts.
     """
     bound = [_bound(statement) for statement in statements]
     defining = (at for at, names in enumerate(bound) if entry_point in names)
     first = next((at for at in defining if not _uses(statements[at], entry_point)), None)
-    if first is None:
+    if first is None or (statements[first].end_lineno or 0) <= header:
         return []
     before = [s for s in statements[:first] if not _is_idle(s)]
     behind = [
