@@ -21,7 +21,7 @@ from dash_exp.learning.rounds import LocalLearner
 from dash_exp.learning.settings import Forward, Objective, Optimization, UpdateStats
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
-from dash_exp.record.metrics import BatchFacts, learner_values
+from dash_exp.record.metrics import BatchFacts, batch_values, learner_values
 from dash_exp.train.loop import StepContext, compute_advantages, demonstrated, mini_batches, repeated_updates
 from dash_exp.train.parts import Parts, Plan
 from dash_exp.types import AdvantagedGroup, Completion, Decoding, Group, Prompt, Request, Score, ScoredGroup
@@ -269,6 +269,34 @@ def scored(rewards: list[float]) -> ScoredGroup:
     completion = Completion((1,), (0.0,), "", "stop", 0)
     group = Group(0, Prompt("p", "t", "", (1,), ""), (completion,) * len(rewards))
     return ScoredGroup(group, tuple(Score(r, "wrong") for r in rewards))
+
+
+def test_shaping_and_mask_change_rewards_and_loss_but_not_the_filter() -> None:
+    """The penalty falls over the last 4 of 8 tokens. Three right answers, of 4, 8 (cut) and 6 tokens, have
+    rewards of 1, 0 and 0.5, but the filter sees equal verdicts."""
+    completions = tuple(
+        Completion((1,) * n, (0.0,) * n, "", end, 0) for n, end in ((4, "stop"), (8, "length"), (6, "stop"))
+    )
+    group = Group(0, Prompt("p", "t", "", (1,), ""), completions)
+    arm = partial(batch_advantages, baseline="group_mean", scale="none")
+    plan = replace(plan_of(1, 4, "constant"), overlong_share=0.5, mask_truncated=True)
+
+    def made(filter_name: str) -> AdvantagedGroup:
+        parts = parts_of(None, "constant", advantages=arm, filter=make_filter(filter_name))
+        right = ScoredGroup(group, (Score(1.0, "correct"),) * 3)
+        return compute_advantages(context(plan, parts), [right])[0]
+
+    assert made("zero_variance").kept == (False,) * 3
+    kept = made("none")
+    assert kept.advantages == pytest.approx((0.5, -0.5, 0.0)) and kept.penalties == (0.0, -1.0, -0.5)
+    assert (kept.kept, kept.masked) == ((True, False, True), (False, True, False))
+    values = batch_values(BatchFacts((kept,), (), {}, 0))
+    assert values["completions/dropped_by_truncation"] == 1 and values["tokens/dropped_by_truncation"] == 8
+    assert values["completions/dropped_by_filter"] == values["tokens/dropped_by_filter"] == 0
+    assert values["reward/mean"] == 1.0 and values["reward/overlong_penalty"] == -0.5
+    for keep_for_kl in (False, True):  # what is masked has no KL term either
+        (batch,) = [*(packer := Packer(100, "constant", keep_for_kl)).add(kept), *packer.flush()]
+        assert batch.lengths == (4, 6)
 
 
 def test_a_filter_threshold_means_the_same_in_every_arm(tiny: Any) -> None:

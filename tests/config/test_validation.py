@@ -219,6 +219,40 @@ def test_several_updates_need_the_clipped_ratio(config: Config) -> None:
     assert check(config) == []
 
 
+@pytest.mark.parametrize(
+    ("values", "where", "what"),
+    [
+        (
+            {"algorithm.baseline": "batch_mean"},
+            "algorithm.scale",
+            "got 'std' with algorithm.baseline=batch_mean",
+        ),
+        (
+            {"algorithm.scale": "mean", "algorithm.overlong_share": 0.2},
+            "algorithm.scale",
+            "got 'mean' with algorithm.overlong_share above 0",
+        ),
+        (
+            {"algorithm.baseline": "best_of_others", "algorithm.pass_k": 9},
+            "algorithm.pass_k",
+            "got 9, must be at least 2 and at most algorithm.group_size=8",
+        ),
+        ({"filter.name": "top_k"}, "filter.share", "is not set, but filter=top_k keeps that share"),
+        ({"filter.name": "random", "filter.threshold": 9.0}, "filter.threshold", "got 9, which drops every"),
+        (
+            {"algorithm.source": "solutions", "algorithm.group_size": 1, "correction.name": "token_mask"},
+            "correction",
+            "got 'token_mask' with algorithm.source=solutions",
+        ),
+    ],
+)
+def test_methods_that_do_not_go_together(
+    config: Config, values: dict[str, Any], where: str, what: str
+) -> None:
+    [fault] = check(changed(config, values))
+    assert fault.where == where and fault.what.startswith(what)
+
+
 def test_a_group_is_sampled_together(config: Config) -> None:
     config = changed(config, {"sampler.max_sequences": 7})
     [fault] = check(config)
