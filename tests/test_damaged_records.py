@@ -21,6 +21,7 @@ from dash_exp.record import manifest as manifests
 from dash_exp.record.folder import Recorder
 from dash_exp.record.locks import HERE
 from dash_exp.record.reading import read_record, read_rows, summary
+from dash_exp.sweep import local
 from dash_exp.sweep.__main__ import main as sweep
 from dash_exp.text import printable
 from tests.sweep.sweep_fixtures import cell_of, ran, sweep_of, write_yaml
@@ -176,9 +177,17 @@ ALL = [(name, kind) for name in FILES for kind in DAMAGES] + [("config.yaml", ki
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Damaged:
-    made = Damaged.make(tmp_path_factory.mktemp("damaged") / "outputs", ALL)
+    """Damages of the files that decide what a command does."""
+    names = (*SEEN_BY_STATUS, "provenance.json")
+    wanted = [(name, kind) for name, kind in ALL if name in names]
+    made = Damaged.make(tmp_path_factory.mktemp("damaged") / "outputs", wanted)
     write_yaml(made.root, algorithm=["dash"])
     return made
+
+
+@pytest.fixture(scope="module")
+def damaged_in_every_way(tmp_path_factory: pytest.TempPathFactory) -> Damaged:
+    return Damaged.make(tmp_path_factory.mktemp("damaged") / "outputs", ALL)
 
 
 def ran_command(arguments: Sequence[str]) -> tuple[int, str]:
@@ -196,15 +205,15 @@ COMMANDS = {
     "list": "list run.dir={}",
     "logs": "logs demo run.dir={}",
     "plan": "plan {}/tried.yaml run.dir={}",
+    "plan of what was launched": "plan {}/sweeps/demo",
     "live": "live {} --once",
     "report": "report {} --check --out {}/none",
     "cancel": "cancel demo run.dir={}",
 }
+SLOW = ("live", "report")
 
 
-@pytest.mark.parametrize(
-    "label", [pytest.param(one, marks=[pytest.mark.long] * (one in ("live", "report"))) for one in COMMANDS]
-)
+@pytest.mark.parametrize("label", [one for one in COMMANDS if one not in SLOW])
 def test_damaged_cells_take_no_command_down(damaged: Damaged, label: str) -> None:
     code, printed = ran_command(COMMANDS[label].replace("{}", str(damaged.root)).split())
     assert code in (0, 1) and "\x1b" not in printed, printed
@@ -215,6 +224,13 @@ def test_damaged_cells_take_no_command_down(damaged: Damaged, label: str) -> Non
             what for what in unseen if what[0] in SEEN_BY_STATUS and "surrogate" not in what[1]
         } == NO_DAMAGE
         assert list(cells.values())[-1]["damage"] == ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("label", [one for one in COMMANDS if one not in ("plan", "cancel")])
+def test_no_damage_takes_a_command_down(damaged_in_every_way: Damaged, label: str) -> None:
+    code, printed = ran_command(COMMANDS[label].replace("{}", str(damaged_in_every_way.root)).split())
+    assert code in (0, 1) and "\x1b" not in printed, printed
 
 
 OF_SWEEP = {
@@ -259,6 +275,14 @@ def test_damaged_files_of_a_sweep_hide_no_other_sweep(tmp_path: Path) -> None:
         refused = name == "manifest.json" and "is damaged" in printed and name in printed
         assert code == 0 or (code == 2 and refused), (name, kind, printed)
     assert ran_command(["cancel", "intact", f"run.dir={root}"])[0] == 0
+
+
+def test_cells_beside_damaged_ones_start_again(damaged: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(local, "detach", lambda manifest, n_jobs, cells, log: started.extend(cells))
+    code, printed = ran_command(["retry", "demo", f"run.dir={damaged.root}"])
+    assert code == 0 and len(started) > 10, printed
+    assert {damaged.what[name][0] for name in started} >= {"status.json"}
 
 
 def test_a_rerun_repairs_a_damaged_cell_or_names_what_to_do(damaged: Damaged) -> None:

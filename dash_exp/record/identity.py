@@ -177,7 +177,8 @@ def freeze(frozen: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     if os.path.lexists(path):
-        _check_frozen(folder, frozen)
+        if frozen:  # else it is a cell of a launched sweep, and its own process reads the config
+            _check_frozen(folder, frozen)
     else:
         temporary = folder / f".config.yaml.{os.getpid()}"
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's is several times faster

@@ -349,31 +349,30 @@ def parse_rows(path: Path, data: bytes, first: int | None) -> Rows:
 # The frozen config --------------------------------------------------------------------------------
 
 
+DEEPEST = 200
 NESTED = re.compile(rb"(?:[-?]\s+){50}")
 """Lists in lists, or keys in keys, in YAML's block style."""
 
 
-class _Unique:
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Refuses a key that is there twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        made: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[misc]
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
         if len(made) < len(node.value):
             raise yaml.YAMLError("a key is there twice")
         return made
 
 
-class _Loader(_Unique, yaml.SafeLoader):
-    """Slow, and fails with an error where nesting is deep."""
-
-
-class _FastLoader(_Unique, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """With libyaml's parser, which crashes there."""
-
-
 def _parse_yaml(data: bytes) -> Any:
-    is_deep = data.count(b"[") + data.count(b"{") > 1000 or NESTED.search(data)
-    return yaml.load(data.decode("utf-8"), Loader=_Loader if is_deep else _FastLoader)
+    """Raises Unreadable where nesting is deep: libyaml would crash."""
+    depth = deepest = 0
+    for bracket in re.findall(rb"[][{}]", data):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > DEEPEST or NESTED.search(data):
+        raise Unreadable("is nested too deeply")
+    return yaml.load(data.decode("utf-8"), Loader=_Loader)
 
 
 def read_config(folder: Path) -> Read:

@@ -11,10 +11,10 @@ import numpy as np
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import Plan, PlannedCell
 from dash_exp.record.metrics import judged_prompts
+from dash_exp.record.reading import read_config
 from dash_exp.statistics.comparison import too_few
 from dash_exp.statistics.power import DEFAULT_NOISE, Noise, detectable, estimate_noise
 from dash_exp.sweep.race.grid import recipe_of, seed_of
-from dash_exp.sweep.states import frozen_values
 
 ASSUMED_PROMPTS = 256
 """Where the size of an evaluation set is not known before it is read."""
@@ -29,15 +29,18 @@ def power_of(plan: Plan, root: Path) -> dict[str, Any] | None:
     recipes: dict[tuple[str, ...], list[PlannedCell]] = {}
     for cell in plan.cells:
         recipes.setdefault(recipe_of(cell), []).append(cell)
-    frozen = [cell.cell.frozen or frozen_values(cell.cell.folder(root)) for (cell, *_) in recipes.values()]
-    sets = [list(one["evaluation"]["sets"]) for one in frozen if one["evaluation"]["after"]]
+    frozen = [
+        cell.cell.frozen or read_config(cell.cell.folder(root)).value for (cell, *_) in recipes.values()
+    ]
+    asked = [one["evaluation"] for one in frozen if "evaluation" in one]  # without damaged configs
+    sets = [list(one.get("sets") or ()) for one in asked if one.get("after")]
     common = [label for label in sets[0] if all(label in own for own in sets)] if sets else []
     if len(recipes) < 2 or not common:
         return None
     scores = [[_scores(cell.cell.folder(root), common[0]) for cell in own] for own in recipes.values()]
     known = [found for own in scores for found in own if found]
     noise = _noise(scores)
-    prompts = len(set.intersection(*map(set, known))) if known else _size(frozen[0]["evaluation"], common[0])
+    prompts = len(set.intersection(*map(set, known))) if known else _size(asked[0], common[0])
     seeds = min(len({seed_of(cell) for cell in own}) for own in recipes.values())
     used = noise or DEFAULT_NOISE
     found = detectable(used, seeds, prompts or ASSUMED_PROMPTS)
@@ -69,7 +72,7 @@ def _scores(folder: Path, dataset: str) -> Scores:
     status = read_json(folder / "status.json")
     if status.get("state") != "finished":
         return {}
-    rows, _ = judged_prompts(folder, dataset, int(status["step"]))
+    rows, _ = judged_prompts(folder, dataset, int(status.get("step", 0)))
     return {row["prompt"]: row["score"] for row in rows}
 
 

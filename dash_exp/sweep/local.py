@@ -26,10 +26,11 @@ from dash_exp.record.identity import Cell
 from dash_exp.record.journal import is_done
 from dash_exp.record.locks import HERE, Locks, take_lock
 from dash_exp.record.manifest import Entry, Manifest, PlannedCell, Traces, held
+from dash_exp.record.reading import read_config
 from dash_exp.signals import handling, run_forwarding
 from dash_exp.sweep.pool import Log, Relay, Terms, print_log, run_pool
 from dash_exp.sweep.resources import cluster_of
-from dash_exp.sweep.states import frozen_values, recorded_state
+from dash_exp.sweep.states import recorded_state
 from dash_exp.sweep.status import CONTROLLER
 from dash_exp.sweep.worker import Job
 from dash_exp.text import format_path, last_lines
@@ -245,7 +246,7 @@ def _are_times(manifest: Manifest) -> bool:
     """Whether the results of this sweep are times, so that its cells are labelled with a kind of machine."""
     if "times" in manifest.about:
         return bool(manifest.about["times"])
-    return any(frozen_values(manifest.cell(entry)).get("hardware") for entry in manifest.entries[:1])
+    return any(read_config(manifest.cell(entry)).value.get("hardware") for entry in manifest.entries[:1])
 
 
 # The detached controller --------------------------------------------------------------------------

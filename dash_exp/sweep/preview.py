@@ -7,7 +7,6 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from dash_exp.errors import UserError
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
 from dash_exp.record.manifest import Plan, PlannedCell, Resources, cell_row, folders_below, waiting_row
+from dash_exp.record.reading import read_config
 from dash_exp.record.state import median_of, recent_steps
 from dash_exp.sweep.detectable import power_of, power_text
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, plain, table
-from dash_exp.sweep.states import CellState, folder_of, frozen_values, states_of
+from dash_exp.sweep.states import CellState, folder_of, states_of
 from dash_exp.sweep.status import labels
 from dash_exp.text import format_command, format_path
 
@@ -162,7 +161,7 @@ def _hours(plan: Plan, root: Path) -> dict[str, float]:
         known = hours_by_profile(root, (c.folder_name for c in cells), gpus) if cells else {}
         if known:
             profiles = (
-                (cell.id, profile(cell.cell.frozen or frozen_values(cell.cell.folder(root))))
+                (cell.id, profile(cell.cell.frozen or read_config(cell.cell.folder(root)).value))
                 for cell in cells
             )
             found.update({one: known[kind] for one, kind in profiles if kind in known})
@@ -198,9 +197,8 @@ def hours_by_profile(root: Path, names: Iterable[str], gpus: bool) -> dict[Profi
             continue
         took = _hours_of(folder, gpus)
         if took is not None:
-            with suppress(UserError):  # a damaged config is `status`'s to report
-                read[prefix] += 1
-                hours[profile(frozen_values(folder))].append(took)
+            read[prefix] += 1
+            hours[profile(read_config(folder).value)].append(took)
     return {one: statistics.median(many) for one, many in hours.items()}
 
 

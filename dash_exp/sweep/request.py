@@ -217,7 +217,9 @@ def _with_resources(cell: PlannedCell, plan: Plan, root: Path, changed: Collecti
 def plan_of(manifest: Manifest) -> Plan:
     """A launched sweep as a plan again. Raises UserError where a frozen config is gone."""
     hint = "launch the sweep's yaml, or the same -m, to freeze it anew"
-    gone = [manifest.cell(e) for e in manifest.entries if not (manifest.cell(e) / "config.yaml").is_file()]
+    gone = [
+        manifest.cell(e) for e in manifest.entries if not os.path.lexists(manifest.cell(e) / "config.yaml")
+    ]
     if gone:
         raise UserError([Fault(format_path(folder), "has no config.yaml any more", hint) for folder in gone])
     cells = tuple(map(planned_cell, manifest.entries))

@@ -11,6 +11,7 @@ from typing import Any
 from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.record import manifest as manifests
 from dash_exp.record.manifest import Plan, PlannedCell, sweep_folder
+from dash_exp.record.reading import read_config
 from dash_exp.sweep.dispatch import LaunchRequest
 from dash_exp.sweep.faults import FaultCollector
 from dash_exp.sweep.local import planned_cell
@@ -57,8 +58,10 @@ class Grid:
         self.cells = {(label_of[r], seed_of(c)): c for r, c in zip(own, self.plan.cells, strict=True)}
 
     def frozen(self, recipe: str) -> Mapping[str, Any]:
-        cell = next(cell for (label, _), cell in self.cells.items() if label == recipe)
-        return cell.cell.frozen or frozen_values(cell.cell.folder(self.root))
+        """Of any of its cells: one config may be damaged. Raises UserError if all are."""
+        own = [cell.cell for (label, _), cell in self.cells.items() if label == recipe]
+        known = (one.frozen or read_config(one.folder(self.root)).value for one in own)
+        return next(filter(None, known), None) or frozen_values(own[0].folder(self.root))
 
     def steps(self, recipe: str) -> int | None:
         steps = self.frozen(recipe)["algorithm"]["steps"]
