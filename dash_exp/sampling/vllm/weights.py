@@ -114,6 +114,7 @@ class InPlace:
         return set(loaded or ())
 
 
+@torch.no_grad()
 def check_loaded(named: Mapping[str, Tensor], model: Any, loaded: Iterable[str]) -> None:
     """Compare what the model holds with what was sent, by sums, since it joins some tensors. Raises
     ValueError where a part was left out, cut or replaced."""
