@@ -18,6 +18,7 @@ from dash_exp.mirror.sync import BusyError, CellSync, cell_lock, prepare_sweep
 from dash_exp.record.folder import Recorder
 from tests.mirror_fixtures import (
     BORN,
+    CONFIG,
     NAME,
     Database,
     attempt,
@@ -176,7 +177,7 @@ def test_a_parameter_that_differs_is_kept_and_named(root: Path, database: Databa
 
 
 def test_a_long_parameter_is_cut_visibly(root: Path, database: Database) -> None:
-    folder = begin(root, config={"shots": "y" * 7000})
+    folder = begin(root, config={**CONFIG, "shots": "y" * 7000})
     with Recorder(folder) as recorder:
         attempt(recorder)
         recorder.status("failed", 0, failure="RuntimeError: " + "x" * 9000)
@@ -335,7 +336,7 @@ def test_a_server_that_is_not_there(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", nobody)
     assert mirror.main([str(root)]) == 2
     said = capsys.readouterr()
-    assert "MLFLOW_TRACKING_URI: http://me:***@127.0.0.1:" in said.err and "cannot be used" in said.err
+    assert "MLFLOW_TRACKING_URI: http://***@127.0.0.1:" in said.err and "cannot be used" in said.err
     prepare_sweep(Place(nobody, "dash_exp"), "table_1")  # stops nobody
     said_later = capsys.readouterr()
     assert "is not available yet" in said_later.err
@@ -351,7 +352,8 @@ def test_a_cell_that_mlflow_refuses_is_named_and_the_others_mirrored(
         "create trigger refuse before insert on params when new.value = 'refused' "
         "begin select raise(abort, 'not this'); end"
     )
-    (old / "config.yaml").write_text("model: refused\n")
+    with (old / "config.yaml").open("a") as stream:
+        stream.write("recipe: refused\n")
     assert mirror.main([str(root)]) == 2
     error = capsys.readouterr().err
     assert OTHER in error and "was refused by MLflow" in error and "1 problem, the others" in error
