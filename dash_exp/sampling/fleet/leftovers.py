@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from dash_exp.record.folder import read_json, write_json
 
 SHARED_MEMORY = "/dev/shm/"
+END_WAIT_S = 2.0
 SOCKET_CHARS = 53
 """The longest folder in which a socket of vLLM's has a path of at most 107 characters."""
 
@@ -91,7 +93,10 @@ class Note:
             write_json(self.path, {"machine": machine(), "files": self.files, "sockets": sockets})
 
     def clear(self) -> None:
-        """It has ended: remove what it left."""
+        """It has ended: remove what it left, once its children have ended too."""
+        deadline = time.monotonic() + END_WAIT_S
+        while any(members(self.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
         clear(self.path)
 
 
