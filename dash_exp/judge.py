@@ -78,10 +78,15 @@ def references(golds: Sequence[Gold]) -> list[Answer]:
 
 
 def unmarked(example: Example, data: DatasetConfig) -> bool:
-    """Whether a worked solution contains no answer that the extraction finds, a box for example."""
-    return (
-        bool(example.solution) and data.verifier == "math" and not extract(example.solution, data.extraction)
+    """Whether a worked solution marks no answer that the extraction finds, or several of which the gold
+    answer is only the last: `$\\boxed{1}$ and $\\boxed{9}$`."""
+    if not example.solution or data.verifier != "math":
+        return False
+    found, gold = extract(example.solution, data.extraction), example.answer
+    last = (
+        bool(found) and str(found).endswith((f", {gold}", f" {gold}")) and f"{{{gold}}}" in example.solution
     )
+    return not found or last
 
 
 def config_of(overrides: Sequence[str]) -> Config:
@@ -229,7 +234,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"{config.dataset.name}: {len(answers)} {what}, judged by {versions}", flush=True)
         if odd:
             shown = ", ".join(odd[:SHOWN]) + (", ..." if len(odd) > SHOWN else "")
-            print(f"note: the gold answer stands for {len(odd)} of them, which mark none: {shown}")
+            print(f"note: the gold answer stands for {len(odd)} of them, which mark none or several: {shown}")
         verdicts = list(judge_all(answers))
         for warning in judges.warnings:
             print(f"note: {warning}")
