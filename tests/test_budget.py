@@ -128,7 +128,8 @@ def pretend(pool: Path, state: str, **more: object) -> Path:
     folder = pool / "dash-tiny-gsm8k-s0-0123abcd"
     folder.mkdir(parents=True)
     write_json(folder / "status.json", {"state": state, "attempt": 1, "step": 4, **more})
-    (folder / "config.yaml").write_text(json.dumps({"seed": 0, "model": {"name": "tiny"}}))
+    names = {"model": {"name": "tiny"}, "algorithm": {"name": "dash"}, "dataset": {"name": "gsm8k"}}
+    (folder / "config.yaml").write_text(json.dumps({"seed": 0, **names}) + "\n")
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.config.environment import is_installed
-from dash_exp.config.tracking import Place
+from dash_exp.config.tracking import MirrorPlace
 from dash_exp.mirror import __main__ as mirror
 from dash_exp.mirror.mlflow import Store, StoreError
 from dash_exp.mirror.sync import BusyError, CellSync, cell_lock, prepare_sweep
@@ -42,7 +42,7 @@ OTHER = "grpo-tiny-digits-s1-99ffee00"
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's schema and our experiment: creating it takes seconds, so it is copied."""
     file = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    Store(Place(f"sqlite:///{file}", "dash_exp"))
+    Store(MirrorPlace(f"sqlite:///{file}", "dash_exp"))
     return file
 
 
@@ -60,7 +60,7 @@ def database(root: Path) -> Database:
 
 
 def store_in(root: Path) -> Store:
-    return Store(Place(f"sqlite:///{root / 'mlflow.db'}", "dash_exp"))
+    return Store(MirrorPlace(f"sqlite:///{root / 'mlflow.db'}", "dash_exp"))
 
 
 def sync(folder: Path, ended: int | None = None) -> int | None:
@@ -155,7 +155,7 @@ def test_a_run_is_followed_through_attempts_and_equals_one_built_later(
 
     later = tmp_path_factory.mktemp("later") / "mlflow.db"
     shutil.copy(empty, later)
-    CellSync(folder, Store(Place(f"sqlite:///{later}", "dash_exp"))).sync()
+    CellSync(folder, Store(MirrorPlace(f"sqlite:///{later}", "dash_exp"))).sync()
     rebuilt = Database(later)
     assert counting(rebuilt.metrics()) == counting(database.metrics())
     assert len(rebuilt.metrics()) == 6 and len(database.metrics()) == 8
@@ -234,16 +234,16 @@ def test_sweeps_are_parents_with_the_status_of_their_cells(root: Path, database:
 
 def test_a_sweep_is_prepared_once(root: Path, database: Database, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{database.path}"
-    prepare_sweep(Place(uri, "dash_exp"), "table_1")
-    prepare_sweep(Place(uri, "dash_exp"), "table_1")
-    prepare_sweep(Place(uri, "another"), "table_1")
+    prepare_sweep(MirrorPlace(uri, "dash_exp"), "table_1")
+    prepare_sweep(MirrorPlace(uri, "dash_exp"), "table_1")
+    prepare_sweep(MirrorPlace(uri, "another"), "table_1")
     assert [run[:2] for run in database.runs()] == [("table_1", "RUNNING")] * 2
     assert capsys.readouterr() == ("", "")
 
 
 def test_one_process_mirrors_a_cell_at_a_time(root: Path) -> None:
     folder = finished(root)
-    place, elsewhere = store_in(root).place, Place("http://host", "dash_exp")
+    place, elsewhere = store_in(root).place, MirrorPlace("http://host", "dash_exp")
     with cell_lock(folder, place):
         with pytest.raises(BusyError), cell_lock(folder, place):
             pass
@@ -337,7 +337,7 @@ def test_a_server_that_is_not_there(
     assert mirror.main([str(root)]) == 2
     said = capsys.readouterr()
     assert "MLFLOW_TRACKING_URI: http://***@127.0.0.1:" in said.err and "cannot be used" in said.err
-    prepare_sweep(Place(nobody, "dash_exp"), "table_1")  # stops nobody
+    prepare_sweep(MirrorPlace(nobody, "dash_exp"), "table_1")  # stops nobody
     said_later = capsys.readouterr()
     assert "is not available yet" in said_later.err
     assert "geheim" not in said.err + said.out + said_later.err + said_later.out

@@ -17,7 +17,7 @@ import pytest
 
 from dash_exp.config.environment import is_installed
 from dash_exp.config.schema import changed
-from dash_exp.config.tracking import Place
+from dash_exp.config.tracking import MirrorPlace
 from dash_exp.mirror import follow as mirror_follow
 from dash_exp.mirror.follow import Follower, SyncTimer
 from dash_exp.mirror.sync import record_points
@@ -124,7 +124,7 @@ def test_one_that_was_left_behind_gives_way_to_a_later_run(tmp_path: Path) -> No
     for _ in range(2):
         with Recorder(folder) as recorder:
             recorder.status("running", 0)
-    nowhere = Place("http://127.0.0.1:9", "dash_exp")
+    nowhere = MirrorPlace("http://127.0.0.1:9", "dash_exp")
     with ExitStack() as held:  # attempt 2 has a process of its own; this one's input ends at once
         assert SyncTimer(folder, nowhere, 1, held).run(1.0) == 0
         behind = SyncTimer(folder, nowhere, 2, held)

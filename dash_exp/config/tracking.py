@@ -23,7 +23,7 @@ LONGEST_EXPERIMENT = 500
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MirrorPlace:
     """A tracking server or database, and an experiment there. The address may hold a password: print
     `shown`, and pass messages about it through `clean`."""
 
@@ -53,14 +53,16 @@ class Place:
         return text
 
 
-def place_of(tracking: TrackingConfig, root: Path, environment: Mapping[str, str] = os.environ) -> Place:
+def place_of(
+    tracking: TrackingConfig, root: Path, environment: Mapping[str, str] = os.environ
+) -> MirrorPlace:
     """`tracking.uri`, else the variable MLFLOW_TRACKING_URI, else a database below the outputs. A database's
     file is named absolutely, so that processes in other folders find it."""
     uri = tracking.uri or environment.get(VARIABLE) or f"sqlite:///{root.resolve() / DATABASE}"
     found = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^?/][^?]*)(\?.*)?", uri)
     if found:
         uri = f"{found[1]}{Path(found[2]).resolve()}{found[3] or ''}"
-    return Place(uri, tracking.experiment)
+    return MirrorPlace(uri, tracking.experiment)
 
 
 def tracking_faults(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dash_exp.config.environment import is_installed
 from dash_exp.config.schema import TrackingConfig, changed
-from dash_exp.config.tracking import URI, VARIABLE, Place, place_of, tracking_faults
+from dash_exp.config.tracking import URI, VARIABLE, MirrorPlace, place_of, tracking_faults
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, run_command
 from dash_exp.mirror.follow import follow
 from dash_exp.mirror.mlflow import Store, StoreError
@@ -96,7 +96,9 @@ def _contents(folder: Path) -> tuple[Path, list[Manifest], list[Path]]:
     return root, sweeps, [cell for cell in cells if cell.is_dir()]
 
 
-def rebuild(root: Path, cells: Sequence[Path], sweeps: dict[str, Manifest], place: Place) -> Iterator[Fault]:
+def rebuild(
+    root: Path, cells: Sequence[Path], sweeps: dict[str, Manifest], place: MirrorPlace
+) -> Iterator[Fault]:
     """Sync all cells and sweeps, and print what was done. Yields faults of cells. Raises StoreError."""
     store, known = Store(place), sweeps_below(root)
     yield from read_all(root)[1]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from dash_exp.config.overrides import quoted
 from dash_exp.config.schema import Config, TrackingConfig
-from dash_exp.config.tracking import VARIABLE, Place, place_of
+from dash_exp.config.tracking import VARIABLE, MirrorPlace, place_of
 from dash_exp.errors import UserError
 from dash_exp.record.folder import append_line, read_json
 from dash_exp.signals import STOPPING, Interrupted, block_signals
@@ -134,7 +134,7 @@ def follow(folder: Path, tracking: TrackingConfig, attempt: int) -> int:
 class _CleanStream(io.TextIOBase):
     """A stream that hides the secrets of an address, in whatever is written."""
 
-    def __init__(self, stream: TextIO, place: Place):
+    def __init__(self, stream: TextIO, place: MirrorPlace):
         super().__init__()
         self._stream, self._place = stream, place
 
@@ -148,7 +148,7 @@ class SyncTimer:
     """The process's side: syncs every so often while the run goes on, and once when it has ended. The cell's
     mirror lock, once taken, is kept in `stack`."""
 
-    def __init__(self, folder: Path, place: Place, attempt: int, stack: ExitStack):
+    def __init__(self, folder: Path, place: MirrorPlace, attempt: int, stack: ExitStack):
         self.folder, self.place, self.attempt, self._stack = folder, place, attempt, stack
         self._cell: CellSync | None = None
         self._problem = ""

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dash_exp.config.tracking import Place
+from dash_exp.config.tracking import MirrorPlace
 
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 """The most entities that MLflow takes in one request."""
@@ -63,7 +63,7 @@ class Run:
 class Store:
     """An experiment on a server or in a database, created if it does not exist. Raises StoreError."""
 
-    def __init__(self, place: Place):
+    def __init__(self, place: MirrorPlace):
         self.place = place
         with self._call():
             self._lock = FileLock(lock_file(place), timeout=LOCK_S)
@@ -170,7 +170,7 @@ class Store:
             raise StoreError(self.place.clean(f"{type(error).__name__}: {text}")[:500]) from None
 
 
-def lock_file(place: Place) -> Path:
+def lock_file(place: MirrorPlace) -> Path:
     """Beside a database's file; for servers, of this machine and user."""
     if place.file:
         place.file.parent.mkdir(parents=True, exist_ok=True)

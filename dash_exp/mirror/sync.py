@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dash_exp.config.tracking import Place
+from dash_exp.config.tracking import MirrorPlace
 from dash_exp.errors import Fault, UserError, print_error
 from dash_exp.mirror.mlflow import ENDED, Point, Run, Store, StoreError
 from dash_exp.record import journal, manifest
@@ -250,7 +250,7 @@ def sync_sweep(store: Store, sweep: Manifest) -> None:
         store.set_status(run, *sweep_status(sweep))
 
 
-def prepare_sweep(place: Place, name: str) -> None:
+def prepare_sweep(place: MirrorPlace, name: str) -> None:
     """Create schema, experiment and a sweep's run once, before its cells start. A server that does not answer
     is reported on stderr and ignored: each cell's own process tries again."""
     try:
@@ -264,7 +264,7 @@ class BusyError(Exception):
 
 
 @contextmanager
-def cell_lock(folder: Path, place: Place) -> Iterator[None]:
+def cell_lock(folder: Path, place: MirrorPlace) -> Iterator[None]:
     """One process at a time mirrors a cell to a place. Raises BusyError. A read-only record has no lock."""
     lock = FileLock(folder / f".mirror-{place.mark}.lock", timeout=0)
     try:

@@ -20,7 +20,7 @@ from dash_exp.record.locks import HERE, Locks
 from dash_exp.record.state import LOST
 from dash_exp.signals import handling
 from dash_exp.sweep.states import ACTIVE, folder_of, state_of
-from dash_exp.sweep.worker import Gpus, Job, Lease, Worker, cell_actions, threads_each, visible_gpus
+from dash_exp.sweep.worker import CellProcess, Gpus, Job, Lease, cell_actions, threads_each, visible_gpus
 from dash_exp.text import format_seconds, printable
 
 POLL_S, LOOK_S, BUSY_S = 0.05, 1.0, 10.0
@@ -82,7 +82,7 @@ class Pool:
     def __init__(self, jobs: Sequence[Job], terms: Terms, log: Log, relay: Relay):
         self.terms, self.log, self.relay = terms, log, relay
         self.waiting = list(jobs)
-        self.running: list[Worker] = []
+        self.running: list[CellProcess] = []
         self.states: dict[str, str] = {}
         self._folders = {job.name.rpartition("-")[2]: job.folder for job in jobs}
         # By slots, not by how many cells remain: times are comparable only with equal threads.
@@ -166,7 +166,7 @@ class Pool:
     def _start(self, job: Job, lease: Lease) -> None:
         actions = cell_actions(self.terms.actions, self._threads)
         try:
-            worker = Worker(job, lease, actions, self._gpus.environment(lease), self.terms.live)
+            worker = CellProcess(job, lease, actions, self._gpus.environment(lease), self.terms.live)
         except OSError as error:
             self._gpus.release(lease)
             self._settle(job, "failed", f"could not be started: {error}")
@@ -188,7 +188,7 @@ class Pool:
             self._ended(worker, code)
         return bool(ended)
 
-    def _ended(self, worker: Worker, code: int) -> None:
+    def _ended(self, worker: CellProcess, code: int) -> None:
         job, folder = worker.job, worker.job.folder
         cancelled = worker.asked_to_end or is_cancelled(journal.read(folder))
         by_request = signal_of(code) is not None and (cancelled or self.relay.first is not None)
@@ -218,7 +218,7 @@ class Pool:
         else:
             self._settle(job, "interrupted", "was interrupted")
 
-    def _failed(self, worker: Worker, code: int, failure: str) -> None:
+    def _failed(self, worker: CellProcess, code: int, failure: str) -> None:
         """Start the cell again if its budget allows, else make sure that its status records the end."""
         job, reason = worker.job, worker.reason(code)
         text = f"failed ({failure}): {reason}"

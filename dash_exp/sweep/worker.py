@@ -111,7 +111,7 @@ class Gpus:
         return {VISIBLE_GPUS: ",".join(lease.gpus)} if self.names else {}
 
 
-class Worker:
+class CellProcess:
     """The process of a job, in its own session: signals of a terminal reach it through the pool only. Raises
     OSError if it cannot be started."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.config.schema import TrackingConfig
-from dash_exp.config.tracking import Place, place_of, tracking_faults
+from dash_exp.config.tracking import MirrorPlace, place_of, tracking_faults
 from dash_exp.text import hide_credentials
 
 SERVER = "MLFLOW_TRACKING_URI"
@@ -77,11 +77,13 @@ def test_what_is_checked_before_a_start() -> None:
 
 def test_secrets_are_shown_nowhere() -> None:
     uri = "postgresql+psycopg2://me:p%40ss/x@host:5432/db?sslmode=require&sslpassword=geheim"
-    place = Place(uri, "e")
+    place = MirrorPlace(uri, "e")
     assert place.shown == "postgresql+psycopg2://***@host:5432/db?sslmode=require&sslpassword=***"
     said = place.clean(f"could not reach {uri}: password 'p@ss/x' is wrong, nor is geheim")
     assert said == f"could not reach {place.shown}: password '***' is wrong, nor is ***"
     assert "geheim" not in repr(place) and "p%40" not in repr(place)
     for plain in ("http://host:5000/a@b", "sqlite:////home/me@x/a.db", "http://a:1 x@y"):
         assert hide_credentials(plain) == plain
-    assert Place("http://a:b@host", "e").mark == Place("http://a:c@host", "e").mark  # the same server
+    assert (
+        MirrorPlace("http://a:b@host", "e").mark == MirrorPlace("http://a:c@host", "e").mark
+    )  # the same server

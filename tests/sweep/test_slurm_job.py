@@ -17,7 +17,7 @@ from dash_exp.record.folder import Row, read_json, read_rows, write_json
 from dash_exp.record.manifest import Manifest
 from dash_exp.sweep.pool import Relay
 from dash_exp.sweep.slurm import submit as slurm
-from dash_exp.sweep.slurm.job import Place, SlurmJob, out_of_time, threads, used_requeues
+from dash_exp.sweep.slurm.job import JobPlace, SlurmJob, out_of_time, threads, used_requeues
 from dash_exp.sweep.status import read_sweep
 from tests.conftest import REPOSITORY
 from tests.sweep.slurm_helpers import FakeSlurm, cluster_of, made_up, write_made_up, write_sweep
@@ -167,11 +167,11 @@ def test_requeues_are_counted_since_a_person_asked_last() -> None:
         {"kind": "requeue", "job": "7_3"},
         {"kind": "start"},
     ]
-    assert used_requeues(rows, Place("7_3", restarts=2)) == 1
-    assert used_requeues(rows, Place("7_3", restarts=4)) == 3  # two that nobody has written down yet
-    assert used_requeues(rows, Place("8")) == 1
-    assert used_requeues([*rows, {"kind": "queued"}], Place("8")) == 0  # launched anew
-    assert used_requeues(rows[1:3], Place("8")) == 2
+    assert used_requeues(rows, JobPlace("7_3", restarts=2)) == 1
+    assert used_requeues(rows, JobPlace("7_3", restarts=4)) == 3  # two that nobody has written down yet
+    assert used_requeues(rows, JobPlace("8")) == 1
+    assert used_requeues([*rows, {"kind": "queued"}], JobPlace("8")) == 0  # launched anew
+    assert used_requeues(rows[1:3], JobPlace("8")) == 2
 
 
 def test_which_cells_are_requeued(in_job: FakeSlurm, tmp_path: Path) -> None:
@@ -182,10 +182,10 @@ def test_which_cells_are_requeued(in_job: FakeSlurm, tmp_path: Path) -> None:
     journal.note(cancelled, "cancel")
     journal.note(spent, "requeue", reason="timeout", job="5")
     job = job_of(sweep, requeues=1)
-    job._requeue([cancelled.name, spent.name], "timeout", Place("7_3"))
+    job._requeue([cancelled.name, spent.name], "timeout", JobPlace("7_3"))
     assert in_job.calls("scontrol") == []
     assert "as often as cluster.requeues=1 allows" in read_json(spent / "status.json")["failure"]
-    job._requeue([on.name, cancelled.name, spent.name], "timeout", Place("7_3"))
+    job._requeue([on.name, cancelled.name, spent.name], "timeout", JobPlace("7_3"))
     assert in_job.calls("scontrol") == ["scontrol requeue 7_3"]
     assert [kinds(folder) for folder in (on, cancelled, spent)] == [["requeue"], ["cancel"], ["requeue"]]
 
@@ -194,7 +194,7 @@ def test_a_cell_that_never_finishes_a_step_is_not_requeued_for_ever(
     in_job: FakeSlurm, tmp_path: Path
 ) -> None:
     sweep = write_made_up(tmp_path, made_up(1))
-    folder, place = sweep.cell(sweep.entries[0]), Place("7_3")
+    folder, place = sweep.cell(sweep.entries[0]), JobPlace("7_3")
     job = job_of(sweep, requeues=20)
     for step in (2, 3, 3, 3):  # progress, then two requeues without
         write_json(folder / "status.json", {"state": "interrupted", "step": step})
@@ -238,7 +238,7 @@ def test_a_controller_that_refuses_to_requeue(
     monkeypatch.setattr("dash_exp.sweep.slurm.job.PAUSE_S", 0.0)
     in_job.set(silent=["scontrol"])
     sweep = write_made_up(tmp_path, made_up(1))
-    job_of(sweep, requeues=1)._requeue([sweep.entries[0].folder], "timeout", Place("7_3"))
+    job_of(sweep, requeues=1)._requeue([sweep.entries[0].folder], "timeout", JobPlace("7_3"))
     assert kinds(sweep.cell(sweep.entries[0])) == []
     output = capsys.readouterr().out
     assert output.count("Unable to contact slurm controller") == 3 and "launch the sweep again" in output
@@ -249,7 +249,7 @@ def test_ranks_on_several_nodes_start_again_together(in_job: FakeSlurm, tmp_path
     sweep = write_made_up(tmp_path, made_up(1))
     name = sweep.entries[0].folder
     job = job_of(sweep, requeues=5)
-    both = Place("7_3", tasks=2)
+    both = JobPlace("7_3", tasks=2)
     journal.note(sweep.cell(sweep.entries[0]), "end", exit=1, failure_class="config", step=0)
     assert job._end({name: "failed"}, both, Relay()) == 1
     assert in_job.calls("scontrol") == []
@@ -257,7 +257,7 @@ def test_ranks_on_several_nodes_start_again_together(in_job: FakeSlurm, tmp_path
     assert job._end({name: "failed"}, both, Relay()) == 1
     assert in_job.calls("scontrol") == ["scontrol requeue 7_3"]
     assert journal.read(sweep.cell(sweep.entries[0]))[-1]["reason"] == "nccl"
-    assert job._end({name: "failed"}, Place("7_3"), Relay()) == 1  # one task: the pool has retried
+    assert job._end({name: "failed"}, JobPlace("7_3"), Relay()) == 1  # one task: the pool has retried
     assert len(in_job.calls("scontrol")) == 1
 
 

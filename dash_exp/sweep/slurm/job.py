@@ -41,8 +41,8 @@ SHOWN_LINES = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """This process's place in SLURM. `job`: its id as in squeue; `restarts`: how often SLURM has restarted
+class JobPlace:
+    """Where this process is in SLURM. `job`: its id as in squeue; `restarts`: how often SLURM has restarted
     the job; `cpus`: of this task."""
 
     job: str
@@ -52,7 +52,7 @@ class Place:
     cpus: int | None = None
 
     @classmethod
-    def here(cls, environ: Mapping[str, str]) -> Place:
+    def here(cls, environ: Mapping[str, str]) -> JobPlace:
         array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
         cpus = environ.get("SLURM_CPUS_PER_TASK", "")
         return cls(
@@ -84,7 +84,7 @@ class SlurmJob:
         SLURM; 3 if a cell still waits for another; 128 + n after signal n."""
         relay = Relay()
         with handling(relay):
-            place = Place.here(os.environ)
+            place = JobPlace.here(os.environ)
             if place.rank > 0:
                 return self._run_rank(place, relay)
             states = self._run_cells(place, relay)
@@ -96,7 +96,7 @@ class SlurmJob:
     def folder(self, name: str) -> Path:
         return Path(self.root) / "cells" / name
 
-    def _run_rank(self, place: Place, relay: Relay) -> dict[str, str]:
+    def _run_rank(self, place: JobPlace, relay: Relay) -> dict[str, str]:
         """Run a rank of the learner other than 0. Only rank 0 records states and requeues; if it runs no
         cell, neither does this one."""
         (name,) = self.cells
@@ -108,7 +108,7 @@ class SlurmJob:
             raise SystemExit(code if code > 0 else ExitCode.SIGNALLED - code)
         return {}
 
-    def _run_cells(self, place: Place, relay: Relay) -> dict[str, str]:
+    def _run_cells(self, place: JobPlace, relay: Relay) -> dict[str, str]:
         """Run the cells that can run. Returns the states of all."""
         states, able = {}, []
         for name in self.cells:
@@ -132,7 +132,7 @@ class SlurmJob:
                 print(*last_lines(self.folder(name) / OUTPUT, SHOWN_LINES), sep="\n", flush=True)
         return states
 
-    def _obstacle(self, name: str, place: Place) -> tuple[str, str] | None:
+    def _obstacle(self, name: str, place: JobPlace) -> tuple[str, str] | None:
         """The state of a cell that must not run now, and the reason (empty for a finished one)."""
         folder = self.folder(name)
         if recorded_state(folder) == "finished":
@@ -144,7 +144,7 @@ class SlurmJob:
             return "interrupted", f"was requeued more often than cluster.requeues={self.requeues} allows"
         return None
 
-    def _end(self, states: Mapping[str, str], place: Place, relay: Relay) -> int:
+    def _end(self, states: Mapping[str, str], place: JobPlace, relay: Relay) -> int:
         """Requeue the job if cells have to go on. Returns its exit code."""
         again = [name for name, state in states.items() if state == "failed" and self._may_retry(name)]
         cut_short = [name for name, state in states.items() if state not in SETTLED]
@@ -161,7 +161,7 @@ class SlurmJob:
         kind = last_failure(self.folder(name))
         return kind is not None and may_retry(kind, journal.read(self.folder(name)), self.retries)
 
-    def _requeue(self, names: Sequence[str], reason: str, place: Place) -> None:
+    def _requeue(self, names: Sequence[str], reason: str, place: JobPlace) -> None:
         """Requeue this job for those of the cells that were not cancelled and may be requeued once more."""
         rows = {name: journal.read(self.folder(name)) for name in names}
         wanted = [name for name in names if not is_cancelled(rows[name])]
@@ -193,7 +193,7 @@ class TeacherJob:
         """Returns 0. Exits with 1, a failure for SLURM, if cells still wait; 128 + n after signal n."""
         from dash_exp.sweep.slurm.submit import submit  # which imports this module
 
-        relay, place = Relay(), Place.here(os.environ)
+        relay, place = Relay(), JobPlace.here(os.environ)
         with handling(relay):
             manifest = make_traces(manifests.read(Path(self.folder)), print_log, relay, live=True)
         cluster = cluster_of(manifest.actions)
@@ -228,7 +228,7 @@ def threads(cpus: int | None, slots: int) -> int | None:
     return max(1, cpus // slots) if cpus and cpus < usable else None
 
 
-def used_requeues(rows: Sequence[Row], place: Place) -> int:
+def used_requeues(rows: Sequence[Row], place: JobPlace) -> int:
     """How often a cell was requeued since a person last asked to start it. Restarts of this job that are not
     written down yet count too, so that all its ranks find the same number."""
     asked = [n for n, row in enumerate(rows) if row["kind"] in ("queued", "retry")]
@@ -240,7 +240,7 @@ def requeues_of(rows: Sequence[Row], job: str) -> int:
     return len([row for row in rows if row["kind"] == "requeue" and row.get("job") == job])
 
 
-def note_restarts(folder: Path, place: Place) -> None:
+def note_restarts(folder: Path, place: JobPlace) -> None:
     """Write down requeues of this job by SLURM (`preemption`, `node`, `timeout`) or by a person
     (`requeued`)."""
     for _ in range(place.restarts - requeues_of(journal.read(folder), place.job)):
@@ -248,7 +248,7 @@ def note_restarts(folder: Path, place: Place) -> None:
         note_requeue(folder, reason, place)
 
 
-def note_requeue(folder: Path, reason: str, place: Place) -> None:
+def note_requeue(folder: Path, reason: str, place: JobPlace) -> None:
     journal.note(folder, "requeue", reason=reason, job=place.job, progress=progress_of(folder))
 
 
