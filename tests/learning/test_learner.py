@@ -196,7 +196,7 @@ OFF_POLICY = [
     ("policy_gradient", "sequence_mean", {"entropy": 0.1}),
     ("clipped", "token_mean", {"entropy": 0.05, "beta": 0.04}),
     *(
-        ("clipped", "constant", {"correction": c, "correction_floor": 0.02, "correction_cap": 1.5})
+        ("clipped", "constant", {"correction": c, "correction_floor": 0.02, "correction_cap": 0.3})
         for c in CORRECTIONS[1:]
     ),
     ("clipped_sequence", "sequence_mean", {"correction": "token_truncate", "entropy": 0.1}),

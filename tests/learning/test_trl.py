@@ -39,7 +39,13 @@ CASES = [
     ("clipped_sequence", "sequence_mean", {"clip_low": 0.02, "clip_high": 0.03}, "grpo", SEQUENCE),
     ("clipped_weight", "token_mean", {"clip_low": 1.0, "clip_high": 0.1}, "cispo", TOKEN),
     *(
-        ("clipped", "token_mean", {"correction": name, "correction_floor": 0.02}, "dapo", TOKEN)
+        (
+            "clipped",
+            "token_mean",
+            {"correction": name, "correction_floor": 0.02, "correction_cap": 0.3},
+            "dapo",
+            TOKEN,
+        )
         for name in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
     ),
 ]
