@@ -419,12 +419,13 @@ def test_a_verifier_that_always_fails_stops_the_run(tmp_path: Path, monkeypatch:
     assert not list((tmp_path / "cache" / "base_results").glob("*.json"))
 
 
-def test_a_record_on_a_full_device_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_record_on_a_full_device_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_here(tmp_path, "algorithm.steps=1")
     (folder,) = (tmp_path / "cells").iterdir()
     for name in ("samples.jsonl", "status.json"):
         (folder / name).unlink()
     (folder / "samples.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr("dash_exp.record.folder.unusable", lambda path: None)  # it is no regular file
     with pytest.raises(UserError, match="no space left"):
         run_config(compose([*SMALL, f"run.dir={tmp_path}", "algorithm.steps=1", "seed=0"]))
 

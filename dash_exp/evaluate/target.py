@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp.config.checks import check, is_below
 from dash_exp.config.compose import compose, find_faults
@@ -160,12 +159,13 @@ def _frozen(folder: Path, faults: list[Fault]) -> Config | None:
     if not folder.is_dir():
         faults.append(Fault("cell", f"{format_path(folder)} is not a folder", _near(folder)))
         return None
+    if not os.path.lexists(folder / "config.yaml"):
+        faults.append(Fault("cell", f"{format_path(folder)} holds no config.yaml, so it is not a cell"))
+        return None
     try:
         return read_frozen(folder)
-    except FileNotFoundError:
-        faults.append(Fault("cell", f"{format_path(folder)} holds no config.yaml, so it is not a cell"))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        faults.append(Fault(str(folder / "config.yaml"), f"is damaged: {' '.join(str(error).split())}"))
+    except UserError as error:
+        faults += error.faults
     return None
 
 

@@ -132,7 +132,7 @@ WAITING = record_of({"overrides": list_of(TEXT), "traces": TEXT, "arguments": li
 
 class Schema(NamedTuple):
     """Keys that a reader relies on. An object without a required one is left out; an optional one of another
-    type counts as absent. `named`: what every key with a slash holds."""
+    type, or a number that is null, counts as absent. `named`: what every key with a slash holds."""
 
     required: Mapping[str, Kind]
     optional: Mapping[str, Kind]
@@ -210,9 +210,8 @@ def checked(value: Any, schema: Schema | None) -> tuple[Row | None, list[str]]:
         kinds |= {key: schema.named for key in value if "/" in key}
     bad = [key for key, kind in kinds.items() if value.get(key) is not None and not kind.fits(value[key])]
     wrong = [f"has {key}={_shown(value[key])}, not {kinds[key].words}" for key in bad]
-    return {
-        key: one for key, one in value.items() if key not in bad and not (key in kinds and one is None)
-    }, wrong
+    absent = {key for key, kind in kinds.items() if value.get(key) is None and kind is not TEXT}
+    return {key: one for key, one in value.items() if key not in bad and key not in absent}, wrong
 
 
 def _shown(value: Any) -> str:

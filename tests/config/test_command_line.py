@@ -106,7 +106,7 @@ def test_help_names_the_commands_the_groups_and_the_common_keys(shell: Shell) ->
     for part in (
         "dash_exp trains a small language model",
         "python -m dash_exp -m key=a,b",
-        "algorithm: dash, dr_grpo, gpg, grpo, maxrl, no_gf, no_kl, pass_at_k, pg, ppo_mini, ppo_multi, ",
+        "algorithm: cispo, dapo, dash, dr_grpo, gpg, grpo, gspo, maxrl, no_gf, no_kl, pass_at_k, pg, ",
         "model: llama8b, qwen0.5b, qwen1.5b, qwen3b, qwen7b_instruct, smollm2_135m, tiny",
         "sampler: hf, vllm",
         "run.force=true",

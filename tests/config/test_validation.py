@@ -43,10 +43,10 @@ NAMES = {
     "dataset.kind": "arithmetic, digits, functions, jsonl, reasoning_gym",
     "dataset.split": "test, train",
     "dataset.template": ", ".join(sorted(TEMPLATES)),
-    "dataset.verifier": "code, integer, math, reasoning_gym",
+    "dataset.verifier": "code, integer, math, math_verify, reasoning_gym",
     "dataset.extraction": "first_integer",
     "evaluation.sets.arithmetic.kind": "arithmetic, digits, functions, jsonl, reasoning_gym",
-    "evaluation.sets.arithmetic.verifier": "code, integer, math, reasoning_gym",
+    "evaluation.sets.arithmetic.verifier": "code, integer, math, math_verify, reasoning_gym",
     "evaluation.template": ", ".join(sorted(TEMPLATES)),
 }
 

@@ -108,6 +108,7 @@ def test_a_signal_to_every_process_of_a_cell_ends_its_step_and_saves(tmp_path: P
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=with_default_signals,
     )
     deadline = time.monotonic() + 120
     while not any(len(read_rows(f).rows) > 1 for f in tmp_path.glob("cells/*/steps.jsonl")):
@@ -130,6 +131,12 @@ def test_a_signal_to_every_process_of_a_cell_ends_its_step_and_saves(tmp_path: P
     assert not [row for row in read_rows(folder / "events.jsonl").rows if row["kind"] == "fault"]
 
 
+def with_default_signals() -> None:
+    """In a child: the tests themselves may run where SIGHUP or SIGINT is ignored, as under nohup."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 HUNG_UP = """
 import os, signal, time
 from dash_exp.signals import Stop, handling
@@ -147,7 +154,9 @@ os._exit(128 + stop.received)
 def test_a_closed_terminal_ends_a_step_and_what_is_printed_then_is_lost() -> None:
     ours, theirs = os.openpty()
     command = ["setsid", "--ctty", "--wait", sys.executable, "-c", HUNG_UP]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPOSITORY)
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPOSITORY, preexec_fn=with_default_signals
+    )
     os.close(theirs)
     assert os.read(ours, 100).startswith(b"up")
     os.close(ours)
@@ -156,7 +165,9 @@ def test_a_closed_terminal_ends_a_step_and_what_is_printed_then_is_lost() -> Non
 
 def test_ctrl_c_during_imports_prints_nothing() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "dash_exp.cell", "nothing"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=with_default_signals
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "dash_exp.text" in line:
