@@ -23,6 +23,7 @@ import pyarrow.json
 
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import read_json, write_json
+from dash_exp.record.identity import model_name
 from dash_exp.record.reading import (
     NAME,
     TEXT,
@@ -220,7 +221,7 @@ def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any] | No
         "folder": str(folder),
         "sweeps": tuple(sweeps),
         "arm": "base" if algorithm.get("steps") == 0 else algorithm["name"],
-        "model": _model_name(config["model"]),
+        "model": model_name(config["model"]),
         "data": config["dataset"]["name"],
         "seed": config["seed"],
         "state": state,
@@ -237,11 +238,6 @@ def cell_facts(folder: Path, sweeps: Sequence[str]) -> tuple[dict[str, Any] | No
         **contents(provenance),
     }
     return row, problems
-
-
-def _model_name(model: Row) -> str:
-    """The option's name; a model given by path is named by its folder."""
-    return Path(model["path"]).name if model.get("path") else str(model["name"])
 
 
 def contents(provenance: Row) -> dict[str, str]:

@@ -22,7 +22,7 @@ from dash_exp.config.checks import check, is_below
 from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import ACTIONS, Config, changed
 from dash_exp.errors import Fault, UserError
-from dash_exp.record.identity import read_frozen
+from dash_exp.record.identity import model_name, read_frozen
 from dash_exp.text import format_path
 
 USAGE = (
@@ -104,8 +104,9 @@ def subject_of(wanted: Wanted) -> Subject:
         config, more = composed(wanted.overrides)
         if faults + more or config is None:
             raise UserError(faults + more)
-        name = f"{config.model.name}-{config.evaluation.name}"
-        return Subject(config, Path(config.run.dir) / "evaluations", name, 0, {"model": config.model.name})
+        model = model_name(asdict(config.model))
+        name = f"{model}-{config.evaluation.name}"
+        return Subject(config, Path(config.run.dir) / "evaluations", name, 0, {"model": model})
     folder = wanted.cell
     frozen = _frozen(folder, faults)
     checkpoint, more = find_checkpoint(folder, wanted.checkpoint)

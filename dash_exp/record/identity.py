@@ -106,10 +106,15 @@ def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
     mixed = frozen["dataset"]["mix"]
     data = "+".join([frozen["dataset"]["name"], *(mixed[label]["name"] for label in sorted(mixed))])
-    model = Path(path).name if (path := frozen["model"]["path"]) else frozen["model"]["name"]
+    model = model_name(frozen["model"])
     name = f"{frozen['algorithm']['name']}-{model}-{data}-s{frozen['seed']}"
     readable = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
     return Cell(cell_id(digest), readable, frozen, digest)
+
+
+def model_name(model: Mapping[str, Any]) -> str:
+    """What a model of a config is called: by its folder where it is given by path, else by its option."""
+    return Path(model["path"]).name if model.get("path") else str(model["name"])
 
 
 def cell_id(digest: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dash_exp.config.checks import check, declared_faults, is_below
@@ -22,6 +22,7 @@ from dash_exp.config.schema import (
     setting,
 )
 from dash_exp.errors import Fault, UserError
+from dash_exp.record.identity import model_name
 
 TEACHER = "qwen7b_instruct"
 USED = (
@@ -65,7 +66,7 @@ class Command:
     def out(self) -> Path:
         if self.traces.out:
             return Path(self.traces.out).expanduser()
-        name = f"{self.config.dataset.name}-{self.config.model.name}.jsonl"
+        name = f"{self.config.dataset.name}-{model_name(asdict(self.config.model))}.jsonl"
         return Path(self.config.run.dir, "traces", name)
 
 

@@ -209,7 +209,7 @@ def test_a_cell_that_never_finishes_a_step_is_not_requeued_for_ever(
 
 @pytest.mark.parametrize("recorded", ["interrupted", "pending"])
 def test_scancel_has_one_name(in_job: FakeSlurm, tmp_path: Path, recorded: str) -> None:
-    """SLURM does not say to the job itself that it was cancelled, so whoever looks next records it."""
+    """SLURM does not say to the job itself that it was cancelled, so the next sweep command records it."""
     sweep = write_made_up(tmp_path, made_up(1))
     folder = sweep.cell(sweep.entries[0])
     write_json(folder / "status.json", {"state": recorded, "step": 3})
