@@ -19,6 +19,7 @@ from tests.learning.test_learner import objective
 from tests.learning.test_parallel import spec_of
 
 
+@pytest.mark.long
 def test_a_fault_of_another_rank_is_told_as_it_is(tiny_folder: Path, tmp_path: Path) -> None:
     """And what fails there otherwise is told with the end of the rank's log."""
     spec = spec_of(tiny_folder, objective())

@@ -498,7 +498,7 @@ def test_a_request_of_many_kilobytes(verifier: PooledJudge) -> None:
     assert verdict(verifier, program, f"assert f(1) == {table!r}").outcome == "correct"
 
 
-@pytest.mark.parametrize("kind", CONFINEMENTS)
+@pytest.mark.parametrize("kind", [CONFINEMENTS[0], pytest.param(CONFINEMENTS[1], marks=pytest.mark.long)])
 def test_a_task_may_have_more_time_than_the_verifier(kind: Wanted) -> None:
     program = "import time\ndef f(x):\n    time.sleep(0.8)\n    return x"
     with verifier_in(kind, 0.5) as short:
