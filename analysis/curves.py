@@ -175,7 +175,7 @@ def watched(records: Records, variants: Sequence[Variant]) -> list[Picture]:
         drawn, axes = style.figure(2, math.ceil(len(present) / 2))
         for axis, (metric, words) in zip(axes, present.items(), strict=False):
             draw_curves(records, axis, own, metric_curve(metric), words)
-            if metric == "kl/mean":
+            if metric == "kl/mean" and math.isfinite(axis.dataLim.minposy):
                 axis.set_yscale("log")  # one bad update may be a hundred times what is usual
                 axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         for axis in axes[len(present) :]:
