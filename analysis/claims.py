@@ -34,9 +34,9 @@ TOO_FEW_EVALUATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`text` says that `arm` differs from `other` in `measure` (of MEASURES). `sign`: +1 where the difference
-    is claimed to be above 0, -1 below, 0 within `effect` of it. `effect`: the size that the paper reports, or
-    the margin; in points or as a factor, NaN where it gives none."""
+    """`text` says that `arm` differs from `other` in `measure`, of ON_SETS or OF_RUNS. `sign`: +1 where the
+    difference is claimed to be above 0, -1 below, 0 within `effect` of it. `effect`: the size that the paper
+    reports, or the margin; in points or as a factor, NaN where it gives none."""
 
     text: str
     arm: str
@@ -79,7 +79,8 @@ class Finding:
     of_equality: bool = False
 
 
-Measure = Callable[[Records, Variant, Variant], list[Measured]]
+MANY_SAMPLES = 16
+"""Completions of a prompt that pass@k is compared with."""
 
 
 def findings(records: Records, variants: Sequence[Variant]) -> list[Finding]:
@@ -104,8 +105,7 @@ def _asked(records: Records, variants: Sequence[Variant], claim: Claim) -> Itera
             others = [None]  # the evaluation before training
         for arm in (v for v in own if v.arm == claim.arm):
             for other in others:
-                measure = MEASURES[claim.measure]
-                found = accuracy(records, arm, other) if other is None else measure(records, arm, other)
+                found = _measure(records, claim.measure, arm, other)
                 yield from ((claim, arm, other, measured) for measured in found)
 
 
@@ -174,6 +174,27 @@ def advise(claim: Claim, measured: Measured) -> str:
 
 def accuracy(records: Records, arm: Variant, other: Variant | None) -> list[Measured]:
     """In percentage points, on each evaluation set of both. `other` None: the model before training."""
+    return _on_each_set(records, arm, other, lambda scores: (scores, ""))
+
+
+def pass_at_most(records: Records, arm: Variant, other: Variant | None) -> list[Measured]:
+    """pass@k in percentage points at the largest power of two that the samples of both allow, on each
+    evaluation set with at least MANY_SAMPLES completions per prompt."""
+
+    def largest(scores: quantities.Scores) -> tuple[quantities.Scores | None, str]:
+        if scores.n < MANY_SAMPLES or (scores.correct_SP < 0).any():
+            return None, ""
+        k = 2 ** int(math.log2(scores.n))
+        return quantities.at_k(scores, k), f", pass@{k}"
+
+    return _on_each_set(records, arm, other, largest)
+
+
+Reading = Callable[[quantities.Scores], tuple[quantities.Scores | None, str]]
+"""From the verdicts on a set to what is compared and its name; None where they do not allow it."""
+
+
+def _on_each_set(records: Records, arm: Variant, other: Variant | None, read: Reading) -> list[Measured]:
     made = []
     for dataset in quantities.eval_sets(records, [arm, other] if other else [arm]):
         one = quantities.scores(records, arm, dataset)
@@ -183,6 +204,10 @@ def accuracy(records: Records, arm: Variant, other: Variant | None) -> list[Meas
             if other is not None
             else before_training(records, [arm], dataset)
         )
+        (one_read, name), (two_read, other_name) = read(one), read(two)
+        if one_read is None or two_read is None or name != other_name:
+            continue
+        one, two = one_read, two_read
         found = quantities.compare(one, two, trained=trained)
         if found is None:
             continue
@@ -191,7 +216,9 @@ def accuracy(records: Records, arm: Variant, other: Variant | None) -> list[Meas
         points = (
             None if noise is None else replace(noise, seeds=100 * noise.seeds, prompts=100 * noise.prompts)
         )
-        made.append(Measured(found.scaled(100), f"points on {dataset}", points, dataset))
+        made.append(
+            Measured(found.scaled(100), f"points on {dataset}{name}", points, dataset if not name else "")
+        )
     return made
 
 
@@ -237,13 +264,22 @@ def instability(records: Records, arm: Variant, other: Variant) -> list[Measured
     return found or [Measured(Comparison(math.nan, note=TOO_FEW_EVALUATIONS), "points (sd)")]
 
 
-MEASURES: dict[str, Measure] = {
+ON_SETS: dict[str, Callable[[Records, Variant, Variant | None], list[Measured]]] = {
     "accuracy": accuracy,
+    "pass@k": pass_at_most,
+}
+OF_RUNS: dict[str, Callable[[Records, Variant, Variant], list[Measured]]] = {
     "speed": speed,
     "instability": instability,
     "length": length,
 }
-"""What a claim can be about."""
+"""What a claim can be about: each common evaluation set, or training itself."""
+
+
+def _measure(records: Records, measure: str, arm: Variant, other: Variant | None) -> list[Measured]:
+    if measure in ON_SETS:
+        return ON_SETS[measure](records, arm, other)
+    return OF_RUNS[measure](records, arm, other) if other is not None else []
 
 
 def _per_run(

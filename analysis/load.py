@@ -40,12 +40,13 @@ from dash_exp.record.reading import (
     summary,
     unusable,
 )
+from dash_exp.text import format_seconds
 
 TABLES = ("steps", "evals")
 VERSION = 1
 """Of what a cache holds."""
 
-REWARD = "reward/mean"
+REWARD, SUSPENDED = "reward/mean", "time/suspended_s"
 CELLS_OF = Schema(
     {"cells": list_of(record_of({"folder": NAME}))}, {"name": TEXT, "waiting": list_of(WAITING)}
 )
@@ -161,7 +162,7 @@ def load(places: Sequence[Path], cache: Path | None = None) -> Records:
     if cache is not None:
         known.write(cache, together)
     cells = pd.DataFrame(facts).set_index("cell")
-    problems += _no_numbers(together["steps"])
+    problems += [*_no_numbers(together["steps"]), *_suspensions(together["steps"])]
     steps, evals = (together[name].drop(columns="folder", errors="ignore") for name in ("steps", "evals"))
     return Records(cells, steps, evals, tuple(problems))
 
@@ -181,6 +182,17 @@ def _no_numbers(steps: pd.DataFrame) -> list[Problem]:
             f"{first[cell]}; left out of curves",
         )
         for cell, row in broken.iterrows()
+    ]
+
+
+def _suspensions(steps: pd.DataFrame) -> list[Problem]:
+    """Runs that were suspended for a while, which their times leave out."""
+    if SUSPENDED not in steps:
+        return []
+    spent = steps.groupby("cell", observed=True)[SUSPENDED].sum()
+    return [
+        Problem(str(cell), f"was suspended for {format_seconds(value)}, which its times leave out")
+        for cell, value in spent[spent > 0].items()
     ]
 
 

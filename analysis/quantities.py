@@ -12,6 +12,7 @@ import pandas as pd
 
 from dash_exp.record.metrics import judged_prompts
 from dash_exp.statistics.comparison import Comparison, compare_scores
+from dash_exp.statistics.shares import pass_at_k
 
 from . import estimates as est
 from .load import Records
@@ -145,6 +146,12 @@ def scores(records: Records, variant: Variant, dataset: str, *, after: bool = Tr
         n,
         tuple(notes),
     )
+
+
+def at_k(found: Scores, k: int) -> Scores:
+    """The same with pass@k, k <= n, in place of mean verdicts."""
+    table = np.array([pass_at_k(found.n, c, k) for c in range(found.n + 1)])
+    return replace(found, scores_SP=table[found.correct_SP.astype(int)])
 
 
 def by_seed(one: Scores, other: Scores) -> tuple[dict[int, est.Array], dict[int, est.Array]]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dash_exp.statistics.shares import pass_at_k
-
 from . import estimates as est
 from . import paper_values, quantities
 from .load import Records
@@ -287,8 +285,7 @@ def value_of(metric: str) -> Value:
     def of_k(scores: quantities.Scores) -> est.Array:
         if scores.n < k or (scores.correct_SP < 0).any():
             return np.empty((0, 0))
-        table = np.array([pass_at_k(scores.n, c, k) for c in range(scores.n + 1)])
-        return np.asarray(table[scores.correct_SP.astype(int)])
+        return quantities.at_k(scores, k).scores_SP
 
     return of_k
 

@@ -29,8 +29,15 @@ ARMS = {
     "pg": "PG",
     "rloo": "RLOO",
     "dr_grpo": "Dr. GRPO",
+    "reinforce_pp": "REINFORCE++",
+    "maxrl": "MaxRL",
+    "pass_at_k": "pass@k",
+    "gpg": "GPG",
+    "gspo": "GSPO",
+    "cispo": "CISPO",
+    "dapo": "DAPO",
 }
-"""The paper's names, in the order of its tables; other arms follow by their own names."""
+"""The paper's names, in the order of its tables, then those of other arms; a user's own keep theirs."""
 
 OF_THE_ARM = ("config.algorithm.", "config.filter.name", "config.filter.threshold", "config.sampler.schedule")
 """Settings that an arm's name stands for, unless two variants of it differ in them."""

@@ -114,6 +114,10 @@ class Ledger:
         self._beside.append((start, end))
         self._waited.add(waits_in)
 
+    def suspended_s(self) -> float:
+        """Seconds of this step in which this process was suspended."""
+        return union_s(self._gaps)
+
     def overlap_s(self) -> float:
         """Seconds of this step in which others worked and this process did not wait for them: the union
         of their intervals, less the seconds in the phases that wait for them."""

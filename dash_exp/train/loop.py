@@ -67,8 +67,9 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
             with ledger.phase("checkpoint"):
                 row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
                 hooks.checkpoint(step, step == plan.steps, row)
-        overlap = ledger.overlap_s()
+        overlap, suspended = ledger.overlap_s(), ledger.suspended_s()
         row = step_row(step, facts, *budget.close_step(), overlap)
+        row |= {"time/suspended_s": suspended} if suspended else {}
         recorder.append("steps", [row])
         recorder.status("running", step)
         hooks.progress(row)

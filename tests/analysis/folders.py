@@ -39,35 +39,37 @@ def make_cell(
     *,
     rewards: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
     step_s: float = 10.0,
-    before: Sequence[float] = (),
-    after: Sequence[float] = (),
+    before: Sequence[float] | Sequence[Sequence[float]] = (),
+    after: Sequence[float] | Sequence[Sequence[float]] = (),
     state: str = "finished",
     hardware: Mapping[str, Any] = CPU,
     code: str = "c0de",
 ) -> Path:
-    """A cell in the pool. `before`, `after`: verdicts of the prompts p0, p1, ... on `arithmetic`."""
+    """A cell in the pool. `before`, `after`: the verdict of the prompts p0, p1, ... on `arithmetic`, or
+    those of several samples of each."""
     folder = root / "cells" / name
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(plain)))
     with Recorder(folder) as recorder:
         for step, reward in enumerate(rewards, start=1):
             recorder.append("steps", [step_row(step, reward, step_s)])
-        for step, scores in ((0, before), (len(rewards), after)):
+        for step, verdicts in ((0, before), (len(rewards), after)):
+            scores = [[v] if isinstance(v, float) else list(v) for v in verdicts]
             rows = [
                 {
                     "step": step,
                     "dataset": "arithmetic",
                     "prompt": f"p{i}",
-                    "scores": [s],
-                    "outcomes": ["correct" if s else "wrong"],
-                    "tokens": [5],
-                    "truncated": [False],
+                    "scores": s,
+                    "outcomes": ["correct" if one else "wrong" for one in s],
+                    "tokens": [5] * len(s),
+                    "truncated": [False] * len(s),
                 }
                 for i, s in enumerate(scores)
             ]
             recorder.append("eval_samples", rows)
             if scores:
-                value = sum(scores) / len(scores)
+                value = sum(map(sum, scores)) / sum(map(len, scores))
                 recorder.append(
                     "evals",
                     [

@@ -147,6 +147,23 @@ def test_claims_are_decided_by_intervals(outputs: Path) -> None:
     assert same.verdict != "supported"  # ten points better is not the same
 
 
+def test_pass_at_k_is_claimed_about_only_where_there_are_many_samples(tmp_path: Path) -> None:
+    """Of 16 samples RL makes 12 correct where the base model has 2: another pass@1, the same pass@16."""
+    for number, samples in ((0, 16), (1, 8)):
+        for seed in range(3):
+            base, rl = ([[1.0] * n + [0.0] * (samples - n)] * PROMPTS for n in (2, samples * 3 // 4))
+            plain = config("dash", seed, model__name=f"model{number}")
+            make_cell(
+                tmp_path, f"dash-m{number}-d-s{seed}-d00000{number}{seed}", plain, before=base, after=rl
+            )
+    records = load([tmp_path])
+    found = findings(records, variants(records))
+    same = [(f.unit, f.effect.value) for f in found if f.claim.startswith("RL does not change pass@k")]
+    assert same == [("points on arithmetic, pass@16", 0.0)]
+    improved = [f.effect.value for f in found if f.claim == "On-policy RL improves the base model."]
+    assert improved == pytest.approx([100 * (12 - 2) / 16, 100 * (6 - 2) / 8])
+
+
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     make_cell(tmp_path, "dash-m-d-s0-d0000000", config("dash"), after=verdicts(30))
     make_cell(tmp_path, "grpo-m-d-s0-e0000000", config("grpo"), step_s=40.0, after=verdicts(10))
@@ -380,6 +397,17 @@ def test_any_metric_is_drawn_when_asked_for(report: Report, pair: Path) -> None:
     assert f"figures/{drawn.id}.png" not in report.files
 
 
+def test_a_suspended_run_says_what_its_times_leave_out(outputs: Path) -> None:
+    folder = outputs / "cells" / "dash-smollm2_135m-arithmetic-s0-d0000000"
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    rows[2]["time/suspended_s"] = 65.2
+    (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load([outputs]).problems
+    assert [(p.where, p.what) for p in problems] == [
+        (folder.name, "was suspended for 1m05s, which its times leave out")
+    ]
+
+
 def test_different_hardware_is_a_thing_left_out(outputs: Path, tmp_path: Path) -> None:
     make_cell(
         outputs,
@@ -459,8 +487,18 @@ def test_analysis_imports_no_torch() -> None:
 def test_live_shows_a_line_per_run(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["live", str(outputs), "--once"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "6 finished" in lines[0]
+    assert "6 finished" in lines[0] and "left" not in lines[0]
     assert sum("DASH" in line and "4/4" in line for line in lines) == 3
+    model = "a-model-whose-name-is-longer-than-its-column"
+    plain = config("dash", 3, model__name=model, algorithm__steps=10)
+    make_cell(outputs, "dash-long-arithmetic-s3-d0000003", plain, step_s=9.0, state="running")
+    ids = [{"folder": folder.name} for folder in (outputs / "cells").iterdir()]
+    (outputs / "sweeps" / "mine").mkdir(parents=True)
+    write_json(outputs / "sweeps" / "mine" / "manifest.json", {"name": "mine", "cells": ids})
+    assert main(["live", str(outputs / "sweeps" / "mine"), "--once"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("mine: 6 finished, 1 running, about 1m00s left")
+    assert model in "".join(line[:30].strip() for line in text.splitlines())
 
 
 HOSTILE = [
