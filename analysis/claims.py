@@ -111,11 +111,7 @@ def _asked(records: Records, variants: Sequence[Variant], claim: Claim) -> Itera
 
 def p_value(found: Comparison, claim: Claim) -> float:
     """Of the claim or of its contrary, whichever the data are nearer to."""
-    if claim.sign:
-        return found.p_value()
-    if abs(found.difference) <= claim.effect:
-        return found.p_equivalent(claim.effect)
-    return found.p_value(math.copysign(claim.effect, found.difference))
+    return found.p_value() if claim.sign else found.p_within(claim.effect)
 
 
 def judge(found: Comparison, claim: Claim, p_adjusted: float) -> Verdict:

@@ -78,6 +78,14 @@ class Comparison:
         distance = margin - abs(self.difference)
         return max((error.tail(distance) for error in self.errors), default=math.nan)
 
+    def p_within(self, margin: float) -> float:
+        """p-value of whichever of |difference| < margin and its contrary the data are nearer to: of
+        equivalence within the margin, or of a difference beyond it. At most one of the two can be a false
+        decision."""
+        if abs(self.difference) <= margin:
+            return self.p_equivalent(margin)
+        return self.p_value(math.copysign(margin, self.difference))
+
     def scaled(self, factor: float) -> Comparison:
         """The same comparison in another unit."""
         errors = tuple(replace(e, variance=e.variance * factor**2) for e in self.errors)

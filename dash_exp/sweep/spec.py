@@ -7,7 +7,8 @@ times      true: results are times, so its cells are labelled with their kind of
            do not overlap phases (sampler.streaming=false, unless it is set)
 overrides  of every cell
 seeds      of every combination
-compare    pairs for `race`, each {arm: {key: value}, other: {key: value}}: overrides that select a recipe
+compare    pairs for `race`, each {arm: {key: value}, other: {key: value}}: overrides that select a recipe;
+           with `equal_within`, whether they differ by less (points of accuracy, or a factor of time)
 traces     arguments of `python -m dash_exp.traces`, a line each, for cells that learn from a teacher
 grid       blocks, all of whose combinations are taken. In a block:
     <key>    an axis: a list of values, or one; axes are multiplied
@@ -31,11 +32,14 @@ import yaml
 from dash_exp import PACKAGE
 from dash_exp.config.compose import find_faults, opened, parse
 from dash_exp.config.overrides import MAX_CELLS, quoted, variants_of
-from dash_exp.config.schema import SEED, plain
+from dash_exp.config.schema import POSITIVE, SEED, plain
 from dash_exp.errors import Fault, UserError, nearest
 
 Combination = tuple[str, ...]
 """Overrides (`key=value`, in Hydra's grammar) that together make a cell."""
+
+Pair = tuple[Combination, Combination, float | None]
+"""An arm, what it is compared with, and the margin where it is asked whether they are equal."""
 
 Axis = tuple[Combination, ...]
 """What an axis chooses from; with `zip`, a choice has several overrides."""
@@ -86,11 +90,14 @@ class Spec:
     times: bool
     traces: tuple[Combination, ...]
     source: Path
-    compare: tuple[tuple[Combination, Combination], ...] = ()
+    compare: tuple[Pair, ...] = ()
 
     def about(self) -> dict[str, object]:
         """What a manifest records of the file."""
-        pairs = [{"arm": list(arm), "other": list(other)} for arm, other in self.compare]
+        pairs = [
+            {"arm": list(arm), "other": list(other), **({} if margin is None else {"equal_within": margin})}
+            for arm, other, margin in self.compare
+        ]
         return {
             **({"compare": pairs} if pairs else {}),
             "claim": self.claim,
@@ -298,13 +305,18 @@ class Reader:
                 self._fault("traces", f"got {line!r}", "write key=value, as for python -m dash_exp.traces")
         return tuple(tuple(str(line).split()) for line in lines)
 
-    def _compare(self, value: object) -> tuple[tuple[Combination, Combination], ...]:
-        found = []
+    def _compare(self, value: object) -> tuple[Pair, ...]:
+        found = list[Pair]()
         for number, one in enumerate(self._list("compare", value)):
             place = f"compare[{number}]"
-            if isinstance(one, dict) and set(one) == {"arm", "other"}:
+            if isinstance(one, dict) and set(one) - {"equal_within"} == {"arm", "other"}:
                 arm, other = (self._combination(f"{place}.{name}", one[name]) for name in ("arm", "other"))
-                found.append((arm, other))
+                margin = one.get("equal_within")
+                wrong = isinstance(margin, bool) or not isinstance(margin, int | float)
+                if margin is not None and (wrong or not POSITIVE.holds(margin)):
+                    self._fault(f"{place}.equal_within", f"got {margin!r}, expected a number, {POSITIVE}")
+                    margin = None
+                found.append((arm, other, margin))
             else:
                 self._fault(place, f"got {one!r}", "{arm: {algorithm: dash}, other: {algorithm: grpo}}")
         return tuple(found)

@@ -87,6 +87,15 @@ STANDINGS: list[tuple[str, Field, Runs, list[tuple[int, str, int | None]]]] = [
         {"a": {s: {"cpu": 1 + s / 99} for s in range(3)}, "b": {s: {"cpu": 9 + s / 99} for s in range(3)}},
         [(3, "decided", 5)],
     ),
+    *(
+        (
+            f"equal within {margin}",
+            Field(("a", "b"), (("b", "a"),), (0, 1, 2), per_run=True, margins={("b", "a"): margin}),
+            {r: {s: {"cpu": 1 + s / 99} for s in range(3)} for r in "ab"},
+            [(3, word, 5)],
+        )
+        for margin, word in ((0.5, "decided"), (0.03, "open"))
+    ),
     (
         "times of different machines are not compared",
         field_of("a", "b", per_run=True),

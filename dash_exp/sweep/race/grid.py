@@ -120,6 +120,11 @@ def field_of(grid: Grid, metric: str) -> Field:
     stated = (grid.plan.about or {}).get("compare") or ()
     assert isinstance(stated, Sequence)
     pairs = [(_named(grid, one["arm"]), _named(grid, one["other"])) for one in stated]
+    margins = {
+        pair: in_unit(one["equal_within"], metric)
+        for pair, one in zip(pairs, stated, strict=True)
+        if "equal_within" in one
+    }
     seeds = tuple(dict.fromkeys(seed for _, seed in grid.cells))
     return Field(
         recipes,
@@ -127,7 +132,19 @@ def field_of(grid: Grid, metric: str) -> Field:
         seeds,
         frozenset(recipe for recipe in recipes if grid.steps(recipe) == 0),
         metric in PER_RUN,
+        margins,
     )
+
+
+def in_unit(margin: float, metric: str) -> float:
+    """A margin as comparisons of a metric measure it: points of an accuracy as a share, a factor of a time as
+    its logarithm. Raises UserError for a factor that is not above 1."""
+    if metric != "time":
+        return margin if metric in PER_RUN else margin / 100
+    if margin <= 1:
+        hint = "for --metric time it is a factor, e.g. 1.05"
+        raise UserError(Fault("compare.equal_within", f"got {margin:g}, must be more than 1", hint))
+    return math.log(margin)
 
 
 def _named(grid: Grid, overrides: Sequence[str]) -> str:

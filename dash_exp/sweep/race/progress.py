@@ -84,13 +84,20 @@ def line_of(one: Standing, metric: str, stuck: set[str]) -> str:
     if one.found is None:
         text += "open"
     else:
-        verdict = "decided" if one.decided else "open" if one.open else "undecided"
+        verdict = verdict_of(one) if one.decided else "open" if one.open else "undecided"
         text += f"{verdict} after {one.look} seeds: {one.found.note or size_of(one.found, metric)}"
         text += "" if one.found.note else f", sequential p {p_text(one.p)}"
     if one.open:
         failed = sorted({one.arm, one.other} & stuck)
         text += f"; {' and '.join(failed)} failed" if failed else f"; next look at {one.next_look} seeds"
     return text
+
+
+def verdict_of(one: Standing) -> str:
+    """What a decided comparison has shown."""
+    if one.margin is None or one.found is None:
+        return "decided"
+    return "equal within the margin" if abs(one.found.difference) <= one.margin else "not equal"
 
 
 def size_of(found: Comparison, metric: str) -> str:
@@ -115,7 +122,7 @@ def row_of(one: Standing) -> Row:
     difference = one.found.difference if one.found else math.nan
     numbers = {"difference": difference, "low": low, "high": high, "p": one.p}
     shown = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-    kept = {"decided": one.decided, "seeds": one.look, "next": one.next_look}
+    kept = {"decided": one.decided, "margin": one.margin, "seeds": one.look, "next": one.next_look}
     return {"arm": one.arm, "other": one.other, **shown, **kept}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -32,13 +32,15 @@ Runs = Mapping[str, Mapping[int, Values]]
 class Field:
     """What is raced. `recipes`: their labels, in the order of the grid; `pairs`: an arm and what it is
     compared with; `seeds`: those that the sweep lists; `untrained`: recipes without a training step;
-    `per_run`: whether a run scores one number (else one per prompt)."""
+    `per_run`: whether a run scores one number (else one per prompt); `margins`: of pairs that are asked
+    whether they differ by less than this, not whether they differ."""
 
     recipes: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
     untrained: frozenset[str] = frozenset()
     per_run: bool = False
+    margins: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     def first_seeds(self, count: int) -> tuple[int, ...]:
         """Listed seeds come first, then the smallest other numbers."""
@@ -54,13 +56,14 @@ class Field:
 class Standing:
     """A comparison so far. `found`: at the last look, None before the first; `p`: the sequential p-value over
     all looks after Holm's correction over all comparisons; `look`: seeds at the last look, 0 before the
-    first; `next_look`: None after the last."""
+    first; `next_look`: None after the last; `margin`: where it is asked whether they are equal within it."""
 
     arm: str
     other: str
     found: Comparison | None = None
     p: float = 1.0
     look: int = 0
+    margin: float | None = None
 
     @property
     def next_look(self) -> int | None:
@@ -75,45 +78,48 @@ class Standing:
         return not self.decided and self.next_look is not None
 
 
-def standings(field: Field, runs: Runs) -> list[Standing]:
+def standings(raced: Field, runs: Runs) -> list[Standing]:
     """Every comparison at each look whose runs are all finished. A comparison that was not looked at yet
     counts as one with p = 1, so that a later look at it cannot undo a decision."""
     made, p_values = [], []
-    for arm, other in field.pairs:
-        found = {look: compare(field, runs, arm, other, look) for look in LOOKS}
+    for arm, other in raced.pairs:
+        found = {look: compare(raced, runs, arm, other, look) for look in LOOKS}
         seen = {look: one for look, one in found.items() if one is not None}
-        p = sequential_p({look: one.p_value() for look, one in seen.items()})
+        margin = raced.margins.get((arm, other))
+        p = sequential_p(
+            {n: one.p_value() if margin is None else one.p_within(margin) for n, one in seen.items()}
+        )
         p_values.append(1.0 if math.isnan(p) else p)
         last = max(seen, default=0)
-        made.append(Standing(arm, other, seen.get(last), look=last))
+        made.append(Standing(arm, other, seen.get(last), look=last, margin=margin))
     return [replace(one, p=p) for one, p in zip(made, holm(p_values), strict=True)]
 
 
-def compare(field: Field, runs: Runs, arm: str, other: str, look: int) -> Comparison | None:
+def compare(raced: Field, runs: Runs, arm: str, other: str, look: int) -> Comparison | None:
     """`arm` minus `other` with the seeds of a look; None unless all of these runs are finished."""
     tables = []
     for recipe in (arm, other):
-        own = {seed: runs.get(recipe, {}).get(seed) for seed in field.seeds_of(recipe, look)}
+        own = {seed: runs.get(recipe, {}).get(seed) for seed in raced.seeds_of(recipe, look)}
         kept = {seed: values for seed, values in own.items() if values is not None}
         if len(kept) < len(own):
             return None
         tables.append(kept)
     keys = sorted(set.intersection(*(set(values) for table in tables for values in table.values())))
-    if len(keys) < (1 if field.per_run else 2):
-        note = "runs on different hardware" if field.per_run else "fewer than two prompts in common"
+    if len(keys) < (1 if raced.per_run else 2):
+        note = "runs on different hardware" if raced.per_run else "fewer than two prompts in common"
         return Comparison(math.nan, note=note)
-    if field.per_run:
+    if raced.per_run:
         a, b = ({seed: values[keys[0]] for seed, values in table.items()} for table in tables)
         return compare_runs(a, b)
     one, two = ({s: np.array([values[k] for k in keys]) for s, values in t.items()} for t in tables)
-    if arm in field.untrained:
+    if arm in raced.untrained:
         found = compare_scores(two, one, trained=False)
         return replace(found, difference=-found.difference)
-    return compare_scores(one, two, trained=other not in field.untrained)
+    return compare_scores(one, two, trained=other not in raced.untrained)
 
 
 def wanted(
-    field: Field, found: Sequence[Standing], runs: Runs, stuck: Collection[str] = ()
+    raced: Field, found: Sequence[Standing], runs: Runs, stuck: Collection[str] = ()
 ) -> list[tuple[str, int]]:
     """The runs (recipe and seed) that the open comparisons need for their next look, but for comparisons of
     recipes that are `stuck`."""
@@ -121,7 +127,7 @@ def wanted(
     for one in found:
         if one.open and one.next_look and not {one.arm, one.other} & set(stuck):
             for recipe in (one.arm, one.other):
-                for seed in field.seeds_of(recipe, one.next_look):
+                for seed in raced.seeds_of(recipe, one.next_look):
                     if seed not in runs.get(recipe, {}):
                         needed[recipe, seed] = None
     return list(needed)
