@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dash_exp import PACKAGE
 from dash_exp.config.checks import check
 from dash_exp.config.compose import VERSION_BASE, conf_dir, find_faults, register
+from dash_exp.config.held_out import with_own_evaluation
 from dash_exp.config.schema import changed, to_config
 from dash_exp.errors import ExitCode, Fault, UserError, nearest, print_error, run_command
 from dash_exp.text import format_command
@@ -158,7 +159,8 @@ def run_job(composed: Any) -> None:
 def run_cell(composed: Any) -> int:
     """Train a composed cell. Checks the config where the command line has not: under another launcher, which
     may run it on another machine, or where only Hydra could compose it."""
-    config = to_config(composed)
+    given = HydraConfig.get().overrides
+    config = with_own_evaluation(to_config(composed), given.task)
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweeping or only_hydra_knows(parse_arguments()[0]):
         faults = check(config)
@@ -168,7 +170,6 @@ def run_cell(composed: Any) -> int:
     from dash_exp.learning.settings import rank_from_environment
     from dash_exp.train.budget import resolve_match
 
-    given = HydraConfig.get().overrides
     places = [text for text in given.hydra if text.startswith("hydra.searchpath")]
     config, partner = resolve_match(config, [*places, *given.task], Path(config.run.dir) / "cache")
     shown = {"run.partner": format_command("dash_exp", *partner) if partner else None}

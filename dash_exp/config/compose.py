@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dash_exp import PACKAGE
 from dash_exp.config.checks import check
+from dash_exp.config.held_out import with_own_evaluation
 from dash_exp.config.overrides import (
     MAX_CELLS,
     Options,
@@ -216,7 +217,7 @@ def raw(overrides: Sequence[str]) -> DictConfig:
 
 def composed_config(overrides: Sequence[str]) -> Config:
     """The config of these overrides. Within `opened`; raises COMPOSITION_ERRORS or UserError."""
-    return _typed(raw(overrides))
+    return with_own_evaluation(_typed(raw(overrides)), overrides)
 
 
 def _typed(composed: DictConfig) -> Config:
@@ -262,7 +263,7 @@ class CachingComposer:
             config = copy.deepcopy(self._composed[texts])
             values = [override for override in parsed if override not in choices]
             ConfigLoaderImpl._apply_overrides_to_config(values, config)
-            return _typed(config)
+            return with_own_evaluation(_typed(config), overrides)
         except COMPOSITION_ERRORS as error:
             faults = find_faults(overrides, checked=False)
             raise UserError(faults or Fault("config", str(error))) from None

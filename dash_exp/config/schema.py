@@ -244,6 +244,8 @@ class DatasetConfig(Constant):
     hub: str | None = setting("a dataset on the hub", None)
     hub_config: str | None = setting("its configuration there", None)
     hub_split: str | None = setting("its split there", None)
+    test_path: str | None = setting("your held-out file: the run is evaluated on it", None, "my_test.jsonl")
+    test_split: str | None = setting("the same for a split on the hub", None)
     fields: dict[str, list[str]] = setting("our field to its names in a source (docs/datasets.md)", {})
     answer_after: str | None = setting("the answer follows the last of these marks", None)
     solution_drop: str | None = setting("regular expression: removed from worked solutions", None)

@@ -154,7 +154,7 @@ def dataset_file(one: DatasetConfig, data_folder: str | None) -> Path | None:
 
 def _dataset_identity(one: DatasetConfig, cache: Path | None) -> dict[str, Any]:
     """A dataset's settings with its files, and those of what is mixed in, replaced by what they hold."""
-    kept = asdict(one)
+    kept = {k: v for k, v in asdict(one).items() if k not in ("test_path", "test_split")}  # among the sets
     kept["mix"] = {label: _dataset_identity(part, cache) for label, part in one.mix.items()}
     kept |= JUDGED_BY.get(one.verifier, {})
     if one.kind == "reasoning_gym":

@@ -147,5 +147,7 @@ def log_prompts(task: Task, log: Callable[[str], None]) -> None:
     for label, prompts in [("training", task.prompts), *((s.label, s.prompts) for s in task.sets)]:
         dropped = f", {prompts.dropped} too long and dropped" if prompts.dropped else ""
         log(f"{label}: {len(prompts.prompts)} prompts of {prompts.name}{dropped}")
+    if not task.sets:
+        log("evaluation: none (dataset.test_path=<file> names a held-out set of your own)")
     for warning in task.warnings:
         log(f"note: {warning}")

@@ -203,3 +203,24 @@ def test_nothing_here_imports_torch() -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_own_data_are_evaluated_on_their_own_held_out_set_or_on_nothing() -> None:
+    """Each row: overrides beside dataset=gsm8k, and where the evaluation sets are read from."""
+    mine = "dataset.path=my.jsonl"
+    rows: list[tuple[tuple[str, ...], list[tuple[str | None, str | None]]]] = [
+        ((), [(None, "test")]),
+        (("dataset.path=null",), [(None, "test")]),
+        ((mine,), []),
+        (("dataset.hub=me/sums",), []),
+        ((mine, "dataset.test_path=t.jsonl", "dataset.limit=9"), [("t.jsonl", "train")]),
+        (("dataset.hub=me/sums", "dataset.test_split=held"), [(None, "held")]),
+        ((mine, "evaluation=gsm8k"), [(None, "test")]),
+        ((mine, "+dataset@evaluation.sets.more=math500"), [(None, "test"), (None, "test")]),
+    ]
+    for overrides, expected in rows:
+        config = compose(["dataset=gsm8k", *overrides])
+        sets = config.evaluation.sets.values()
+        assert [(one.path, one.hub_split) for one in sets] == expected, overrides
+        assert config.evaluation.before is bool(expected)
+        assert all(one.limit is None and one.split == "test" for one in sets)
