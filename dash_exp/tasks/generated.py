@@ -42,6 +42,34 @@ def digits(split: str) -> ExampleSet:
     return ExampleSet("digits", tuple(rows), f"generated:digits/{split}")
 
 
+CHAINS = ("7 + 5 + 8: 7 + 5 = 12, 12 + 8 = 20", "9 + 4 + 6: 9 + 4 = 13, 13 + 6 = 19")
+HELD_OUT_CHAINS = 250
+
+
+def chain(split: str) -> ExampleSet:
+    """Sums of three digits from 1 to 9, after two worked examples that write the steps: 479 to train on, 250
+    held out. The solution is the answer without steps: supervised fine-tuning on it learns to leave them out,
+    which a small model cannot afford."""
+    return _chains("chain", range(1, 10), split)
+
+
+def chain_far(split: str) -> ExampleSet:
+    """The same with a first term from 11 to 29, out of distribution for a model trained on `chain`: 1,289, and
+    250 held out."""
+    return _chains("chain_far", range(11, 30), split)
+
+
+def _chains(name: str, first: range, split: str) -> ExampleSet:
+    terms = [(a, b, c) for a in first for b in range(1, 10) for c in range(1, 10)]
+    order = permutation(SPLIT_SEED, len(terms)).tolist()
+    chosen = order[:HELD_OUT_CHAINS] if split == "test" else order[HELD_OUT_CHAINS:]
+    rows = []
+    for a, b, c in (terms[i] for i in chosen):
+        problem = "\n".join((*CHAINS, f"{a} + {b} + {c}:"))
+        rows.append(Example(f"{a}+{b}+{c}", problem, str(a + b + c), f" {a + b + c}\n"))
+    return ExampleSet(name, tuple(rows), f"generated:{name}/{split}")
+
+
 FORMS: tuple[tuple[str, str, Callable[[int, int, int], int]], ...] = (
     ("x times {a} plus {b}", "x * {a} + {b}", lambda x, a, b: x * a + b),
     ("{a} times x minus {b}", "{a} * x - {b}", lambda x, a, b: a * x - b),
@@ -87,7 +115,7 @@ def _function(words: str, python: str, values: Sequence[tuple[int, int]]) -> Exa
 
 
 GENERATED: Mapping[str, Callable[[str], ExampleSet]] = {
-    make.__name__: make for make in (arithmetic, digits, functions)
+    make.__name__: make for make in (arithmetic, chain, chain_far, digits, functions)
 }
 """By `dataset.kind`: from a split's name to its examples."""
 

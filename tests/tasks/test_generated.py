@@ -12,6 +12,8 @@ from dash_exp.errors import UserError
 from dash_exp.tasks.generated import (
     HEADER,
     arithmetic,
+    chain,
+    chain_far,
     functions,
     gym_examples,
     split_of,
@@ -35,6 +37,20 @@ def test_arithmetic_splits_are_disjoint_and_right() -> None:
         assert example.solution == f" {x + y}\n"
         assert judge_integer(example.solution, example.answer).outcome == "correct"
     assert train.content_hash == arithmetic("train").content_hash != test.content_hash
+
+
+def test_chains_are_disjoint_and_right() -> None:
+    sizes = {}
+    for make, first in ((chain, range(1, 10)), (chain_far, range(11, 30))):
+        train, test = make("train").examples, make("test").examples
+        sizes[make] = (len(train), len(test))
+        assert len({e.id for e in (*train, *test)}) == len(first) * 81
+        for example in (*train, *test):
+            a, b, c = map(int, example.id.split("+"))
+            assert a in first and {b, c} <= set(range(1, 10)) and int(example.answer) == a + b + c
+            assert example.solution == f" {a + b + c}\n"
+            assert example.problem.endswith(f"9 + 4 + 6: 9 + 4 = 13, 13 + 6 = 19\n{a} + {b} + {c}:")
+    assert sizes == {chain: (479, 250), chain_far: (1289, 250)}
 
 
 def values_of(source: str) -> tuple[int, ...]:
