@@ -54,8 +54,8 @@ def chain(split: str) -> ExampleSet:
 
 
 def chain_far(split: str) -> ExampleSet:
-    """The same with a first term from 11 to 29, out of distribution for a model trained on `chain`: 1,289, and
-    250 held out."""
+    """The same with a first term from 11 to 29, out of distribution for a model trained on `chain`: 1,289
+    and 250 held out."""
     return _chains("chain_far", range(11, 30), split)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dash_exp.config import checks
 from dash_exp.config.checks import check, largest_deviation
-from dash_exp.config.schema import FILTERS, TEMPLATES, Config, changed, declared, plain
+from dash_exp.config.schema import FILTERS, KINDS, TEMPLATES, Config, changed, declared, plain
 from dash_exp.errors import Fault
 from dash_exp.learning.advantages import group_advantages
 from dash_exp.learning.filters import make_filter
@@ -40,12 +40,12 @@ NAMES = {
     "learner.sharding": "fsdp, none",
     "learner.device": "auto, cpu, cuda, cuda:0",
     "run.progress": "auto, none, plain",
-    "dataset.kind": "arithmetic, chain, chain_far, digits, functions, jsonl, reasoning_gym",
+    "dataset.kind": ", ".join(sorted(KINDS)),
     "dataset.split": "test, train",
     "dataset.template": ", ".join(sorted(TEMPLATES)),
     "dataset.verifier": "code, integer, math, math_verify, reasoning_gym",
     "dataset.extraction": "first_integer",
-    "evaluation.sets.arithmetic.kind": "arithmetic, chain, chain_far, digits, functions, jsonl, reasoning_gym",
+    "evaluation.sets.arithmetic.kind": ", ".join(sorted(KINDS)),
     "evaluation.sets.arithmetic.verifier": "code, integer, math, math_verify, reasoning_gym",
     "evaluation.template": ", ".join(sorted(TEMPLATES)),
 }
