@@ -58,6 +58,7 @@ def optimization(**changes: Any) -> Optimization:
 def parts_of(learner: Learner | None, aggregation: str, max_tokens: int = 25, **more: Any) -> Parts:
     values: dict[str, Any] = {
         "prompts": None,
+        "chooser": None,
         "sampler": None,
         "decoding": Decoding(MAX_NEW, 1.0, (1,)),
         "judges": {},
@@ -91,6 +92,7 @@ def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
         prompts_per_update=prompts_per_update,
         aggregation=aggregation,
         denominator="all",
+        refill=0,
         overlong_share=0.0,
         mask_truncated=False,
         evaluate_every=0,

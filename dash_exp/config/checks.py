@@ -171,6 +171,10 @@ def _filter(config: Config) -> Iterator[Fault]:
     size, threshold, name = config.algorithm.group_size, config.filter.threshold, config.filter.name
     if name in ("top_k", "max_variance", "variance_top_p") and config.filter.share is None:
         yield Fault("filter.share", f"is not set, but filter={name} keeps that share", "set it, e.g. to 0.5")
+    refilling = ("advantage", "zero_variance", "positive", "max_variance")
+    if config.filter.refill and name not in refilling:
+        what = f"got {config.filter.refill} with filter={name}, which keeps the same share of any batch"
+        yield Fault("filter.refill", what, f"leave it out, or choose filter={', '.join(refilling)}")
     matched = name == "random" and config.filter.share is None
     if not (name == "advantage" or matched) or size < 2:
         return
@@ -224,6 +228,9 @@ def _supervised(config: Config) -> Iterator[Fault]:
     if arm.source != "sampler" and config.correction.name != "none":
         what = f"got {config.correction.name!r} with algorithm.source={arm.source}: nothing was sampled"
         yield Fault("correction", what, "leave correction out")
+    if arm.source != "sampler" and config.selection.name != "none":
+        what = f"got {config.selection.name!r} with algorithm.source={arm.source}: nothing is judged"
+        yield Fault("selection", what, "leave selection out")
     if arm.source == "traces" and data.mix:
         hint = "choose algorithm=sft_h, or one dataset"
         yield Fault("dataset.mix", "a mixture has no traces: they are of one dataset", hint)

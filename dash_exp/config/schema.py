@@ -222,6 +222,18 @@ class FilterConfig(Constant):
     share: float | None = number(SHARE, "what is kept; of what, says `docs/arms.md`", None)
     kl: str = choice("drop", "keep", meaning="keep: dropped completions are forwarded for the KL term")
     denominator: str = choice("all", "kept", meaning="divide by all completions sampled, or by the kept ones")
+    refill: int = number(Range(0, 100), "rounds of fresh prompts at most that replace what is dropped", 0)
+
+
+@dataclass
+class SelectionConfig(Constant):
+    """Which prompts are asked, by what earlier groups of theirs taught."""
+
+    name: str = choice("none", "greso", meaning="greso: skip what was all right or all wrong", default="none")
+    explore: float = number(Range(0, 1), "first probability of asking such a prompt again", 0.5)
+    adjust: float = number(Range(0, 1), "by how much it moves after a step", 0.01)
+    easy_share: float = number(Range(0, 1), "groups all right that it moves towards", 0.0833)
+    hard_share: float = number(Range(0, 1), "groups all wrong that it moves towards", 0.1667)
 
 
 @dataclass
@@ -434,6 +446,7 @@ class Config(Constant):
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)

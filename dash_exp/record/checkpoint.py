@@ -35,8 +35,9 @@ RESUME = "resume"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a later process needs to resume: weights and optimizer moments by name, counters (step, updates)
-    and the step's row of the record. Seeds and the data cursor are functions of the step."""
+    """What a later process needs to resume: weights and optimizer moments by name, counters (step, updates),
+    the step's row of the record, and what the chooser of prompts remembers. Seeds are functions of the
+    step."""
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]

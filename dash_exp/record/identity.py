@@ -45,6 +45,12 @@ LATER: Mapping[str, object] = {
     "algorithm.entropy_schedule": "constant",
     "algorithm.overlong_share": 0.0,
     "algorithm.mask_truncated": False,
+    "filter.refill": 0,
+    "selection.name": "none",
+    "selection.explore": 0.5,
+    "selection.adjust": 0.01,
+    "selection.easy_share": 0.0833,
+    "selection.hard_share": 0.1667,
     "correction.name": "none",
     "correction.floor": 0.0,
     "correction.cap": 2.0,
@@ -97,8 +103,9 @@ def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
     for place, before in LATER.items():
         group, _, key = place.partition(".")
         hashed[group] = {k: v for k, v in hashed.get(group, {}).items() if (k, v) != (key, before)}
-    if not hashed["correction"]:
-        del hashed["correction"]
+    for group in ("correction", "selection"):
+        if not hashed[group]:
+            del hashed[group]
     fit = [name for name in hashed["algorithm"]["filters"] if name in FIRST_FILTERS]
     hashed["algorithm"] = {**hashed["algorithm"], "filters": fit}  # the others came later
     if hashed["algorithm"]["source"] != "traces":  # who reads none is the same cell before they are made

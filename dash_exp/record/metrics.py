@@ -7,7 +7,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ class BatchFacts:
     """Everything that a step's row is computed from. `sums`: the learner's sums over forwarded tokens;
     `updates`: one entry (grad_norm, lr, skipped) per update of this batch; `updates_total`: updates since the
     start, skipped ones included; `waves`: in which the batch was sampled, where something was learned
-    meanwhile."""
+    meanwhile; `more`: further numbers under their record keys."""
 
     groups: tuple[AdvantagedGroup, ...]
     updates: tuple[Any, ...]
     sums: Mapping[str, float]
     updates_total: int
     waves: int | None = None
+    more: Mapping[str, float] = field(default_factory=dict)
 
     def samples(self) -> Iterator[tuple[Completion, Score, float, bool]]:
         for g in self.groups:
@@ -147,7 +148,9 @@ def step_row(step: int, facts: BatchFacts, wall: float, seconds: Mapping[str, fl
     """One row of steps.jsonl."""
     times = time_values(facts, wall, seconds, overlap)
     waves = {} if facts.waves is None else {"sampler/waves": facts.waves}
-    return finite({"step": step, **batch_values(facts), **learner_values(facts), **waves, **times})
+    return finite(
+        {"step": step, **batch_values(facts), **learner_values(facts), **waves, **facts.more, **times}
+    )
 
 
 def sample_rows(step: int, groups: Sequence[AdvantagedGroup]) -> list[Row]:

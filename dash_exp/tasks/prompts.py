@@ -84,26 +84,24 @@ def mixture(parts: Sequence[tuple[PromptSet, float]]) -> PromptSet:
     )
 
 
-def batch(prompts: PromptSet, run_seed: int, step: int, prompts_per_step: int) -> list[Prompt]:
-    """The prompts of a step (from 1): `prompts_per_step` of them, from place (step - 1) x prompts_per_step of
-    an endless order that depends only on prompts and seed. So nothing has to be saved to resume, and cells
-    of equal seed see the same prompts in the same order.
+def prompts_at(prompts: PromptSet, run_seed: int, first: int, count: int) -> list[Prompt]:
+    """`count` prompts from place `first` (from 0) of an endless order that depends only on prompts and seed,
+    so cells of equal seed see the same prompts in the same order.
 
     The order is epoch after epoch of shuffled prompts. In a mixture each part has its own such order, and
     `_parts_of` says which part each place takes its prompt from."""
-    first, last = (step - 1) * prompts_per_step, step * prompts_per_step
     if not prompts.weights:
-        return _in_order(prompts.name, prompts.prompts, run_seed, first, prompts_per_step)
+        return _in_order(prompts.name, prompts.prompts, run_seed, first, count)
     pools = {name: [p for p in prompts.prompts if p.task == name] for name, _ in prompts.weights}
     weights = [(name, weight) for name, weight in prompts.weights if pools[name]]
-    turns = _parts_of(np.arange(last), [weight for _, weight in weights], run_seed)
+    turns = _parts_of(np.arange(first + count), [weight for _, weight in weights], run_seed)
     chosen: dict[int, Prompt] = {}
     for number, (name, _) in enumerate(weights):
         places = np.flatnonzero(turns[first:] == number).tolist()
         before = int((turns[:first] == number).sum())
         own = _in_order(name, pools[name], run_seed, before, len(places))
         chosen.update(zip(places, own, strict=True))
-    return [chosen[place] for place in range(prompts_per_step)]
+    return [chosen[place] for place in range(count)]
 
 
 def _in_order(name: str, prompts: Sequence[Prompt], run_seed: int, place: int, wanted: int) -> list[Prompt]:
@@ -136,11 +134,12 @@ def _parts_of(places: np.ndarray, weights: Sequence[float], run_seed: int) -> np
 
 
 def requests(
-    prompts: Sequence[Prompt], run_seed: int, purpose: str, step: int, group_size: int
+    prompts: Sequence[Prompt], run_seed: int, purpose: str, step: int, group_size: int, first: int = 0
 ) -> list[Request]:
-    """Ask each prompt `group_size` times, each time with a seed of its own."""
+    """Ask each prompt `group_size` times, each time with a seed of its own. `first`: the position of the
+    first request in its batch."""
 
     def seeds(place: int, prompt: Prompt) -> tuple[int, ...]:
         return tuple(seed_for(run_seed, purpose, step, place, prompt.id, n) for n in range(group_size))
 
-    return [Request(place, prompt, seeds(place, prompt)) for place, prompt in enumerate(prompts)]
+    return [Request(place, prompt, seeds(place, prompt)) for place, prompt in enumerate(prompts, first)]

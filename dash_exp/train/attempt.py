@@ -109,6 +109,8 @@ class Attempt:
             return 0
         self.built.parts.learner.restore(snapshot)
         step = int(snapshot.state["step"])
+        first = {"place": step * self.built.plan.prompts_per_step, "explore": {}, "streaks": {}}
+        self.built.parts.chooser.restore(snapshot.state.get("selection", first))  # older ones have none
         rows = read_rows(self.folder / "steps.jsonl").rows
         if all(row["step"] != step for row in rows):  # killed between the checkpoint and its row
             self.recorder.append("steps", [snapshot.state["row"]])
@@ -191,6 +193,8 @@ class Attempt:
         bytes, are left out: no update follows."""
         start = time.time()
         snapshot = self.built.parts.learner.snapshot(step, moments=not last, row=row)
+        state = {**snapshot.state, "selection": self.built.parts.chooser.state()}
+        snapshot = replace(snapshot, state=state)
         checkpoint.save(self.folder, step, snapshot, self.built.source.folder)
         checkpoint.prune(self.folder, self.config.checkpoint.keep)
         self.recorder.event("checkpoint", start, time.time(), step=step, worker="main")

@@ -29,6 +29,7 @@ from dash_exp.modeling.source import ModelSource, load_computing, locate, text_m
 from dash_exp.record.provenance import packages
 from dash_exp.sampling.protocol import EngineSettings, Sampler
 from dash_exp.seeding import seed_for
+from dash_exp.tasks.selection import Chooser, Selection
 from dash_exp.tasks.sources import load_examples, read_traces
 from dash_exp.train.build_tasks import Task, build_task, log_prompts, tokenize
 from dash_exp.train.parts import Parts, Plan, Policy, is_batch_wide, overlapped
@@ -104,6 +105,7 @@ def build(
     keep_for_kl = f.kl == "keep" and a.beta > 0
     parts = Parts(
         prompts=prompts,
+        chooser=Chooser(prompts, config.seed, Selection(**vars(config.selection))),
         sampler=sampler,
         decoding=task.decoding,
         judges=task.judges,
@@ -138,6 +140,7 @@ def make_plan(config: Config, prompts: int) -> Plan:
         prompts_per_update=(a.mini_batch or a.prompts_per_step * a.group_size) // a.group_size,
         aggregation=a.aggregation,
         denominator=config.filter.denominator,
+        refill=config.filter.refill,
         overlong_share=a.overlong_share,
         mask_truncated=a.mask_truncated,
         evaluate_every=config.evaluation.every,

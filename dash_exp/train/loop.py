@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import add
 
 from torch import Tensor
@@ -27,9 +28,12 @@ from dash_exp.record.folder import Recorder, timed_event
 from dash_exp.record.ledger import Budget, Ledger
 from dash_exp.record.metrics import BatchFacts, sample_rows, step_row
 from dash_exp.seeding import seed_for
-from dash_exp.tasks.prompts import batch, requests
+from dash_exp.tasks.prompts import requests
 from dash_exp.train.parts import Ending, Hooks, Parts, Plan
 from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Request, Score, ScoredGroup
+
+LEAST_SHARE = 1 / 8
+"""Of completions that are taken to be kept when fresh prompts are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +102,11 @@ def train_step(ctx: StepContext) -> BatchFacts:
     stays on-policy. An arm with several updates, or one that compares groups, needs the complete batch first.
     """
     plan, parts = ctx.plan, ctx.parts
-    prompts = batch(parts.prompts, plan.seed, ctx.step, plan.prompts_per_step)
-    pending = requests(prompts, plan.seed, "sample", ctx.step, plan.group_size)
     groups: list[AdvantagedGroup] = []
     rounds = Rounds(parts.packer, parts.learner.width)
     one_update = plan.updates_per_batch == 1
 
-    size = plan.prompts_per_call
-    for arriving in arrivals(ctx, [pending[i : i + size] for i in range(0, len(pending), size)]):
+    for arriving in arrivals(ctx, groups):
         for group in arriving:
             if group is not None:
                 groups.append(group)
@@ -127,29 +128,66 @@ def train_step(ctx: StepContext) -> BatchFacts:
         with ctx.ledger.phase("sync"), timed_event(ctx.recorder, "sync", step=ctx.step, worker="learner"):
             parts.sampler.load_weights(ctx.step)
     sums, total = parts.learner.take_sums(), parts.learner.updates
-    return BatchFacts(tuple(groups), tuple(updates), sums, total, plan.waves)
+    if parts.demonstrations is None:
+        ordered = sorted(groups, key=lambda group: group.group.position)
+        parts.chooser.observe([(one.group.prompt, one.scored.scores) for one in ordered])
+    more = {**refill_numbers(plan, groups), **parts.chooser.take_numbers()}
+    return BatchFacts(tuple(groups), tuple(updates), sums, total, plan.waves, more)
 
 
 # --- groups: sample, judge, compute advantages, filter ---
 
 
 def arrivals(
-    ctx: StepContext, calls: Sequence[Sequence[Request]]
+    ctx: StepContext, groups: Sequence[AdvantagedGroup]
 ) -> Iterator[Iterator[AdvantagedGroup | None]]:
     """The groups of each call as they finish, or in prompt order where the plan asks for it; at the end of
     the call without streaming, of all calls where the plan is `batch_wide`. None: no group has finished yet.
-    A supervised arm looks its completions up."""
+    A supervised arm looks its completions up. `groups`: those that have come so far."""
     plan, shown = ctx.plan, ctx.parts.demonstrations
-    if shown is not None:
-        yield from ((demonstrated(request, shown) for request in call) for call in calls)
-    elif plan.batch_wide:
-        batch = [group for call in calls for group in scored_groups(ctx, call) if group is not None]
-        yield iter(compute_advantages(ctx, sorted(batch, key=lambda scored: scored.group.position)))
-    else:
-        for call in calls:
-            scored = scored_groups(ctx, call)
-            groups = (None if one is None else compute_advantages(ctx, [one])[0] for one in scored)
-            yield groups if plan.streaming else iter([group for group in groups if group is not None])
+    for calls in asked(ctx, groups):
+        if shown is not None:
+            yield from ((demonstrated(request, shown) for request in call) for call in calls)
+        elif plan.batch_wide:
+            batch = [group for call in calls for group in scored_groups(ctx, call) if group is not None]
+            yield iter(compute_advantages(ctx, sorted(batch, key=lambda scored: scored.group.position)))
+        else:
+            for call in calls:
+                scored = scored_groups(ctx, call)
+                found = (None if one is None else compute_advantages(ctx, [one])[0] for one in scored)
+                yield found if plan.streaming else iter([group for group in found if group is not None])
+
+
+def asked(ctx: StepContext, groups: Sequence[AdvantagedGroup]) -> Iterator[list[list[Request]]]:
+    """The requests of the batch, by call; then, with `filter.refill`, of fresh prompts, until the batch holds
+    as many kept completions as it would without a filter. `groups`: those that have come so far."""
+    plan, size, first = ctx.plan, ctx.plan.prompts_per_call, 0
+    wanted = plan.prompts_per_step
+    for _ in range(1 + plan.refill):
+        prompts = ctx.parts.chooser.draw(wanted)
+        pending = requests(prompts, plan.seed, "sample", ctx.step, plan.group_size, first)
+        yield [pending[i : i + size] for i in range(0, len(pending), size)]
+        first += wanted
+        wanted = prompts_missing(plan, groups)
+        if wanted == 0 or ctx.out_of_time():
+            return
+
+
+def prompts_missing(plan: Plan, groups: Sequence[AdvantagedGroup]) -> int:
+    """How many prompts are likely to fill the batch, by the share kept so far; at most a batch."""
+    kept = sum(sum(group.kept) for group in groups)
+    missing = plan.prompts_per_step * plan.group_size - kept
+    share = max(kept / sum(len(group.kept) for group in groups), LEAST_SHARE)
+    return min(plan.prompts_per_step, max(0, math.ceil(missing / (share * plan.group_size))))
+
+
+def refill_numbers(plan: Plan, groups: Sequence[AdvantagedGroup]) -> dict[str, float]:
+    """What replacing dropped completions has cost, for the record."""
+    if not plan.refill:
+        return {}
+    more = [group.group for group in groups if group.group.position >= plan.prompts_per_step]
+    tokens = sum(len(one.token_ids) for group in more for one in group.completions)
+    return {"refill/prompts": len(more), "refill/tokens": tokens}
 
 
 def scored_groups(ctx: StepContext, call: Sequence[Request]) -> Iterator[ScoredGroup | None]:
@@ -326,11 +364,13 @@ class MiniBatch:
 
 
 def mini_batches(ctx: StepContext, groups: Sequence[AdvantagedGroup]) -> list[MiniBatch]:
-    """The batch cut in prompt order; dropped completions count for the cut."""
+    """The batch cut into equal parts in prompt order; dropped completions count for the cut."""
     ordered = sorted(groups, key=lambda group: group.group.position)
-    size, packer, minis = ctx.plan.prompts_per_update, ctx.parts.packer, []
-    for first in range(0, len(ordered), size):
-        part = ordered[first : first + size]
+    count, packer = ctx.plan.updates_per_batch // ctx.plan.passes, ctx.parts.packer
+    edges = [len(ordered) * number // count for number in range(count + 1)]
+    minis = []
+    for first, end in pairwise(edges):
+        part = ordered[first:end]
         packed = [ready for group in part for ready in packer.add(group)] + list(packer.flush())
         rounds = balanced(packed, ctx.parts.learner.width, packer.max_tokens)
         minis.append(MiniBatch(tuple(map(ScoredRound, rounds)), denominator(ctx, part)))

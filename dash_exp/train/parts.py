@@ -18,6 +18,7 @@ from dash_exp.record.folder import Row
 from dash_exp.record.ledger import RunningClock
 from dash_exp.sampling.protocol import Sampler, groups_at_once
 from dash_exp.tasks.prompts import PromptSet
+from dash_exp.tasks.selection import Chooser
 from dash_exp.types import Completion, Decoding
 from dash_exp.verifiers.types import Judge
 
@@ -28,8 +29,8 @@ class Plan:
     step's in the preemptive schedule). `waves`: parts in which they are requested from `servers`, so that
     groups finish one after the other and a learner beside the sampler can begin (None: nothing is beside it).
     `batch_wide`: advantages or filter compare the groups of a batch, so the first gradient waits for the last
-    group. `prompts_per_update`: a mini-batch, or the complete batch. `pause_after`: the step at which this
-    attempt ends early, to be resumed."""
+    group. `prompts_per_update`: a mini-batch, or the complete batch. `refill`: rounds of fresh prompts that
+    replace what is dropped. `pause_after`: the step at which this attempt ends early, to be resumed."""
 
     seed: int
     steps: int
@@ -45,6 +46,7 @@ class Plan:
     prompts_per_update: int
     aggregation: str
     denominator: str
+    refill: int
     overlong_share: float
     mask_truncated: bool
     evaluate_every: int
@@ -65,11 +67,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The concrete components of a run, chosen in train/build.py. `judges`: by the name of a prompt's task.
-    `advantages`: from the rewards of groups to those of each. `demonstrations`: in a supervised arm the
-    completion of each prompt, by its id."""
+    """The concrete components of a run, chosen in train/build.py. `chooser`: draws the prompts of each step.
+    `judges`: by the name of a prompt's task. `advantages`: from the rewards of groups to those of each.
+    `demonstrations`: in a supervised arm the completion of each prompt, by its id."""
 
     prompts: PromptSet
+    chooser: Chooser
     sampler: Sampler
     decoding: Decoding
     judges: Mapping[str, Judge]

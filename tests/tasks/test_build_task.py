@@ -16,7 +16,7 @@ from dash_exp.config.schema import Config, changed
 from dash_exp.errors import UserError
 from dash_exp.modeling.source import TextModel, text_model
 from dash_exp.tasks.generated import HEADER, functions, gym_examples
-from dash_exp.tasks.prompts import batch
+from dash_exp.tasks.prompts import prompts_at
 from dash_exp.train.build_tasks import build_task, log_prompts
 from dash_exp.verifiers.judges import Judges, PooledJudge
 
@@ -53,7 +53,7 @@ def test_a_mixture_has_the_parts_templates_and_judges(
     task = build_task(mixed, model, judges)
     texts = {p.text for p in task.prompts.prompts}
     assert "m3" in texts and "Problem:\ng3\n\nSolution:\n" in texts
-    asked = [p for step in range(1, 5) for p in batch(task.prompts, 0, step, 16)]
+    asked = prompts_at(task.prompts, 0, 0, 64)
     assert Counter(p.task for p in asked)["math"] in range(46, 51)  # 48 of 64
     assert set(task.judges) == {"math", "gsm8k"}
     assert isinstance(task.judges["math"], PooledJudge)

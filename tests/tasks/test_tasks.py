@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 
 from dash_exp.errors import UserError
 from dash_exp.tasks.examples import Example, ExampleSet
-from dash_exp.tasks.prompts import PromptSet, batch, make_prompts, mixture, requests
+from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture, prompts_at, requests
 from dash_exp.types import Prompt
+
+
+def batch(prompts: PromptSet, seed: int, step: int, size: int) -> list[Prompt]:
+    """The prompts of a step, from 1."""
+    return prompts_at(prompts, seed, (step - 1) * size, size)
 
 
 def prompt_set(count: int, name: str = "t") -> PromptSet:
