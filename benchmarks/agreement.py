@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.ours import Ours
 from benchmarks.peer import Rewards, Seen, integer_rewards
 from dash_exp.sampling.protocol import arrived
-from dash_exp.tasks.prompts import batch, requests
+from dash_exp.tasks.prompts import prompts_at, requests
 from dash_exp.types import Prompt
 from dash_exp.verifiers.judges import judge_integer
 from dash_exp.verifiers.types import Judge
@@ -78,7 +78,7 @@ def before(ours: Ours, prompts: Sequence[Prompt], tokenizer: Any, rewards: Rewar
     asked = tokenizer(text=[p.text for p in prompts])["input_ids"]
     tokens = [(tuple(p.token_ids), tuple(ids)) for p, ids in zip(prompts, asked, strict=True)]
     parts, plan = ours.built.parts, ours.built.plan
-    chosen = batch(parts.prompts, plan.seed, 1, plan.prompts_per_step)
+    chosen = prompts_at(parts.prompts, plan.seed, 0, plan.prompts_per_step)
     calls = requests(chosen, plan.seed, "sample", 1, plan.group_size)
     groups = list(arrived(parts.sampler.stream(calls, parts.decoding)))
     sampled = [(c, g.prompt.answer) for g in groups for c in g.completions]

@@ -24,7 +24,7 @@ from dash_exp.learning.distributed.learner import DistributedLearner
 from dash_exp.learning.packing import empty_micro_batch
 from dash_exp.record.folder import Row
 from dash_exp.sampling.protocol import arrived
-from dash_exp.tasks.prompts import batch, requests
+from dash_exp.tasks.prompts import prompts_at, requests
 from dash_exp.train.build import make_spec, thread_count
 from dash_exp.types import Request
 
@@ -169,7 +169,7 @@ class _Asker:
 
     def some(self, prompts: int, each: int) -> list[Request]:
         self._asked += prompts
-        taken = batch(self.parts.prompts, self.plan.seed, 1, self._asked)[-prompts:]
+        taken = prompts_at(self.parts.prompts, self.plan.seed, 0, self._asked)[-prompts:]
         return requests(taken, self.plan.seed, "curves", self._asked, each)
 
     def time(self, asked: list[Request], tokens: int | None = None) -> tuple[float, list[int]]:

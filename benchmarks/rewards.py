@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from dash_exp.tasks.prompts import PromptSet, batch
+from dash_exp.tasks.prompts import PromptSet, prompts_at
 from dash_exp.types import Score
 
 VARIED, CONSTANT = "varied", "constant"
@@ -29,7 +29,7 @@ def marked(prompts: PromptSet, seed: int, steps: int, per_step: int, share: floa
     marks = {
         prompt.id: VARIED if is_varied(place, share) else CONSTANT
         for step in range(1, steps + 1)
-        for place, prompt in enumerate(batch(prompts, seed, step, per_step))
+        for place, prompt in enumerate(prompts_at(prompts, seed, (step - 1) * per_step, per_step))
     }
     rows = tuple(replace(p, answer=marks.get(p.id, CONSTANT)) for p in prompts.prompts)
     return replace(prompts, prompts=rows)

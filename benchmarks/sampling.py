@@ -20,12 +20,12 @@ def measure(options: Options) -> dict[str, Any]:
     need_vllm(options)
     from benchmarks.bare_vllm import BareVLLM
     from benchmarks.ours import Ours, config_of
-    from dash_exp.tasks.prompts import batch, requests
+    from dash_exp.tasks.prompts import prompts_at, requests
 
     config = config_of("none", 0.0, options.threads, work(options))
     with tempfile.TemporaryDirectory() as scratch, Ours(config, options.cache, Path(scratch)) as ours:
         parts, plan = ours.built.parts, ours.built.plan
-        chosen = batch(parts.prompts, plan.seed, 1, plan.prompts_per_step)
+        chosen = prompts_at(parts.prompts, plan.seed, 0, plan.prompts_per_step)
         calls = requests(chosen, plan.seed, "sample", 1, plan.group_size)
         sampler: Any = parts.sampler
         bare = BareVLLM(settings_of(ours, calls, options.threads))

@@ -30,7 +30,7 @@ def take_turns(
     from benchmarks.ours import Ours
     from benchmarks.peer import Rewards, Seen, Turns, integer_rewards, make_trainer
     from benchmarks.rewards import SetJudge, SetRewards, marked
-    from dash_exp.tasks.prompts import batch
+    from dash_exp.tasks.prompts import prompts_at
     from dash_exp.verifiers.judges import InlineJudge, judge_integer
 
     ours = Ours(config, cache, scratch / "ours")
@@ -47,7 +47,8 @@ def take_turns(
     seen, turns = Seen(rewards), Turns(lambda: rows.append(ours.step()))
     parts = ours.built.parts
     steps = range(1, count + 1)
-    asked = [p for s in steps for p in batch(parts.prompts, plan.seed, s, plan.prompts_per_step)]
+    per_step = plan.prompts_per_step
+    asked = [p for s in steps for p in prompts_at(parts.prompts, plan.seed, (s - 1) * per_step, per_step)]
     trainer = make_trainer(
         config,
         ours.built.source.folder,

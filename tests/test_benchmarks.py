@@ -22,7 +22,7 @@ from benchmarks.streaming import ideal
 from benchmarks.turns import alternate
 from dash_exp.capacity.model import Setting
 from dash_exp.learning.filters import keep_large
-from dash_exp.tasks.prompts import PromptSet, batch
+from dash_exp.tasks.prompts import PromptSet, prompts_at
 from dash_exp.types import Decoding, Prompt, Request
 from tests.conftest import REPOSITORY
 
@@ -33,8 +33,8 @@ def test_set_rewards_keep_exactly_the_share(share: float) -> None:
     prompts = PromptSet("t", tuple(Prompt(f"p{n}", "t", "", (1,), "gold") for n in range(200)), 0, "hash")
     made = marked(prompts, seed=3, steps=2, per_step=16, share=share)
     for step in (1, 2):
-        chosen = batch(made, 3, step, 16)
-        assert [p.id for p in chosen] == [p.id for p in batch(prompts, 3, step, 16)]
+        chosen = prompts_at(made, 3, (step - 1) * 16, 16)
+        assert [p.id for p in chosen] == [p.id for p in prompts_at(prompts, 3, (step - 1) * 16, 16)]
         answers = [p.answer for p in chosen for _ in range(4)]
         rewards = SetRewards(4)([""] * 64, answers)
         judge = SetJudge(4)
