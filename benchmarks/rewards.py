@@ -59,7 +59,7 @@ class SetJudge:
         self.group_size = group_size
         self._asked = 0
 
-    def submit(self, text: str, answer: str) -> Future[Score]:
+    def submit(self, text: str, answer: str, facts: object = None) -> Future[Score]:
         value = set_reward(answer, self._asked % self.group_size)
         self._asked += 1
         future: Future[Score] = Future()

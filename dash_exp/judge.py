@@ -24,15 +24,16 @@ from dash_exp.config.compose import compose, find_faults
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import ExitCode, Fault, UserError, run_command
 from dash_exp.jsonl import read_lines
+from dash_exp.plugins import is_reference
 from dash_exp.record.folder import Row, last_attempts
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example, row_id
 from dash_exp.tasks.sources import first_faults, load_examples
 from dash_exp.text import format_seconds, printable
-from dash_exp.types import Score
+from dash_exp.types import FinishReason, Score
 from dash_exp.verifiers.judges import Judges
 from dash_exp.verifiers.math.extract import extract
-from dash_exp.verifiers.types import Judge
+from dash_exp.verifiers.types import Facts, Judge
 
 USAGE = "python -m dash_exp.judge dataset=<option> [completions=<jsonl>] [key=value ...]"
 ID_FIELDS = ("id", "prompt")
@@ -54,10 +55,16 @@ class Gold:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A text to be judged as the answer to one example."""
+    """A text to be judged as the answer to one example. `finish_reason`, `tokens`: where the file has
+    them."""
 
     gold: Gold
     text: str
+    finish_reason: FinishReason = "stop"
+    tokens: int = 0
+
+    def facts(self) -> Facts:
+        return Facts(json.dumps(dict(self.gold.example.fields), default=str), self.finish_reason, self.tokens)
 
 
 def reference(example: Example, data: DatasetConfig) -> str:
@@ -65,7 +72,8 @@ def reference(example: Example, data: DatasetConfig) -> str:
     extraction wants it, only the gold answer: an integer as it is, anything else in a box."""
     if example.solution and not unmarked(example, data):
         return example.solution
-    return example.answer if data.verifier == "integer" else f"\\boxed{{{example.answer}}}"
+    plain = data.verifier == "integer" or is_reference(data.verifier)
+    return example.answer if plain else f"\\boxed{{{example.answer}}}"
 
 
 def references(golds: Sequence[Gold]) -> list[Answer]:
@@ -93,6 +101,8 @@ def config_of(overrides: Sequence[str]) -> Config:
     """The config, of which the dataset and the verifier are used. Raises UserError with their faults."""
     stand_ins = ["evaluation=none", "model=tiny"]  # nothing of theirs is needed
     written = {text.partition("=")[0] for text in overrides}
+    if written & {"dataset.path", "dataset.kind"}:
+        stand_ins.append("dataset=own")  # unless another is written
     overrides = [*(s for s in stand_ins if s.partition("=")[0] not in written), *overrides]
     faults = find_faults(overrides, checked=False)
     if not faults:
@@ -166,7 +176,9 @@ def _answer(
         return Fault(where, f"the dataset has no example {name!r}", "is it another dataset, or split?")
     if len(found) > 1:
         return Fault(where, f"{name!r} is in several parts of the mixture", "judge one dataset at a time")
-    return Answer(found[0], str(text))
+    tokens = row.get("tokens")
+    finish: FinishReason = "length" if row.get("finish") == "length" else "stop"
+    return Answer(found[0], str(text), finish, tokens if isinstance(tokens, int) else 0)
 
 
 def names_of(given: str, prefixes: Iterable[str]) -> Iterator[str]:
@@ -195,7 +207,7 @@ def _task_id(row: Row) -> str | None:
 
 def judge_all(answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:
     """Each answer with its verdict, in their order."""
-    waiting = [(a, a.gold.judge.submit(a.text, a.gold.example.answer)) for a in answers]
+    waiting = [(a, a.gold.judge.submit(a.text, a.gold.example.answer, a.facts())) for a in answers]
     for answer, future in waiting:
         yield answer, future.result()
 

@@ -7,7 +7,8 @@ A name ends in the axes of its value: `rewards_G` is one reward per completion o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -22,14 +23,16 @@ demonstration, which nobody judges."""
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A question as the model sees it. `task` names its dataset. `answer` is gold, for the verifier
-    only: the answer's text, or a JSON document where more is needed (`verifiers/types.py`)."""
+    """A question as the model sees it. `task` names its dataset. `answer` is gold, for the verifier only: the
+    answer's text, or a JSON document where more is needed (`verifiers/types.py`). `fields`: the other fields
+    of the row as JSON, where a function of the user's own may read them."""
 
     id: str
     task: str
     text: str
     token_ids: tuple[int, ...]
     answer: str
+    fields: str = "{}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +77,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A verdict: the reward, what was found, and a short reason for a person to read."""
+    """A verdict: its value, what was found, and a short reason for a person to read. `parts`: the values of
+    `dataset.rewards` by name; `added`: what they change the reward by."""
 
     value: float
     outcome: Outcome
     detail: str = ""
+    added: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.detail.isascii():  # a program can raise half a character, which no file can hold
@@ -100,14 +106,17 @@ class ScoredGroup:
 @dataclass(frozen=True, slots=True)
 class AdvantagedGroup:
     """A scored group with one advantage per completion, and which of them are learned from. `masked`: those
-    that are not because they were cut (`algorithm.mask_truncated`), whatever the filter says. `penalties`:
-    what was added to the rewards. Both are empty where an arm has no such thing."""
+    that are not because they were cut (`algorithm.mask_truncated`), whatever the filter says. `penalties`: of
+    overlong completions. `rewards`: what advantages were computed from. `seen`: what the filter looked at.
+    All are empty where an arm has no such thing; `rewards` and `seen` are then the verifier's scores."""
 
     scored: ScoredGroup
     advantages: tuple[float, ...]
     kept: tuple[bool, ...]
     masked: tuple[bool, ...] = ()
     penalties: tuple[float, ...] = ()
+    rewards: tuple[float, ...] = ()
+    seen: tuple[float, ...] = ()
 
     @property
     def group(self) -> Group:

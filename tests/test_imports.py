@@ -12,7 +12,7 @@ from dash_exp import PACKAGE
 from tests.conftest import REPOSITORY
 
 LEVELS = [
-    {"types", "errors", "jsonl", "text", "seeding", "statistics", "signals"},
+    {"types", "errors", "plugins", "jsonl", "text", "seeding", "statistics", "signals"},
     {"config", "verifiers"},
     {"record"},
     {"modeling", "tasks", "mirror"},

@@ -107,7 +107,7 @@ class Rewards:
     def __init__(self) -> None:
         self.count = 0
 
-    def submit(self, text: str, answer: str) -> Future[Score]:
+    def submit(self, text: str, answer: str, facts: object = None) -> Future[Score]:
         self.count += 1
         right = len(answer) > 0 and self.count % 2 == 0
         made: Future[Score] = Future()
@@ -190,7 +190,7 @@ def test_verdicts_are_looked_after_while_nothing_is_sampled() -> None:
     class Once:
         version = "test"
 
-        def submit(self, text: str, answer: str) -> Future[Score]:
+        def submit(self, text: str, answer: str, facts: object = None) -> Future[Score]:
             return verdict
 
     group = Group(0, Prompt("p", "test", "", (1,), ""), BATCH[0].group.completions[:1])

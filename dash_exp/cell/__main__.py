@@ -32,7 +32,7 @@ from dash_exp.errors import (
 )
 from dash_exp.learning.settings import rank_from_environment
 from dash_exp.record.folder import CellBusy, Recorder, archive, read_final, read_json
-from dash_exp.record.identity import freeze, make_cell, read_frozen, resolve_paths
+from dash_exp.record.identity import as_stored, freeze, make_cell, read_frozen, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning, run_forwarding
 from dash_exp.tasks.sources import data_faults
 from dash_exp.text import format_command, format_path
@@ -68,9 +68,9 @@ def freeze_and_run(config: Config, apart: bool, links: Coordinator | None) -> in
                 archive(folder)
         except CellBusy as error:
             raise UserError(Fault("run.force", str(error), "wait for it, or stop it first")) from error
-        freeze(cell.frozen, folder)
+        freeze(cell.frozen, folder, cell.sources)
     if not apart:
-        return run(folder, config, links)
+        return run(folder, as_stored(config, folder), links)
     actions = [f"run.progress={config.run.progress}", f"cluster.threads={config.cluster.threads or 'null'}"]
     actions += [f"run.partner={config.run.partner}"] if config.run.partner else []
     command = [sys.executable, "-m", "dash_exp.cell", str(folder.resolve()), *actions]
@@ -227,7 +227,7 @@ def run_folder(arguments: Sequence[str]) -> int:
         raise UserError(faults)
     cell = make_cell(config, folder.parent.parent / "cache")
     if cell.id != folder.name.rpartition("-")[2]:
-        what = "was frozen with other data, model or settings than are there now"
+        what = "was frozen with other data, model, functions or settings than are there now"
         raise UserError(Fault(str(folder), what, "run the experiment again: it becomes a cell of its own"))
     command = format_command("dash_exp.cell", *arguments)
     config = changed(config, {"run.command": command})

@@ -7,9 +7,11 @@ import ipaddress
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from dash_exp import plugins
 from dash_exp.config.dataset_checks import dataset_faults
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed, missing
 from dash_exp.config.schema import (
@@ -22,9 +24,11 @@ from dash_exp.config.schema import (
     Range,
     dataset_places,
     declared,
+    parts_of,
     plain,
 )
 from dash_exp.errors import Fault, nearest
+from dash_exp.plugins import is_reference
 from dash_exp.text import hide_credentials
 
 RANDOM_SIZE, MOST_RANDOM_WEIGHTS = Range(1, 65_536), 10**9
@@ -82,12 +86,16 @@ def declared_faults(part: Any, prefix: str = "") -> Iterator[Fault]:
 def _value_faults(where: str, key: Key, value: Any) -> Iterator[Fault]:
     if key.range:
         yield from outside(where, value, key.range)
+    if key.plugin and (is_reference(value) or not key.allowed):
+        yield from plugins.faults(where, value, key.plugin)
+        return
     if not key.allowed or value in key.allowed or (key.pattern and re.fullmatch(key.pattern, value)):
         return
     if value in key.refused:
         yield Fault(where, f"got {value!r}, allowed: {', '.join(key.allowed)}", key.refused[value])
     else:
-        yield unknown(where, value, key.allowed)
+        fault = unknown(where, value, key.allowed)
+        yield replace(fault, hint=f"{fault.hint}, {plugins.ANY_REFERENCE}") if key.plugin else fault
 
 
 def outside(key: str, value: float, allowed: Range) -> Iterator[Fault]:
@@ -124,11 +132,16 @@ def _advantages(config: Config) -> Iterator[Fault]:
             f"got {arm.scale!r} with algorithm.baseline=batch_mean: in a group of equal rewards it can be 0"
         )
         yield Fault("algorithm.scale", what, "set algorithm.scale=batch_std or none")
-    if arm.scale == "mean" and arm.overlong_share > 0:
-        what = (
-            f"got {arm.scale!r} with algorithm.overlong_share above 0: a mean of penalties can be 0 or less"
-        )
-        yield Fault("algorithm.scale", what, "set algorithm.overlong_share=0, or another scale")
+    shaped = [key for key, value in shaping(config).items() if value]
+    if arm.scale == "mean" and shaped:
+        what = f"got {arm.scale!r} with {shaped[0]}, and a mean of shaped rewards can be 0 or less"
+        yield Fault("algorithm.scale", what, f"leave {shaped[0]} out, or choose another scale")
+
+
+def shaping(config: Config) -> dict[str, object]:
+    """The keys by which a reward is more than the verifier's score, with their values."""
+    keys = {f"{place}.rewards": part.rewards for place, part in parts_of(config.dataset).items()}
+    return {"algorithm.overlong_share": config.algorithm.overlong_share, **keys}
 
 
 def _sampling(config: Config) -> Iterator[Fault]:

@@ -61,7 +61,7 @@ def _source(place: str, data: DatasetConfig) -> Iterator[Fault]:
         yield Fault(f"{place}.id_range", what, "e.g. [2, 593]; [] uses all")
     if data.kind in KINDS and data.kind != "jsonl" and data.path:
         what = f"got {data.path}, but {place}.kind={data.kind} is generated and reads no file"
-        hint = "choose a dataset that is read, e.g. dataset=gsm8k dataset.path=<file>"
+        hint = "choose a dataset that is read, e.g. dataset=own dataset.path=<file>"
         yield Fault(f"{place}.path", what, hint)
     if data.kind != "jsonl":
         return
@@ -83,6 +83,9 @@ def _judging(place: str, data: DatasetConfig) -> Iterator[Fault]:
     if fitting and data.verifier in VERIFIERS and data.verifier not in fitting:
         what = f"got {data.verifier!r}, which does not understand the answers of {place}.kind={data.kind}"
         yield Fault(f"{place}.verifier", what, f"allowed: {', '.join(sorted(fitting))}")
+    if data.reward_weights and len(data.reward_weights) != len(data.rewards):
+        what = f"got {len(data.reward_weights)} for the {len(data.rewards)} of {place}.rewards"
+        yield Fault(f"{place}.reward_weights", what, "name one for each, or leave it out: all 1")
     for key in ("timeouts", "tests_call"):
         if getattr(data, key) and data.verifier != "code":
             what = f"is for programs, but {place}.verifier={data.verifier}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dash_exp.config.schema import Config, DatasetConfig, changed
+from dash_exp.plugins import is_reference
 
 OWN = ("path", "file", "hub", "hub_config")
 """Keys of a dataset that put other data in the place of its option's."""
@@ -34,7 +35,7 @@ def with_own_evaluation(config: Config, overrides: Iterable[str]) -> Config:
     not choose its evaluation."""
     keys = {text.lstrip("+~").partition("=")[0] for text in overrides}
     data = config.dataset
-    own = any(f"dataset.{name}" in keys and getattr(data, name) for name in OWN)
+    own = any(f"dataset.{name}" in keys and getattr(data, name) for name in OWN) or is_reference(data.kind)
     if any(key.split("@")[0] == "evaluation" or "evaluation.sets" in key for key in keys):
         return config
     found = held_out(data)

@@ -149,8 +149,9 @@ def _group_faults(override: Override, options: Options) -> list[Fault]:
         return [Fault(group, "already has an option", f"write {group}={value}, without +")]
     chosen = value if isinstance(value, list) else [value]
     names = [str(name).removesuffix(".yaml") for name in chosen]
+    own = {name: f"write {group}.name={name}" for name in names if ":" in name and group == "filter"}
     return [
-        Fault(group, f"unknown option {name!r}", nearest(name, options[group]))
+        Fault(group, f"unknown option {name!r}", own.get(name) or nearest(name, options[group]))
         for name in names
         if name not in options[group]
     ]
@@ -271,8 +272,9 @@ def page() -> str:
 def _value(key: str, declared: Key) -> str:
     hint = type_of(key)
     optional = isinstance(hint, types.UnionType)
-    if declared.allowed:
-        kind = ", ".join(f"`{name}`" for name in declared.allowed)
+    if declared.allowed or declared.plugin:
+        own = ["`module:function`"] * bool(declared.plugin)
+        kind = ", ".join([*(f"`{name}`" for name in declared.allowed), *own])
         return f"a list of {kind}" if typing.get_origin(hint) is list else kind + optional * ", null"
     kind = describe(hint).replace(" or null", "")
     return f"{kind}{f', {declared.range}' if declared.range else ''}{optional * ', or null'}"

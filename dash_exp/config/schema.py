@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
+
+from dash_exp.plugins import is_reference
 
 BASELINES = ("group_mean", "leave_one_out", "batch_mean", "best_of_others")
 SCALES = ("std", "none", "batch_std", "mean")
@@ -95,7 +97,8 @@ RELATED = None
 class Key:
     """What is declared of a key beside its type. `related`: what is allowed depends on other keys, see
     `config/checks.py`. `refused`: a name that people try, and why it is not allowed. `example`: a value for
-    the list of common keys in the command line's help."""
+    the list of common keys in the command line's help. `plugin`: the kind of function that it may name
+    instead (`dash_exp/plugins.py`)."""
 
     meaning: str
     allowed: tuple[str, ...] = ()
@@ -104,6 +107,7 @@ class Key:
     range: Range | None = None
     related: bool = False
     example: str | None = None
+    plugin: str = ""
 
 
 def _declare(key: Key, default: Any) -> Any:
@@ -164,10 +168,12 @@ class AlgorithmConfig(Constant):
     prompts_per_step: int = number(PROMPTS, "prompts of a batch", example="16")
     group_size: int = number(RELATED, "completions of a prompt", example="8")
     source: str = choice(*SOURCES, meaning="completions: sampled, the dataset's (SFT-H), a teacher's (SFT-M)")
-    baseline: str = choice(*BASELINES, meaning="what is subtracted from a reward")
+    baseline: str = choice(*BASELINES, meaning="what is subtracted from a reward", plugin="advantage")
     scale: str = choice(*SCALES, meaning="what the difference is divided by")
     pass_k: int = number(RELATED, "k of `baseline: best_of_others`", 2)
-    surrogate: str = choice(*SURROGATES, meaning="-A log pi, or PPO's, GSPO's or CISPO's clip of the ratio")
+    surrogate: str = choice(
+        *SURROGATES, meaning="-A log pi, or PPO's, GSPO's or CISPO's clip of the ratio", plugin="surrogate"
+    )
     clip_low: float = number(SHARE, "the ratio is clipped at 1 - this; 1: not from below")
     clip_high: float = number(POSITIVE, "the ratio is clipped at 1 + this")
     beta: float = number(NATURAL, "weight of the KL term; 0: no reference model")
@@ -217,9 +223,15 @@ class SamplerConfig(Constant):
 class FilterConfig(Constant):
     """Which completions are dropped before any forward pass."""
 
-    name: str = choice(*FILTERS, meaning="the filter; an arm says which fit it")
+    name: str = choice(*FILTERS, meaning="the filter; an arm says which fit it", plugin="filter")
     threshold: float = number(NATURAL, "keep |advantage| above this, in std of the group", example="0.1")
     share: float | None = number(SHARE, "what is kept; of what, says `docs/arms.md`", None)
+    signal: str = choice(
+        "outcome",
+        "reward",
+        meaning="what it looks at: the verifier's score, or also what is added to it",
+        default="outcome",
+    )
     kl: str = choice("drop", "keep", meaning="keep: dropped completions are forwarded for the KL term")
     denominator: str = choice("all", "kept", meaning="divide by all completions sampled, or by the kept ones")
     refill: int = number(Range(0, 100), "rounds of fresh prompts at most that replace what is dropped", 0)
@@ -250,14 +262,14 @@ class DatasetConfig(Constant):
     """Where prompts come from, and how an answer is judged."""
 
     name: str = setting("the dataset's name, part of the cell's")
-    kind: str = choice(*KINDS, meaning="jsonl: a file or the hub; the others are generated")
+    kind: str = choice(*KINDS, meaning="jsonl: a file or the hub; the others are generated", plugin="loader")
     path: str | None = setting("a JSON-lines file of your own (problem, answer)", None, "my.jsonl")
     file: str | None = setting("a file name below `paths.data`; wins over `hub`", None)
     hub: str | None = setting("a dataset on the hub", None)
     hub_config: str | None = setting("its configuration there", None)
     hub_split: str | None = setting("its split there", None)
     test_path: str | None = setting("your held-out file: the run is evaluated on it", None, "my_test.jsonl")
-    test_split: str | None = setting("the same for a split on the hub", None)
+    test_split: str | None = setting("the same for a split on the hub, or of a loader", None)
     fields: dict[str, list[str]] = setting("our field to its names in a source (docs/datasets.md)", {})
     answer_after: str | None = setting("the answer follows the last of these marks", None)
     solution_drop: str | None = setting("regular expression: removed from worked solutions", None)
@@ -266,17 +278,26 @@ class DatasetConfig(Constant):
     tests_call: str | None = setting("code: appended to tests that lack it", None)
     timeouts: dict[str, float] = number(SECONDS, "code: seconds of processor time for single ids", {})
     task: str | None = setting("`reasoning_gym`: the name of the task", None)
-    task_options: dict[str, Any] = setting("`reasoning_gym`: settings of the task", {})
+    task_options: dict[str, Any] = setting("settings of a `reasoning_gym` task, or a loader's `options`", {})
     size: int | None = number(Range(1, 10**7), "`reasoning_gym`: different questions", None)
     traces: str | None = setting("`sft_m`: the file that `dash_exp.traces` wrote", None)
     weight: float = number(POSITIVE, "share of the training prompts in a mixture", 1.0)
     mix: dict[str, DatasetConfig] = setting("datasets mixed into this one, by a label", {})
     split: str = choice("train", "test", meaning="generated datasets make disjoint ones")
     limit: int | None = number(COUNT, "use the first so many prompts", None)
-    template: str = choice(*TEMPLATES, meaning="how a problem becomes a prompt (`tasks/templates.py`)")
+    template: str = choice(
+        *TEMPLATES, meaning="how a problem becomes a prompt (`tasks/templates.py`)", plugin="template"
+    )
     shots: list[dict[str, str]] = setting("`few_shot`: worked examples, each with problem and solution", [])
     stop: list[str] = setting("a completion ends after one of these; each is a single token", [])
-    verifier: str = choice(*VERIFIERS, meaning="what judges an answer; which fit depends on `kind`")
+    verifier: str = choice(
+        *VERIFIERS, meaning="what judges an answer; which fit depends on `kind`", plugin="reward"
+    )
+    verifier_weight: float = number(NATURAL, "weight of its score in the reward", 1.0)
+    rewards: list[str] = choice(meaning="added to its score in training", default=[], plugin="reward")
+    reward_weights: list[float] = number(
+        Range(-(10**6), 10**6), "a weight for each of `rewards`; empty: all 1", []
+    )
     extraction: str = choice(*EXTRACTIONS, meaning="what is judged; depends on `verifier`", related=True)
     max_prompt_tokens: int = number(TOKENS, "longer prompts are left out")
     completion_tokens: int = number(TOKENS, "room for a short answer: what `recipe=small` samples at most")
@@ -341,7 +362,9 @@ class EvaluationConfig(Constant):
     temperature: float = number(NATURAL, "0: greedy")
     top_p: float = number(SHARE, "share of the probability that is sampled from")
     k: list[int] = number(PROMPTS, "pass@k for these k; no value where k > samples", [], example="[1,8]")
-    template: str | None = choice(*TEMPLATES, meaning="of every set; null: each set's own", default=None)
+    template: str | None = choice(
+        *TEMPLATES, meaning="of every set; null: each set's own", default=None, plugin="template"
+    )
     limit: int | None = number(COUNT, "use the first so many prompts of each set", None)
     sets: dict[str, DatasetConfig] = setting("a label to a dataset", {})
 
@@ -477,6 +500,28 @@ def parts_of(data: DatasetConfig) -> dict[str, DatasetConfig]:
 
 def evaluation_places(config: Config) -> dict[str, DatasetConfig]:
     return {f"evaluation.sets.{label}": data for label, data in config.evaluation.sets.items()}
+
+
+def own_functions(config: Config) -> Iterator[tuple[str, str, str | list[str]]]:
+    """Every key that names functions of the user's own, their kind, and its value."""
+    places = {**{f"{place}.": one for place, one in dataset_places(config).items()}, "": config}
+    places.pop("dataset.")
+    for prefix, part in places.items():
+        for where, key, value in declared(part, prefix):
+            if key.plugin and any(map(is_reference, value if isinstance(value, list) else [value])):
+                yield where, key.plugin, value
+
+
+def with_references(config: Config, change: Callable[[str], str]) -> Config:
+    """A copy in which every reference to a function of the user's own is changed."""
+
+    def changed_value(value: str | list[str]) -> str | list[str]:
+        return change(value) if isinstance(value, str) else [change(one) for one in value]
+
+    found = {where: changed_value(value) for where, _, value in own_functions(config)}
+    made = changed(config, found)
+    assert isinstance(made, Config)
+    return made
 
 
 def declared(part: Any, prefix: str = "") -> Iterator[tuple[str, Key, Any]]:

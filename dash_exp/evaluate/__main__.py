@@ -18,17 +18,23 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_exp.config.schema import ACTIONS
 from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, run_command
 from dash_exp.evaluate.target import USAGE, Subject, parse, subject_of
 from dash_exp.evaluation.metrics import EvalSet, base_key, evaluate, shared
 from dash_exp.record import provenance
 from dash_exp.record.folder import CellBusy, Recorder, Row, archive, read_final, read_json, write_json
-from dash_exp.record.identity import freeze, model_hash, resolve_paths, weights_hash
+from dash_exp.record.identity import (
+    freeze,
+    frozen_values,
+    model_hash,
+    resolve_paths,
+    sources_of,
+    weights_hash,
+)
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning
 from dash_exp.text import format_accuracy, format_command, format_number, format_path, format_seconds
 from dash_exp.train.display import Display
@@ -54,11 +60,10 @@ def run(subject: Subject) -> int:
         sets = inference.prompt_builder.held_out()
         keys = {one.label: _key(inference, one, cache) for one in sets}
         digest = _digest({"keys": keys, "k": list(config.evaluation.k), "step": subject.step})
-        frozen = {key: value for key, value in asdict(config).items() if key not in ACTIONS}
         folder = subject.place / f"{_readable(subject.name)}-{digest}"
         if config.run.force:
             archive(folder)
-        freeze(frozen, folder)
+        freeze(frozen_values(config), folder, sources_of(config))
         with Recorder(folder) as recorder:
             if read_json(folder / "status.json").get("state") == "finished":
                 display.note(f"{format_path(folder)} is known; run.force=true archives it and runs again.")

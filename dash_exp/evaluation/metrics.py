@@ -25,7 +25,7 @@ from dash_exp.sampling.protocol import Sampler, arrived
 from dash_exp.statistics.shares import bootstrap_interval, pass_at_k, wilson_interval
 from dash_exp.tasks.prompts import PromptSet, requests
 from dash_exp.types import Decoding, Group, Score
-from dash_exp.verifiers.types import Judge
+from dash_exp.verifiers.types import Facts, Judge
 
 UNRELIABLE = ("timeout", "crashed", "verifier_error")
 """Outcomes that may be the machine's fault."""
@@ -69,7 +69,10 @@ def evaluate(one: EvalSet, sampler: Sampler, run_seed: int) -> EvalResult:
     asked = requests(one.prompts.prompts, run_seed, f"evaluate/{one.label}", 0, one.samples)
     waiting: list[tuple[Group, list[Future[Score]]]] = []
     for group in arrived(sampler.stream(asked, one.decoding)):
-        futures = [one.judge.submit(c.text, group.prompt.answer) for c in group.completions]
+        futures = [
+            one.judge.submit(c.text, group.prompt.answer, Facts.of(group.prompt, c))
+            for c in group.completions
+        ]
         waiting.append((group, futures))
     waiting.sort(key=lambda pair: pair[0].position)
     rows = tuple(_prompt_row(one.label, g, [f.result() for f in fs]) for g, fs in waiting)

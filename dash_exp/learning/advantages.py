@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dash_exp import plugins
 from dash_exp.config.schema import BASELINES, SCALES, STD_EPSILON
+from dash_exp.plugins import Plugin, is_reference
+
+BASELINE = "algorithm.baseline"
 
 
 def compares_batch(baseline: str, scale: str) -> bool:
     """Whether these advantages need the rewards of the complete batch."""
-    return baseline == "batch_mean" or scale == "batch_std"
+    own = is_reference(baseline) and plugins.usable(baseline, "advantage", BASELINE).batch_wide
+    return own or baseline == "batch_mean" or scale == "batch_std"
 
 
 def batch_advantages(
     rewards_PG: Sequence[Sequence[float]], *, baseline: str, scale: str, pass_k: int = 2
 ) -> list[tuple[float, ...]]:
     """The advantages of each group; see `group_advantages`."""
+    if is_reference(baseline):
+        return own_advantages(rewards_PG, plugins.usable(baseline, "advantage", BASELINE), scale)
     batch = [r for rewards_G in rewards_PG for r in rewards_G]
     options = {"baseline": baseline, "scale": scale}
     return [group_advantages(g, **options, pass_k=pass_k, batch_N=batch) for g in rewards_PG]
@@ -62,13 +69,37 @@ def group_advantages(
     else:
         raw = [r - mean if math.isfinite(r) else 0.0 for r in rewards_G]
     factor = n / (n - 1) if baseline == "leave_one_out" else 1.0
-    if scale in ("std", "batch_std"):
-        factor /= _std(compared if scale == "std" else batch) + STD_EPSILON
-    elif scale == "mean":
-        if mean <= 0:
-            raise ValueError(f"scale=mean divides by the mean reward, which is {mean:g}")
-        factor /= mean
+    if scale != "none":
+        factor /= _divisor(batch if scale == "batch_std" else compared, scale)
     return tuple(a * factor for a in raw)
+
+
+def own_advantages(
+    rewards_PG: Sequence[Sequence[float]], baseline: Plugin, scale: str
+) -> list[tuple[float, ...]]:
+    """Advantages by a function of the user's own, which sees finite rewards only, divided by the scale. A
+    scale other than `none` makes those of equal rewards 0."""
+    finite_PG = [[r for r in group if math.isfinite(r)] for group in rewards_PG]
+    batch = [r for group in finite_PG for r in group]
+    found = []
+    for rewards_G, finite, raw in zip(rewards_PG, finite_PG, baseline.groups(finite_PG), strict=True):
+        compared = batch if scale == "batch_std" else finite
+        factor = 1.0
+        if scale != "none":
+            equal = len(compared) < 2 or max(compared) == min(compared)
+            factor = 0.0 if equal else 1 / _divisor(compared, scale)
+        values = iter(raw)
+        found.append(tuple(next(values) * factor if math.isfinite(r) else 0.0 for r in rewards_G))
+    return found
+
+
+def _divisor(compared: Sequence[float], scale: str) -> float:
+    if scale != "mean":
+        return _std(compared) + STD_EPSILON
+    mean = math.fsum(compared) / len(compared)
+    if mean <= 0:
+        raise ValueError(f"scale=mean divides by the mean reward, which is {mean:g}")
+    return mean
 
 
 def _std(values: Sequence[float]) -> float:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from dash_exp import plugins
 from dash_exp.learning.advantages import group_advantages
+from dash_exp.plugins import is_reference
 from dash_exp.seeding import permutation, uniforms
 
 Rewards = Sequence[Sequence[float]]
@@ -28,7 +30,11 @@ class Filter:
 
 
 def make_filter(name: str, threshold: float = 0.0, share: float | None = None) -> Filter:
-    """The filter that an option of `conf/filter` names. `share` None: as many as `advantage` keeps."""
+    """The filter that config names. `share` None: of `random`, as many as `advantage` keeps."""
+    if is_reference(name):
+        own = plugins.usable(name, "filter", "filter.name")
+        call = partial(own.groups, flags=True, threshold=threshold, share=share)
+        return Filter(lambda batch, seed: call(batch, seed=seed), own.batch_wide)
     if name == "random" and share is None:
         return Filter(partial(keep_as_many, threshold=threshold), batch_wide=True)
     part = 1.0 if share is None else share

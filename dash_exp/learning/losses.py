@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dash_exp import plugins
 from dash_exp.config.schema import AGGREGATIONS, KL_ESTIMATORS
+from dash_exp.plugins import is_reference
+from dash_exp.text import shorten
 
 if TYPE_CHECKING:
     from dash_exp.learning.packing import Packed
@@ -75,9 +78,34 @@ def surrogate(
         bounded = ((ratio > 1.0 + high) | (ratio < 1.0 - low)).float()
         return clipped_weight(logprobs_T, old_logprobs_T, advantages, low, high), bounded
     cut = clip_share(logprobs_T.detach(), old_logprobs_T, advantages, low, high)
+    if is_reference(name):
+        return own_surrogate(name, logprobs_T, old_logprobs_T, packed, bounds), cut
     if name == "policy_gradient":
         return policy_gradient(logprobs_T, advantages), cut
     return clipped_ratio(logprobs_T, old_logprobs_T, advantages, low, high), cut
+
+
+def own_surrogate(
+    name: str, logprobs_T: Tensor, old_logprobs_T: Tensor, packed: Packed, bounds: tuple[float, float]
+) -> Tensor:
+    """The loss of each token [T] by a function of the user's own. Raises UserError for anything else."""
+    own = plugins.usable(name, "surrogate", "algorithm.surrogate")
+    returned = own(
+        logprobs=logprobs_T,
+        old_logprobs=old_logprobs_T,
+        advantages=packed.advantages,
+        lengths=packed.lengths,
+        clip_low=bounds[0],
+        clip_high=bounds[1],
+    )
+    if not isinstance(returned, Tensor) or returned.shape != logprobs_T.shape:
+        got = f"a tensor {list(returned.shape)}" if isinstance(returned, Tensor) else shorten(repr(returned))
+        raise own.failed(f"returned {got}, expected the loss of each token: {list(logprobs_T.shape)}")
+    if not bool(returned.isfinite().all()):
+        raise own.failed("returned a loss that is infinite or not a number")
+    if not returned.requires_grad:
+        raise own.failed("returned a loss that does not depend on logprobs")
+    return returned
 
 
 def kl_penalty(logprobs_T: Tensor, reference_logprobs_T: Tensor, estimator: str) -> Tensor:

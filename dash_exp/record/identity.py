@@ -12,13 +12,15 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
+from dash_exp import plugins
 from dash_exp.config.schema import (
     ACTIONS,
     FIRST_FILTERS,
@@ -27,9 +29,12 @@ from dash_exp.config.schema import (
     ModelConfig,
     changed,
     dataset_places,
+    own_functions,
     to_config,
+    with_references,
 )
 from dash_exp.errors import Fault, UserError
+from dash_exp.plugins import is_reference
 from dash_exp.record.reading import REPAIR, Damage, read_config, unusable
 from dash_exp.verifiers import CODE_VERSION, VERIFIER_VERSION
 
@@ -54,8 +59,13 @@ LATER: Mapping[str, object] = {
     "correction.name": "none",
     "correction.floor": 0.0,
     "correction.cap": 2.0,
+    "filter.signal": "outcome",
 }
 """Keys that came later, each with the value that stands for what was done before it and changes no id."""
+
+AMONG_SETS = ("test_path", "test_split")
+"""Keys of a dataset that are replaced by the set that they name."""
+LATER_OF_DATASETS: Mapping[str, object] = {"verifier_weight": 1.0, "rewards": [], "reward_weights": []}
 
 JUDGED_BY = {
     "math": {"judge": VERIFIER_VERSION},
@@ -68,12 +78,13 @@ JUDGED_BY = {
 @dataclass(frozen=True, slots=True)
 class Cell:
     """A frozen cell: its id (8 hex digits of `digest`), its readable name, and what is written to
-    config.yaml."""
+    config.yaml. `sources`: files of functions of the user's own, by where the cell's folder keeps them."""
 
     id: str
     name: str
     frozen: dict[str, Any]
     digest: str
+    sources: Mapping[str, Path] = field(default_factory=dict)
 
     def folder(self, root: Path) -> Path:
         return root / "cells" / f"{self.name}-{self.id}"
@@ -81,20 +92,51 @@ class Cell:
 
 def make_cell(config: Config, cache: Path | None) -> Cell:
     """Resolve paths, hash what they hold, and name the cell. `cache`: where hashes are remembered."""
-    return cell_of(*described(resolve_paths(config), cache))
+    resolved = resolve_paths(config)
+    return replace(cell_of(*described(resolved, cache)), sources=sources_of(resolved))
+
+
+def sources_of(config: Config) -> dict[str, Path]:
+    """The files of the user's own functions, by where the folder of a cell keeps them."""
+    values = (value for _, _, value in own_functions(config))
+    texts = (text for value in values for text in ([value] if isinstance(value, str) else value))
+    return {place: file for text in texts for place, file in plugins.stored(_found(text))[1].items()}
+
+
+def _found(text: str, base: Path | None = None) -> plugins.Reference:
+    try:
+        return plugins.find(text, base)
+    except plugins.Unusable as error:
+        raise UserError(Fault(text, error.what, error.hint)) from error
+
+
+def as_stored(config: Config, folder: Path) -> Config:
+    """A copy that refers to the sources in a cell's folder: editing the originals does not change the run."""
+    return with_references(config, lambda text: in_folder(plugins.stored(_found(text))[0], folder))
+
+
+def frozen_values(config: Config) -> dict[str, Any]:
+    """What is frozen of a config with resolved paths."""
+    kept = with_references(config, lambda text: plugins.stored(_found(text))[0])
+    return {k: v for k, v in asdict(kept).items() if k not in ACTIONS}
 
 
 def described(config: Config, cache: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is frozen of a config with resolved paths, and what its identity is made of."""
-    frozen = {k: v for k, v in asdict(config).items() if k not in ACTIONS}
-    identity = {**frozen, "format": FORMAT}
-    identity["model"] = _model_identity(config.model, frozen["model"], cache)
-    identity["dataset"] = _dataset_identity(config.dataset, cache)
-    identity["evaluation"] = {
-        **frozen["evaluation"],
-        "sets": {label: _dataset_identity(one, cache) for label, one in config.evaluation.sets.items()},
-    }
-    return frozen, identity
+    rows = {place: _rows_hash(one) for place, one in dataset_places(config).items() if is_reference(one.kind)}
+    hashed = with_references(config, lambda text: plugins.version(_found(text)))
+    identity = {k: v for k, v in asdict(hashed).items() if k not in ACTIONS} | {"format": FORMAT}
+    identity |= {"rows": rows} if rows else {}
+    identity["model"] = _model_identity(config.model, identity["model"], cache)
+    identity["dataset"] = _dataset_identity(hashed.dataset, cache)
+    sets = hashed.evaluation.sets.items()
+    identity["evaluation"]["sets"] = {label: _dataset_identity(one, cache) for label, one in sets}
+    return frozen_values(config), identity
+
+
+def _rows_hash(one: DatasetConfig) -> str:
+    lines = plugins.load_rows(one.kind, one.hub_split or one.split, one.task_options)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
@@ -131,7 +173,8 @@ def cell_id(digest: str) -> str:
 
 
 def resolve_paths(config: Config) -> Config:
-    """A copy in which each dataset's `path` is the file it is read from, and paths are absolute."""
+    """A copy in which each dataset's `path` is the file it is read from, and paths are absolute, also those
+    of functions of the user's own."""
     found: dict[str, str | None] = {}
     for place, one in dataset_places(config).items():
         file = dataset_file(one, config.paths.data)
@@ -140,7 +183,7 @@ def resolve_paths(config: Config) -> Config:
             found[f"{place}.traces"] = _absolute(one.traces)
     if config.model.path:
         found["model.path"] = _absolute(config.model.path)
-    resolved = changed(config, found)
+    resolved = with_references(changed(config, found), lambda text: str(_found(text)))
     assert isinstance(resolved, Config)
     return resolved
 
@@ -161,7 +204,8 @@ def dataset_file(one: DatasetConfig, data_folder: str | None) -> Path | None:
 
 def _dataset_identity(one: DatasetConfig, cache: Path | None) -> dict[str, Any]:
     """A dataset's settings with its files, and those of what is mixed in, replaced by what they hold."""
-    kept = {k: v for k, v in asdict(one).items() if k not in ("test_path", "test_split")}  # among the sets
+    later = LATER_OF_DATASETS.items()
+    kept = {k: v for k, v in asdict(one).items() if k not in AMONG_SETS and (k, v) not in later}
     kept["mix"] = {label: _dataset_identity(part, cache) for label, part in one.mix.items()}
     kept |= JUDGED_BY.get(one.verifier, {})
     if one.kind == "reasoning_gym":
@@ -184,9 +228,16 @@ def _model_identity(one: ModelConfig, plain: dict[str, Any], cache: Path | None)
     return {**kept, **{k: plain[k] for k in ("hub", "revision", "random")}}
 
 
-def freeze(frozen: Mapping[str, Any], folder: Path) -> None:
-    """Write config.yaml once; what is frozen is never written again."""
+def freeze(
+    frozen: Mapping[str, Any], folder: Path, sources: Mapping[str, Path] = MappingProxyType({})
+) -> None:
+    """Write config.yaml once, and the sources that it refers to; what is frozen is never written again."""
     folder.mkdir(parents=True, exist_ok=True)
+    for place, file in sources.items():
+        target = folder / place
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
     path = folder / "config.yaml"
     if os.path.lexists(path):
         if frozen:  # else it is a cell of a launched sweep, and its own process reads the config
@@ -232,10 +283,16 @@ def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
     }
     given = OmegaConf.from_dotlist([a for a in actions if a.partition(".")[0] in ACTIONS])
     try:
-        return to_config(OmegaConf.merge(OmegaConf.create(defaults), loaded, given))
+        config = to_config(OmegaConf.merge(OmegaConf.create(defaults), loaded, given))
+        return with_references(config, lambda text: in_folder(text, folder))
     except OmegaConfBaseException as error:
         odd = Damage(folder / "config.yaml", " ".join(str(error).split()))
         raise UserError(odd.fault(REPAIR)) from error
+
+
+def in_folder(text: str, folder: Path) -> str:
+    """A reference of a frozen config, where the cell's folder keeps its source."""
+    return f"{folder.resolve()}/{text}" if text.startswith(f"{plugins.STORED}/") else text
 
 
 def package_path(package: str) -> Path:

@@ -138,7 +138,7 @@ def write(plan: Plan, root: Path) -> Manifest:
         finished = {c.id for c in plan.cells if _state(root, c) == "finished"}
         for cell in plan.cells:
             path = cell.cell.folder(root)
-            freeze(cell.cell.frozen, path)
+            freeze(cell.cell.frozen, path, cell.cell.sources)
             first_status(path, [need for need in cell.needs if need not in finished])
         value = {
             "format": FORMAT,

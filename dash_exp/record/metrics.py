@@ -57,7 +57,9 @@ def batch_values(facts: BatchFacts) -> Row:
         }
     kept = [(c, a) for c, _, a, k in rows if k]
     outcomes = Counter(s.outcome for _, s, _, _ in rows)
-    constant = [all(a == 0.0 for a in g.advantages) for g in facts.groups]
+    constant = [is_constant(g.seen or [s.value for s in g.scored.scores]) for g in facts.groups]
+    parts = sorted({name for _, s, _, _ in rows for name in s.parts})
+    shaped = [r for g in facts.groups if is_shaped(g) for r in g.rewards]
     masked = [c for g in facts.groups for c, m in zip(g.group.completions, g.masked, strict=False) if m]
     by_mask = {"completions": len(masked), "tokens": sum(len(c.token_ids) for c in masked)}
     penalties = [p for g in facts.groups for p in g.penalties]
@@ -76,9 +78,22 @@ def batch_values(facts: BatchFacts) -> Row:
         "tokens/sampled": sum(lengths),
         "tokens/kept": sum(len(c.token_ids) for c, _ in kept),
         "tokens/dropped_by_filter": sum(lengths) - sum(len(c.token_ids) for c, _ in kept) - by_mask["tokens"],
+        **({"reward/shaped_mean": mean(shaped)} if shaped else {}),
+        **{f"reward/{name}": mean([s.parts[name] for _, s, _, _ in rows if s.parts]) for name in parts},
         **({"reward/overlong_penalty": mean(penalties)} if penalties else {}),
         **({f"{k}/dropped_by_truncation": n for k, n in by_mask.items()} if facts.groups[0].masked else {}),
     }
+
+
+def is_constant(values: Sequence[float]) -> bool:
+    """Whether a group has nothing to compare: its finite values are equal."""
+    finite = [v for v in values if math.isfinite(v)]
+    return not finite or max(finite) == min(finite)
+
+
+def is_shaped(group: AdvantagedGroup) -> bool:
+    """Whether its rewards may be other than the verifier's scores."""
+    return bool(group.penalties) or any(s.parts or s.added for s in group.scored.scores)
 
 
 def learner_values(facts: BatchFacts) -> Row:
@@ -163,6 +178,7 @@ def sample_rows(step: int, groups: Sequence[AdvantagedGroup]) -> list[Row]:
             "tokens": len(c.token_ids),
             "finish": c.finish_reason,
             "reward": score.value,
+            **({"shaped": g.rewards[index], "parts": dict(score.parts)} if is_shaped(g) else {}),
             "outcome": score.outcome,
             "advantage": advantage,
             "kept": kept,

@@ -1,4 +1,6 @@
-"""Sweeps as files, `sweeps/<name>.yaml`, and the combinations of overrides that they, or `-m`, expand to.
+"""Sweeps as files, `sweeps/<name>.yaml`, and the combinations of overrides that they, or `-m`, expand to. A
+file needs only its grid. The folder `sweeps` of the current folder comes first, then the one that is
+installed.
 
 claim      what is tested, a sentence
 question   what is looked at to test it
@@ -6,7 +8,7 @@ feeds      the tables and figures its cells are in, as table_3 or figure_1
 times      true: results are times, so its cells are labelled with their kind of machine (`hardware`) and
            do not overlap phases (sampler.streaming=false, unless it is set)
 overrides  of every cell
-seeds      of every combination
+seeds      of every combination; left out: 0
 compare    pairs for `race`, each {arm: {key: value}, other: {key: value}}: overrides that select a recipe;
            with `equal_within`, whether they differ by less (points of accuracy, or a factor of time)
 traces     arguments of `python -m dash_exp.traces`, a line each, for cells that learn from a teacher
@@ -19,6 +21,7 @@ grid       blocks, all of whose combinations are taken. In a block:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -33,7 +36,7 @@ from dash_exp import PACKAGE
 from dash_exp.config.compose import find_faults, opened, parse
 from dash_exp.config.overrides import MAX_CELLS, quoted, variants_of
 from dash_exp.config.schema import POSITIVE, SEED, plain
-from dash_exp.errors import Fault, UserError, nearest
+from dash_exp.errors import Fault, UserError, nearest, print_error
 
 Combination = tuple[str, ...]
 """Overrides (`key=value`, in Hydra's grammar) that together make a cell."""
@@ -45,7 +48,6 @@ Axis = tuple[Combination, ...]
 """What an axis chooses from; with `zip`, a choice has several overrides."""
 
 KEYS = ("claim", "question", "feeds", "times", "overrides", "seeds", "traces", "compare", "grid")
-NEEDED = ("claim", "question", "feeds", "seeds", "grid")
 IN_BLOCK = ("zip", "exclude", "include")
 FEED = re.compile(r"(table|figure)_[a-z0-9_]+")
 STREAMING = "sampler.streaming"
@@ -68,7 +70,8 @@ class Block:
     def combinations(self, seed: int) -> Iterator[Combination]:
         last = f"seed={seed}"
         for parts in itertools.product(*self.axes):
-            combination = (*itertools.chain(*parts), last)
+            chosen = tuple(itertools.chain(*parts))
+            combination = chosen if "seed" in map(key_of, chosen) else (*chosen, last)
             if not any(one <= set(combination) for one in self.exclude):
                 yield combination
         for one in self.include:
@@ -190,21 +193,33 @@ def text_of(value: object) -> str:
 # Files --------------------------------------------------------------------------------------------
 
 
-def sweeps_dir() -> Path:
-    """The folder of sweeps: beside the package in a checkout, inside it once installed."""
+def folders() -> list[Path]:
+    """The folders of sweeps: the user's own, then ours, beside the package in a checkout, inside it once
+    installed."""
     inside = PACKAGE / "sweeps"
-    return inside if inside.is_dir() else PACKAGE.parent / "sweeps"
+    ours = inside if inside.is_dir() else PACKAGE.parent / "sweeps"
+    own = Path("sweeps")
+    return [own, ours] if own.is_dir() and own.resolve() != ours.resolve() else [ours]
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in sweeps_dir().glob("*.yaml"))
+    return sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")})
+
+
+@functools.cache
+def note_clash(name: str) -> None:
+    print_error(f"note: {name} is sweeps/{name}.yaml of this folder, not the installed sweep of that name")
 
 
 def load(name_or_path: str) -> Spec:
     """A sweep by its name in `sweeps/`, or by a file. Raises UserError with everything wrong with it."""
     is_file = name_or_path.endswith((".yaml", ".yml"))
-    path = Path(name_or_path) if is_file else sweeps_dir() / f"{name_or_path}.yaml"
-    if not path.is_file():
+    files = [Path(name_or_path)] if is_file else [one / f"{name_or_path}.yaml" for one in folders()]
+    found = [path for path in files if path.is_file()]
+    path = (found or files)[0]
+    if len(found) > 1:
+        note_clash(name_or_path)
+    if not found:
         hint = f"looked in {path.parent.resolve()}" if is_file else nearest(name_or_path, names())
         raise UserError(Fault(name_or_path, "is no sweep" if not is_file else "is not a file", hint))
     return Reader(path).spec()
@@ -234,13 +249,12 @@ class Reader:
         for key in value:
             if key not in KEYS:
                 self._fault(str(key), "unknown key", nearest(str(key), KEYS))
-        for key in NEEDED:
-            if value.get(key) in (None, "", []):
-                self._fault(key, "is missing", f"a sweep has {', '.join(NEEDED)}")
+        if value.get("grid") in (None, "", []):
+            self._fault("grid", "is missing", "name its axes, e.g. grid: {algorithm: [dash, grpo]}")
         times = value.get("times", False)
         if not isinstance(times, bool):
             self._fault("times", f"got {times!r}, expected true or false")
-        seeds = self._seeds(value.get("seeds"))
+        seeds = self._seeds(value.get("seeds") or [0])
         spec = Spec(
             name=self.path.stem,
             claim=str(value.get("claim") or "").strip(),
@@ -272,7 +286,7 @@ class Reader:
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(Fault(str(self.path), f"cannot be read: {error}")) from None
         if not isinstance(value, dict):
-            raise UserError(Fault(str(self.path), "is not a sweep", f"it has {', '.join(NEEDED)}"))
+            raise UserError(Fault(str(self.path), "is not a sweep", "it is a mapping with a grid"))
         return value
 
     def _list(self, place: str, value: object) -> list[Any]:

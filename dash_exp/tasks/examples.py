@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dash_exp.errors import Fault
@@ -20,13 +20,15 @@ from dash_exp.verifiers.types import CodeGold
 class Example:
     """A question with its gold answer (see `Prompt.answer`). `solution` is a worked one, if there is
     any: what SFT-H learns and the verifier is tried on. `first_test` is a code task's first assertion,
-    which its prompt may show."""
+    which its prompt may show. `fields`: the row's others, where a function of the user's own may read
+    them."""
 
     id: str
     problem: str
     answer: str
     solution: str = ""
     first_test: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,8 @@ class ExampleSet:
     def content_hash(self) -> str:
         digest = hashlib.sha256()
         for e in self.examples:
-            row = [e.id, e.problem, e.answer, e.solution, e.first_test]
-            digest.update(json.dumps(row, ensure_ascii=False).encode())
+            row = [e.id, e.problem, e.answer, e.solution, e.first_test, *([e.fields] if e.fields else [])]
+            digest.update(json.dumps(row, ensure_ascii=False, default=str).encode())
         return digest.hexdigest()
 
 
@@ -51,12 +53,14 @@ class Layout:
     """Where a source keeps what an example needs. `fields` maps our names to those it may use, the first
     present winning; a name left out stands for itself.
 
-    `code`: rows are tasks for a program. `answer_after`, `solution_drop`, `id_prefix`, `id_range`,
-    `tests_call`, `timeouts`: as in `config.DatasetConfig`.
-    """
+    `code`: rows are tasks for a program. `own`: functions of the user's own read them, so all fields are
+    kept; `free`: one of them judges, so there need be no answer. `answer_after`, `solution_drop`,
+    `id_prefix`, `id_range`, `tests_call`, `timeouts`: as in `config.DatasetConfig`."""
 
     fields: Mapping[str, Sequence[str]] = field(default_factory=dict, hash=False)
     code: bool = False
+    own: bool = False
+    free: bool = False
     answer_after: str | None = None
     solution_drop: str | None = None
     id_prefix: str = ""
@@ -83,7 +87,9 @@ def to_example(
         name = row_id(_text(row, "id", layout, default=fallback_id), layout.id_prefix)
         if layout.id_range is not None and not _inside(name, layout.id_range):
             return None
-        return _program(row, name, layout) if layout.code else _question(row, name, layout)
+        made = _program(row, name, layout) if layout.code else _question(row, name, layout)
+        used = {_present(row, ours, layout) for ours in ("problem", "answer")}
+        return replace(made, fields={k: v for k, v in row.items() if k not in used}) if layout.own else made
     except BadRow as bad:
         return Fault(where, bad.what, bad.hint)
 
@@ -109,10 +115,11 @@ def _inside(name: str, bounds: tuple[int, int]) -> bool:
 
 
 def _question(row: Mapping[str, Any], name: str, layout: Layout) -> Example:
-    problem, answer = (_text(row, ours, layout) for ours in ("problem", "answer"))
+    problem = _text(row, "problem", layout)
+    answer = _text(row, "answer", layout, default="" if layout.free else None)
     if layout.answer_after and layout.answer_after in answer:
         answer = answer.rpartition(layout.answer_after)[2].strip()
-    if not answer.strip():
+    if not answer.strip() and not layout.free:
         raise BadRow("the answer is empty")
     if _is_endless(answer):
         what = f"the answer {answer.strip()[:20]!r} is NaN, infinite or too large for a number"

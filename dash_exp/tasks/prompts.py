@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def make_prompts(
         elif len(tokens) > model_limit:
             too_long.append((example.id, len(tokens)))
         else:
-            rows.append(Prompt(example.id, examples.name, text, tuple(tokens), example.answer))
+            fields = json.dumps(dict(example.fields), ensure_ascii=False, default=str)
+            rows.append(Prompt(example.id, examples.name, text, tuple(tokens), example.answer, fields))
     if too_long:
         worst, most = max(too_long, key=lambda pair: pair[1])
         room = f"the {model_limit} tokens this model has room for beside the completion"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dash_exp import plugins
 from dash_exp.config.schema import Config, DatasetConfig, evaluation_places, parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.jsonl import read_lines
+from dash_exp.plugins import is_reference
 from dash_exp.tasks.examples import Example, ExampleSet, Layout, to_example
 
 MAX_FAULTS = 20
@@ -27,7 +30,7 @@ def data_faults(config: Config) -> list[Fault]:
     for place, data in places.items():
         try:
             with placed(place):
-                if data.path and Path(data.path).is_file():
+                if is_reference(data.kind) or (data.path and Path(data.path).is_file()):
                     load_examples(data)
                 if config.algorithm.source == "traces" and data.traces and Path(data.traces).is_file():
                     read_traces(Path(data.traces))
@@ -49,6 +52,11 @@ def placed(place: str) -> Iterator[None]:
 
 def load_examples(dataset: DatasetConfig) -> ExampleSet:
     """The examples of a dataset whose path has been resolved."""
+    split = dataset.hub_split or dataset.split
+    if is_reference(dataset.kind):
+        name = plugins.find(dataset.kind).name
+        rows = map(json.loads, plugins.load_rows(dataset.kind, split, dataset.task_options))
+        return from_rows(dataset.name, rows, name, layout(dataset))
     if dataset.kind != "jsonl":
         from dash_exp.tasks.generated import GENERATED, gym_examples
 
@@ -66,7 +74,6 @@ def load_examples(dataset: DatasetConfig) -> ExampleSet:
     if dataset.path:
         return read_jsonl(Path(dataset.path), dataset.name, layout(dataset))
     if dataset.hub:
-        split = dataset.hub_split or dataset.split
         return read_hub(dataset.name, dataset.hub, dataset.hub_config, split, layout(dataset))
     raise UserError(Fault("path", f"{dataset.name!r} names no file and no hub dataset", "set it to a file"))
 
@@ -76,6 +83,8 @@ def layout(dataset: DatasetConfig) -> Layout:
     return Layout(
         fields=dataset.fields,
         code=dataset.verifier == "code",
+        own=any(map(is_reference, (dataset.verifier, dataset.template, *dataset.rewards))),
+        free=is_reference(dataset.verifier),
         answer_after=dataset.answer_after,
         solution_drop=dataset.solution_drop,
         id_prefix=dataset.id_prefix,

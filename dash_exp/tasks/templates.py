@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from dash_exp import plugins
 from dash_exp.errors import Fault, UserError
+from dash_exp.plugins import Plugin, is_reference
 from dash_exp.tasks.examples import Example
+from dash_exp.text import shorten
 
-Chat = Callable[[str], str]
-"""The text of a conversation that begins with this message and has the model answer next."""
+Chat = Callable[[str | Sequence[Mapping[str, str]]], str]
+"""The text of a conversation that begins with this message, or has these, and has the model answer next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +83,21 @@ def renderer(name: str, style: Style) -> Callable[[Example], str]:
         others = ", ".join(other for other in RENDERERS if other not in CHATS)
         what = f"{name!r} needs the tokenizer's chat template, and this one has none"
         raise UserError(Fault("template", what, f"choose another: {others}; or an instruct model"))
+    if is_reference(name):
+        return partial(_own, plugins.usable(name, "template", "template"), style.chat)
     template = RENDERERS[name]
     return lambda example: template(example, style)
+
+
+def _own(template: Plugin, chat: Chat | None, example: Example) -> str:
+    """The prompt by a template of the user's own. Raises UserError where it makes none."""
+    known = {"id": example.id, "problem": example.problem, "answer": example.answer}
+    made = template(row={**example.fields, **known, "solution": example.solution})
+    if isinstance(made, str):
+        return made
+    turns = list(made) if isinstance(made, list | tuple) else []
+    if not turns or not all(isinstance(t, Mapping) and {"role", "content"} <= set(t) for t in turns):
+        raise template.failed(f"returned {shorten(repr(made))}, expected a text or chat messages")
+    if chat is None:
+        raise template.failed("returned chat messages, but this tokenizer has no chat template")
+    return chat(turns)

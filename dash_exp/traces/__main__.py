@@ -41,7 +41,7 @@ from dash_exp.text import format_command, format_path, format_seconds
 from dash_exp.traces.file import TraceFile, prompt_line, totals
 from dash_exp.traces.settings import Command, TracesConfig, parse
 from dash_exp.types import Decoding, Group, Prompt, Request, Score
-from dash_exp.verifiers.types import Judge
+from dash_exp.verifiers.types import Facts, Judge
 
 if TYPE_CHECKING:
     from dash_exp.train.inference import InferenceModel
@@ -180,7 +180,9 @@ def judged(groups: Iterator[Group], judge: Judge) -> Iterator[tuple[Group, list[
     """Groups with their verdicts, in the order in which they were sampled; sampling never waits."""
     waiting: deque[tuple[Group, list[Future[Score]]]] = deque()
     for group in groups:
-        futures = [judge.submit(c.text, group.prompt.answer) for c in group.completions]
+        futures = [
+            judge.submit(c.text, group.prompt.answer, Facts.of(group.prompt, c)) for c in group.completions
+        ]
         waiting.append((group, futures))
         while waiting and all(future.done() for future in waiting[0][1]):
             first, verdicts = waiting.popleft()

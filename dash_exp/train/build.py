@@ -146,6 +146,7 @@ def make_plan(config: Config, prompts: int) -> Plan:
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint.every,
         budget_s=config.budget.seconds,
+        filter_on_reward=config.filter.signal == "reward",
         pause_after=config.run.until_step,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import EvalSet
 from dash_exp.modeling.source import TextModel
+from dash_exp.plugins import is_reference
 from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture
 from dash_exp.tasks.sources import load_examples, placed
 from dash_exp.tasks.templates import CHATS, Chat, Style, renderer
@@ -37,7 +38,7 @@ def build_task(config: Config, model: TextModel, judges: Judges) -> Task:
     data = config.dataset
     wanted = config.evaluation.before or config.evaluation.after or config.evaluation.every
     train, sets = _collect([builder.training, builder.held_out if wanted else tuple])
-    judged = {part.name: judges.get(part.verifier, part.extraction) for part in parts_of(data).values()}
+    judged = {part.name: judges.training(part) for part in parts_of(data).values()}
     decoding = builder.decoding(data, config.sampler.temperature)
     return Task(train, decoding, judged, sets, judges.warnings)
 
@@ -96,6 +97,8 @@ class PromptBuilder:
 
     def _held_out(self, label: str, dataset: DatasetConfig) -> EvalSet:
         evaluation, place = self.config.evaluation, f"evaluation.sets.{label}"
+        own = is_reference(dataset.verifier)  # the judge's version names it, wherever it lies
+        how = "own" if own else f"{dataset.verifier}/{dataset.extraction}"
         return EvalSet(
             label,
             self.prompts(
@@ -104,7 +107,7 @@ class PromptBuilder:
             self.judges.get(dataset.verifier, dataset.extraction),
             self.decoding(dataset, evaluation.temperature, evaluation.top_p, place),
             evaluation.samples,
-            f"{dataset.verifier}/{dataset.extraction}/{self.judges.limits(dataset.verifier)}",
+            f"{how}/{self.judges.limits(dataset.verifier)}",
             tuple(evaluation.k),
         )
 
@@ -130,8 +133,8 @@ def chat_form(tokenizer: Any) -> Chat | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
 
-    def form(message: str) -> str:
-        turns = [{"role": "user", "content": message}]
+    def form(message: str | Sequence[Mapping[str, str]]) -> str:
+        turns = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
         text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return text
 
@@ -139,7 +142,9 @@ def chat_form(tokenizer: Any) -> Chat | None:
 
 
 def tokenize(tokenizer: Any, add_bos: bool, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_bos).input_ids
+    bos = getattr(tokenizer, "bos_token", None)  # a template of the user's own may have written it
+    with_bos = add_bos and not (bos and texts and texts[0].startswith(bos))
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=with_bos).input_ids
     return ids
 
 

@@ -31,6 +31,7 @@ from dash_exp.seeding import seed_for
 from dash_exp.tasks.prompts import requests
 from dash_exp.train.parts import Ending, Hooks, Parts, Plan
 from dash_exp.types import AdvantagedGroup, Completion, Group, Origin, Request, Score, ScoredGroup
+from dash_exp.verifiers.types import Facts
 
 LEAST_SHARE = 1 / 8
 """Of completions that are taken to be kept when fresh prompts are counted."""
@@ -248,7 +249,9 @@ def submit(ctx: StepContext, group: Group) -> PendingVerdicts:
     start, ends = time.time(), list[float]()
     verifier = ctx.parts.judges[group.prompt.task]
     with ctx.ledger.phase("verify"):
-        verdicts = [verifier.submit(c.text, group.prompt.answer) for c in group.completions]
+        verdicts = [
+            verifier.submit(c.text, group.prompt.answer, Facts.of(group.prompt, c)) for c in group.completions
+        ]
     for verdict in verdicts:
         verdict.add_done_callback(lambda _: ends.append(time.time()))
     return PendingVerdicts(group, start, verdicts, ends)
@@ -281,22 +284,25 @@ def in_prompt_order(groups: Iterator[ScoredGroup | None], first: int) -> Iterato
 
 
 def compute_advantages(ctx: StepContext, batch: Sequence[ScoredGroup]) -> list[AdvantagedGroup]:
-    """Advantages, computed once, from rewards, which an arm may shape; the filter looks at the verdicts."""
+    """Advantages, computed once, from rewards, which a dataset or an arm may shape; the filter looks at the
+    verdicts unless `filter.signal=reward`."""
     plan, parts, first = ctx.plan, ctx.parts, batch[0].group.position
     verdicts = [[score.value for score in one.scores] for one in batch]
-    kept = parts.filter.keep(verdicts, seed_for(plan.seed, "filter", ctx.step, first))
     penalties: list[tuple[float, ...]] = [()] * len(batch)
     masked: list[tuple[bool, ...]] = [()] * len(batch)
-    rewards = verdicts
+    rewards = [[score.value + score.added for score in one.scores] for one in batch]
     if plan.overlong_share > 0:
         limit, share = parts.decoding.max_new_tokens, plan.overlong_share
         lengths = [[len(c.token_ids) for c in one.group.completions] for one in batch]
         penalties = [tuple(overlong_penalty(n, limit, share) for n in own) for own in lengths]
-        rewards = [list(map(add, v, p)) for v, p in zip(verdicts, penalties, strict=True)]
+        rewards = [list(map(add, r, p)) for r, p in zip(rewards, penalties, strict=True)]
+    seen = rewards if plan.filter_on_reward else verdicts
+    kept = parts.filter.keep(seen, seed_for(plan.seed, "filter", ctx.step, first))
     if plan.mask_truncated:
         masked = [tuple(c.finish_reason == "length" for c in one.group.completions) for one in batch]
         kept = [tuple(k and not m for k, m in zip(*g, strict=True)) for g in zip(kept, masked, strict=True)]
-    return list(map(AdvantagedGroup, batch, parts.advantages(rewards), kept, masked, penalties))
+    known = [map(tuple, values) for values in (rewards, seen)]
+    return list(map(AdvantagedGroup, batch, parts.advantages(rewards), kept, masked, penalties, *known))
 
 
 def demonstrated(request: Request, demonstrations: Mapping[str, Completion]) -> AdvantagedGroup:

@@ -52,6 +52,7 @@ class Plan:
     evaluate_every: int
     checkpoint_every: int
     budget_s: float | None
+    filter_on_reward: bool = False
     pause_after: int | None = None
 
     @property

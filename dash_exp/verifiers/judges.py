@@ -12,16 +12,19 @@ import platform
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict, replace
 from importlib.metadata import version as installed_version
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from dash_exp import plugins
 from dash_exp.errors import Fault, UserError
+from dash_exp.plugins import is_reference
 from dash_exp.types import Score
 from dash_exp.verifiers import CODE_VERSION, VERIFIER_VERSION
 from dash_exp.verifiers.math.extract import GYM_EXTRACTORS, MATH_VERIFY, extract
-from dash_exp.verifiers.types import CodeGold, Judge, VerifyTask, score
+from dash_exp.verifiers.types import NO_FACTS, CodeGold, Facts, Judge, VerifyTask, score
 
 if TYPE_CHECKING:
     from dash_exp.verifiers.code.sandbox import Confinement
@@ -30,6 +33,17 @@ if TYPE_CHECKING:
 Wanted = Literal["auto", "bwrap", "limits"]
 Prepare = Callable[[str, str], VerifyTask | Score]
 """From a completion and its gold answer: what a pool has to judge, or the verdict where that is known."""
+
+
+class Rewarded(Protocol):
+    """What of a dataset's config says how it is judged."""
+
+    verifier: str
+    extraction: str
+    verifier_weight: float
+    rewards: list[str]
+    reward_weights: list[float]
+
 
 CACHE_SIZE = 50_000
 """Verdicts that a judge remembers."""
@@ -45,7 +59,7 @@ class Judges:
 
     def __init__(self, workers: int, timeout_s: float, memory_mb: int, sandbox: Wanted = "auto"):
         self.workers, self.timeout_s, self.memory_mb, self.sandbox = workers, timeout_s, memory_mb, sandbox
-        self._made: dict[tuple[str, str], Judge] = {}
+        self._made: dict[tuple[str, ...], Judge] = {}
         self._math_pool: VerifierPool | None = None
 
     def get(self, verifier: str, extraction: str) -> Judge:
@@ -57,6 +71,30 @@ class Judges:
             except RuntimeError as error:
                 raise UserError(Fault("verifier", f"{verifier} cannot be used here: {error}")) from error
         return self._made[key]
+
+    def training(self, data: Rewarded) -> Judge:
+        """The judge of a dataset that is trained on, which also adds its other rewards."""
+        if not data.rewards and data.verifier_weight == 1:
+            return self.get(data.verifier, data.extraction)
+        together = is_reference(data.verifier) and data.rewards  # in the same workers
+        base = None if together else self.get(data.verifier, data.extraction)
+        names = [plugins.find(text).name.replace(":", ".") for text in data.rewards]
+        weights = dict(zip(names, data.reward_weights or [1.0] * len(names), strict=True))
+        key = (data.verifier, data.extraction, *data.rewards, *map(str, weights.values()))
+        if key not in self._made:
+            verifier = data.verifier if together else ""
+            pool = self._own_pool(verifier, data.rewards) if data.rewards else None
+            self._made[key] = AddedRewards(base, pool, weights, data.verifier_weight)
+        return self._made[key]
+
+    def _own_pool(self, verifier: str, rewards: Sequence[str] = ()) -> VerifierPool:
+        from dash_exp.verifiers.pool import Program, VerifierPool
+
+        arguments = (f"--verifier={verifier}", *(f"--reward={text}" for text in rewards))
+        first = plugins.find(verifier or rewards[0])
+        folder = str(first.folder) if first.local else "/"
+        program = Program(arguments=arguments, trusted=True, folder=folder)
+        return VerifierPool(self.workers, self.timeout_s, self.memory_mb, program)
 
     def limits(self, verifier: str) -> str:
         """What may turn a verdict into a timeout or a crash."""
@@ -74,6 +112,8 @@ class Judges:
     def _make(self, verifier: str, extraction: str) -> Judge:
         if verifier == "integer":
             return InlineJudge(judge_integer)
+        if is_reference(verifier):
+            return OwnJudge(self._own_pool(verifier), plugins.version(plugins.find(verifier)))
         if verifier == "code":
             return code_judge(self.workers, self.timeout_s, self.memory_mb, self.sandbox, extraction)
         if verifier == "reasoning_gym":
@@ -109,7 +149,7 @@ class InlineJudge:
         self._judge = judge
         self.version = f"{name}-{VERIFIER_VERSION}"
 
-    def submit(self, text: str, answer: str) -> Future[Score]:
+    def submit(self, text: str, answer: str, facts: Facts = NO_FACTS) -> Future[Score]:
         """A future that is done already."""
         return _done(self._judge(text, answer))
 
@@ -136,7 +176,7 @@ class PooledJudge:
         self.version, self.warnings = version, warnings
         self._cache = VerdictCache(cache_size)
 
-    def submit(self, text: str, answer: str) -> Future[Score]:
+    def submit(self, text: str, answer: str, facts: Facts = NO_FACTS) -> Future[Score]:
         """The future verdict on the answer found in `text`."""
         task = self._prepare(text, answer)
         if isinstance(task, Score):
@@ -147,6 +187,59 @@ class PooledJudge:
     def close(self) -> None:
         """Close the pool."""
         self._pool.close()
+
+
+class OwnJudge:
+    """Judges by a function of the user's own, in a pool of processes that it owns. Nothing is remembered: it
+    may look at more than the text."""
+
+    def __init__(self, pool: VerifierPool, version: str = ""):
+        self._pool, self.version = pool, version
+
+    def submit(self, text: str, answer: str, facts: Facts = NO_FACTS) -> Future[Score]:
+        return self._pool.submit(VerifyTask(text, json.dumps({"answer": answer, **asdict(facts)})))
+
+    def close(self) -> None:
+        """Close the pool."""
+        self._pool.close()
+
+
+class AddedRewards:
+    """Adds the values of the user's own rewards, with `weights` by name, to a verdict: of `base`, or (None)
+    of the verifier that runs in `pool` with them (None: there are none)."""
+
+    def __init__(
+        self, base: Judge | None, pool: VerifierPool | None, weights: Mapping[str, float], weight: float
+    ):
+        self._base, self._own = base, OwnJudge(pool) if pool else None
+        self._weights, self._weight = weights, weight
+        self.version = "+".join([*([base.version] if base else []), *weights])
+
+    def submit(self, text: str, answer: str, facts: Facts = NO_FACTS) -> Future[Score]:
+        """A future of the verdict. `verifier_error` where a reward that is added has no value."""
+        asked = [judge.submit(text, answer, facts) for judge in (self._base, self._own) if judge]
+        result: Future[Score] = Future()
+
+        def finish(_: Future[Score]) -> None:
+            if any(one.cancelled() for one in asked):
+                result.cancel()
+            if result.set_running_or_notify_cancel():
+                result.set_result(self._sum(asked[0].result(), asked[-1].result()))
+
+        asked[0].add_done_callback(lambda _: asked[-1].add_done_callback(finish))
+        return result
+
+    def _sum(self, verdict: Score, own: Score) -> Score:
+        if len(own.parts) != len(self._weights):
+            failed = own if self._base is None else score("verifier_error", f"dataset.rewards: {own.detail}")
+            return failed
+        added = sum(self._weights[name] * value for name, value in own.parts.items())
+        return replace(verdict, added=added + (self._weight - 1) * verdict.value, parts=own.parts)
+
+    def close(self) -> None:
+        """Close the pool; the verifier's own belongs to others."""
+        if self._own:
+            self._own.close()
 
 
 def math_judge(pool: VerifierPool, extraction: str, cache_size: int = CACHE_SIZE) -> PooledJudge:

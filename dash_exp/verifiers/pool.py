@@ -44,11 +44,14 @@ _Item = tuple[VerifyTask, "Future[Score]"]
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a worker process runs: `python -m module arguments`, inside `sandbox` where one is given."""
+    """What a worker process runs: `python -m module arguments`, inside `sandbox` where one is given.
+    `trusted`: code of the user's own, which gets this process's environment."""
 
     module: str = "dash_exp.verifiers.worker"
     arguments: tuple[str, ...] = ()
     sandbox: Confinement | None = None
+    trusted: bool = False
+    folder: str = "/"
 
     def command(self, timeout_s: float, memory_mb: int) -> list[str]:
         # -P: nothing in the working directory can stand in for a library
@@ -61,10 +64,12 @@ class Program:
         return [*self.sandbox.prefix, *python, *own]
 
     def environment(self) -> dict[str, str]:
-        """Only what Python needs: no tokens or keys reach a worker. Hash order is fixed."""
+        """Only what Python needs, unless it is `trusted`: no tokens or keys reach a worker. Hash order is
+        fixed."""
         root = str(Path(dash_exp.__file__).resolve().parent.parent)
         path = [root, *(entry for entry in sys.path if entry and os.path.isdir(entry))]
-        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        names = os.environ if self.trusted else _KEPT_VARIABLES
+        kept = {name: os.environ[name] for name in names if name in os.environ}
         kept |= {"PYTHONHASHSEED": "0", "PYTHONNOUSERSITE": "1", "LANG": "C.UTF-8"}
         kept["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
         if self.sandbox is not None:
@@ -263,7 +268,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 env=program.environment(),
-                cwd="/",
+                cwd=program.folder,
                 bufsize=0,
                 start_new_session=True,
             )

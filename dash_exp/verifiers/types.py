@@ -8,7 +8,24 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
-from dash_exp.types import Outcome, Score
+from dash_exp.types import Completion, FinishReason, Outcome, Prompt, Score
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a completion beside its text. `fields`: of the data row, as JSON; `tokens`: 0 where
+    nobody counted them."""
+
+    fields: str = "{}"
+    finish_reason: FinishReason = "stop"
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, prompt: Prompt, completion: Completion) -> Self:
+        return cls(prompt.fields, completion.finish_reason, len(completion.token_ids))
+
+
+NO_FACTS = Facts()
 
 
 class Judge(Protocol):
@@ -19,7 +36,7 @@ class Judge(Protocol):
         """Changes whenever the same text and gold answer could get another verdict."""
         ...
 
-    def submit(self, text: str, answer: str) -> Future[Score]:
+    def submit(self, text: str, answer: str, facts: Facts = NO_FACTS) -> Future[Score]:
         """The future verdict on completion `text` against the gold `answer`."""
         ...
 

@@ -16,8 +16,8 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import IO, Any
 
 from dash_exp.types import Score
@@ -35,11 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--memory-mb", type=int, default=2048, help="limit of address space")
     parser.add_argument("--deadline-s", type=float, default=60.0, help="leave after so long a task")
     parser.add_argument("--parent", type=int, default=0, help="leave when this process is gone")
+    parser.add_argument("--verifier", default="", help="a function of the user's own that judges")
+    parser.add_argument("--reward", action="append", default=[], help="one whose value is added")
     options = parser.parse_args(arguments)
     channel = private_channel()
     die_with(options.parent)
     _limit_memory(options.memory_mb)
-    judge = load_judge()
+    own = options.verifier or options.reward
+    judge = load_own(options.verifier, options.reward) if own else load_judge()
     send(channel, {"ready": True})
     silence()
     for line in sys.stdin.buffer:
@@ -89,6 +92,31 @@ def load_judge() -> TaskJudge:
 
     judge_candidate("x + \\frac{1}{2}", "\\frac{1 + 2x}{2}")
     return lambda task: judge_math(task.text, task.answer, task.how)
+
+
+def load_own(verifier: str, rewards: Sequence[str]) -> TaskJudge:
+    """Judges by functions of the user's own. A reward that is added has no outcome, only a value."""
+    from dash_exp import plugins  # late: not among the files that the sandbox of programs shows
+    from dash_exp.errors import UserError
+
+    judge = plugins.load(verifier, "reward") if verifier else None
+    added = {(one := plugins.load(text, "reward")).name.replace(":", "."): one for text in rewards}
+
+    def run(task: VerifyTask) -> Score:
+        given = json.loads(task.answer)
+        given |= {"text": task.text, "fields": json.loads(given["fields"])}
+        asked = [*([judge] if judge else []), *added.values()]
+        try:
+            scores = [plugins.to_score(one(**given), one.name) for one in asked]
+        except UserError as error:
+            return score("verifier_error", error.faults[0].what)
+        failed = [one for one in scores if one.outcome == "verifier_error"]
+        if failed:
+            return failed[0]
+        values = [one.value for one in scores[-len(added) :]] if added else []
+        return replace(scores[0], parts=dict(zip(added, values, strict=True)))
+
+    return run
 
 
 def _verdict(judge: TaskJudge, task: VerifyTask) -> tuple[Score, bool]:

@@ -27,7 +27,11 @@ OPTIONS = sorted(
 pytest_plugins = ["tests.config.config_fixtures"]
 pytestmark = pytest.mark.usefixtures("no_data_folder")
 PAPER_MODELS = ("qwen0.5b", "qwen1.5b", "qwen3b")
-NEEDS = {"filter": ["algorithm=ppo_multi"], "evaluation/reasoning_gym": ["dataset=reasoning_gym"]}
+NEEDS = {
+    "filter": ["algorithm=ppo_multi"],
+    "evaluation/reasoning_gym": ["dataset=reasoning_gym"],
+    "dataset/own": [f"dataset.path={Path(__file__).parents[1] / 'digits.jsonl'}"],
+}
 """Options, or groups of them, that fit only beside another one."""
 
 

@@ -86,10 +86,9 @@ grid:
   - model: [tinny]
 """,
     )
-    assert message.startswith("dash_exp: 17 problems")  # with those of keys and options, which nothing hides
+    assert message.startswith("dash_exp: 16 problems")  # with those of keys and options, which nothing hides
     for expected in (
         "/mine.yaml: claims: unknown key\n    did you mean 'claim'?",
-        "claim: is missing",
         "got 'tabel_3'",
         "times: got 'maybe', expected true or false",
         "seeds: got [0, 0], which names one twice",
@@ -139,3 +138,18 @@ def test_what_is_no_sweep_at_all(tmp_path: Path) -> None:
     for seeds in ("[-1]", "[true]", "[1.5]", "3"):
         text = f"claim: c\nquestion: q\nfeeds: [table_1]\nseeds: {seeds}\ngrid: {{a: 1}}\n"
         assert "seeds: got" in faults(tmp_path, text)
+
+
+def test_own_sweeps_are_found_by_name_and_need_only_a_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweeps").mkdir()
+    for name in ("mine", "demo"):
+        text = "grid: {algorithm: [dash], seed: [3, 4]}" if name == "mine" else "grid: {algorithm: [pg]}"
+        (tmp_path / "sweeps" / f"{name}.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert {"mine", "demo", "table_3"} <= set(specs.names())
+    assert combinations(specs.load("mine")) == [("algorithm=dash", f"seed={seed}") for seed in (3, 4)]
+    assert capsys.readouterr().err == ""
+    assert combinations(specs.load("demo")) == [("algorithm=pg", "seed=0")]
+    assert "demo is sweeps/demo.yaml of this folder, not the installed sweep" in capsys.readouterr().err

@@ -18,7 +18,7 @@ PAPER = [name for name in NAMES if name not in DEMOS]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sweep_says_what_it_asks(name: str) -> None:
-    lines = (specs.sweeps_dir() / f"{name}.yaml").read_text().splitlines()
+    lines = (specs.folders()[-1] / f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ") and len(lines[0]) > 40
     spec = specs.load(name)
     assert spec.claim.endswith(".") and spec.question.endswith(".") and spec.feeds

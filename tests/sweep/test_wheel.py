@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.__main__ import COMMANDS, console
+from dash_exp.record.folder import read_rows
 from tests.conftest import REPOSITORY
 
 DEMO = REPOSITORY / "analysis" / "data" / "demo"
@@ -110,3 +112,36 @@ def test_a_sweep_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
     small = ["model=tiny", "debug=fast", "evaluation=none", "cluster.threads=1"]
     output = run(installed, tmp_path, "-m", "dash_exp", "-m", *small, "algorithm=dash,pg")
     assert "2 cells: 2 finished" in output
+
+
+@pytest.mark.long
+def test_the_examples_run_from_a_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    for example in (REPOSITORY / "examples").iterdir():
+        place = tmp_path / ("sweeps" if example.suffix == ".yaml" else "") / example.name
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(example.read_bytes())
+    script = str(installed / "bin" / "dash-exp")
+    data = ["dataset=own", "dataset.kind=own_dataset:rows", "dataset.verifier=own_reward:score"]
+    judged = run(installed, tmp_path, script, "judge", *data)
+    assert '"outcomes": {"correct": 44}' in judged and "own_reward:score@" in judged
+    own = [
+        *data,
+        "dataset.template=own_dataset:prompt",
+        "dataset.test_split=test",
+        "sampler.max_new_tokens=24",
+    ]
+    own += ["dataset.rewards=[own_reward:brevity,own_reward:starts_with_digit]"]
+    own += ["dataset.reward_weights=[0.1,0.5]", "algorithm.surrogate=own_advantage:soft_clip"]
+    own += ["filter.name=own_filter:keep_hardest", "filter.share=0.5", "learner.ranks=2"]
+    assert "Finished after 2 steps" in run(installed, tmp_path, script, "debug=fast", *own)
+    (cell,) = (tmp_path / "outputs" / "cells").iterdir()
+    (row, _) = read_rows(cell / "steps.jsonl").rows
+    assert row["reward/shaped_mean"] == pytest.approx(
+        row["reward/mean"]
+        + 0.1 * row["reward/own_reward.brevity"]
+        + 0.5 * row["reward/own_reward.starts_with_digit"]
+    )
+    listed = run(installed, tmp_path, script, "sweep", "list", "own_sweep", "--json")
+    assert json.loads(listed)[0]["combinations"] == 2
+    launched = run(installed, tmp_path, script, "sweep", "launch", "own_sweep", "--wait")
+    assert "2 finished" in launched
