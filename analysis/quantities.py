@@ -83,7 +83,9 @@ def time_of(records: Records, variant: Variant, part: str = "") -> est.Estimate:
         return est.Estimate(np.nan, n_seeds=len(cells), note=f"different hardware: {'; '.join(machines)}")
     found = est.over_seeds([training_seconds(steps_of(records, c), part) for c in cells])
     partner = str(records.cells.loc[cells[0]].get("config.budget.match", "null"))
-    matched = "" if partner in ("null", "nan") else "as long as its partner (budget.match)"
+    unit = str(records.cells.loc[cells[0]].get("config.budget.unit", "seconds"))
+    as_long = "as long as its partner" if unit in ("seconds", "nan") else f"as many {unit} as its partner"
+    matched = "" if partner in ("null", "nan") else f"{as_long} (budget.match)"
     return replace(found, note="; ".join(filter(None, (found.note, matched))))
 
 

@@ -49,7 +49,8 @@ CONTENT = "content."
 """Prefix of the columns with hashes of a cell's model and data."""
 TRACES = "config.dataset.traces"
 PARTNER = "config.budget.match"
-"""Another cell's id, one for each seed: all of them mean `as long as the partner`."""
+"""Another cell's id, one for each seed: all of them mean `as much as the partner had`, in UNIT."""
+UNIT = "config.budget.unit"
 SIZES = {
     "config.algorithm.prompts_per_step": "prompts",
     "config.algorithm.group_size": "G",
@@ -59,6 +60,8 @@ SIZES = {
     "config.algorithm.beta": "beta",
     "config.algorithm.steps": "steps",
     "config.learner.lr": "lr",
+    "config.budget.match": "budget",
+    "config.filter.name": "filter",
 }
 """Short words for what variants often differ in."""
 
@@ -145,7 +148,9 @@ def _settings(cells: pd.DataFrame) -> pd.DataFrame:
         made[TRACES] = cells[TRACES].map(lambda path: Path(str(path)).name)
     table = pd.concat([cells[columns].astype(object), pd.DataFrame(made, index=cells.index)], axis=1)
     if PARTNER in table:
-        table[PARTNER] = table[PARTNER].where(table[PARTNER] == "null", "partner")
+        unit = table.pop(UNIT) if UNIT in table else pd.Series("seconds", table.index)
+        matched = "equal " + unit.fillna("seconds").astype(str)
+        table[PARTNER] = matched.where(table[PARTNER] != "null", "none")
     for key, before in LATER.items():
         if (column := f"config.{key}") in table:
             table[column] = table[column].fillna("null" if before is None else before)

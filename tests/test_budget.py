@@ -157,15 +157,16 @@ def test_another_seed_model_or_machine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="equal seed, model and hardware"):
         find_partner(config, tmp_path / "cells")
     config = composed(tmp_path, *MULTI, "budget.match=0123abcd")
-    with pytest.raises(UserError, match="was not trained"):
+    with pytest.raises(UserError, match=r"has 0\.0 s of training"):
         find_partner(config, tmp_path / "cells")
     row = {"step": 1, "attempt": 1, "time/step_s": 2.0, "time/evaluate_s": 0.0, "time/checkpoint_s": 0.0}
     (folder / "steps.jsonl").write_text(json.dumps(row) + "\n")
     hardware = {"cpu": "A", "threads": 2, "gpus": []}
     write_json(folder / "provenance.json", {"hardware": hardware, "model": {"weights_hash": "w"}})
     partner = find_partner(config, tmp_path / "cells")
-    assert partner.seconds == 2.0
+    assert partner.spent == 2.0
     check_equal(partner, hardware, "w")
+    check_equal(partner, None, "w")
     with pytest.raises(UserError, match="other weights"):
         check_equal(partner, hardware, "v")
     with pytest.raises(UserError, match="threads 2 there, 1 here"):
@@ -225,6 +226,26 @@ def test_an_arm_with_several_updates_is_cut_between_them(tmp_path: Path) -> None
     assert row["updates/total"] == row["updates"] + row["updates/skipped"] == 1
     assert read_json(folder / "status.json")["reason"] == "budget"
     assert {r["step"] for r in read_final(folder, "evals")} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "unit", ["tokens", *(pytest.param(u, marks=pytest.mark.long) for u in ("backpropagated", "updates"))]
+)
+def test_a_budget_of_tokens_or_updates_ends_with_the_step_that_reaches_it(tmp_path: Path, unit: str) -> None:
+    """The same when the run pauses on the way."""
+    assert run_config(composed(tmp_path)) == ExitCode.OK
+    partner = "algorithm=dash algorithm.steps=6 algorithm.prompts_per_step=4"
+    budget = (f'budget.match="{partner}"', f"budget.unit={unit}")
+    for until in ("null" if unit == "tokens" else "1", "null"):
+        config = composed(
+            tmp_path, *MULTI, "algorithm.prompts_per_step=2", *budget, f"run.until_step={until}"
+        )
+        assert run_config(config) == ExitCode.OK
+    key = {"tokens": "tokens/sampled", "backpropagated": "tokens/backpropagated", "updates": "updates"}[unit]
+    cells = [folder_of(one, tmp_path) for one in (composed(tmp_path), config)]
+    theirs, own = ([row[key] for row in read_final(cell, "steps")] for cell in cells)
+    assert sum(own[:-1]) < sum(theirs) <= sum(own) and len(own) < 60
+    assert read_json(cells[1] / "provenance.json")["budget"][unit] == sum(theirs)
 
 
 @pytest.mark.long

@@ -273,6 +273,11 @@ def _budget(config: Config) -> Iterator[Fault]:
     if budget.seconds is not None and budget.match is not None:
         what = f"got {budget.match!r} beside budget.seconds={budget.seconds:g}"
         yield Fault("budget.match", what, "a run has one budget: leave one of them out")
+    if budget.unit != "seconds" and budget.match is None:
+        yield Fault("budget.unit", f"got {budget.unit} without budget.match", "set that, or leave this out")
+    if budget.unit == "tokens" and config.algorithm.source != "sampler":
+        hint = "set it to backpropagated, updates or seconds"
+        yield Fault("budget.unit", "got tokens, but a supervised arm samples none", hint)
 
 
 def _evaluation(config: Config) -> Iterator[Fault]:

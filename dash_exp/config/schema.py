@@ -41,6 +41,7 @@ VERIFIERS = ("math", "math_verify", "integer", "code", "reasoning_gym")
 MATH_EXTRACTIONS = ("boxed", "boxed_or_last", "last_number", "hash", "whole")
 EXTRACTIONS = (*MATH_EXTRACTIONS, "first_integer", "program", "last_block", "answer_tag")
 SANDBOXES = ("auto", "bwrap", "limits")
+BUDGET_UNITS = ("seconds", "tokens", "backpropagated", "updates")
 TRANSFERS = ("auto", "shared", "file", "nccl", "ipc")
 
 
@@ -436,6 +437,7 @@ class BudgetConfig(Constant):
         Range(0, 10**9, open_low=True), "stop after so much training time", None, "3600"
     )
     match: str | None = setting("train as long as the same cell with another arm", None, "dash")
+    unit: str = choice(*BUDGET_UNITS, meaning="what `match` makes equal", default="seconds")
 
 
 @dataclass

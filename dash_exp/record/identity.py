@@ -51,6 +51,7 @@ LATER: Mapping[str, object] = {
     "algorithm.overlong_share": 0.0,
     "algorithm.mask_truncated": False,
     "filter.refill": 0,
+    "budget.unit": "seconds",
     "selection.name": "none",
     "selection.explore": 0.5,
     "selection.adjust": 0.01,

@@ -169,22 +169,37 @@ def training_seconds(wall: float, seconds: Mapping[str, float]) -> float:
     return wall - seconds["evaluate"] - seconds["checkpoint"]
 
 
+SECONDS = "seconds"
+COUNTED = {"tokens": "tokens/sampled", "backpropagated": "tokens/backpropagated", "updates": "updates"}
+"""The other units of a budget, and the keys of a step's row that count them."""
+
+
 @dataclass(slots=True)
 class Budget:
-    """Seconds of training time that a run may use, over all its attempts; `limit_s` None: any."""
+    """What a run may use over all its attempts: seconds of training, or what its steps count (`unit`, see
+    COUNTED). `limit` None: any."""
 
-    limit_s: float | None
-    spent_s: float
+    limit: float | None
+    spent: float
     ledger: Ledger
+    unit: str = SECONDS
 
     def over(self) -> bool:
-        """Whether they are used up, the running step included."""
-        if self.limit_s is None:
+        """Whether it is used up; of seconds those of the running step count."""
+        if self.limit is None:
             return False
-        return self.spent_s + training_seconds(*self.ledger.so_far()) >= self.limit_s
+        running = training_seconds(*self.ledger.so_far()) if self.unit == SECONDS else 0.0
+        return self.spent + running >= self.limit
+
+    def count(self, row: Mapping[str, float]) -> None:
+        """Add what a step has used, unless seconds are counted."""
+        if self.unit != SECONDS:
+            self.spent += row[COUNTED[self.unit]]
 
     def close_step(self) -> tuple[float, dict[str, float]]:
-        """The step has ended: count it, and start the next. Returns what was counted."""
+        """The step has ended: add its seconds if they are counted, and start the next. Returns wall seconds
+        and seconds by phase."""
         wall, seconds = self.ledger.close_step()
-        self.spent_s += training_seconds(wall, seconds)
+        if self.unit == SECONDS:
+            self.spent += training_seconds(wall, seconds)
         return wall, seconds

@@ -139,6 +139,7 @@ class Schema(NamedTuple):
     named: Kind | None = None
 
 
+BUDGETS = ("seconds", "tokens", "backpropagated", "updates")
 OF_STEP = {"step": COUNT, "attempt": COUNT}
 SCHEMAS = {
     "status.json": Schema(
@@ -150,7 +151,7 @@ SCHEMAS = {
         {},
         {"attempts": list_of(ATTEMPT), "hardware": HARDWARE, "requeues": COUNT, "packages": record_of({})}
         | {"model": record_of({}, {"origin": TEXT, "weights_hash": TEXT}), "commit": TEXT, "code_hash": TEXT}
-        | {"budget": record_of({"seconds": NUMBER}), "diff_hash": TEXT},
+        | {"budget": record_of({}, dict.fromkeys(BUDGETS, NUMBER)), "diff_hash": TEXT},
     ),
     "launch.jsonl": Schema(
         {"kind": TEXT, "time": TIME},

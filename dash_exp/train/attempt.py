@@ -15,9 +15,10 @@ from dash_exp.learning.packing import largest_micro_batch
 from dash_exp.record import checkpoint, provenance
 from dash_exp.record.folder import Recorder, Row, read_final, read_json, read_rows, write_json
 from dash_exp.record.identity import model_hash, weights_hash
+from dash_exp.record.ledger import SECONDS
 from dash_exp.signals import Interrupted, Stop, tune_malloc
 from dash_exp.text import format_path, format_seconds
-from dash_exp.train.budget import Partner, check_equal, spent_seconds
+from dash_exp.train.budget import Partner, amount_of, check_equal, spent_of
 from dash_exp.train.build import BuiltRun, build, engine_facts, thread_count
 from dash_exp.train.display import Display
 from dash_exp.train.loop import evaluation_due, train
@@ -89,11 +90,12 @@ class Attempt:
         """The training loop, in which a first signal waits for the end of a step."""
         hooks = Hooks(self.evaluate, self.save, self.progress, lambda: self.stop.received)
         plan, parts = self.built.plan, self.built.parts
-        spent = self.spent_seconds(done)
+        rows = [row for row in read_final(self.folder, "steps") if row["step"] <= done]
+        spent = spent_of(rows, plan.budget_unit)
         self.stop.deferred = True
         try:
             with hooks.clock.beating():
-                return train(plan, parts, hooks, self.recorder, done=done, spent_s=spent)
+                return train(plan, parts, hooks, self.recorder, done=done, spent=spent)
         finally:
             self.stop.deferred = False
 
@@ -117,10 +119,6 @@ class Attempt:
         self.log(f"resuming after step {step}")
         return step
 
-    def spent_seconds(self, done: int) -> float:
-        """Training seconds of the steps that count, over all attempts."""
-        return spent_seconds([r for r in read_final(self.folder, "steps") if r["step"] <= done])
-
     def note_provenance(self, done: int) -> None:
         path = self.folder / "provenance.json"
         known, built = read_json(path), self.built
@@ -131,12 +129,12 @@ class Attempt:
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         hardware = provenance.hardware(thread_count(self.config.cluster.threads), gpus)
         if self.partner is not None and budget is None:
-            check_equal(self.partner, hardware, weights)
-            budget = {"match": self.partner.name, "seconds": self.partner.seconds}
+            check_equal(self.partner, hardware if built.plan.budget_unit == SECONDS else None, weights)
+            budget = {"match": self.partner.name, built.plan.budget_unit: self.partner.spent}
         if budget is not None:
-            plan = replace(built.plan, budget_s=float(budget["seconds"]))
-            self.built = replace(built, plan=plan)
-            self.log(f"budget: {budget['seconds']:.1f} s of training, as {budget['match']} had")
+            unit = built.plan.budget_unit
+            self.built = replace(built, plan=replace(built.plan, budget=float(budget[unit])))
+            self.log(f"budget: {amount_of(budget[unit], unit)}, as {budget['match']} had")
         facts = provenance.collect(
             known,
             self.recorder.attempt,

@@ -1,4 +1,4 @@
-"""A budget taken from a partner: train as long as another cell did (Table 5).
+"""A budget taken from a partner: as much training time as another cell had (Table 5), tokens, or updates.
 
 `budget.match` names the partner by its cell id, or by what makes it from this cell: `dash` for
 `algorithm=dash`, or overrides such as `experiment=paper/math_dash_0.5b`. The latter are turned into the
@@ -17,7 +17,7 @@ from dash_exp.config.schema import Config, changed
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.folder import Row, read_final, read_json
 from dash_exp.record.identity import make_cell
-from dash_exp.record.ledger import training_seconds
+from dash_exp.record.ledger import COUNTED, SECONDS, training_seconds
 from dash_exp.record.reading import read_config
 
 COMPARED = ("cpu", "threads", "gpus")
@@ -31,11 +31,11 @@ class Blocked(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Partner:
-    """A finished cell: its folder's name, its training time, the machines it ran on, and the hash of the
-    weights it started from."""
+    """A finished cell: its folder's name, what it used in the unit of the budget, the machines it ran on, and
+    the hash of the weights it started from."""
 
     name: str
-    seconds: float
+    spent: float
     machines: tuple[dict[str, Any], ...]
     weights: str | None
 
@@ -92,19 +92,23 @@ def find_partner(config: Config, pool: Path) -> Partner:
     other = {"seed": theirs["seed"], "model": theirs["model"]["name"]}
     if mine != other:
         refuse(f"the partner {folder.name} has {other}, this cell {mine}", COMPARABLE)
-    seconds = spent_seconds(read_final(folder, "steps"))
-    if seconds == 0:
-        raise UserError(Fault(MATCH, f"the partner {folder.name} was not trained", "name one that was"))
+    spent = spent_of(read_final(folder, "steps"), config.budget.unit)
+    if spent == 0:
+        what = f"the partner {folder.name} has {amount_of(spent, config.budget.unit)}"
+        raise UserError(Fault(MATCH, what, "name one that was trained, or another budget.unit"))
     facts = read_json(folder / "provenance.json")
     attempts = facts.get("attempts", [])
     machines = tuple(a["hardware"] for a in attempts if "hardware" in a) or (facts.get("hardware", {}),)
-    return Partner(folder.name, seconds, machines, facts.get("model", {}).get("weights_hash"))
+    return Partner(folder.name, spent, machines, facts.get("model", {}).get("weights_hash"))
 
 
-def check_equal(partner: Partner, here: dict[str, Any], weights: str) -> None:
-    """Raises UserError when the partner started from other weights, or ran on another machine."""
+def check_equal(partner: Partner, here: dict[str, Any] | None, weights: str) -> None:
+    """Raises UserError when the partner started from other weights, or ran on another machine than `here`
+    (None: that does not matter)."""
     if partner.weights != weights:
         refuse(f"the partner {partner.name} started from other weights than this cell", COMPARABLE)
+    if here is None:
+        return
     different = {k: there.get(k) for there in partner.machines for k in COMPARED if there.get(k) != here[k]}
     if different:
         listed = ", ".join(f"{k} {value!r} there, {here[k]!r} here" for k, value in different.items())
@@ -112,6 +116,17 @@ def check_equal(partner: Partner, here: dict[str, Any], weights: str) -> None:
             f"the partner {partner.name} ran on other hardware: {listed}",
             "run both on one kind of machine, or set budget.seconds instead",
         )
+
+
+def spent_of(rows: Sequence[Row], unit: str) -> float:
+    """What these steps used of a budget in `unit`; of a repeated step only the last."""
+    return spent_seconds(rows) if unit == SECONDS else float(sum(row[COUNTED[unit]] for row in rows))
+
+
+def amount_of(spent: float, unit: str) -> str:
+    """A budget in words."""
+    words = {SECONDS: "s of training", "tokens": "tokens sampled", "backpropagated": "tokens backpropagated"}
+    return f"{spent:.1f} {words[unit]}" if unit == SECONDS else f"{spent:.0f} {words.get(unit, unit)}"
 
 
 def spent_seconds(rows: Sequence[Row]) -> float:

@@ -145,7 +145,8 @@ def make_plan(config: Config, prompts: int) -> Plan:
         mask_truncated=a.mask_truncated,
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint.every,
-        budget_s=config.budget.seconds,
+        budget=config.budget.seconds,
+        budget_unit=config.budget.unit,
         filter_on_reward=config.filter.signal == "reward",
         pause_after=config.run.until_step,
     )

@@ -26,7 +26,7 @@ from dash_exp.learning.rounds import Round, Rounds, balanced
 from dash_exp.learning.settings import UpdateStats
 from dash_exp.record.folder import Recorder, timed_event
 from dash_exp.record.ledger import Budget, Ledger
-from dash_exp.record.metrics import BatchFacts, sample_rows, step_row
+from dash_exp.record.metrics import BatchFacts, batch_values, learner_values, sample_rows, step_row
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.prompts import requests
 from dash_exp.train.parts import Ending, Hooks, Parts, Plan
@@ -49,17 +49,18 @@ class StepContext:
     out_of_time: Callable[[], bool] = lambda: False
 
 
-def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent_s: float) -> Ending:
-    """Run the steps after step `done`, by which `spent_s` seconds of training time were used."""
+def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: int, spent: float) -> Ending:
+    """Run the steps after step `done`, by which `spent` of the budget was used."""
     ledger = Ledger(hooks.clock)
-    budget = Budget(plan.budget_s, spent_s, ledger)
-    if 0 < done < plan.steps and plan.budget_s is not None and spent_s >= plan.budget_s:
+    budget = Budget(plan.budget, spent, ledger, plan.budget_unit)
+    if 0 < done < plan.steps and plan.budget is not None and spent >= plan.budget:
         return Ending(done, "budget")
     if is_paused(plan, done):
         return Ending(done, "paused")
     for step in range(done + 1, plan.steps + 1):
         facts = train_step(StepContext(plan, parts, ledger, recorder, step, budget.over))
         check_step(step, facts)
+        budget.count({**batch_values(facts), **learner_values(facts)})
         recorder.append("samples", sample_rows(step, facts.groups))
         signal = hooks.stop_signal()
         if signal is None and evaluation_due(plan, step):

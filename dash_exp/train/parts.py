@@ -15,7 +15,7 @@ from dash_exp.learning.filters import Filter, make_filter
 from dash_exp.learning.packing import Packer
 from dash_exp.learning.rounds import RoundLearner
 from dash_exp.record.folder import Row
-from dash_exp.record.ledger import RunningClock
+from dash_exp.record.ledger import SECONDS, RunningClock
 from dash_exp.sampling.protocol import Sampler, groups_at_once
 from dash_exp.tasks.prompts import PromptSet
 from dash_exp.tasks.selection import Chooser
@@ -51,7 +51,8 @@ class Plan:
     mask_truncated: bool
     evaluate_every: int
     checkpoint_every: int
-    budget_s: float | None
+    budget: float | None
+    budget_unit: str = SECONDS
     filter_on_reward: bool = False
     pause_after: int | None = None
 

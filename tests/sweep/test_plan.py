@@ -134,7 +134,7 @@ def test_partners_are_cells_of_the_sweep_and_come_with_their_machine(tmp_path: P
     multi0, multi1, dash0, dash1 = plan.cells
     assert (multi0.needs, multi1.needs, dash0.needs) == ((dash0.id,), (dash1.id,), ())
     assert multi0.cell.frozen["budget"]["match"] == dash0.id
-    assert dash0.cell.frozen["budget"] == {"seconds": None, "match": None}
+    assert dash0.cell.frozen["budget"] == {"seconds": None, "match": None, "unit": "seconds"}
     label = resources.hardware_label(compose(TINY))
     assert {c.cell.frozen["hardware"] for c in plan.cells} == {label} and label.endswith("-1cores")
     steps = ["algorithm.steps=4", f"hardware={label}"]

@@ -47,14 +47,15 @@ def test_all_cells_compose_and_are_sound(names: list[str], tmp_path: Path) -> No
     assert arms == {path.stem for path in (conf_dir() / "algorithm").iterdir()} - {"sft_m"}
     assert {w.traces.path.parent for w in plan.waiting} == {tmp_path / "traces"}
     by_id = {c.id: c for c in plan.cells}
-    for (
-        cell
-    ) in plan.cells:  # Multi and Mini wait for DASH of their own model, data and seed; filters for No-KL
+    # Multi and Mini wait for DASH of their own model, data and seed; filters for No-KL, methods for PG
+    for cell in plan.cells:
         _, *rest = cell.cell.name.split("-")
         multi = any(text.startswith("experiment=") and "_ppo_" in text for text in cell.overrides)
         filtered = any(text.startswith("budget.match=") and "no_kl" in text for text in cell.overrides)
         partners = [by_id[need].cell.name.split("-") for need in cell.needs]
-        assert partners == [["dash", *rest]] * multi + [["no_kl", *rest]] * filtered
+        method = any(text.startswith("algorithm=") for text in cell.overrides) and bool(cell.needs)
+        expected = {"dash": multi, "no_kl": filtered, "pg": method and not multi and not filtered}
+        assert partners == [[name, *rest] for name, wanted in expected.items() if wanted]
 
 
 @pytest.mark.long
