@@ -97,7 +97,7 @@ def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
         mask_truncated=False,
         evaluate_every=0,
         checkpoint_every=0,
-        budget_s=None,
+        budget=None,
     )
 
 
