@@ -7,7 +7,6 @@ declares only those parameters of its kind that it needs. docs/plugins.md shows 
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import hashlib
 import importlib
@@ -115,20 +114,10 @@ KINDS: dict[str, type] = {
     "template": Template,
     "loader": DatasetLoader,
 }
-EITHER = ("group", "batch")
-"""Of these two parameters a filter or an advantage declares one."""
 REFERENCE = re.compile(r"(?:(.*)/)?((?:[^\W\d]\w*\.)*[^\W\d]\w*):([^\W\d]\w*)")
 ANY_REFERENCE = "or a function of your own, module:function"
 STORED = "plugins"
 """The folder of a cell that keeps the sources of its functions."""
-
-
-class Unusable(Exception):
-    """A reference that cannot be used: what is wrong, and what to do."""
-
-    def __init__(self, what: str, hint: str = ""):
-        super().__init__(what)
-        self.what, self.hint = what, hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,35 +143,29 @@ def is_reference(value: object) -> bool:
     return isinstance(value, str) and ":" in value
 
 
-def find(text: str, base: Path | None = None) -> Reference:
-    """What a reference names; relative folders are below `base` (None: the current folder). Imports nothing
-    of a local module. Raises Unusable."""
+def find(text: str, where: str = "") -> Reference:
+    """What a reference names. `where`: the key that names it. Imports nothing of a local module. Raises
+    UserError."""
+    where = where or text
     match = REFERENCE.fullmatch(re.sub(r"\.py(?=:\w+$)", "", text))
     if match is None:
-        raise Unusable(f"got {text!r}, which is not module:function", "e.g. own_reward:score")
-    folder = (base or Path.cwd()) / Path(match[1] or ".").expanduser()
-    module, function = match[2], match[3]
+        raise UserError(Fault(where, f"got {text!r}, which is not module:function", "e.g. own_reward:score"))
+    folder, module, function = Path(match[1] or ".").expanduser().resolve(), match[2], match[3]
     if module_file(folder, module):
-        return Reference(folder.resolve(), module, function, True)
-    spec = None
+        return Reference(folder, module, function, True)
     try:
         spec = None if match[1] else importlib.util.find_spec(module)
     except (ImportError, ValueError):
-        pass
+        spec = None
     except Exception as error:  # a package above it is imported, which may raise anything
-        raise Unusable(f"{text}: {_raised(error)}") from error
+        raise UserError(Fault(where, f"{text}: {_raised(error)}")) from error
     if spec is None or spec.origin is None:
-        raise Unusable(f"{text}: no module {module!r} in {folder.resolve()}", _near_file(folder, module))
+        place = folder.joinpath(*module.split(".")[:-1])
+        near = [path.stem for path in place.glob("*.py")]
+        hint = nearest(module.rpartition(".")[2], near) if near else "start from its folder, or name that"
+        raise UserError(Fault(where, f"{text}: no module {module!r} in {folder}", hint))
     above = len(module.split(".")) - (0 if spec.submodule_search_locations is not None else 1)
     return Reference(Path(spec.origin).parents[above], module, function, False)
-
-
-def _near_file(folder: Path, module: str) -> str:
-    place = folder.joinpath(*module.split(".")[:-1])
-    names = sorted(path.stem for path in place.glob("*.py")) if place.is_dir() else []
-    if not names:
-        return "start from the folder of the module, or write folder/module:function"
-    return nearest(module.rpartition(".")[2], names)
 
 
 def module_file(folder: Path, module: str) -> Path | None:
@@ -191,10 +174,12 @@ def module_file(folder: Path, module: str) -> Path | None:
     return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()), None)
 
 
-def sources(one: Reference) -> dict[str, Path]:
-    """The files that a function consists of, by their path below its folder: its module, and what that
-    imports from the same folder (of an installed module: from the same package), directly or not."""
-    found: dict[str, Path] = {}
+@functools.cache
+def sources(one: Reference) -> dict[str, bytes]:
+    """The files that a function consists of, by their path below its folder, as they are when a process first
+    asks: its module, and what that imports from the same folder (of an installed module: from the same
+    package), directly or not."""
+    found: dict[str, bytes] = {}
     pending = [one.module]
     while pending:
         parts = pending.pop().split(".")
@@ -204,13 +189,12 @@ def sources(one: Reference) -> dict[str, Path]:
             file = module_file(one.folder, name)
             place = str(file.relative_to(one.folder)) if file else ""
             if file and place not in found:
-                found[place] = file
+                found[place] = file.read_bytes()
                 package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-                pending += _imports(file.read_bytes(), package)
+                pending += _imports(found[place], package)
     return dict(sorted(found.items()))
 
 
-@functools.lru_cache(maxsize=256)
 def _imports(source: bytes, package: str) -> list[str]:
     """Full names of all that a source imports."""
     try:
@@ -226,25 +210,25 @@ def _imports(source: bytes, package: str) -> list[str]:
 
 
 def source_hash(one: Reference) -> str:
-    """SHA-256 over the files of a function."""
+    """The start of a SHA-256 over the files of a function."""
     digest = hashlib.sha256()
-    for place, file in sources(one).items():
-        digest.update(f"{place}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()
+    for place, source in sources(one).items():
+        digest.update(f"{place}\0".encode() + source + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def version(one: Reference) -> str:
     """The name of a function and the hash of its source, wherever it lies."""
-    return f"{one.name}@{source_hash(one)[:16]}"
+    return f"{one.name}@{source_hash(one)}"
 
 
-def stored(one: Reference) -> tuple[str, dict[str, Path]]:
-    """The reference that stands in a frozen config, relative to the cell's folder, and the files to be copied
-    there. An installed module is not copied."""
+def stored(one: Reference) -> tuple[str, dict[str, bytes]]:
+    """The reference that stands in a frozen config, relative to the cell's folder, and the files to be
+    written there. An installed module is not copied."""
     if not one.local:
         return str(one), {}
     place = f"{STORED}/{source_hash(one)[:8]}"
-    return f"{place}/{one.name}", {f"{place}/{name}": file for name, file in sources(one).items()}
+    return f"{place}/{one.name}", {f"{place}/{name}": source for name, source in sources(one).items()}
 
 
 # --- load and call ---
@@ -298,44 +282,46 @@ class Plugin:
         return [self.numbers(own, len(g), flags) for own, g in zip(returned, batch, strict=True)]
 
 
-_modules: dict[tuple[Path, str, str], ModuleType] = {}
 _own: set[str] = set()
 """Names in sys.modules that this module has put there."""
 
 
 def load(text: str, kind: str, where: str = "") -> Plugin:
-    """The function of a reference. `where`: the key that names it, for faults. Raises Unusable."""
-    one = find(text)
-    function = getattr(_module(one), one.function, None)
+    """The function of a reference, as it is when a process first asks. `where`: the key that names it. Raises
+    UserError."""
+    return _load(find(text, where), kind, where or text)
+
+
+@functools.cache
+def _load(one: Reference, kind: str, where: str) -> Plugin:
+    module = _module(one, where)
+    function = getattr(module, one.function, None)
     if function is None:
-        public = [name for name, value in vars(_module(one)).items() if callable(value) and name[0] != "_"]
+        public = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
         hint = nearest(one.function, public) if public else "it defines no function"
-        raise Unusable(f"{one.module} has no function {one.function!r}", hint)
+        raise UserError(Fault(where, f"{one.module} has no function {one.function!r}", hint))
     if not callable(function):
-        raise Unusable(f"{one.name} is {shorten(repr(function))}, not a function")
-    return Plugin(one.name, function, _accepted(one.name, function, kind), where or one.name)
+        raise UserError(Fault(where, f"{one.name} is {shorten(repr(function))}, not a function"))
+    return Plugin(one.name, function, _accepted(one.name, function, kind, where), where)
 
 
-def _module(one: Reference) -> ModuleType:
-    """The module, imported once for each state of its files. Raises Unusable."""
-    key = (one.folder, one.module, source_hash(one) if one.local else "")
-    if key not in _modules:
-        try:
-            _modules[key] = _import_local(one) if one.local else importlib.import_module(one.module)
-        except (Exception, SystemExit) as error:  # importing code of the user's own may raise anything
-            if isinstance(error, Unusable):
-                raise
-            raise Unusable(f"{one.module} {_raised(error)}, when it was imported") from error
-    return _modules[key]
+def _module(one: Reference, where: str) -> ModuleType:
+    try:
+        return _import_local(one, where) if one.local else importlib.import_module(one.module)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # importing code of the user's own may raise anything
+        raise UserError(Fault(where, f"{one.module} {_raised(error)}, when it was imported")) from error
 
 
-def _import_local(one: Reference) -> ModuleType:
+def _import_local(one: Reference, where: str) -> ModuleType:
     """Import from the folder, whatever modules of these names other folders have."""
     names = [re.sub(r"(/__init__)?\.py$", "", place).replace("/", ".") for place in sources(one)]
     for name in names:
         taken = name in sys.stdlib_module_names or (name in sys.modules and name not in _own)
         if taken and getattr(sys.modules.get(name), "__file__", "") != str(module_file(one.folder, name)):
-            raise Unusable(f"{name} is the name of another module that is in use", "rename yours")
+            what = f"{name} is the name of another module that is in use"
+            raise UserError(Fault(where, what, "rename yours"))
         sys.modules.pop(name, None)
     _own.update(names)
     importlib.invalidate_caches()
@@ -350,32 +336,24 @@ def _import_local(one: Reference) -> ModuleType:
             sys.path.append(str(one.folder))
 
 
-def _accepted(name: str, function: Any, kind: str) -> frozenset[str]:
-    """The parameters that it declares. Raises Unusable where it cannot be called with those of its kind."""
+def _accepted(name: str, function: Any, kind: str, where: str) -> frozenset[str]:
+    """The parameters that it declares. Raises UserError where it cannot be called with those of its kind."""
     allowed = tuple(inspect.signature(KINDS[kind].__call__).parameters)[1:]
     try:
         declared = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        raise Unusable(f"{name} has no signature that can be read", "wrap it in a function") from None
+        raise UserError(Fault(where, f"{name} has no signature that can be read", "wrap it")) from None
     named = [p for p in declared if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    odd = [
-        p.name
-        for p in named
-        if p.kind == p.POSITIONAL_ONLY or (p.name not in allowed and p.default is p.empty)
-    ]
-    takes = f"{name} takes ({', '.join(p.name for p in declared)})"
+    unknown = [p for p in named if p.name not in allowed and p.default is p.empty]
+    odd = [p.name for p in named if p in unknown or p.kind == p.POSITIONAL_ONLY]
+    takes = f"{name} takes ({', '.join(p.name for p in declared)}), but its kind ({kind})"
     if odd:
-        close = difflib.get_close_matches(odd[0], allowed, n=1)
-        meant = f"did you mean {close[0]!r}? " if close else ""
-        what = f"{takes}, but {'an' if kind[0] == 'a' else 'a'} {kind} has no parameter {odd[0]!r}"
-        raise Unusable(what, f"{meant}it may declare any of: {', '.join(allowed)}")
+        hint = f"it may declare {nearest(odd[0], allowed)}"
+        raise UserError(Fault(where, f"{takes} has no parameter {odd[0]!r}", hint))
     every = any(p.kind == p.VAR_KEYWORD for p in declared)
     taken = frozenset(allowed if every else (p.name for p in named if p.name in allowed))
-    if EITHER[0] in allowed and len(taken & set(EITHER)) != 1:
-        raise Unusable(
-            f"{takes}, but {'an' if kind[0] == 'a' else 'a'} {kind} takes either group or batch",
-            "name one of them",
-        )
+    if "group" in allowed and len(taken & {"group", "batch"}) != 1:
+        raise UserError(Fault(where, f"{takes} takes either group or batch", "declare one of them"))
     return taken
 
 
@@ -393,16 +371,8 @@ def faults(where: str, text: str, kind: str) -> Iterator[Fault]:
     """What is wrong with a reference. Imports its module."""
     try:
         load(text, kind, where)
-    except Unusable as error:
-        yield Fault(where, error.what, error.hint)
-
-
-def usable(text: str, kind: str, where: str) -> Plugin:
-    """`load`, for a config that was checked. Raises UserError."""
-    try:
-        return load(text, kind, where)
-    except Unusable as error:
-        raise UserError(Fault(where, error.what, error.hint)) from error
+    except UserError as error:
+        yield from error.faults
 
 
 # --- rewards and rows ---
@@ -416,7 +386,7 @@ def to_score(value: Any, name: str = "it") -> Score:
         return Score(float(value), "correct" if value else "wrong")
     if isinstance(value, int | float) and math.isfinite(value):
         return Score(float(value), "correct" if value >= 1 else "wrong")
-    known = isinstance(value, Score) and value.outcome in get_args(Outcome)
+    known = isinstance(value, Score) and value.outcome in get_args(Outcome) and value.outcome != "shown"
     if known and (math.isfinite(value.value) or value.outcome == "verifier_error"):
         return Score(float(value.value), value.outcome, str(value.detail)[:400])
     wanted = "a bool, a finite number or a Score"
@@ -424,12 +394,13 @@ def to_score(value: Any, name: str = "it") -> Score:
 
 
 @functools.lru_cache(maxsize=8)
-def _rows(text: str, source: str, split: str, options: str, where: str) -> tuple[str, ...]:
-    plugin = usable(text, "loader", where)
-    returned = plugin(split=split, options=json.loads(options))
+def load_rows(text: str, split: str, options: str, where: str = "kind") -> tuple[str, ...]:
+    """The rows of a dataset loader, each as a line of JSON; loaded once in a process. `options`: as JSON.
+    Raises UserError."""
+    plugin = load(text, "loader", where)
     lines = []
     try:
-        for row in returned:
+        for row in plugin(split=split, options=json.loads(options)):
             if not isinstance(row, Mapping):
                 raise plugin.failed(f"returned a row that is {shorten(repr(row))}, expected a mapping")
             lines.append(json.dumps(dict(row), ensure_ascii=False, default=str))
@@ -438,12 +409,3 @@ def _rows(text: str, source: str, split: str, options: str, where: str) -> tuple
     except Exception as error:  # a generator raises while it is read
         raise plugin.failed(_raised(error)) from error
     return tuple(lines)
-
-
-def load_rows(text: str, split: str, options: Row, where: str = "kind") -> tuple[str, ...]:
-    """The rows of a dataset loader, each as a line of JSON; loaded once in a process. Raises UserError."""
-    given = json.dumps(dict(options), sort_keys=True)
-    try:
-        return _rows(text, source_hash(find(text)), split, given, where)
-    except Unusable as error:
-        raise UserError(Fault(where, error.what, error.hint)) from error

@@ -70,8 +70,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.path[:] = path
 
 
+def forget() -> None:
+    """As a new process, which sees files that were edited."""
+    for known in (plugins.sources, plugins._load, plugins.load_rows):
+        known.cache_clear()
+
+
 def module(folder: Path, **functions: str) -> str:
     """A module of functions given by parameters and returned expression; its name."""
+    forget()
     lines = [f"def {name}{text}" for name, text in functions.items()]
     (folder / "made.py").write_text("import torch\n" + "\n".join(lines))
     return "made"
@@ -83,7 +90,7 @@ def test_every_fault_of_a_reference_is_named(here: Path, config: Config) -> None
         "dataset.verifier": ("own:scor", "own has no function 'scor'"),
         "dataset.template": ("owm:score", f"owm:score: no module 'owm' in {here}"),
         "filter.name": ("own:VALUE", "own:VALUE is 3, not a function"),
-        "algorithm.baseline": ("own:odd", "own:odd takes (completion, gold), but an advantage"),
+        "algorithm.baseline": ("own:odd", "own:odd takes (completion, gold), but its kind (advantage)"),
         "algorithm.surrogate": (
             "broken:f",
             "broken raised ZeroDivisionError: division by zero (broken.py:1)",
@@ -100,7 +107,7 @@ def test_every_fault_of_a_reference_is_named(here: Path, config: Config) -> None
         "json:dumps": "json:dumps takes (obj",
         "nowhere/own:score": f"nowhere/own:score: no module 'own' in {here}/nowhere",
         "not_there.at.all:f": "not_there.at.all:f: no module",
-        "own:odd": "own:odd takes (completion, gold), but a reward",
+        "own:odd": "own:odd takes (completion, gold), but its kind (reward)",
     }.items():
         (fault,) = check(changed(config, {"dataset.rewards": [text]}))
         assert (fault.where, fault.what[: len(what)]) == ("dataset.rewards", what)
@@ -110,7 +117,7 @@ def test_every_fault_of_a_reference_is_named(here: Path, config: Config) -> None
     text = module(here, both="(group, batch): return group", none="(threshold): return []")
     for name in ("both", "none"):
         (fault,) = check(changed(config, {"filter.name": f"{text}:{name}"}))
-        assert fault.what.endswith("but a filter takes either group or batch")
+        assert fault.what.endswith("but its kind (filter) takes either group or batch")
     weights = changed(config, {"dataset.rewards": ["own:size"], "dataset.reward_weights": [1.0, 2.0]})
     assert [f.what for f in check(weights)] == ["got 2 for the 1 of dataset.rewards"]
 
@@ -124,6 +131,8 @@ def test_the_id_follows_the_source_and_the_cell_keeps_it(here: Path, config: Con
     (here / "unrelated.py").write_text("")
     assert make_cell(config, None).id == cell.id
     (here / "helper.py").write_text(HELPER.replace("BONUS = 2", "BONUS = 5"))  # imported by it
+    assert make_cell(config, None).id == cell.id  # of this process
+    forget()
     edited = make_cell(config, None)
     assert edited.id != cell.id and edited.frozen["dataset"] != cell.frozen["dataset"]
     os.chdir(tmp_path)  # where SLURM starts it, say
@@ -141,6 +150,7 @@ def test_the_id_follows_the_source_and_the_cell_keeps_it(here: Path, config: Con
     stored = as_stored(config, edited.folder(tmp_path)).dataset.verifier
     assert Path(stored.partition(":")[0]).with_suffix(".py").is_file()
     next(folder.glob("plugins/*/helper.py")).write_text("BONUS = 9")
+    forget()
     assert make_cell(read_frozen(folder), None).id != cell.id  # so it is refused
 
 
@@ -180,14 +190,13 @@ def test_rewards_run_in_the_pool_and_add_up(here: Path, config: Config) -> None:
         detail = verdicts["raise"].result().detail
         assert detail == "own:score raised KeyError: 'no such thing' (helper.py:5)"
         assert own.submit("5", "4", facts).result() == Score(2.0, "correct")
-        data = replace(config.dataset, rewards=["own:size"], reward_weights=[0.5], verifier_weight=2.0)
+        assert own.version == plugins.version(plugins.find("own:score"))
+        data = replace(config.dataset, rewards=["own:size"], reward_weights=[0.5])
         shaped = judges.training(data)
         verdict = shaped.submit("4", "4", facts).result()
-        assert verdict == Score(1.0, "correct", added=1.0 - 3.5, parts={"own.size": -7.0})
-        together = judges.training(
-            replace(data, verifier="own:score", rewards=["own:size", "own:no_number"], reward_weights=[])
-        )
-        verdict = together.submit("4", "4", facts).result()
+        assert verdict == Score(1.0, "correct", added=-3.5, parts={"own.size": -7.0})
+        failing = replace(data, rewards=["own:size", "own:no_number"], reward_weights=[])
+        verdict = judges.training(failing).submit("4", "4", facts).result()
         assert verdict.outcome == "verifier_error" and "own:no_number returned 'good'" in verdict.detail
     finally:
         judges.close()

@@ -8,6 +8,7 @@ not changed after it was composed: `changed` makes a copy.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,7 +16,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from dash_exp.plugins import is_reference
+from dash_exp.plugins import find, is_reference, load_rows
 
 BASELINES = ("group_mean", "leave_one_out", "batch_mean", "best_of_others")
 SCALES = ("std", "none", "batch_std", "mean")
@@ -294,7 +295,6 @@ class DatasetConfig(Constant):
     verifier: str = choice(
         *VERIFIERS, meaning="what judges an answer; which fit depends on `kind`", plugin="reward"
     )
-    verifier_weight: float = number(NATURAL, "weight of its score in the reward", 1.0)
     rewards: list[str] = choice(meaning="added to its score in training", default=[], plugin="reward")
     reward_weights: list[float] = number(
         Range(-(10**6), 10**6), "a weight for each of `rewards`; empty: all 1", []
@@ -512,6 +512,12 @@ def own_functions(config: Config) -> Iterator[tuple[str, str, str | list[str]]]:
         for where, key, value in declared(part, prefix):
             if key.plugin and any(map(is_reference, value if isinstance(value, list) else [value])):
                 yield where, key.plugin, value
+
+
+def own_rows(data: DatasetConfig) -> tuple[str, ...]:
+    """The rows of a loader of the user's own, as JSON."""
+    options = json.dumps(data.task_options, sort_keys=True)
+    return load_rows(str(find(data.kind, "kind")), data.hub_split or data.split, options)
 
 
 def with_references(config: Config, change: Callable[[str], str]) -> Config:

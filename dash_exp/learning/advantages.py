@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from dash_exp import plugins
 from dash_exp.config.schema import BASELINES, SCALES, STD_EPSILON
-from dash_exp.plugins import Plugin, is_reference
+from dash_exp.plugins import is_reference
 
 BASELINE = "algorithm.baseline"
 
 
 def compares_batch(baseline: str, scale: str) -> bool:
     """Whether these advantages need the rewards of the complete batch."""
-    own = is_reference(baseline) and plugins.usable(baseline, "advantage", BASELINE).batch_wide
+    own = is_reference(baseline) and plugins.load(baseline, "advantage", BASELINE).batch_wide
     return own or baseline == "batch_mean" or scale == "batch_std"
 
 
@@ -22,11 +22,16 @@ def batch_advantages(
     rewards_PG: Sequence[Sequence[float]], *, baseline: str, scale: str, pass_k: int = 2
 ) -> list[tuple[float, ...]]:
     """The advantages of each group; see `group_advantages`."""
-    if is_reference(baseline):
-        return own_advantages(rewards_PG, plugins.usable(baseline, "advantage", BASELINE), scale)
     batch = [r for rewards_G in rewards_PG for r in rewards_G]
+    own: list[tuple[float, ...] | None] = [None] * len(rewards_PG)
+    if is_reference(baseline):
+        finite = [list(filter(math.isfinite, rewards_G)) for rewards_G in rewards_PG]
+        own = plugins.load(baseline, "advantage", BASELINE).groups(finite)
     options = {"baseline": baseline, "scale": scale}
-    return [group_advantages(g, **options, pass_k=pass_k, batch_N=batch) for g in rewards_PG]
+    return [
+        group_advantages(g, **options, pass_k=pass_k, batch_N=batch, own=made)
+        for g, made in zip(rewards_PG, own, strict=True)
+    ]
 
 
 def group_advantages(
@@ -36,6 +41,7 @@ def group_advantages(
     scale: str = "std",
     pass_k: int = 2,
     batch_N: Sequence[float] = (),
+    own: Sequence[float] | None = None,
 ) -> tuple[float, ...]:
     """One advantage per completion of a group, the same for all its tokens.
 
@@ -47,59 +53,39 @@ def group_advantages(
     4.1.2; DASH, section 3); `batch_std` by that of the batch; `mean` by mean(r), which makes the expected
     gradient that of the log-likelihood of a right answer (MaxRL, Tajwar et al. 2026).
 
+    `own`: what a function of the user's own made of the finite rewards, in place of a baseline; it is 0 for
+    equal rewards only if it is scaled.
+
     A completion whose reward is not finite (it could not be judged) gets 0 and never moves the
     baseline of the others. A group (for `batch_mean`: a batch) whose finite rewards are all equal gets
     exactly 0, decided by max - min and not by a std that rounding can make tiny but positive.
 
     Raises ValueError for fewer than two rewards, an unknown option, or a mean that cannot be divided by.
     """
-    if baseline not in BASELINES or scale not in SCALES:
+    if (own is None and baseline not in BASELINES) or scale not in SCALES:
         raise ValueError(f"unknown baseline {baseline!r} or scale {scale!r}")
     if len(rewards_G) < 2:
         raise ValueError(f"a group needs at least two completions, got {len(rewards_G)}")
     finite = [r for r in rewards_G if math.isfinite(r)]
     batch = [r for r in batch_N if math.isfinite(r)]
     compared = batch if baseline == "batch_mean" else finite
-    if len(compared) < 2 or max(compared) == min(compared):
+    equal = len(compared) < 2 or max(compared) == min(compared)
+    if equal and (own is None or scale != "none"):
         return (0.0,) * len(rewards_G)
-    n, mean = len(compared), math.fsum(compared) / len(compared)
-    if baseline == "best_of_others":
-        above = iter(best_of_others(finite, pass_k))
+    n, mean = len(compared), math.fsum(compared) / max(1, len(compared))
+    if own is not None or baseline == "best_of_others":
+        above = iter(best_of_others(finite, pass_k) if own is None else own)
         raw = [next(above) if math.isfinite(r) else 0.0 for r in rewards_G]
     else:
         raw = [r - mean if math.isfinite(r) else 0.0 for r in rewards_G]
     factor = n / (n - 1) if baseline == "leave_one_out" else 1.0
-    if scale != "none":
-        factor /= _divisor(batch if scale == "batch_std" else compared, scale)
+    if scale in ("std", "batch_std"):
+        factor /= _std(compared if scale == "std" else batch) + STD_EPSILON
+    elif scale == "mean":
+        if mean <= 0:
+            raise ValueError(f"scale=mean divides by the mean reward, which is {mean:g}")
+        factor /= mean
     return tuple(a * factor for a in raw)
-
-
-def own_advantages(
-    rewards_PG: Sequence[Sequence[float]], baseline: Plugin, scale: str
-) -> list[tuple[float, ...]]:
-    """Advantages by a function of the user's own, which sees finite rewards only, divided by the scale. A
-    scale other than `none` makes those of equal rewards 0."""
-    finite_PG = [[r for r in group if math.isfinite(r)] for group in rewards_PG]
-    batch = [r for group in finite_PG for r in group]
-    found = []
-    for rewards_G, finite, raw in zip(rewards_PG, finite_PG, baseline.groups(finite_PG), strict=True):
-        compared = batch if scale == "batch_std" else finite
-        factor = 1.0
-        if scale != "none":
-            equal = len(compared) < 2 or max(compared) == min(compared)
-            factor = 0.0 if equal else 1 / _divisor(compared, scale)
-        values = iter(raw)
-        found.append(tuple(next(values) * factor if math.isfinite(r) else 0.0 for r in rewards_G))
-    return found
-
-
-def _divisor(compared: Sequence[float], scale: str) -> float:
-    if scale != "mean":
-        return _std(compared) + STD_EPSILON
-    mean = math.fsum(compared) / len(compared)
-    if mean <= 0:
-        raise ValueError(f"scale=mean divides by the mean reward, which is {mean:g}")
-    return mean
 
 
 def _std(values: Sequence[float]) -> float:

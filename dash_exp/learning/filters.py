@@ -32,7 +32,7 @@ class Filter:
 def make_filter(name: str, threshold: float = 0.0, share: float | None = None) -> Filter:
     """The filter that config names. `share` None: of `random`, as many as `advantage` keeps."""
     if is_reference(name):
-        own = plugins.usable(name, "filter", "filter.name")
+        own = plugins.load(name, "filter", "filter.name")
         call = partial(own.groups, flags=True, threshold=threshold, share=share)
         return Filter(lambda batch, seed: call(batch, seed=seed), own.batch_wide)
     if name == "random" and share is None:

@@ -89,7 +89,7 @@ def own_surrogate(
     name: str, logprobs_T: Tensor, old_logprobs_T: Tensor, packed: Packed, bounds: tuple[float, float]
 ) -> Tensor:
     """The loss of each token [T] by a function of the user's own. Raises UserError for anything else."""
-    own = plugins.usable(name, "surrogate", "algorithm.surrogate")
+    own = plugins.load(name, "surrogate", "algorithm.surrogate")
     returned = own(
         logprobs=logprobs_T,
         old_logprobs=old_logprobs_T,

@@ -30,6 +30,7 @@ from dash_exp.config.schema import (
     changed,
     dataset_places,
     own_functions,
+    own_rows,
     to_config,
     with_references,
 )
@@ -66,7 +67,7 @@ LATER: Mapping[str, object] = {
 
 AMONG_SETS = ("test_path", "test_split")
 """Keys of a dataset that are replaced by the set that they name."""
-LATER_OF_DATASETS: Mapping[str, object] = {"verifier_weight": 1.0, "rewards": [], "reward_weights": []}
+LATER_OF_DATASETS: Mapping[str, object] = {"rewards": [], "reward_weights": []}
 
 JUDGED_BY = {
     "math": {"judge": VERIFIER_VERSION},
@@ -85,7 +86,7 @@ class Cell:
     name: str
     frozen: dict[str, Any]
     digest: str
-    sources: Mapping[str, Path] = field(default_factory=dict)
+    sources: Mapping[str, bytes] = field(default_factory=dict)
 
     def folder(self, root: Path) -> Path:
         return root / "cells" / f"{self.name}-{self.id}"
@@ -97,35 +98,30 @@ def make_cell(config: Config, cache: Path | None) -> Cell:
     return replace(cell_of(*described(resolved, cache)), sources=sources_of(resolved))
 
 
-def sources_of(config: Config) -> dict[str, Path]:
+def sources_of(config: Config) -> dict[str, bytes]:
     """The files of the user's own functions, by where the folder of a cell keeps them."""
     values = (value for _, _, value in own_functions(config))
     texts = (text for value in values for text in ([value] if isinstance(value, str) else value))
-    return {place: file for text in texts for place, file in plugins.stored(_found(text))[1].items()}
-
-
-def _found(text: str, base: Path | None = None) -> plugins.Reference:
-    try:
-        return plugins.find(text, base)
-    except plugins.Unusable as error:
-        raise UserError(Fault(text, error.what, error.hint)) from error
+    return {
+        place: source for text in texts for place, source in plugins.stored(plugins.find(text))[1].items()
+    }
 
 
 def as_stored(config: Config, folder: Path) -> Config:
     """A copy that refers to the sources in a cell's folder: editing the originals does not change the run."""
-    return with_references(config, lambda text: in_folder(plugins.stored(_found(text))[0], folder))
+    return with_references(config, lambda text: in_folder(plugins.stored(plugins.find(text))[0], folder))
 
 
 def frozen_values(config: Config) -> dict[str, Any]:
     """What is frozen of a config with resolved paths."""
-    kept = with_references(config, lambda text: plugins.stored(_found(text))[0])
+    kept = with_references(config, lambda text: plugins.stored(plugins.find(text))[0])
     return {k: v for k, v in asdict(kept).items() if k not in ACTIONS}
 
 
 def described(config: Config, cache: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is frozen of a config with resolved paths, and what its identity is made of."""
     rows = {place: _rows_hash(one) for place, one in dataset_places(config).items() if is_reference(one.kind)}
-    hashed = with_references(config, lambda text: plugins.version(_found(text)))
+    hashed = with_references(config, lambda text: plugins.version(plugins.find(text)))
     identity = {k: v for k, v in asdict(hashed).items() if k not in ACTIONS} | {"format": FORMAT}
     identity |= {"rows": rows} if rows else {}
     identity["model"] = _model_identity(config.model, identity["model"], cache)
@@ -136,8 +132,7 @@ def described(config: Config, cache: Path | None) -> tuple[dict[str, Any], dict[
 
 
 def _rows_hash(one: DatasetConfig) -> str:
-    lines = plugins.load_rows(one.kind, one.hub_split or one.split, one.task_options)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(own_rows(one)).encode()).hexdigest()
 
 
 def cell_of(frozen: dict[str, Any], identity: Mapping[str, Any]) -> Cell:
@@ -184,7 +179,7 @@ def resolve_paths(config: Config) -> Config:
             found[f"{place}.traces"] = _absolute(one.traces)
     if config.model.path:
         found["model.path"] = _absolute(config.model.path)
-    resolved = with_references(changed(config, found), lambda text: str(_found(text)))
+    resolved = with_references(changed(config, found), lambda text: str(plugins.find(text)))
     assert isinstance(resolved, Config)
     return resolved
 
@@ -230,15 +225,15 @@ def _model_identity(one: ModelConfig, plain: dict[str, Any], cache: Path | None)
 
 
 def freeze(
-    frozen: Mapping[str, Any], folder: Path, sources: Mapping[str, Path] = MappingProxyType({})
+    frozen: Mapping[str, Any], folder: Path, sources: Mapping[str, bytes] = MappingProxyType({})
 ) -> None:
     """Write config.yaml once, and the sources that it refers to; what is frozen is never written again."""
     folder.mkdir(parents=True, exist_ok=True)
-    for place, file in sources.items():
+    for place, source in sources.items():
         target = folder / place
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
+            target.write_bytes(source)
     path = folder / "config.yaml"
     if os.path.lexists(path):
         if frozen:  # else it is a cell of a launched sweep, and its own process reads the config

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_exp import plugins
-from dash_exp.config.schema import Config, DatasetConfig, evaluation_places, parts_of
+from dash_exp.config.schema import Config, DatasetConfig, evaluation_places, own_rows, parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.jsonl import read_lines
 from dash_exp.plugins import is_reference
@@ -52,11 +52,9 @@ def placed(place: str) -> Iterator[None]:
 
 def load_examples(dataset: DatasetConfig) -> ExampleSet:
     """The examples of a dataset whose path has been resolved."""
-    split = dataset.hub_split or dataset.split
     if is_reference(dataset.kind):
         name = plugins.find(dataset.kind).name
-        rows = map(json.loads, plugins.load_rows(dataset.kind, split, dataset.task_options))
-        return from_rows(dataset.name, rows, name, layout(dataset))
+        return from_rows(dataset.name, map(json.loads, own_rows(dataset)), name, layout(dataset))
     if dataset.kind != "jsonl":
         from dash_exp.tasks.generated import GENERATED, gym_examples
 
@@ -74,6 +72,7 @@ def load_examples(dataset: DatasetConfig) -> ExampleSet:
     if dataset.path:
         return read_jsonl(Path(dataset.path), dataset.name, layout(dataset))
     if dataset.hub:
+        split = dataset.hub_split or dataset.split
         return read_hub(dataset.name, dataset.hub, dataset.hub_config, split, layout(dataset))
     raise UserError(Fault("path", f"{dataset.name!r} names no file and no hub dataset", "set it to a file"))
 

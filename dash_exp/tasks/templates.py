@@ -84,7 +84,7 @@ def renderer(name: str, style: Style) -> Callable[[Example], str]:
         what = f"{name!r} needs the tokenizer's chat template, and this one has none"
         raise UserError(Fault("template", what, f"choose another: {others}; or an instruct model"))
     if is_reference(name):
-        return partial(_own, plugins.usable(name, "template", "template"), style.chat)
+        return partial(_own, plugins.load(name, "template", "template"), style.chat)
     template = RENDERERS[name]
     return lambda example: template(example, style)
 

@@ -12,7 +12,7 @@ import platform
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from importlib.metadata import version as installed_version
@@ -40,7 +40,6 @@ class Rewarded(Protocol):
 
     verifier: str
     extraction: str
-    verifier_weight: float
     rewards: list[str]
     reward_weights: list[float]
 
@@ -74,26 +73,21 @@ class Judges:
 
     def training(self, data: Rewarded) -> Judge:
         """The judge of a dataset that is trained on, which also adds its other rewards."""
-        if not data.rewards and data.verifier_weight == 1:
-            return self.get(data.verifier, data.extraction)
-        together = is_reference(data.verifier) and data.rewards  # in the same workers
-        base = None if together else self.get(data.verifier, data.extraction)
+        base = self.get(data.verifier, data.extraction)
+        if not data.rewards:
+            return base
         names = [plugins.find(text).name.replace(":", ".") for text in data.rewards]
         weights = dict(zip(names, data.reward_weights or [1.0] * len(names), strict=True))
-        key = (data.verifier, data.extraction, *data.rewards, *map(str, weights.values()))
+        key = (base.version, *data.rewards, str(weights))
         if key not in self._made:
-            verifier = data.verifier if together else ""
-            pool = self._own_pool(verifier, data.rewards) if data.rewards else None
-            self._made[key] = AddedRewards(base, pool, weights, data.verifier_weight)
+            own = OwnJudge(self._own_pool(*(f"--reward={text}" for text in data.rewards)))
+            self._made[key] = AddedRewards(base, own, weights)
         return self._made[key]
 
-    def _own_pool(self, verifier: str, rewards: Sequence[str] = ()) -> VerifierPool:
+    def _own_pool(self, *functions: str) -> VerifierPool:
         from dash_exp.verifiers.pool import Program, VerifierPool
 
-        arguments = (f"--verifier={verifier}", *(f"--reward={text}" for text in rewards))
-        first = plugins.find(verifier or rewards[0])
-        folder = str(first.folder) if first.local else "/"
-        program = Program(arguments=arguments, trusted=True, folder=folder)
+        program = Program(arguments=functions, trusted=True)
         return VerifierPool(self.workers, self.timeout_s, self.memory_mb, program)
 
     def limits(self, verifier: str) -> str:
@@ -113,7 +107,7 @@ class Judges:
         if verifier == "integer":
             return InlineJudge(judge_integer)
         if is_reference(verifier):
-            return OwnJudge(self._own_pool(verifier), plugins.version(plugins.find(verifier)))
+            return OwnJudge(self._own_pool(f"--verifier={verifier}"), plugins.version(plugins.find(verifier)))
         if verifier == "code":
             return code_judge(self.workers, self.timeout_s, self.memory_mb, self.sandbox, extraction)
         if verifier == "reasoning_gym":
@@ -205,41 +199,35 @@ class OwnJudge:
 
 
 class AddedRewards:
-    """Adds the values of the user's own rewards, with `weights` by name, to a verdict: of `base`, or (None)
-    of the verifier that runs in `pool` with them (None: there are none)."""
+    """Adds the values of the user's own rewards, with `weights` by name, to the verdicts of `base`."""
 
-    def __init__(
-        self, base: Judge | None, pool: VerifierPool | None, weights: Mapping[str, float], weight: float
-    ):
-        self._base, self._own = base, OwnJudge(pool) if pool else None
-        self._weights, self._weight = weights, weight
-        self.version = "+".join([*([base.version] if base else []), *weights])
+    def __init__(self, base: Judge, own: OwnJudge, weights: Mapping[str, float]):
+        self._base, self._own, self._weights = base, own, weights
+        self.version = "+".join([base.version, *weights])
 
     def submit(self, text: str, answer: str, facts: Facts = NO_FACTS) -> Future[Score]:
         """A future of the verdict. `verifier_error` where a reward that is added has no value."""
-        asked = [judge.submit(text, answer, facts) for judge in (self._base, self._own) if judge]
+        base, own = (judge.submit(text, answer, facts) for judge in (self._base, self._own))
         result: Future[Score] = Future()
 
         def finish(_: Future[Score]) -> None:
-            if any(one.cancelled() for one in asked):
+            if base.cancelled() or own.cancelled():
                 result.cancel()
             if result.set_running_or_notify_cancel():
-                result.set_result(self._sum(asked[0].result(), asked[-1].result()))
+                result.set_result(self._sum(base.result(), own.result()))
 
-        asked[0].add_done_callback(lambda _: asked[-1].add_done_callback(finish))
+        base.add_done_callback(lambda _: own.add_done_callback(finish))
         return result
 
     def _sum(self, verdict: Score, own: Score) -> Score:
-        if len(own.parts) != len(self._weights):
-            failed = own if self._base is None else score("verifier_error", f"dataset.rewards: {own.detail}")
-            return failed
+        if own.outcome != "shown":
+            return score("verifier_error", f"dataset.rewards: {own.outcome}, {own.detail}")
         added = sum(self._weights[name] * value for name, value in own.parts.items())
-        return replace(verdict, added=added + (self._weight - 1) * verdict.value, parts=own.parts)
+        return replace(verdict, added=added, parts=own.parts)
 
     def close(self) -> None:
-        """Close the pool; the verifier's own belongs to others."""
-        if self._own:
-            self._own.close()
+        """Close the rewards' pool; the verifier's belongs to others."""
+        self._own.close()
 
 
 def math_judge(pool: VerifierPool, extraction: str, cache_size: int = CACHE_SIZE) -> PooledJudge:

@@ -45,13 +45,12 @@ _Item = tuple[VerifyTask, "Future[Score]"]
 @dataclass(frozen=True, slots=True)
 class Program:
     """What a worker process runs: `python -m module arguments`, inside `sandbox` where one is given.
-    `trusted`: code of the user's own, which gets this process's environment."""
+    `trusted`: code of the user's own, which gets this process's environment and current folder."""
 
     module: str = "dash_exp.verifiers.worker"
     arguments: tuple[str, ...] = ()
     sandbox: Confinement | None = None
     trusted: bool = False
-    folder: str = "/"
 
     def command(self, timeout_s: float, memory_mb: int) -> list[str]:
         # -P: nothing in the working directory can stand in for a library
@@ -268,7 +267,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 env=program.environment(),
-                cwd=program.folder,
+                cwd=None if program.trusted else "/",
                 bufsize=0,
                 start_new_session=True,
             )

@@ -17,7 +17,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import IO, Any
 
 from dash_exp.types import Score
@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     channel = private_channel()
     die_with(options.parent)
     _limit_memory(options.memory_mb)
-    own = options.verifier or options.reward
-    judge = load_own(options.verifier, options.reward) if own else load_judge()
+    own = (options.verifier, options.reward)
+    judge = load_own(*own) if any(own) else load_judge()
     send(channel, {"ready": True})
     silence()
     for line in sys.stdin.buffer:
@@ -95,26 +95,24 @@ def load_judge() -> TaskJudge:
 
 
 def load_own(verifier: str, rewards: Sequence[str]) -> TaskJudge:
-    """Judges by functions of the user's own. A reward that is added has no outcome, only a value."""
+    """Judges by a function of the user's own; without one the verdict has the values of rewards as parts."""
     from dash_exp import plugins  # late: not among the files that the sandbox of programs shows
     from dash_exp.errors import UserError
 
-    judge = plugins.load(verifier, "reward") if verifier else None
-    added = {(one := plugins.load(text, "reward")).name.replace(":", "."): one for text in rewards}
+    asked = [plugins.load(text, "reward") for text in ([verifier] if verifier else rewards)]
 
     def run(task: VerifyTask) -> Score:
         given = json.loads(task.answer)
         given |= {"text": task.text, "fields": json.loads(given["fields"])}
-        asked = [*([judge] if judge else []), *added.values()]
         try:
             scores = [plugins.to_score(one(**given), one.name) for one in asked]
         except UserError as error:
             return score("verifier_error", error.faults[0].what)
         failed = [one for one in scores if one.outcome == "verifier_error"]
-        if failed:
-            return failed[0]
-        values = [one.value for one in scores[-len(added) :]] if added else []
-        return replace(scores[0], parts=dict(zip(added, values, strict=True)))
+        if failed or verifier:
+            return [*failed, *scores][0]
+        parts = {one.name.replace(":", "."): made.value for one, made in zip(asked, scores, strict=True)}
+        return Score(0.0, "shown", parts=parts)
 
     return run
 

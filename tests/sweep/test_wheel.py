@@ -132,7 +132,7 @@ def test_the_examples_run_from_a_wheel_in_an_empty_folder(installed: Path, tmp_p
     ]
     own += ["dataset.rewards=[own_reward:brevity,own_reward:starts_with_digit]"]
     own += ["dataset.reward_weights=[0.1,0.5]", "algorithm.surrogate=own_advantage:soft_clip"]
-    own += ["filter.name=own_filter:keep_hardest", "filter.share=0.5", "learner.ranks=2"]
+    own += ["filter.name=own_filter:keep_hardest", "filter.share=0.5", "cluster.threads=1"]
     assert "Finished after 2 steps" in run(installed, tmp_path, script, "debug=fast", *own)
     (cell,) = (tmp_path / "outputs" / "cells").iterdir()
     (row, _) = read_rows(cell / "steps.jsonl").rows
@@ -143,5 +143,5 @@ def test_the_examples_run_from_a_wheel_in_an_empty_folder(installed: Path, tmp_p
     )
     listed = run(installed, tmp_path, script, "sweep", "list", "own_sweep", "--json")
     assert json.loads(listed)[0]["combinations"] == 2
-    launched = run(installed, tmp_path, script, "sweep", "launch", "own_sweep", "--wait")
+    launched = run(installed, tmp_path, script, "sweep", "launch", "own_sweep", "--wait", "cluster.threads=1")
     assert "2 finished" in launched
