@@ -17,7 +17,6 @@ from dash_exp.learning.corrections import correction
 from dash_exp.learning.logprobs import Scorer, frozen_copy
 from dash_exp.learning.packing import MicroBatch, Packed, pack
 from dash_exp.learning.settings import (
-    BatchSums,
     Forward,
     LearnerSpec,
     Objective,
@@ -27,7 +26,7 @@ from dash_exp.learning.settings import (
     learning_rate,
 )
 from dash_exp.learning.weights import Weights, adapters_disabled, add_adapters, merged_weights
-from dash_exp.modeling.attention import ATTENTION
+from dash_exp.modeling.attention import ATTENTION, varlen_fits
 from dash_exp.modeling.source import load_model
 from dash_exp.record.checkpoint import Snapshot, checksum
 
@@ -50,6 +49,30 @@ class StateFacts:
         stored |= {key.removeprefix("master/"): key for key in kept if key.startswith("master/")}
         steps = {key.removeprefix("step/"): float(kept[key]) for key in kept if key.startswith("step/")}
         return cls(int(snapshot.state["updates"]), stored, steps)
+
+
+class BatchSums:
+    """Sums over tokens since the last `take`, for the metrics of a step: `first/...` at the sampling weights,
+    `later/...` after an update on the same batch, `scored/...` in forwards without gradient. Tensors are
+    added on their device, in double precision, and read once, so no addition waits for the device."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, float] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, which: str, **sums: Tensor | float) -> None:
+        for name, value in sums.items():
+            key = f"{which}/{name}"
+            if isinstance(value, Tensor):
+                own = value.double()
+                self._tensors[key] = self._tensors[key] + own if key in self._tensors else own
+            else:
+                self._numbers[key] = self._numbers.get(key, 0.0) + value
+
+    def values(self) -> dict[str, float]:
+        """All sums by name; waits for the device."""
+        found = torch.stack(list(self._tensors.values())).tolist() if self._tensors else []
+        return {**self._numbers, **dict(zip(self._tensors, found, strict=True))}
 
 
 class Learner:
@@ -107,6 +130,7 @@ class Learner:
         self.updates = 0
         self.sums = BatchSums()
         self._laid_out: tuple[MicroBatch, Packed] | None = None
+        self._varlen = varlen_fits(self.device, next(model.parameters()).dtype)
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +139,7 @@ class Learner:
     def _pack(self, batch: MicroBatch) -> Packed:
         """Lay it out on the device; the last one is kept, since the reference's forward comes before."""
         if self._laid_out is None or self._laid_out[0] is not batch:
-            self._laid_out = (batch, pack(batch, self.device))
+            self._laid_out = (batch, pack(batch, self.device, self._varlen))
         return self._laid_out[1]
 
     @property
@@ -138,9 +162,9 @@ class Learner:
         logprobs, entropy = self.policy(packed)
         self.sums.add(
             "scored",
-            entropy=float(entropy.sum()),
-            logprob=float(logprobs.sum()),
-            gap=float((logprobs - packed.sampler_logprobs).abs().sum()),
+            entropy=entropy.sum(),
+            logprob=logprobs.sum(),
+            gap=(logprobs - packed.sampler_logprobs).abs().sum(),
             tokens=len(packed.targets),
             completions=len(batch.lengths),
         )
@@ -179,22 +203,22 @@ class Learner:
         if goal.correction != "none":
             weight = self._correction(before, packed)
             loss = loss * weight
-            self.sums.add(which, correction=float(weight.sum()))
+            self.sums.add(which, correction=weight.sum())
         if goal.beta > 0:
             assert reference is not None, "an objective with KL needs the reference's log-probabilities"
             penalty = losses.kl_penalty(logprobs, reference.to(detached.device), goal.kl)
             loss = loss + self.beta * penalty
-            self.sums.add(which, kl=float(penalty.detach().sum()))
+            self.sums.add(which, kl=penalty.detach().sum())
         if goal.entropy > 0:
             loss = loss - self._coefficient(goal.entropy, goal.entropy_schedule) * entropy
         (loss * packed.weights).sum().backward()
         self.sums.add(
             which,
-            entropy=float(entropy.detach().sum()),
-            logprob=float(detached.sum()),
-            clipped=float(clipped.sum()),
-            ratio=float(torch.exp(detached - before).sum()),
-            gap=float((detached - packed.sampler_logprobs).abs().sum()),
+            entropy=entropy.detach().sum(),
+            logprob=detached.sum(),
+            clipped=clipped.sum(),
+            ratio=torch.exp(detached - before).sum(),
+            gap=(detached - packed.sampler_logprobs).abs().sum(),
             tokens=len(packed.targets),
             completions=len(batch.lengths),
             computed=len(packed.input_ids),
@@ -315,7 +339,7 @@ class Learner:
 
     def take_sums(self) -> dict[str, float]:
         """The sums since the last call; they start again at 0."""
-        sums, self.sums = self.sums.values, BatchSums()
+        sums, self.sums = self.sums.values(), BatchSums()
         if self.device.type == "cuda":
             sums["gpu_peak_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
             torch.cuda.reset_peak_memory_stats(self.device)

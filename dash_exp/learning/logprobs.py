@@ -42,8 +42,8 @@ class _TokenLogprobs(torch.autograd.Function):
         unit_gradient = torch.empty_like(hidden) if frozen_output else None
         unit_entropy = torch.empty_like(hidden) if frozen_output and output.entropy_gradient else None
         used = weight[: output.vocabulary]
-        for rows in torch.arange(len(hidden), device=hidden.device).split(output.chunk):
-            start, stop = int(rows[0]), int(rows[-1]) + 1
+        for start in range(0, len(hidden), output.chunk):
+            stop = min(start + output.chunk, len(hidden))
             y = targets[start:stop]
             logits = _logits(hidden[start:stop], used, output.temperature)
             picked = logits.gather(1, y[:, None]).squeeze(1)

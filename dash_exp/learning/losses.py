@@ -56,7 +56,8 @@ def clipped_weight(
 
 def per_completion(values_T: Tensor, lengths_N: Tensor, mean: bool = False) -> Tensor:
     """At each token the sum (or mean) over its completion [T]; differentiable."""
-    owner = torch.arange(len(lengths_N), device=values_T.device).repeat_interleave(lengths_N)
+    numbers = torch.arange(len(lengths_N), device=values_T.device)
+    owner = numbers.repeat_interleave(lengths_N, output_size=len(values_T))  # a known size waits for no GPU
     sums = values_T.new_zeros(len(lengths_N)).index_add(0, owner, values_T)
     return (sums / lengths_N if mean else sums)[owner]
 

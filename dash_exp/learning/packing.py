@@ -8,14 +8,22 @@ completions. How a batch is cut into micro-batches never changes the update.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_exp.learning.losses import token_weight
-from dash_exp.modeling.attention import AttentionContext, Block, CompletionRows, GroupRows, additive_mask
+from dash_exp.modeling.attention import (
+    AttentionContext,
+    Block,
+    CompletionRows,
+    GroupRows,
+    VarlenRows,
+    additive_mask,
+)
 from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, ScoredGroup
 
 GROUP_ROW_CELLS = 1 << 18
@@ -43,7 +51,7 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """What fits one forward and backward, not yet laid out: light enough to be sent to another rank.
-    `rows`: how attention is laid out, `group`, `completion` or `auto`; the result is the same."""
+    `rows`: how attention is laid out, `group`, `completion`, `varlen` or `auto`; the result is the same."""
 
     pieces: tuple[Piece, ...]
     aggregation: str
@@ -145,21 +153,32 @@ def empty_micro_batch() -> MicroBatch:
 def largest_micro_batch(
     prompt_tokens: int, completion_tokens: int, group_size: int, packer: Packer
 ) -> MicroBatch:
-    """The first full micro-batch of groups in which everything has its greatest length."""
+    """The largest micro-batch that can occur: groups in which everything has its greatest length, and shorter
+    completions that fill what is left of the packer's tokens."""
+    group = _longest_group(prompt_tokens, [completion_tokens] * group_size)
+    found: MicroBatch | None = None
+    while found is None:  # one group more until the next has no room
+        found = next(packer.add(group), None)
+    for _ in packer.flush():
+        pass
+    room = packer.max_tokens - found.tokens - prompt_tokens
+    lengths: list[int] = []
+    while room > 0 and len(lengths) < group_size:
+        lengths.append(min(completion_tokens, room + 1))
+        room -= lengths[-1] - 1
+    rest = pieces_of(_longest_group(prompt_tokens, lengths), packer.max_tokens, False) if lengths else ()
+    return replace(found, pieces=(*found.pieces, *rest))
+
+
+def _longest_group(prompt_tokens: int, lengths: Sequence[int]) -> AdvantagedGroup:
     prompt = Prompt("longest", "preflight", "", (0,) * prompt_tokens, "")
-    completion = Completion((0,) * completion_tokens, (0.0,) * completion_tokens, "", "length", 0)
-    group = Group(0, prompt, (completion,) * group_size)
-    scored = ScoredGroup(group, (Score(0.0, "wrong"),) * group_size)
-    longest = AdvantagedGroup(scored, (1.0,) * group_size, (True,) * group_size)
-    while True:  # one group more until the budget is full
-        for micro_batch in packer.add(longest):
-            for _ in packer.flush():
-                pass
-            return micro_batch
+    completions = tuple(Completion((0,) * n, (0.0,) * n, "", "length", 0) for n in lengths)
+    scored = ScoredGroup(Group(0, prompt, completions), (Score(0.0, "wrong"),) * len(lengths))
+    return AdvantagedGroup(scored, (1.0,) * len(lengths), (True,) * len(lengths))
 
 
-def pack(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed:
-    """Lay a micro-batch out."""
+def pack(batch: MicroBatch, device: torch.device | str = "cpu", varlen: bool = False) -> Packed:
+    """Lay a micro-batch out. `varlen`: whether the device has that attention, so that `auto` means it."""
     ids: list[int] = []
     positions: list[int] = []
     spans: list[tuple[int, int, list[tuple[int, int]]]] = []
@@ -180,27 +199,31 @@ def pack(batch: MicroBatch, device: torch.device | str = "cpu") -> Packed:
             index += [start + len(prompt) - 1, *range(begin, len(ids))]
             targets += tokens
         spans.append((start, start + len(prompt), owns))
+    rows = "varlen" if varlen and batch.rows == "auto" else batch.rows
     samples = [(p, i) for p in batch.pieces for i in p.indices]
     completions = [p.source.group.completions[i] for p, i in samples]
     lengths = batch.lengths
     repeats = torch.tensor(lengths)
 
+    def here(values: list[Any] | Tensor) -> Tensor:
+        tensor = torch.as_tensor(values)
+        pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)  # the device is not waited for
+
     def per_token(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats).to(device)
+        return here(torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats))
 
     kept = [p.source.advantages[i] if p.source.kept[i] else 0.0 for p, i in samples]
     return Packed(
-        input_ids=torch.tensor(ids, device=device),
-        position_ids=torch.tensor(positions, device=device),
-        context=_attention(spans, len(ids), device, batch.rows),
-        logit_index=torch.tensor(index, device=device),
-        targets=torch.tensor(targets, device=device),
+        input_ids=here(ids),
+        position_ids=here(positions),
+        context=_attention(spans, len(ids), device, rows),
+        logit_index=here(index),
+        targets=here(targets),
         advantages=per_token(kept),
         weights=per_token([token_weight(length, batch.aggregation) for length in lengths]),
-        sampler_logprobs=torch.tensor(
-            list(chain.from_iterable(c.logprobs for c in completions)), device=device
-        ),
-        lengths=repeats.to(device),
+        sampler_logprobs=here(list(chain.from_iterable(c.logprobs for c in completions))),
+        lengths=here(repeats),
     )
 
 
@@ -212,12 +235,28 @@ Spans = list[tuple[int, int, list[tuple[int, int]]]]
 
 
 def _attention(spans: Spans, tokens: int, device: torch.device | str, rows: str) -> AttentionContext:
+    if rows == "varlen":
+        return _varlen_rows(spans, device)
     longest = max((owns[-1][1] if owns else stop) - start for start, stop, owns in spans)
     if rows == "auto":
         rows = "group" if len(spans) * longest**2 <= GROUP_ROW_CELLS else "completion"
     if rows == "group":
         return _group_rows(spans, tokens, longest, device)
     return _completion_rows(spans, tokens, device)
+
+
+def _varlen_rows(spans: Spans, device: torch.device | str) -> VarlenRows:
+    sequences = [  # first and last+1 input token of what comes before, and of a sequence itself
+        row
+        for start, stop, owns in spans
+        for row in ((start, start, start, stop), *((start, stop, *own) for own in owns))
+        if row[2] < row[3]
+    ]
+    keys = [torch.arange(*part) for a, b, c, d in sequences for part in ((a, b), (c, d))]
+    sizes = [(d - c, b - a + d - c) for a, b, c, d in sequences]
+    ends = torch.tensor([[0, *accumulate(one)] for one in zip(*sizes, strict=True)], dtype=torch.int32)
+    longest = max(queries for queries, _ in sizes), max(keys for _, keys in sizes)
+    return VarlenRows(torch.cat(keys).to(device), ends[0].to(device), ends[1].to(device), longest)
 
 
 def _group_rows(spans: Spans, tokens: int, longest: int, device: torch.device | str) -> GroupRows:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dash_exp.errors import Fault, UserError
@@ -92,19 +92,6 @@ class UpdateStats:
     beta: float
     skipped: bool
     finite: bool = True
-
-
-@dataclass(slots=True)
-class BatchSums:
-    """Sums over tokens since the last `take_sums`, for the metrics of a step: `first/...` at the sampling
-    weights, `later/...` after an update on the same batch, `scored/...` in forwards without gradient."""
-
-    values: dict[str, float] = field(default_factory=dict)
-
-    def add(self, which: str, **sums: float) -> None:
-        for name, value in sums.items():
-            key = f"{which}/{name}"
-            self.values[key] = self.values.get(key, 0.0) + value
 
 
 # --- schedules depend on the plan alone: a skipped update counts, an early end changes nothing before it ---

@@ -10,6 +10,7 @@ forward call passes down as `context=`:
 `CompletionRows`   training, long completions: one row per completion, whose keys are the prompt's
                    followed by its own; avoids the square of the group's length. Rows of similar
                    length attend together.
+`VarlenRows`       training on a GPU in half precision: no rows, masks or padding
 `DecodeCache`      sampling: prefill once per prompt, then one token per completion at a time.
 
 Shapes inside: q [1, Hq, T, D], k and v [1, Hkv, T, D], as transformers passes them; returned
@@ -18,7 +19,9 @@ Shapes inside: q [1, Hq, T, D], k and v [1, Hkv, T, D], as transformers passes t
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -240,6 +243,53 @@ class CompletionRows:
                 value = torch.cat([values[0].index_select(0, block.group), value], dim=2)
             outs.append(block.attend(query, key, value, scale).transpose(1, 2).reshape(-1, heads * dim))
         return _scatter_back(torch.cat(outs), self.index, self.inverse).view(1, tokens, heads, dim)
+
+
+@dataclass(frozen=True)
+class VarlenRows:
+    """Without mask or padding, by torch's flash attention for sequences of different lengths: one sequence
+    per prompt and per completion, in the order of the input. The keys of a completion are its prompt's, then
+    its own; causal order, aligned at the end, lets it see all of the prompt. `keys` [K]: flat token of each
+    key; `query_ends`, `key_ends` [S + 1] int32: where sequences end; `longest`: of queries and of keys."""
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest: tuple[int, int]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        query, *own = (x[0].transpose(0, 1) for x in (q, k, v))  # [1, H, T, D] -> [T, H, D]
+        key, value = (x.index_select(0, self.keys) for x in own)
+        return varlen_attention(query.contiguous(), key, value, self, scale)[None]
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, rows: VarlenRows, scale: float) -> Tensor:
+    """q [T, Hq, D], k and v [K, Hkv, D] -> [T, Hq, D]. The names of torch's arguments changed between its
+    versions 2.10 and 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    more: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        more["enable_gqa"] = k.shape[1] != q.shape[1]
+    elif k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    found = varlen_attn(q, k, v, rows.query_ends, rows.key_ends, *rows.longest, scale=scale, **more)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def varlen_fits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's flash attention for sequences of different lengths runs there: on GPUs since Ampere, in
+    half precision. On the meta device it is taken to."""
+    if device.type == "meta":
+        return dtype in (torch.bfloat16, torch.float16)
+    half = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return (
+        half
+        and find_spec("torch.nn.attention.varlen") is not None
+        and (torch.cuda.get_device_capability(device) >= (8, 0))
+    )
 
 
 class DecodeCache:

@@ -9,7 +9,8 @@ import torch
 
 from dash_exp.learning import packing
 from dash_exp.learning.packing import pack
-from dash_exp.modeling.attention import CompletionRows, additive_mask, attend_rows
+from dash_exp.modeling import attention
+from dash_exp.modeling.attention import CompletionRows, VarlenRows, additive_mask, attend_rows
 from tests.conftest import make_groups
 from tests.learning.reference import reference_gradient
 from tests.learning.test_learner import (
@@ -81,6 +82,54 @@ def test_torchs_kernels_give_the_same_gradient(
     assert all(block.mask.dtype == torch.bool for block in context.blocks)
     expected = reference_gradient(plain, plain, groups, objective(), "constant")
     assert_close(learner_gradient(learner_of(tiny, objective()), [batch], groups, "constant"), expected)
+
+
+def varlen_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: VarlenRows, scale: float
+) -> torch.Tensor:
+    """What the kernel computes, by its documentation: causal order aligned at the end of each sequence."""
+    parts = []
+    for number in range(len(rows.query_ends) - 1):
+        (a, b), (c, d) = (ends[number : number + 2].tolist() for ends in (rows.query_ends, rows.key_ends))
+        assert b - a <= rows.longest[0] and d - c <= rows.longest[1]
+        query, key, value = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        key, value = (x.repeat_interleave(len(query) // len(x), dim=0) for x in (key, value))
+        hidden = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+        scores = (query @ key.transpose(1, 2) * scale).masked_fill(hidden, -torch.inf)
+        parts.append((scores.softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [[1, 1, 7, 2], [5, 1, 1, 1], [1, 1, 1, 1], [3, 9, 2, 4]]])
+def test_sequences_of_different_lengths_give_the_same_gradient(
+    tiny: Any, plain: Any, monkeypatch: pytest.MonkeyPatch, lengths: list[list[int]]
+) -> None:
+    """What a GPU goes through, with its kernel written out; single-token completions have no input."""
+    monkeypatch.setattr(attention, "varlen_attention", varlen_reference)
+    groups = make_groups(lengths, PROMPTS)
+    batch = whole_groups(groups, "varlen")
+    expected = reference_gradient(plain, plain, groups, objective(), "constant")
+    assert_close(learner_gradient(learner_of(tiny, objective()), [batch], groups, "constant"), expected)
+
+
+def test_torchs_own_kernel_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, and with the argument names of an older torch."""
+    context = pack(whole_groups(make_groups(LENGTHS, PROMPTS), "varlen"), "meta").context
+    assert isinstance(context, VarlenRows)
+    tokens = sum(PROMPTS) + sum(n - 1 for own in LENGTHS for n in own)
+    q, k, v = (torch.empty(1, heads, tokens, 8, device="meta", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    assert context.attend(0, q, k, v, 0.3).shape == (1, tokens, 4, 8)
+    taken: dict[str, Any] = {}
+
+    def older(
+        q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, is_causal: bool, scale: float
+    ) -> Any:
+        taken.update(causal=is_causal, heads=k.shape[1])
+        return q
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", older)
+    context.attend(0, q, k, v, 0.3)
+    assert taken == {"causal": True, "heads": 4}
 
 
 def test_a_long_completion_does_not_pad_the_others() -> None:
