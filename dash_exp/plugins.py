@@ -344,12 +344,13 @@ def _accepted(name: str, function: Any, kind: str, where: str) -> frozenset[str]
     except (TypeError, ValueError):
         raise UserError(Fault(where, f"{name} has no signature that can be read", "wrap it")) from None
     named = [p for p in declared if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    unknown = [p for p in named if p.name not in allowed and p.default is p.empty]
-    odd = [p.name for p in named if p in unknown or p.kind == p.POSITIONAL_ONLY]
+    odd = [p.name for p in named if p.name not in allowed and p.default is p.empty]
     takes = f"{name} takes ({', '.join(p.name for p in declared)}), but its kind ({kind})"
     if odd:
         hint = f"it may declare {nearest(odd[0], allowed)}"
         raise UserError(Fault(where, f"{takes} has no parameter {odd[0]!r}", hint))
+    if any(p.kind == p.POSITIONAL_ONLY for p in named):
+        raise UserError(Fault(where, f"{takes} is called with keywords", "leave out the / of its parameters"))
     every = any(p.kind == p.VAR_KEYWORD for p in declared)
     taken = frozenset(allowed if every else (p.name for p in named if p.name in allowed))
     if "group" in allowed and len(taken & {"group", "batch"}) != 1:

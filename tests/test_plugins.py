@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from dash_exp.learning.losses import surrogate
 from dash_exp.learning.packing import Packed
 from dash_exp.plugins import to_score
 from dash_exp.record.identity import as_stored, freeze, make_cell, read_frozen, resolve_paths
-from dash_exp.record.metrics import is_constant
+from dash_exp.record.metrics import BatchFacts, batch_values, is_constant, sample_rows
 from dash_exp.tasks.sources import load_examples
 from dash_exp.tasks.templates import Style, renderer
-from dash_exp.types import Score
+from dash_exp.train.loop import compute_advantages
+from dash_exp.types import Completion, Group, Prompt, Score, ScoredGroup
 from dash_exp.verifiers.judges import Judges
 from dash_exp.verifiers.types import Facts
 
@@ -120,6 +122,8 @@ def test_every_fault_of_a_reference_is_named(here: Path, config: Config) -> None
         assert fault.what.endswith("but its kind (filter) takes either group or batch")
     weights = changed(config, {"dataset.rewards": ["own:size"], "dataset.reward_weights": [1.0, 2.0]})
     assert [f.what for f in check(weights)] == ["got 2 for the 1 of dataset.rewards"]
+    twice = changed(config, {"dataset.rewards": ["own:size", f"{here}/own:size"]})
+    assert [f.where for f in check(twice)] == ["dataset.rewards"]
 
 
 def test_the_id_follows_the_source_and_the_cell_keeps_it(here: Path, config: Config, tmp_path: Path) -> None:
@@ -191,12 +195,10 @@ def test_rewards_run_in_the_pool_and_add_up(here: Path, config: Config) -> None:
         assert detail == "own:score raised KeyError: 'no such thing' (helper.py:5)"
         assert own.submit("5", "4", facts).result() == Score(2.0, "correct")
         assert own.version == plugins.version(plugins.find("own:score"))
-        data = replace(config.dataset, rewards=["own:size"], reward_weights=[0.5])
-        shaped = judges.training(data)
-        verdict = shaped.submit("4", "4", facts).result()
+        base = judges.get("integer", "first_integer")
+        verdict = judges.adding(base, ["own:size"], [0.5]).submit("4", "4", facts).result()
         assert verdict == Score(1.0, "correct", added=-3.5, parts={"own.size": -7.0})
-        failing = replace(data, rewards=["own:size", "own:no_number"], reward_weights=[])
-        verdict = judges.training(failing).submit("4", "4", facts).result()
+        verdict = judges.adding(base, ["own:size", "own:no_number"], []).submit("4", "4", facts).result()
         assert verdict.outcome == "verifier_error" and "own:no_number returned 'good'" in verdict.detail
     finally:
         judges.close()
@@ -301,6 +303,28 @@ def test_rows_and_prompts_of_the_user(here: Path, config: Config) -> None:
         ask="(row): return ''",
     )
     assert make_cell(whole, None).id != before
+
+
+def test_the_filter_looks_at_the_verdict_unless_told_otherwise() -> None:
+    """Advantages and `reward/shaped_mean` are of the sum; all else in the record is the verifier's."""
+    scores = tuple(Score(1.0, "correct", added=-n / 4, parts={"own.size": -float(n)}) for n in range(2))
+    completions = tuple(Completion((1,) * (n + 1), (0.0,) * (n + 1), "", "stop", 0) for n in range(2))
+    group = ScoredGroup(Group(0, Prompt("p", "t", "", (1,), ""), completions), scores)
+    parts = SimpleNamespace(
+        filter=make_filter("zero_variance"),
+        advantages=lambda rewards: batch_advantages(rewards, baseline="group_mean", scale="none"),
+    )
+    for on_reward in (False, True):
+        plan = SimpleNamespace(seed=0, overlong_share=0.0, mask_truncated=False, filter_on_reward=on_reward)
+        ctx: Any = SimpleNamespace(plan=plan, parts=parts, step=1)
+        (made,) = compute_advantages(ctx, [group])
+        assert made.advantages == (0.125, -0.125)
+        assert made.kept == (on_reward, on_reward)
+        row = batch_values(BatchFacts((made,), (), {}, 0))
+        assert row["filter/zero_variance_share"] == (0.0 if on_reward else 1.0)
+        assert (row["reward/mean"], row["reward/shaped_mean"], row["reward/own.size"]) == (1.0, 0.875, -0.5)
+        samples = sample_rows(1, [made])
+        assert [(r["reward"], r["shaped"]) for r in samples] == [(1.0, 1.0), (1.0, 0.75)]
 
 
 def test_a_group_is_constant_by_its_finite_scores() -> None:

@@ -83,6 +83,9 @@ def _judging(place: str, data: DatasetConfig) -> Iterator[Fault]:
     if fitting and data.verifier in VERIFIERS and data.verifier not in fitting:
         what = f"got {data.verifier!r}, which does not understand the answers of {place}.kind={data.kind}"
         yield Fault(f"{place}.verifier", what, f"allowed: {', '.join(sorted(fitting))}")
+    names = [text.rpartition("/")[2] for text in data.rewards]
+    if len(set(names)) < len(names):
+        yield Fault(f"{place}.rewards", f"got {names}, which names one twice", "each is recorded by its name")
     if data.reward_weights and len(data.reward_weights) != len(data.rewards):
         what = f"got {len(data.reward_weights)} for the {len(data.rewards)} of {place}.rewards"
         yield Fault(f"{place}.reward_weights", what, "name one for each, or leave it out: all 1")

@@ -38,7 +38,12 @@ def build_task(config: Config, model: TextModel, judges: Judges) -> Task:
     data = config.dataset
     wanted = config.evaluation.before or config.evaluation.after or config.evaluation.every
     train, sets = _collect([builder.training, builder.held_out if wanted else tuple])
-    judged = {part.name: judges.training(part) for part in parts_of(data).values()}
+    judged = {
+        part.name: judges.adding(
+            judges.get(part.verifier, part.extraction), part.rewards, part.reward_weights
+        )
+        for part in parts_of(data).values()
+    }
     decoding = builder.decoding(data, config.sampler.temperature)
     return Task(train, decoding, judged, sets, judges.warnings)
 

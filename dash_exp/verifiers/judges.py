@@ -12,11 +12,11 @@ import platform
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from importlib.metadata import version as installed_version
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from dash_exp import plugins
 from dash_exp.errors import Fault, UserError
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
 Wanted = Literal["auto", "bwrap", "limits"]
 Prepare = Callable[[str, str], VerifyTask | Score]
 """From a completion and its gold answer: what a pool has to judge, or the verdict where that is known."""
-
-
-class Rewarded(Protocol):
-    """What of a dataset's config says how it is judged."""
-
-    verifier: str
-    extraction: str
-    rewards: list[str]
-    reward_weights: list[float]
 
 
 CACHE_SIZE = 50_000
@@ -71,16 +62,15 @@ class Judges:
                 raise UserError(Fault("verifier", f"{verifier} cannot be used here: {error}")) from error
         return self._made[key]
 
-    def training(self, data: Rewarded) -> Judge:
-        """The judge of a dataset that is trained on, which also adds its other rewards."""
-        base = self.get(data.verifier, data.extraction)
-        if not data.rewards:
+    def adding(self, base: Judge, rewards: Sequence[str], factors: Sequence[float]) -> Judge:
+        """A judge that adds rewards of the user's own to another's verdicts."""
+        if not rewards:
             return base
-        names = [plugins.find(text).name.replace(":", ".") for text in data.rewards]
-        weights = dict(zip(names, data.reward_weights or [1.0] * len(names), strict=True))
-        key = (base.version, *data.rewards, str(weights))
+        names = [plugins.find(text).name.replace(":", ".") for text in rewards]
+        weights = dict(zip(names, factors or [1.0] * len(names), strict=True))
+        key = (base.version, *rewards, str(weights))
         if key not in self._made:
-            own = OwnJudge(self._own_pool(*(f"--reward={text}" for text in data.rewards)))
+            own = OwnJudge(self._own_pool(*(f"--reward={text}" for text in rewards)))
             self._made[key] = AddedRewards(base, own, weights)
         return self._made[key]
 
