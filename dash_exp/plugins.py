@@ -162,8 +162,9 @@ def find(text: str, where: str = "") -> Reference:
     if spec is None or spec.origin is None:
         place = folder.joinpath(*module.split(".")[:-1])
         near = [path.stem for path in place.glob("*.py")]
-        hint = nearest(module.rpartition(".")[2], near) if near else "start from its folder, or name that"
-        raise UserError(Fault(where, f"{text}: no module {module!r} in {folder}", hint))
+        hint = nearest(module.rpartition(".")[2], near) if near else "write folder/module:function"
+        what = f"{text}: no module {module!r} in {folder}{'' if match[1] else ', and none is installed'}"
+        raise UserError(Fault(where, what, hint))
     above = len(module.split(".")) - (0 if spec.submodule_search_locations is not None else 1)
     return Reference(Path(spec.origin).parents[above], module, function, False)
 

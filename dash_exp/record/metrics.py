@@ -180,6 +180,7 @@ def sample_rows(step: int, groups: Sequence[AdvantagedGroup]) -> list[Row]:
             "reward": score.value,
             **({"shaped": g.rewards[index], "parts": dict(score.parts)} if is_shaped(g) else {}),
             "outcome": score.outcome,
+            **({"detail": score.detail} if score.outcome == "verifier_error" else {}),
             "advantage": advantage,
             "kept": kept,
             "text": c.text,

@@ -256,6 +256,8 @@ def warnings_of(row: Row) -> list[str]:
             f"warning: in {row['filter/zero_variance_share']:.0%} of groups all rewards are equal: "
             "nothing to learn from; is the task too hard, too easy, or judged wrongly?"
         )
+    if failed := row.get("outcome/verifier_error"):
+        warnings.append(f"warning: {failed} verdicts failed; samples.jsonl has each reason as its detail")
     if row["updates/nonfinite"]:
         warnings.append("warning: a gradient was infinite or not a number; that update was skipped")
     return warnings

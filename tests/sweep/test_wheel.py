@@ -135,6 +135,8 @@ def test_the_examples_run_from_a_wheel_in_an_empty_folder(installed: Path, tmp_p
     own += ["filter.name=own_filter:keep_hardest", "filter.share=0.5", "cluster.threads=1"]
     assert "Finished after 2 steps" in run(installed, tmp_path, script, "debug=fast", *own)
     (cell,) = (tmp_path / "outputs" / "cells").iterdir()
+    evaluated = [r["dataset"] for r in read_rows(cell / "evals.jsonl").rows if r["metric"] == "accuracy"]
+    assert evaluated == ["own", "own"]
     (row, _) = read_rows(cell / "steps.jsonl").rows
     assert row["reward/shaped_mean"] == pytest.approx(
         row["reward/mean"]
