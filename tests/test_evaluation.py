@@ -254,6 +254,18 @@ def test_every_prompt_is_asked_as_often_and_kept_in_order() -> None:
     assert [m["metric"] for m in result.metrics][:2] == ["accuracy", "pass@2"]
 
 
+def test_the_outcome_counts_where_a_function_of_the_user_judges() -> None:
+    class Odd(FakeJudge):
+        def submit(self, text: str, answer: str, facts: object = None) -> Future[Score]:
+            future: Future[Score] = Future()
+            verdict = super().submit(text, answer).result()
+            future.set_result(dataclasses.replace(verdict, value=10 * verdict.value - 3))
+            return future
+
+    own = evaluate(eval_set(judge=Odd(), judging="own/5 s"), FakeSampler(), run_seed=3)
+    assert own == evaluate(eval_set(), FakeSampler(), run_seed=3)
+
+
 # --- base results ----------------------------------------------------------------------------
 
 ENGINE = {"sampler": "hf", "precision": "bf16", "device": "cpu", "packages": {"torch": "2"}}

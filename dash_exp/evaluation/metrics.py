@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ UNRELIABLE = ("timeout", "crashed", "verifier_error")
 """Outcomes that may be the machine's fault."""
 SAMPLING_CODE = ("sampling", "modeling", "evaluation/metrics.py", "seeding.py", "tasks/prompts.py")
 """What of the package decides which tokens an untrained model answers with, beside the prompts."""
+OWN_JUDGE = "own/"
+"""How `EvalSet.judging` begins for a verifier of the user's own."""
 JUDGES = "verifiers"
 """The package with the code of judges: its own modules serve all verifiers, its packages those named here."""
 JUDGING_PACKAGES = {"math": ("math",), "code": ("code",), "reasoning_gym": ("code",)}
@@ -75,8 +77,15 @@ def evaluate(one: EvalSet, sampler: Sampler, run_seed: int) -> EvalResult:
         ]
         waiting.append((group, futures))
     waiting.sort(key=lambda pair: pair[0].position)
-    rows = tuple(_prompt_row(one.label, g, [f.result() for f in fs]) for g, fs in waiting)
+    verdicts = [(group, [_verdict(one, future.result()) for future in fs]) for group, fs in waiting]
+    rows = tuple(_prompt_row(one.label, group, scores) for group, scores in verdicts)
     return EvalResult(tuple(summarise(one.label, rows, one.k)), rows)
+
+
+def _verdict(one: EvalSet, score: Score) -> Score:
+    """The score that counts. A verifier of the user's own may score by any number: its outcome counts."""
+    own = one.judging.startswith(OWN_JUDGE) and math.isfinite(score.value)
+    return replace(score, value=float(score.outcome == "correct")) if own else score
 
 
 def _prompt_row(label: str, group: Group, scores: Sequence[Score]) -> Row:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dash_exp.config.schema import Config, DatasetConfig, parts_of
 from dash_exp.errors import Fault, UserError
-from dash_exp.evaluation.metrics import EvalSet
+from dash_exp.evaluation.metrics import OWN_JUDGE, EvalSet
 from dash_exp.modeling.source import TextModel
 from dash_exp.plugins import is_reference
 from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture
@@ -103,7 +103,7 @@ class PromptBuilder:
     def _held_out(self, label: str, dataset: DatasetConfig) -> EvalSet:
         evaluation, place = self.config.evaluation, f"evaluation.sets.{label}"
         own = is_reference(dataset.verifier)  # the judge's version names it, wherever it lies
-        how = "own" if own else f"{dataset.verifier}/{dataset.extraction}"
+        how = OWN_JUDGE if own else f"{dataset.verifier}/{dataset.extraction}/"
         return EvalSet(
             label,
             self.prompts(
@@ -112,7 +112,7 @@ class PromptBuilder:
             self.judges.get(dataset.verifier, dataset.extraction),
             self.decoding(dataset, evaluation.temperature, evaluation.top_p, place),
             evaluation.samples,
-            f"{how}/{self.judges.limits(dataset.verifier)}",
+            f"{how}{self.judges.limits(dataset.verifier)}",
             tuple(evaluation.k),
         )
 
