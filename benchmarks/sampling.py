@@ -97,7 +97,7 @@ def settings_of(ours: Any, calls: Any, threads: int) -> dict[str, Any]:
             "dtype": s.dtype,
             "max_model_len": longest,
             "max_num_seqs": s.max_sequences,
-            "enforce_eager": s.enforce_eager,
+            "enforce_eager": s.enforce_eager or not on_gpu,
             "seed": 0,
             "enable_prefix_caching": True,
             "generation_config": "vllm",

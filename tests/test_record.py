@@ -8,11 +8,15 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from dash_exp.record import checkpoint
 from dash_exp.record.folder import (
     CellBusy,
     Recorder,
@@ -210,3 +214,36 @@ def test_a_stopped_process_notes_the_gap() -> None:
     process.send_signal(signal.SIGCONT)
     wall, gap, total = map(float, process.communicate(timeout=20)[0].split())
     assert gap > 0.8 and wall < total - 0.6
+
+
+def test_a_checkpoint_is_written_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a copy, and its error comes with the next one; the one before stays."""
+    weight, noted, go = torch.zeros(4), [], threading.Event()
+    model = tmp_path / "model"
+    model.mkdir()
+    save = checkpoint.save
+
+    def late(*given: Any) -> Path:
+        assert go.wait(10)
+        return save(*given)
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    saver = checkpoint.Saver(tmp_path, model, 2, lambda step, *_: noted.append(step))
+    saver.save(1, checkpoint.Snapshot({"w": weight}, {"exp_avg/w": weight}, {"step": 1}))
+    weight += 1
+    assert noted == [] and checkpoint.existing(tmp_path) == []
+    go.set()
+    saver.wait()
+    found, _ = checkpoint.latest(tmp_path)
+    assert noted == [1] and found is not None
+    assert [*found.weights["w"].tolist(), *found.optimizer["exp_avg/w"].tolist()] == [0.0] * 8
+
+    def full(*_: Any) -> Path:
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    saver.save(2, checkpoint.Snapshot({"w": weight}, {}, {"step": 2}))
+    with pytest.raises(OSError, match="no space left"):
+        saver.save(3, found)
+    assert [f.name for f in checkpoint.existing(tmp_path)] == ["step-000001"]
+    saver.wait()

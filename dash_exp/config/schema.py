@@ -212,7 +212,7 @@ class SamplerConfig(Constant):
     dtype: str = choice("bfloat16", "float32", meaning="vLLM only; `hf` shares the learner's weights")
     kv_cache_gb: float = number(MEMORY_GB, "vLLM on CPU: memory of the KV cache (of each server)")
     gpu_memory_utilization: float = number(SHARE, "vLLM on a GPU: share of its memory")
-    enforce_eager: bool = setting("vLLM: no CUDA graphs")
+    enforce_eager: bool = setting("vLLM on a GPU: no CUDA graphs, which sample faster after a longer start")
     servers: int = number(THREADS, "`vllm_servers`: servers to start, one GPU each, or on the CPU")
     server_threads: int | None = number(THREADS, "on CPU; null: half of all while streaming, else all", None)
     colocated: bool = setting("servers share the learner's GPUs and sleep while it learns")

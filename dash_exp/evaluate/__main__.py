@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dash_exp.config.schema import changed
 from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, run_command
 from dash_exp.evaluate.target import USAGE, Subject, parse, subject_of
 from dash_exp.evaluation.metrics import EvalSet, base_key, evaluate, shared
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
 def run(subject: Subject) -> int:
     """Evaluate, or show the recorded result. Returns an exit code."""
     reduce_openmp_spinning()
-    from dash_exp.train.inference import InferenceModel
+    from dash_exp.train.inference import InferenceModel, engine_width
 
     config = resolve_paths(subject.config)
+    if config.sampler.name == "vllm" and not any("sampler.max_sequences=" in text for text in subject.given):
+        config = changed(config, {"sampler.max_sequences": engine_width()})
     subject = replace(subject, config=config)
     root = Path(config.run.dir)
     cache = root / "cache"

@@ -70,6 +70,8 @@ class Subject:
     name: str
     step: int
     facts: Mapping[str, Any]
+    given: tuple[str, ...] = ()
+    """The command line's settings."""
 
 
 def parse(arguments: Sequence[str]) -> Wanted:
@@ -106,7 +108,8 @@ def subject_of(wanted: Wanted) -> Subject:
             raise UserError(faults + more)
         model = model_name(asdict(config.model))
         name = f"{model}-{config.evaluation.name}"
-        return Subject(config, Path(config.run.dir) / "evaluations", name, 0, {"model": model})
+        place = Path(config.run.dir) / "evaluations"
+        return Subject(config, place, name, 0, {"model": model}, wanted.overrides)
     folder = wanted.cell
     frozen = _frozen(folder, faults)
     checkpoint, more = find_checkpoint(folder, wanted.checkpoint)
@@ -123,9 +126,8 @@ def subject_of(wanted: Wanted) -> Subject:
     known = re.fullmatch(r"step-(\d+)", checkpoint.name)
     step = int(known[1]) if known else UNKNOWN_STEP
     name = f"{config.evaluation.name}-{checkpoint.name}"
-    return Subject(
-        config, folder / "evaluations", name, step, {"cell": folder.name, "checkpoint": str(checkpoint)}
-    )
+    facts = {"cell": folder.name, "checkpoint": str(checkpoint)}
+    return Subject(config, folder / "evaluations", name, step, facts, wanted.overrides)
 
 
 def composed(overrides: Sequence[str]) -> tuple[Config | None, list[Fault]]:

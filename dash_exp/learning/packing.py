@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
@@ -205,10 +206,7 @@ def pack(batch: MicroBatch, device: torch.device | str = "cpu", varlen: bool = F
     lengths = batch.lengths
     repeats = torch.tensor(lengths)
 
-    def here(values: list[Any] | Tensor) -> Tensor:
-        tensor = torch.as_tensor(values)
-        pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
-        return pinned.to(device, non_blocking=True)  # the device is not waited for
+    here = partial(to_device, device=device)
 
     def per_token(values: list[float]) -> Tensor:
         return here(torch.tensor(values, dtype=torch.float32).repeat_interleave(repeats))
@@ -225,6 +223,13 @@ def pack(batch: MicroBatch, device: torch.device | str = "cpu", varlen: bool = F
         sampler_logprobs=here(list(chain.from_iterable(c.logprobs for c in completions))),
         lengths=here(repeats),
     )
+
+
+def to_device(values: list[Any] | Tensor, device: torch.device | str) -> Tensor:
+    """A copy there that is not waited for."""
+    tensor = torch.as_tensor(values)
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 Row = tuple[int, int, int]
@@ -256,7 +261,8 @@ def _varlen_rows(spans: Spans, device: torch.device | str) -> VarlenRows:
     sizes = [(d - c, b - a + d - c) for a, b, c, d in sequences]
     ends = torch.tensor([[0, *accumulate(one)] for one in zip(*sizes, strict=True)], dtype=torch.int32)
     longest = max(queries for queries, _ in sizes), max(keys for _, keys in sizes)
-    return VarlenRows(torch.cat(keys).to(device), ends[0].to(device), ends[1].to(device), longest)
+    index, queries, all_keys = (to_device(t, device) for t in (torch.cat(keys), *ends))
+    return VarlenRows(index, queries, all_keys, longest)
 
 
 def _group_rows(spans: Spans, tokens: int, longest: int, device: torch.device | str) -> GroupRows:

@@ -15,8 +15,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,52 @@ def save(cell: Path, step: int, snapshot: Snapshot, model_folder: Path) -> Path:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(target.with_name(f".saving-old-{target.name}"), ignore_errors=True)
     return target
+
+
+class Saver:
+    """Writes the checkpoints of a cell beside training, one at a time: each from a copy in host memory, by a
+    thread, which then deletes the oldest. `keep`: how many stay. `note`: gets the step and when its writing
+    began and ended."""
+
+    def __init__(self, cell: Path, model: Path, keep: int, note: Callable[[int, float, float], None]):
+        self.cell, self.model, self.keep, self.note = cell, model, keep, note
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[tuple[int, float, float]] | None = None
+
+    def save(self, step: int, snapshot: Snapshot) -> None:
+        """Begin to write; weights may change as soon as this returns. Raises like `wait`."""
+        self.wait()
+        self._writing = self._pool.submit(self._write, step, on_host(snapshot))
+
+    def wait(self) -> None:
+        """Return once everything is written. Raises what went wrong since the last call."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.note(*writing.result())
+
+    def _write(self, step: int, snapshot: Snapshot) -> tuple[int, float, float]:
+        start = time.time()
+        save(self.cell, step, snapshot, self.model)
+        prune(self.cell, self.keep)
+        return step, start, time.time()
+
+
+def on_host(snapshot: Snapshot) -> Snapshot:
+    """A copy in host memory, in pinned pages where the tensors are on a GPU."""
+    tensors = [*snapshot.weights.values(), *snapshot.optimizer.values()]
+    gpus = {t.device for t in tensors if t.is_cuda}
+
+    def copy(tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return host.copy_(tensor.detach(), non_blocking=True)
+
+    weights, optimizer = (
+        {name: copy(tensor) for name, tensor in part.items()}
+        for part in (snapshot.weights, snapshot.optimizer)
+    )
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
+    return replace(snapshot, weights=weights, optimizer=optimizer)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -171,3 +219,37 @@ def checksum(tensor: Tensor) -> str:
     data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
     size = "x".join(map(str, tensor.shape))
     return f"{xxhash.xxh3_128_hexdigest(data)}-{str(tensor.dtype).removeprefix('torch.')}-{size}"
+
+
+PART = 1 << 22
+"""Numbers of a tensor that a fingerprint takes at a time."""
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Type, shape and a 64-bit hash of each tensor's bits, the same on every device. Computed where the
+    tensors are and read once for all: no tensor is copied to the host."""
+    if not tensors:
+        return {}
+    places = min(PART, max(1, *(t.numel() for t in tensors.values())))
+    found = []
+    factors = {d: _odd(torch.arange(places, device=d)) for d in {t.device for t in tensors.values()}}
+    for tensor in tensors.values():
+        odd = factors[tensor.device]
+        flat = tensor.detach().contiguous().view(-1)
+        bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize])
+        sums = [(part * odd[: len(part)]).sum() for part in bits.split(PART)]
+        total = torch.stack(sums) if sums else odd[:0]
+        found.append((total * odd[: len(total)]).sum())
+    device = found[0].device
+    values = torch.stack([value.to(device) for value in found]).tolist()
+    return {
+        name: f"{value % 2**64:016x}-{str(t.dtype).removeprefix('torch.')}-{'x'.join(map(str, t.shape))}"
+        for (name, t), value in zip(tensors.items(), values, strict=True)
+    }
+
+
+def _odd(numbers: Tensor) -> Tensor:
+    """An odd 64-bit factor for each place, by two rounds of multiply and shift (modulo 2^64)."""
+    mixed = (numbers + 1) * (0x9E3779B97F4A7C15 - 2**64)
+    mixed = (mixed ^ (mixed >> 29)) * (0xBF58476D1CE4E5B9 - 2**64)
+    return mixed ^ (mixed >> 32) | 1

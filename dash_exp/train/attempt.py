@@ -46,6 +46,7 @@ class Attempt:
     """Steps and sets that have results of the current weights; a resumed run repeats later ones."""
     built: BuiltRun = field(init=False)
     cache: Path = field(init=False)
+    saver: checkpoint.Saver = field(init=False)
 
     def run(self) -> None:
         """Run the attempt from build to finish. Raises Interrupted after a signal, UserError for what the
@@ -55,6 +56,8 @@ class Attempt:
         self.log(f"cell {format_path(self.folder)}")
         event, logs = self.recorder.event, self.folder / "servers"
         self.built = build(self.config, self.cache, self.log, logs, event, self.coordinator)
+        keep = self.config.checkpoint.keep
+        self.saver = checkpoint.Saver(self.folder, self.built.source.folder, keep, self.note_saved)
         try:
             self.train()
         finally:
@@ -77,7 +80,10 @@ class Attempt:
             self.evaluate(0)
         if evaluation_due(self.built.plan, done):  # a signal may have prevented its evaluation
             self.evaluate(done)
-        ending = self.loop(done)
+        try:
+            ending = self.loop(done)
+        finally:
+            self.saver.wait()
         if ending.signal is not None:
             raise Interrupted(ending.signal)
         if ending.reason == "paused":
@@ -187,15 +193,14 @@ class Attempt:
         return shared(eval_set, key, place, lambda: evaluate(eval_set, sampler, seed), run)
 
     def save(self, step: int, last: bool, row: Row) -> None:
-        """Write a checkpoint, then delete the oldest. After the last step moments, more than half of the
+        """Begin to write a checkpoint beside training. After the last step moments, more than half of the
         bytes, are left out: no update follows."""
-        start = time.time()
         snapshot = self.built.parts.learner.snapshot(step, moments=not last, row=row)
         state = {**snapshot.state, "selection": self.built.parts.chooser.state()}
-        snapshot = replace(snapshot, state=state)
-        checkpoint.save(self.folder, step, snapshot, self.built.source.folder)
-        checkpoint.prune(self.folder, self.config.checkpoint.keep)
-        self.recorder.event("checkpoint", start, time.time(), step=step, worker="main")
+        self.saver.save(step, replace(snapshot, state=state))
+
+    def note_saved(self, step: int, start: float, end: float) -> None:
+        self.recorder.event("checkpoint", start, end, step=step, worker="checkpoint")
 
     def progress(self, row: Row) -> None:
         self.display.step(row)

@@ -322,6 +322,8 @@ def engine_facts(config: Config) -> Mapping[str, Any]:
         "precision": precision,
         "device": str(device_of(opt.device)),
         "max_sequences": s.max_sequences,
-        "enforce_eager": s.enforce_eager if s.name.startswith("vllm") else None,
+        "enforce_eager": s.enforce_eager or not torch.cuda.is_available()
+        if s.name.startswith("vllm")
+        else None,
         "packages": {name: v for name, v in packages().items() if name in ENGINE_PACKAGES[s.name]},
     }

@@ -83,3 +83,11 @@ class InferenceModel:
 def hardware_facts(config: Config) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return hardware(thread_count(config.cluster.threads), gpus)
+
+
+def engine_width() -> int:
+    """How many sequences vLLM decodes at once in this process unless it is given a number."""
+    if not torch.cuda.is_available():
+        return 256
+    card = torch.cuda.get_device_properties(0)
+    return 1024 if card.total_memory >= 70 * 2**30 and "a100" not in card.name.lower() else 256

@@ -21,7 +21,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from aiohttp import web
 
 NEW_TOKENS = 5
@@ -32,6 +31,27 @@ def tokens_of(seed: int, version: str) -> list[int]:
     """The completion of a seed: up to NEW_TOKENS letters, then the stop token 1."""
     digest = hashlib.sha256(f"{seed} {version}".encode()).digest()
     return [2 + byte % 90 for byte in digest[: 1 + digest[0] % NEW_TOKENS]] + [1]
+
+
+def fingerprint(data: bytes, size: int, part: int = 1 << 22) -> int:
+    """The hash of a tensor with numbers of `size` bytes, number by number: each times an odd factor of its
+    place, each part's sum times that of the part's number, modulo 2^64."""
+    mask, total = 2**64 - 1, 0
+    for place in range(len(data) // size):
+        number = int.from_bytes(data[place * size : (place + 1) * size], "little", signed=True)
+        total += number * odd(place % part) * odd(place // part)
+    return total & mask
+
+
+def odd(place: int) -> int:
+    mixed, mask = (place + 1) * 0x9E3779B97F4A7C15, 2**64 - 1
+    mixed = (mixed ^ (signed(mixed) >> 29)) * 0xBF58476D1CE4E5B9
+    return (mixed ^ (signed(mixed) >> 32)) & mask | 1
+
+
+def signed(number: int) -> int:
+    """As a 64-bit number with a sign, whose shifts repeat the sign."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 class Fake:
@@ -134,7 +154,7 @@ class Fake:
         for name, kind, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
             data = await self.group[0].readexactly(SIZES[kind] * math.prod(shape))
             size = "x".join(map(str, shape))
-            complete &= info["checksums"][name] == f"{xxhash.xxh3_128_hexdigest(data)}-{kind}-{size}"
+            complete &= info["checksums"][name] == f"{fingerprint(data, SIZES[kind]):016x}-{kind}-{size}"
             if self.mode == "late":
                 os._exit(1)
         return complete

@@ -71,7 +71,7 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
     hand here; everything else is as on a GPU."""
     from vllm.config import WeightTransferConfig
 
-    from dash_exp.record.checkpoint import checksum
+    from dash_exp.record.checkpoint import fingerprints
     from dash_exp.sampling.vllm import weights as receivers
 
     found: list[str] = []
@@ -84,7 +84,7 @@ def between_gpus(loader: Any, model: Any, named: Named, vllm_config: Any) -> lis
             "names": list(sent),
             "dtype_names": ["float32"] * len(sent),
             "shapes": [[1]] * len(sent),
-            "checksums": {n: checksum(t) for n, t in sent.items()},
+            "checksums": fingerprints(sent),
         }
         if name == IPC:
             fields["ipc_handles"] = [{"gpu": (1,)}] * len(sent)

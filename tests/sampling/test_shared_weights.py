@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dash_exp.record.checkpoint import checksum
+from dash_exp.record import checkpoint
+from dash_exp.record.checkpoint import checksum, fingerprints
 from dash_exp.sampling.transfer.path import (
     PREFIX,
     SHARED_MEMORY,
@@ -21,6 +22,7 @@ from dash_exp.sampling.transfer.path import (
     lock_folder,
     remove_abandoned,
 )
+from tests.sampling.fake_server import fingerprint
 
 
 def named(seed: int) -> dict[str, torch.Tensor]:
@@ -100,11 +102,27 @@ def test_one_bit_changes_the_checksum(place: int, bit: int) -> None:
     other = tensor.clone()
     other.view(-1).view(torch.int32)[place] ^= 1 << bit if bit < 31 else -(1 << 31)
     assert checksum(tensor) != checksum(other)
+    assert len(set(fingerprints({"a": tensor, "b": other, "c": other.clone()}).values())) == 2
 
 
 def test_order_shape_and_type_are_part_of_the_checksum() -> None:
     tensor = torch.arange(24.0)
-    assert len({checksum(t) for t in (tensor, tensor.flip(0), tensor.view(4, 6), tensor.int())}) == 4
+    others = (tensor, tensor.flip(0), tensor.view(4, 6), tensor.int())
+    assert len({checksum(t) for t in others}) == 4
+    assert len(set(fingerprints(dict(zip("abcd", others, strict=True))).values())) == 4
+
+
+def test_a_fingerprint_is_the_same_for_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And depends on each place, also in a tensor of several parts."""
+    monkeypatch.setattr(checkpoint, "PART", 7)
+    tensor = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    turned = tensor.t().contiguous().t()
+    swapped = tensor.clone().view(-1)
+    swapped[[3, 20]] = swapped[[20, 3]]
+    same, other, moved = fingerprints({"a": tensor, "b": turned, "c": swapped.view(6, 4)}).values()
+    data = tensor.view(torch.int16).numpy().tobytes()
+    assert same == other != moved and same == f"{fingerprint(data, 2, 7):016x}-bfloat16-6x4"
+    assert fingerprints({"none": tensor[:0]})["none"].endswith("bfloat16-0x4") and fingerprints({}) == {}
 
 
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

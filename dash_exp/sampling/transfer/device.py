@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from dash_exp.record.checkpoint import checksum
+from dash_exp.record.checkpoint import fingerprints
 from dash_exp.sampling.fleet.client import InvalidResponseError, RefusedError, ServerClient
 from dash_exp.sampling.transfer import IPC, NCCL, OutdatedError, Weights
 
@@ -94,7 +94,7 @@ class DeviceTransfer:
             "names": list(tensors),
             "dtype_names": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
             "shapes": [list(t.shape) for t in tensors.values()],
-            "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
+            "checksums": fingerprints(tensors),
         }
         self.seconds = {"write": written - start, "checksum": time.perf_counter() - written}
         staged = Weights(version, label, update)

@@ -35,7 +35,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_sequences,
-        "enforce_eager": settings.enforce_eager,
+        "enforce_eager": settings.enforce_eager or not torch.cuda.is_available(),
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",

@@ -46,7 +46,7 @@ from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 from vllm.platforms import current_platform
 
 from dash_exp.config.model_files import tensor_shapes
-from dash_exp.record.checkpoint import checksum
+from dash_exp.record.checkpoint import checksum, fingerprints
 from dash_exp.sampling.transfer import IPC, NCCL, PATH
 from dash_exp.sampling.transfer.path import SharedReader
 from dash_exp.signals import tune_malloc
@@ -216,7 +216,7 @@ class PathReceiver(WeightTransferEngine[PathInit, PathUpdate]):
         named = self._files.read(wait_for_file(Path(update_info.path), update_info.arrival_s))
         expected = dict(update_info.checksums)
         for name, tensor in named.items():
-            check(name, tensor, expected, self._shapes)
+            check(name, tensor, checksum(tensor), expected, self._shapes)
         if expected:
             raise ValueError(f"{sorted(expected)} did not arrive")
         self._loader.load(named)
@@ -236,12 +236,14 @@ def wait_for_file(path: Path, timeout_s: float) -> Path:
     return path
 
 
-def check(name: str, tensor: Tensor, expected: dict[str, str], shapes: Shapes = ANY_SHAPE) -> None:
-    """Remove a received tensor from the expected ones. Raises ValueError where its checksum differs, or its
-    shape is not that of the model this server was started with (`shapes`)."""
+def check(
+    name: str, tensor: Tensor, found: str, expected: dict[str, str], shapes: Shapes = ANY_SHAPE
+) -> None:
+    """Remove a received tensor, of checksum `found`, from the expected ones. Raises ValueError where that
+    differs, or its shape is not that of the model this server was started with (`shapes`)."""
     if tuple(tensor.shape) != (own := shapes.get(name, tuple(tensor.shape))):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {own} in the model of this server")
-    if checksum(tensor) != expected.pop(name, None):
+    if found != expected.pop(name, None):
         raise ValueError(f"{name} is not what the learner sent")
 
 
@@ -253,14 +255,16 @@ class CheckedModel:
         self.loaded: set[str] = set()
 
     def load_weights(self, weights: Named) -> set[str]:
-        loaded = set(self.model.load_weights(self._checked(weights)) or ())
+        """Waits until they are loaded: vLLM 0.32 receives on two streams in turn, and a layer that gets
+        weights from both is finished on one of them."""
+        named = list(weights)
+        for (name, tensor), found in zip(named, fingerprints(dict(named)).values(), strict=True):
+            check(name, tensor, found, self.expected, self.shapes)
+        loaded = set(self.model.load_weights(iter(named)) or ())
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
         self.loaded |= loaded
         return loaded
-
-    def _checked(self, weights: Named) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            check(name, tensor, self.expected, self.shapes)
-            yield name, tensor
 
 
 @contextmanager
