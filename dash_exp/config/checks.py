@@ -184,7 +184,7 @@ def _filter(config: Config) -> Iterator[Fault]:
     size, threshold, name = config.algorithm.group_size, config.filter.threshold, config.filter.name
     if name in ("top_k", "max_variance", "variance_top_p") and config.filter.share is None:
         yield Fault("filter.share", f"is not set, but filter={name} keeps that share", "set it, e.g. to 0.5")
-    refilling = ("advantage", "zero_variance", "positive", "max_variance")
+    refilling = ("advantage", "zero_variance", "dynamic", "positive", "max_variance")
     if config.filter.refill and name not in refilling:
         what = f"got {config.filter.refill} with filter={name}, which keeps the same share of any batch"
         yield Fault("filter.refill", what, f"leave it out, or choose filter={', '.join(refilling)}")

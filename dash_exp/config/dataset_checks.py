@@ -32,6 +32,8 @@ EXTRACTIONS_OF: dict[str, tuple[str, ...]] = {
 VERIFIERS_OF: dict[str, tuple[str, ...]] = {
     "jsonl": ("math", "math_verify", "integer", "code"),
     "arithmetic": ("integer", "math", "math_verify"),
+    "chain": ("math", "math_verify"),
+    "chain_far": ("math", "math_verify"),
     "digits": ("integer", "math", "math_verify"),
     "functions": ("code",),
     "reasoning_gym": ("reasoning_gym",),

@@ -35,7 +35,7 @@ LR_SCHEDULES = ("linear", "constant")
 SOURCES = ("sampler", "solutions", "traces")
 DEVICES = ("auto", "cpu", "cuda", "cuda:0")
 FIRST_FILTERS = ("none", "advantage", "zero_variance")
-FILTERS = (*FIRST_FILTERS, "random", "positive", "top_k", "max_variance", "variance_top_p")
+FILTERS = (*FIRST_FILTERS, "random", "positive", "top_k", "max_variance", "variance_top_p", "dynamic")
 KINDS = ("jsonl", "arithmetic", "chain", "chain_far", "digits", "functions", "reasoning_gym")
 TEMPLATES = ("bare", "problem_solution", "docstring", "few_shot", "answer_tag", "chat", "chat_boxed")
 VERIFIERS = ("math", "math_verify", "integer", "code", "reasoning_gym")
@@ -153,6 +153,7 @@ class ModelConfig(Constant):
     hub: str | None = setting("a name on the model hub", None)
     revision: str | None = setting("a commit of `hub`, so that a result can be repeated", None)
     random: dict[str, int] = number(RELATED, "sizes of a random Llama over single characters, for tests", {})
+    shape: dict[str, Any] = setting("sizes, to plan memory with before the model is there", {})
     add_bos: bool = setting("put the tokenizer's begin token before a prompt", False)
     memory_gb: float = number(MEMORY_GB, "memory that a run needs, requested from a cluster", 8.0)
     hours: float = number(HOURS, "time that a run needs, requested from a cluster", 1.0)
@@ -211,7 +212,9 @@ class SamplerConfig(Constant):
     max_sequences: int = number(COMPLETIONS, "completions decoded at once; bounds the memory of the KV cache")
     dtype: str = choice("bfloat16", "float32", meaning="vLLM only; `hf` shares the learner's weights")
     kv_cache_gb: float = number(MEMORY_GB, "vLLM on CPU: memory of the KV cache (of each server)")
-    gpu_memory_utilization: float = number(SHARE, "vLLM on a GPU: share of its memory")
+    gpu_memory_utilization: float | None = number(
+        SHARE, "vLLM on a GPU: share of its memory; null: what the learner leaves, at most what is needed"
+    )
     enforce_eager: bool = setting("vLLM on a GPU: no CUDA graphs, which sample faster after a longer start")
     servers: int = number(THREADS, "`vllm_servers`: servers to start, one GPU each, or on the CPU")
     server_threads: int | None = number(THREADS, "on CPU; null: half of all while streaming, else all", None)
@@ -414,6 +417,9 @@ class ClusterConfig(Constant):
     memory_gb: float | None = number(MEMORY_GB, "memory of a cell on a node; null: the model's", None)
     hours: float | None = number(HOURS, "a cell's time limit for one job; null: the model's", None)
     cells_per_gpu: int = number(THREADS, "small cells that share a GPU")
+    gpu_gb: float | None = number(
+        MEMORY_GB, "memory of a GPU, as its name says; null: this machine's, 80 on a cluster", None
+    )
     max_parallel: int | None = number(
         PROMPTS, "jobs of a sweep at the same time; null: no limit of ours", None
     )

@@ -49,6 +49,7 @@ def make_filter(name: str, threshold: float = 0.0, share: float | None = None) -
         "none": keep_all,
         "advantage": partial(keep_large, threshold=threshold),
         "zero_variance": keep_varied,
+        "dynamic": keep_varied,  # with `filter.refill`
         "positive": keep_positive,
         "max_variance": partial(keep_spread, share=part),
     }

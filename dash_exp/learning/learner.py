@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from dash_exp.modeling.attention import ATTENTION, varlen_fits
 from dash_exp.modeling.source import load_model
 from dash_exp.record.checkpoint import Snapshot, checksum
 
+DEVICES_FOLDER = Path("/dev")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -361,10 +364,20 @@ def load_learner(spec: LearnerSpec, device: torch.device) -> Learner:
     return Learner(model, spec.objective, spec.optimization, spec.forward)
 
 
+def listed_gpu() -> str | None:
+    """A GPU that the machine lists and that is not hidden from this process; torch may see none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    return None if hidden else next(map(str, sorted(DEVICES_FOLDER.glob("nvidia[0-9]*"))), None)
+
+
 def device_of(name: str, local_rank: int | None = None) -> torch.device:
     """The device that `learner.device` means; of several ranks each has a GPU of its own (the only one that
     it sees, where the scheduler shows it no other). Raises UserError where there is none."""
     count = torch.cuda.device_count()
+    if name == "auto" and not count and (listed := listed_gpu()):
+        what = f"got auto, but torch {torch.__version__} cannot use the GPU {listed} of this machine"
+        hint = "install a torch with CUDA that fits its driver, or set learner.device=cpu"
+        raise UserError(Fault("learner.device", what, hint))
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and device.index is None and local_rank is not None:
         device = torch.device("cuda", local_rank if count > 1 else 0)

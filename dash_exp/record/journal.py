@@ -65,6 +65,7 @@ BY_TEXT = (
     (
         "out_of_memory",
         r"OutOfMemoryError|[Oo]ut of memory|MemoryError|does not fit into memory|oom-kill"
+        r"|less than desired GPU memory"
         r"|(can't|[Cc]annot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED",
     ),
     ("nan", r"FloatingPointError"),

@@ -37,7 +37,8 @@ class Sampler(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """What a vLLM engine is started with, in this process or in a server. `vocabulary`: ids from there on
-    only pad the output matrix and are never drawn."""
+    only pad the output matrix and are never drawn. `kv_cache_bytes`: of the cache on a GPU; None: what is
+    left of the utilization."""
 
     model: str
     vocabulary: int
@@ -47,6 +48,7 @@ class EngineSettings:
     enforce_eager: bool = False
     kv_cache_gb: float = 1.0
     gpu_memory_utilization: float | None = None
+    kv_cache_bytes: int | None = None
 
 
 def sampling_parameters(decoding: Decoding, seed: int) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dash_exp.capacity.memory import memory_faults
 from dash_exp.config.checks import check
 from dash_exp.config.compose import (
     CELL_ID,
@@ -30,6 +31,7 @@ from dash_exp.sweep.faults import FaultCollector
 from dash_exp.sweep.resources import (
     NOT_REPEATED,
     OF_A_CELL,
+    card_of,
     common_actions,
     differing_faults,
     hardware_label,
@@ -98,7 +100,10 @@ class PlanContext:
     installed: Installed
 
     def faults_of(self, config: Config) -> list[Fault]:
-        return [*check(config, self.installed), *resource_faults(config)]
+        faults = [*check(config, self.installed), *resource_faults(config)]
+        if faults or (card := card_of(config)) is None:
+            return faults
+        return memory_faults(asdict(config), card)
 
     def cell(self, config: Config) -> Cell:
         """The cell that a run by itself makes of this config. Raises UserError or OSError where a file that

@@ -7,20 +7,23 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from dash_exp.capacity.memory import demand, described
 from dash_exp.record import journal, provenance
 from dash_exp.record.folder import read_json
+from dash_exp.record.identity import model_name
 from dash_exp.record.manifest import Plan, PlannedCell, Resources, cell_row, folders_below, waiting_row
 from dash_exp.record.reading import read_config
 from dash_exp.record.state import median_of, recent_steps
 from dash_exp.sweep.detectable import power_of, power_text
 from dash_exp.sweep.report import SHOWN_CELLS, STYLES, add, counts_text, more_cells, plain, table
+from dash_exp.sweep.resources import card_of_cluster, cluster_of
 from dash_exp.sweep.states import CellState, folder_of, states_of
 from dash_exp.sweep.status import labels
 from dash_exp.text import format_command, format_path
@@ -71,13 +74,15 @@ class Line:
 @dataclass(frozen=True, slots=True)
 class Preview:
     """A plan with what is known of its cells. `sbatch`: the scripts that SLURM would get, if any.
-    `power`: what its seeds and prompts can detect (detectable.py)."""
+    `power`: what its seeds and prompts can detect (detectable.py). `memory`: by model and sizes, what a cell
+    needs of its GPU."""
 
     plan: Plan
     root: Path
     lines: tuple[Line, ...]
     sbatch: tuple[str, ...]
     power: dict[str, Any] | None = None
+    memory: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         return dict(Counter(line.state for line in self.lines))
@@ -93,6 +98,7 @@ class Preview:
             "cells": [line.as_json() for line in self.lines],
             "waiting": [waiting_row(one) for one in self.plan.waiting],
             "power": self.power,
+            "memory": self.memory,
             "sbatch": list(self.sbatch),
         }
 
@@ -118,7 +124,25 @@ def preview(plan: Plan, root: Path, sbatch: Sequence[str] = ()) -> Preview:
             shared=shared.get(cell.id, ()),
         )
         lines.append(line)
-    return Preview(plan, root, tuple(lines), tuple(sbatch), power_of(plan, root))
+    return Preview(plan, root, tuple(lines), tuple(sbatch), power_of(plan, root), _memory(plan, root))
+
+
+def _memory(plan: Plan, root: Path) -> dict[str, str]:
+    """What cells on GPUs need of their memory, in words, by model and arm where that differs."""
+    card = card_of_cluster(cluster_of(plan.actions))
+    if card is None:
+        return {}
+    by_model: dict[str, dict[str, list[str]]] = {}
+    for cell in plan.cells:
+        frozen = cell.cell.frozen or read_config(cell.cell.folder(root)).value
+        if cell.resources.gpus and frozen and (needed := demand(frozen)) is not None:
+            own = by_model.setdefault(model_name(frozen["model"]), {})
+            own.setdefault(described(needed, card), []).append(frozen["algorithm"]["name"])
+    return {
+        model if len(found) == 1 else f"{model} {'/'.join(dict.fromkeys(arms))}": text
+        for model, found in by_model.items()
+        for text, arms in found.items()
+    }
 
 
 def _rest(state: CellState | None) -> float:
@@ -262,6 +286,7 @@ def plan_view(made: Preview) -> RenderableType:
     many_text = "any of them" if unknown == len(made.lines) else f"{unknown} of them"
     note = f"no cell with the arm, model, data and sizes of {many_text} has finished here"
     notes = [note] if unknown else []
+    notes += [f"{name}: {text}" for name, text in made.memory.items()]
     notes += [power_text(made.power)] if made.power else []
     return Group(*parts, plain(""), _resource_table(made), *map(plain, notes))
 

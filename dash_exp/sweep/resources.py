@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from dash_exp.capacity.memory import card_bytes
 from dash_exp.config.compose import conf_dir
 from dash_exp.config.overrides import quoted
 from dash_exp.config.schema import ACTIONS, ClusterConfig, Config, TrackingConfig
@@ -25,6 +26,8 @@ from dash_exp.sweep.spec import Combination, key_of
 from dash_exp.sweep.worker import VISIBLE_GPUS, nvidia_smi, threads_each
 
 T = TypeVar("T")
+CLUSTER_GPU_GB = 80
+"""A cluster's GPUs are taken to have so much memory."""
 Settings = Mapping[str, str]
 """Value by dotted key, as text that both Hydra and OmegaConf's dotlists read."""
 
@@ -100,6 +103,20 @@ def resource_faults(config: Config) -> Iterator[Fault]:
     elif config.learner.ranks % asked.nodes or asked.gpus % asked.nodes:
         what = f"{asked.nodes} nodes of {per_node} GPUs cannot share {config.learner.ranks} learners evenly"
         yield Fault("learner.ranks", what, f"choose a multiple of {per_node}")
+
+
+def card_of(config: Config) -> int | None:
+    """Bytes of a GPU that a cell may use; None where it has none."""
+    on_gpu = resources_of(config).gpus and config.learner.device != "cpu"
+    return card_of_cluster(config.cluster) if on_gpu else None
+
+
+def card_of_cluster(cluster: ClusterConfig) -> int | None:
+    """Bytes that a cell may use of a GPU of this machine or cluster; None where there is none."""
+    if cluster.gpu_gb is None and cluster.name == "local":
+        sizes = nvidia_smi("memory.total")
+        return int(float(sizes[0].split()[0]) * 2**20 / cluster.cells_per_gpu) if sizes else None
+    return card_bytes(cluster.gpu_gb or CLUSTER_GPU_GB, cluster.cells_per_gpu)
 
 
 # The machine --------------------------------------------------------------------------------------

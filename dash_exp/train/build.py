@@ -8,13 +8,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dash_exp.capacity import memory
 from dash_exp.config.schema import Config
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import EvalSet
@@ -279,6 +280,7 @@ def make_sampler(
     if s.name == "vllm":
         from dash_exp.sampling.vllm.sampler import VLLMSampler
 
+        share, cache_bytes = engine_memory(config, policy.folder)
         settings = EngineSettings(
             model=str(policy.folder),
             vocabulary=policy.vocabulary,
@@ -287,7 +289,8 @@ def make_sampler(
             dtype=s.dtype,
             enforce_eager=s.enforce_eager,
             kv_cache_gb=s.kv_cache_gb,
-            gpu_memory_utilization=s.gpu_memory_utilization,
+            gpu_memory_utilization=share,
+            kv_cache_bytes=cache_bytes,
         )
         return VLLMSampler(settings, policy.weights or (lambda: iter(())))
     if s.name == "vllm_servers":
@@ -303,6 +306,20 @@ def make_sampler(
         max_sequences=s.max_sequences,
         weights=None if policy.shared else policy.weights,
     )
+
+
+def engine_memory(config: Config, folder: Path) -> tuple[float | None, int | None]:
+    """What a vLLM engine beside the learner gets of its GPU: a share, and the bytes of its cache (None: what
+    the share leaves). From what is free once the learner's weights are there."""
+    share = config.sampler.gpu_memory_utilization
+    if share is not None or not torch.cuda.is_available():
+        return share, None
+    values = asdict(config)
+    needed = memory.demand({**values, "model": {**values["model"], "path": str(folder)}})
+    assert needed is not None, "the model's folder has a config.json"
+    free, total = torch.cuda.mem_get_info(learner_device(config))
+    cache, share = memory.engine_share(needed, free, total)
+    return share, cache
 
 
 def model_to_sample(config: Config, learner: RoundLearner, folder: Path) -> Any:

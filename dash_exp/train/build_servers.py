@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dash_exp.capacity import memory
 from dash_exp.config.checks import is_loopback
 from dash_exp.config.environment import KEY_VARIABLE
 from dash_exp.config.model_files import config_hash, weight_files
@@ -26,6 +27,9 @@ from dash_exp.sampling.transfer import Transfer
 from dash_exp.sampling.transfer.path import FileWeights, PathTransfer, SharedWeights
 from dash_exp.train.build import learner_device
 from dash_exp.train.parts import Policy, overlapped
+
+OWN_GPU = 0.9
+"""Share of a GPU that a server has to itself."""
 
 
 def split(config: Config) -> Processors:
@@ -140,8 +144,22 @@ def server_settings(
         transfer=engine,
         sleep=s.colocated,
         kv_cache_gb=s.kv_cache_gb,
-        gpu_memory_utilization=s.gpu_memory_utilization if torch.cuda.device_count() else None,
+        gpu_memory_utilization=server_share(config, model),
     )
+
+
+def server_share(config: Config, model: Path) -> float | None:
+    """A server's share of its GPU: nearly all; of one that it shares with a learner, what that leaves while
+    its activations are not there, since the server sleeps meanwhile. None without GPUs."""
+    if config.sampler.gpu_memory_utilization is not None or not torch.cuda.device_count():
+        return config.sampler.gpu_memory_utilization if torch.cuda.device_count() else None
+    if not config.sampler.colocated:
+        return OWN_GPU
+    values = asdict(config)
+    needed = memory.demand({**values, "model": {**values["model"], "path": str(model)}})
+    assert needed is not None, "the model's folder has a config.json"
+    total = int(torch.cuda.get_device_properties(0).total_memory)
+    return (needed.engine + needed.cache(total)) / total
 
 
 def folder_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -159,7 +159,7 @@ def test_a_sweep_names_the_cells_that_contradict_themselves() -> None:
     faults = find_faults(overrides, sweep=True)
     assert [fault.what for fault in faults] == [
         "filter=none contradicts algorithm=dash, which is defined with filter=advantage, zero_variance, "
-        "random, positive, top_k, max_variance, variance_top_p (in algorithm=dash filter=none)",
+        "random, positive, top_k, max_variance, variance_top_p, dynamic (in algorithm=dash filter=none)",
         "filter=advantage contradicts algorithm=no_gf, which is defined with filter=none "
         "(in algorithm=no_gf filter=advantage)",
     ]

@@ -93,5 +93,5 @@ def test_a_reward_that_is_not_a_number(name: str) -> None:
     """It has no advantage, and no filter that looks at rewards keeps it."""
     (kept,) = make_filter(name, 0.1, 0.75).keep([[1.0, math.nan, 0.0, 0.0]], 5)
     assert len(kept) == 4
-    if name not in ("none", "random", "zero_variance", "variance_top_p"):
+    if name not in ("none", "random", "zero_variance", "dynamic", "variance_top_p"):
         assert not kept[1] and any(kept)

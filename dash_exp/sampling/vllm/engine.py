@@ -47,6 +47,8 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         return {**arguments, **unsplit_prompts(settings.max_model_len), **shared_prompts()}
     if settings.gpu_memory_utilization is not None:
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    if settings.kv_cache_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
     return arguments
 
 
