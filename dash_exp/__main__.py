@@ -174,7 +174,7 @@ def run_cell(composed: Any) -> int:
     config, partner = resolve_match(config, [*places, *given.task], Path(config.run.dir) / "cache")
     shown = {"run.partner": format_command("dash_exp", *partner) if partner else None}
     if not sweeping and rank_from_environment(os.environ) is None:
-        once = ("run.force", "run.until_step")
+        once = ("run.force", "run.until_step", "run.profile")
         again = [text for text in sys.argv[1:] if text.lstrip("+").partition("=")[0] not in once]
         shown["run.command"] = format_command("dash_exp", *again)
     return run_config(changed(config, shown), apart=sweeping)

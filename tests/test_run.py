@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -191,7 +192,10 @@ def test_paused_at_a_step_and_continued_equals_undisturbed(whole: Path, tmp_path
         status = read_json(folder / "status.json")
         assert (status["state"], status["step"]) == ("interrupted", step)
         assert status["reason"] == f"paused at step {step} (run.until_step)"
-    assert run_here(tmp_path, "run.until_step=6") == folder and folder.name == whole.name
+    assert run_here(tmp_path, "run.until_step=6", "run.profile=1") == folder and folder.name == whole.name
+    (trace,) = (folder / "profile").iterdir()
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert trace.name == "step-000006.json.gz" and any("backward" in e.get("name", "") for e in events)
     assert read_json(folder / "status.json")["state"] == "finished"
     assert differences(whole, folder) == []
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +97,14 @@ class Attempt:
 
     def loop(self, done: int) -> Ending:
         """The training loop, in which a first signal waits for the end of a step."""
-        hooks = Hooks(self.evaluate, self.save, self.progress, lambda: self.stop.received)
+        first, last = done + 2, done + 1 + self.config.run.profile
+        hooks = Hooks(
+            self.evaluate,
+            self.save,
+            self.progress,
+            lambda: self.stop.received,
+            lambda step: self.profiled(step) if first <= step <= last else nullcontext(),
+        )
         plan, parts = self.built.plan, self.built.parts
         rows = [row for row in read_final(self.folder, "steps") if row["step"] <= done]
         spent = spent_of(rows, plan.budget_unit)
@@ -104,6 +114,17 @@ class Attempt:
                 return train(plan, parts, hooks, self.recorder, done=done, spent=spent)
         finally:
             self.stop.deferred = False
+
+    @contextmanager
+    def profiled(self, step: int) -> Iterator[None]:
+        """Trace a step by torch's profiler into the cell's folder, for chrome://tracing or Perfetto."""
+        target = self.folder / "profile" / f"step-{step:06d}.json.gz"
+        target.parent.mkdir(exist_ok=True)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints when it starts and stops
+        with torch.profiler.profile() as trace:
+            yield
+        trace.export_chrome_trace(str(target))
+        self.log(f"profile of step {step}: {format_path(target)}")
 
     def resume(self) -> int:
         """Continue from the newest intact checkpoint. Returns its step, 0 without one."""

@@ -58,7 +58,8 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
     if is_paused(plan, done):
         return Ending(done, "paused")
     for step in range(done + 1, plan.steps + 1):
-        facts = train_step(StepContext(plan, parts, ledger, recorder, step, budget.over))
+        with hooks.profiled(step):
+            facts = train_step(StepContext(plan, parts, ledger, recorder, step, budget.over))
         check_step(step, facts)
         budget.count({**batch_values(facts), **learner_values(facts)})
         recorder.append("samples", sample_rows(step, facts.groups))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,14 @@ class Parts:
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """What the loop calls besides: evaluation of a step; its checkpoint (whether it is the last step, and its
-    row so far); progress; and which signal asked to stop, if any. `clock`: of the step's ledger."""
+    row so far); progress; and which signal asked to stop, if any. `profiled`: traces a step, or does nothing.
+    `clock`: of the step's ledger."""
 
     evaluate: Callable[[int], None]
     checkpoint: Callable[[int, bool, Row], None]
     progress: Callable[[Row], None]
     stop_signal: Callable[[], int | None]
+    profiled: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
     clock: RunningClock = field(default_factory=RunningClock)
 
 
