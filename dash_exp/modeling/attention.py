@@ -20,8 +20,10 @@ Shapes inside: q [1, Hq, T, D], k and v [1, Hkv, T, D], as transformers passes t
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -292,6 +294,15 @@ def varlen_fits(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """With how many equal tokens all of several prompts begin (a template, worked examples); the last of each
+    is never among them, since its hidden state predicts its completions."""
+    if len(prompts) < 2:
+        return 0
+    equal = takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False))
+    return min(sum(1 for _ in equal), min(map(len, prompts)) - 1)
+
+
 class DecodeCache:
     """Keys and values of a batch being sampled. Prompts are right-aligned in `width` columns, so
     every row writes its next token in the same column.
@@ -300,8 +311,9 @@ class DecodeCache:
     completion), then one `step` per token; `keep` drops finished rows.
     """
 
-    def __init__(self, index: Tensor, present: Tensor, layers: int, extra: int):
-        """index [P, W]: flat token of each column (0 for filler); present [P, W] bool."""
+    def __init__(self, index: Tensor, present: Tensor, layers: int, extra: int, shared: int = 0):
+        """index [P, W]: flat token of each column (0 for filler); present [P, W] bool. `shared`: how many
+        tokens all prompts begin with; they are the first prompt's."""
         self.index, self.present = index, present
         self.width = index.shape[1]
         self.columns = self.width + extra
@@ -310,7 +322,9 @@ class DecodeCache:
         self.column = -1
         causal = torch.ones(self.width, self.width, dtype=torch.bool, device=index.device).tril()
         self.bias = additive_mask((causal[None] & present[:, None, :])[:, None])
-        self.inverse = torch.nonzero(present.reshape(-1)).squeeze(1)
+        own = present & (present.cumsum(dim=1) > shared)
+        own[0] = present[0]
+        self.inverse = torch.nonzero(own.reshape(-1)).squeeze(1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if self.column < 0:

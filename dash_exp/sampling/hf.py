@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dash_exp.modeling.attention import DecodeCache
+from dash_exp.modeling.attention import DecodeCache, shared_tokens
 from dash_exp.seeding import uniforms
 from dash_exp.types import Completion, Decoding, FinishReason, Group, Request
 
@@ -202,17 +202,22 @@ class HFSampler:
     ) -> tuple[DecodeCache, Tensor]:
         prompts = [r.prompt.token_ids for r in wave]
         width = max(map(len, prompts))
+        shared = shared_tokens(prompts)  # computed once
         index = torch.zeros(len(prompts), width, dtype=torch.long)
         present = torch.zeros(len(prompts), width, dtype=torch.bool)
-        ends = list(accumulate(map(len, prompts)))
+        ends = list(accumulate(len(p) - shared for p in prompts))
         for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
-            index[row, width - len(prompt) :] = torch.arange(end - len(prompt), end)
-            present[row, width - len(prompt) :] = True
+            start = width - len(prompt)
+            index[row, start : start + shared] = torch.arange(shared)
+            index[row, start + shared :] = shared + torch.arange(end - len(prompt) + shared, end)
+            present[row, start:] = True
         layers = self.model.config.num_hidden_layers
-        cache = DecodeCache(index.to(device), present.to(device), layers, decoding.max_new_tokens)
-        flat = torch.tensor([t for p in prompts for t in p], device=device)
-        places = torch.cat([torch.arange(len(p)) for p in prompts]).to(device)
-        hidden = self._forward(cache, flat, places)[torch.tensor(ends, device=device) - 1]
+        cache = DecodeCache(index.to(device), present.to(device), layers, decoding.max_new_tokens, shared)
+        own = [prompts[0], *(p[shared:] for p in prompts[1:])]
+        flat = torch.tensor([t for p in own for t in p], device=device)
+        places = torch.cat([torch.arange(len(p) - len(o), len(p)) for p, o in zip(prompts, own, strict=True)])
+        hidden = self._forward(cache, flat, places.to(device))
+        hidden = hidden[torch.tensor(ends, device=device) + (shared - 1)]
         cache.expand(len(wave[0].seeds))
         return cache, self._logits(hidden, decoding)
 

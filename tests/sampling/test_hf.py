@@ -24,12 +24,14 @@ def sampler_of(model: Any, **changes: Any) -> HFSampler:
     return HFSampler(model, lambda ids: " ".join(map(str, ids)), **settings)
 
 
-def ask(lengths: list[int], repeats: int = 4, seed: int = 0) -> list[Request]:
+def ask(lengths: list[int], repeats: int = 4, seed: int = 0, shared: int = 0) -> list[Request]:
+    """`shared`: with how many equal tokens each prompt begins, before `lengths` of its own."""
     rng = np.random.default_rng(seed)
+    first = tuple(range(3, 3 + shared))
     return [
         Request(
             p,
-            Prompt(f"p{p}", "t", "", tuple(int(x) for x in rng.integers(3, 100, n)), ""),
+            Prompt(f"p{p}", "t", "", first + tuple(int(x) for x in rng.integers(3, 100, n)), ""),
             tuple(1000 * p + i for i in range(repeats)),
         )
         for p, n in enumerate(lengths)
@@ -156,9 +158,11 @@ def test_greedy_is_not_cut(tiny: Any) -> None:
     assert cut == plain
 
 
-def test_greedy_equals_generate(tiny: Any, plain: Any) -> None:
-    """Prompts of unequal length in one batch, against transformers' generate one at a time."""
-    requests = ask([5, 11, 3], repeats=1)
+@pytest.mark.parametrize(("own", "shared"), [([5, 11, 3], 0), ([5, 11, 3, 1], 7), ([0, 4, 0], 6)])
+def test_greedy_equals_generate(tiny: Any, plain: Any, own: list[int], shared: int) -> None:
+    """Prompts of unequal length in one batch, with a common beginning, and with nothing else, against
+    transformers' generate one at a time."""
+    requests = ask(own, repeats=1, shared=shared)
     groups = by_position(sampler_of(tiny, vocabulary=128).stream(requests, GREEDY))
     for request in requests:
         ids = torch.tensor([request.prompt.token_ids])
@@ -174,11 +178,11 @@ def test_greedy_equals_generate(tiny: Any, plain: Any) -> None:
         assert groups[request.position].completions[0].token_ids == expected
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_logprobs_are_those_the_learner_computes(tiny: Any, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "shared"), [(1.0, 0), (0.6, 9)])
+def test_logprobs_are_those_the_learner_computes(tiny: Any, temperature: float, shared: int) -> None:
     """Both in fp32: mean gap under 0.001, ratio 1 within 2 %, at a temperature too."""
     decoding = dataclasses.replace(FREE, temperature=temperature)
-    groups = list(sampler_of(tiny).stream(ask([5, 11, 3, 8]), decoding))
+    groups = list(sampler_of(tiny).stream(ask([5, 11, 3, 8], shared=shared), decoding))
     learner = learner_of(tiny, objective(temperature=temperature))
     packer = Packer(10_000, "constant", keep_for_kl=False)
     for g in groups:
