@@ -108,8 +108,8 @@ class Counts:
     kernels: int
 
 
-def model_of(name: str) -> Any:
-    """A model without weights, as `load_model` would make it."""
+def model_of(name: str, device: str | torch.device = "meta") -> Any:
+    """A model of this shape, as `load_model` would make it; without weights on the meta device."""
     shape, size = SHAPES[name], VOCABULARY.get(name, QWEN_VOCABULARY)
     config = AutoConfig.for_model(
         "llama" if name == "8b" else "qwen2",
@@ -122,7 +122,7 @@ def model_of(name: str) -> Any:
         tie_word_embeddings=shape["tied"],
         max_position_embeddings=32_768,
     )
-    with torch.device("meta"):
+    with torch.device(device):
         return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
 
 

@@ -32,3 +32,19 @@ def test_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         held = torch.ones(10, device="meta")
         assert float(held.sum()) == 1.0 and watch.live >= 40
     assert sum(watch.syncs.values()) == 1 and watch.kernels == 1
+
+
+@pytest.mark.long
+def test_the_script_of_a_first_gpu_day_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    """On CPU with tiny sizes: every row but those that need a GPU or vLLM."""
+    from benchmarks import gpu_day
+
+    assert gpu_day.main(["--rehearse"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "attention layouts agree",
+        "learner, 32 tokens",
+        "learner, mixed tokens",
+        "preemptive against historical",
+        "killed and resumed",
+    ]
