@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_static import SHAPES, model_of
-from dash_exp.capacity.memory import GIB, activation_bytes
+from dash_exp.capacity.memory import GIB, activation_bytes, shape_of
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import MicroBatch, Packer
 from dash_exp.learning.settings import Forward, Objective, Optimization
