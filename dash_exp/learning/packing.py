@@ -1,8 +1,9 @@
 """Micro-batches: groups laid end to end in one row of tokens, each prompt once per group.
 
 The input holds, per group, the prompt and every forwarded completion except its last token (nothing is
-predicted from it). The hidden state of a prompt's last token predicts the first token of all its
-completions. How a batch is cut into micro-batches never changes the update.
+predicted from it). Short groups share what all their prompts begin with, too. The hidden state of a prompt's
+last token predicts the first token of all its completions. How a batch is cut into micro-batches never
+changes the update.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dash_exp.modeling.attention import (
     GroupRows,
     VarlenRows,
     additive_mask,
+    shared_tokens,
 )
 from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, ScoredGroup
 
@@ -185,11 +187,15 @@ def pack(batch: MicroBatch, device: torch.device | str = "cpu", varlen: bool = F
     spans: list[tuple[int, int, list[tuple[int, int]]]] = []
     index: list[int] = []
     targets: list[int] = []
+    rows = rows_of(batch, varlen)
+    shared = shared_tokens([p.source.group.prompt.token_ids for p in batch.pieces]) if rows == "group" else 0
     for piece in batch.pieces:
         prompt = piece.source.group.prompt.token_ids
         start = len(ids)
-        ids += prompt
-        positions += range(len(prompt))
+        known = shared if ids else 0  # the first group's
+        ids += prompt[known:]
+        positions += range(known, len(prompt))
+        stop = len(ids)
         owns: list[tuple[int, int]] = []
         for i in piece.indices:
             tokens = piece.source.group.completions[i].token_ids
@@ -197,10 +203,9 @@ def pack(batch: MicroBatch, device: torch.device | str = "cpu", varlen: bool = F
             ids += tokens[:-1]
             positions += range(len(prompt), len(prompt) + len(tokens) - 1)
             owns.append((begin, len(ids)))
-            index += [start + len(prompt) - 1, *range(begin, len(ids))]
+            index += [stop - 1, *range(begin, len(ids))]
             targets += tokens
-        spans.append((start, start + len(prompt), owns))
-    rows = "varlen" if varlen and batch.rows == "auto" else batch.rows
+        spans.append((start, stop, owns))
     samples = [(p, i) for p in batch.pieces for i in p.indices]
     completions = [p.source.group.completions[i] for p, i in samples]
     lengths = batch.lengths
@@ -215,7 +220,7 @@ def pack(batch: MicroBatch, device: torch.device | str = "cpu", varlen: bool = F
     return Packed(
         input_ids=here(ids),
         position_ids=here(positions),
-        context=_attention(spans, len(ids), device, rows),
+        context=_attention(spans, shared, device, rows),
         logit_index=here(index),
         targets=here(targets),
         advantages=per_token(kept),
@@ -239,15 +244,21 @@ Spans = list[tuple[int, int, list[tuple[int, int]]]]
 """Per piece: first and last+1 input token of the prompt, and of each completion."""
 
 
-def _attention(spans: Spans, tokens: int, device: torch.device | str, rows: str) -> AttentionContext:
+def rows_of(batch: MicroBatch, varlen: bool) -> str:
+    """How attention is laid out."""
+    if batch.rows != "auto":
+        return batch.rows
+    longest = max(piece.tokens for piece in batch.pieces)
+    fits = len(batch.pieces) * longest**2 <= GROUP_ROW_CELLS
+    return "varlen" if varlen else "group" if fits else "completion"
+
+
+def _attention(spans: Spans, shared: int, device: torch.device | str, rows: str) -> AttentionContext:
     if rows == "varlen":
         return _varlen_rows(spans, device)
-    longest = max((owns[-1][1] if owns else stop) - start for start, stop, owns in spans)
-    if rows == "auto":
-        rows = "group" if len(spans) * longest**2 <= GROUP_ROW_CELLS else "completion"
     if rows == "group":
-        return _group_rows(spans, tokens, longest, device)
-    return _completion_rows(spans, tokens, device)
+        return _group_rows(spans, shared, device)
+    return _completion_rows(spans, device)
 
 
 def _varlen_rows(spans: Spans, device: torch.device | str) -> VarlenRows:
@@ -265,32 +276,37 @@ def _varlen_rows(spans: Spans, device: torch.device | str) -> VarlenRows:
     return VarlenRows(index, queries, all_keys, longest)
 
 
-def _group_rows(spans: Spans, tokens: int, longest: int, device: torch.device | str) -> GroupRows:
-    index = torch.zeros(len(spans), longest, dtype=torch.long)
-    inverse = torch.empty(tokens, dtype=torch.long)
+def _group_rows(spans: Spans, shared: int, device: torch.device | str) -> GroupRows:
+    ends = [owns[-1][1] if owns else stop for _, stop, owns in spans]
+    # where a row's own tokens begin: behind what it shares with the first
+    befores = [0, *(shared for _ in spans[1:])]
+    longest = max(before + end - span[0] for before, end, span in zip(befores, ends, spans, strict=True))
+    index = torch.arange(shared).repeat(len(spans), 1)
+    index = torch.nn.functional.pad(index, (0, longest - shared))
+    inverse = torch.empty(ends[-1], dtype=torch.long)
     segment = torch.full((len(spans), longest), -1)  # 0: prompt, n: n-th completion, -1: filler
-    for row, (start, stop, owns) in enumerate(spans):
-        end = owns[-1][1] if owns else stop
-        index[row, : end - start] = torch.arange(start, end)
-        inverse[start:end] = row * longest + torch.arange(end - start)
-        segment[row, : stop - start] = 0
+    for row, (before, end, (start, stop, owns)) in enumerate(zip(befores, ends, spans, strict=True)):
+        index[row, before : before + end - start] = torch.arange(start, end)
+        inverse[start:end] = row * longest + before + torch.arange(end - start)
+        segment[row, : before + stop - start] = 0
         for number, (begin, finish) in enumerate(owns, 1):
-            segment[row, begin - start : finish - start] = number
+            segment[row, before + begin - start : before + finish - start] = number
     earlier = torch.ones(longest, longest, dtype=torch.bool).tril()
     same = segment[:, :, None] == segment[:, None, :]
     prompt_key = (segment == 0)[:, None, :]
     visible = earlier & (same | (prompt_key & (segment >= 0)[:, :, None]))
-    return GroupRows(index.to(device), inverse.to(device), additive_mask(visible[:, None]).to(device))
+    bias = additive_mask(visible[:, None]).to(device)
+    return GroupRows(index.to(device), inverse.to(device), bias, shared)
 
 
-def _completion_rows(spans: Spans, tokens: int, device: torch.device | str) -> CompletionRows:
+def _completion_rows(spans: Spans, device: torch.device | str) -> CompletionRows:
     prompts: list[Row] = [(start, stop, row) for row, (start, stop, _) in enumerate(spans)]
     owns: list[Row] = [(begin, end, row) for row, (_, _, all_) in enumerate(spans) for begin, end in all_]
     sizes = torch.tensor([stop - start for start, stop, _ in spans])
     before = torch.arange(int(sizes.max())) < sizes[:, None]  # [prompts, Lp]
     cells: list[Tensor] = []
     blocks: list[Block] = []
-    inverse, count = torch.empty(tokens, dtype=torch.long), 0
+    inverse, count = torch.empty(max(end for _, end, _ in (*prompts, *owns)), dtype=torch.long), 0
     for part in [prompts, *_similar(owns)]:
         length = max(1, max(end - begin for begin, end, _ in part))
         index = torch.zeros(len(part), length, dtype=torch.long)

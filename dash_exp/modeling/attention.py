@@ -54,18 +54,25 @@ AttentionInterface.register(ATTENTION, _dispatch)
 
 
 class _Take(torch.autograd.Function):
-    """`x[index]` along the first axis, where each row of x is taken at most once (besides filler
-    rows whose gradient is 0). Its backward is another gather: scatter-add is far slower on CPU."""
+    """`x[index]` along the first axis, where each row of x is taken at most once (besides filler rows whose
+    gradient is 0); but the first `shared` rows of x come first in each of `rows` equal parts of the index.
+    Its backward is another gather: scatter-add is far slower on CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, rows: int = 1, shared: int = 0
+    ) -> Tensor:
         ctx.save_for_backward(inverse)
+        ctx.rows, ctx.shared = rows, shared
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
+        out = grads[0].index_select(0, inverse)
+        if ctx.shared:
+            out[: ctx.shared] = grads[0].view(ctx.rows, -1, out.shape[1])[:, : ctx.shared].sum(0)
+        return out, None, None, None, None
 
 
 class _Attend(torch.autograd.Function):
@@ -116,11 +123,13 @@ def additive_mask(visible: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class GroupRows:
     """One padded row per group. `index` [R, L]: flat token of each cell (0 for filler);
-    `inverse` [T]: cell of each flat token; `bias` [R, 1, L, L]."""
+    `inverse` [T]: cell of each flat token; `bias` [R, 1, L, L]. `shared`: how many tokens all groups begin
+    with; they are the first group's."""
 
     index: Tensor
     inverse: Tensor
     bias: Tensor
+    shared: int = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         rows, length = self.index.shape
@@ -129,7 +138,7 @@ class GroupRows:
         def cells(x: Tensor) -> Tensor:  # [1, H, T, D] -> [R, H, L, D]
             heads, tokens, dim = x.shape[1:]
             packed = x[0].transpose(0, 1).reshape(tokens, heads * dim)
-            taken = _Take.apply(packed, flat, self.inverse)
+            taken = _Take.apply(packed, flat, self.inverse, rows, self.shared)
             return taken.view(rows, length, heads, dim).transpose(1, 2)
 
         mixed = attend_rows(cells(q), cells(k), cells(v), self.bias, scale)
@@ -172,7 +181,7 @@ def packing_fault(model: Any) -> str | None:
 
 
 class _ScatterBack(torch.autograd.Function):
-    """Cells [R*L, F] back to flat tokens [T, F]; the gradient of filler cells is 0."""
+    """Cells [R*L, F] back to flat tokens [T, F]; the gradient of cells that no token comes from is 0."""
 
     @staticmethod
     def forward(ctx: Any, cells: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from dash_exp.learning import packing
 from dash_exp.learning.packing import pack
 from dash_exp.modeling import attention
 from dash_exp.modeling.attention import CompletionRows, VarlenRows, additive_mask, attend_rows
+from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
 from tests.learning.reference import reference_gradient
 from tests.learning.test_learner import (
@@ -82,6 +84,29 @@ def test_torchs_kernels_give_the_same_gradient(
     assert all(block.mask.dtype == torch.bool for block in context.blocks)
     expected = reference_gradient(plain, plain, groups, objective(), "constant")
     assert_close(learner_gradient(learner_of(tiny, objective()), [batch], groups, "constant"), expected)
+
+
+@pytest.mark.parametrize(("shared", "own"), [(7, [4, 6, 1]), (5, [1, 1, 1]), (3, [0, 4, 0])])
+def test_what_all_prompts_begin_with_is_computed_once(
+    tiny: Any, plain: Any, shared: int, own: list[int]
+) -> None:
+    """A template, say; also where a prompt has nothing else. The last token of each stays its own."""
+    groups = make_groups([[3, 1, 5, 2], [2, 6, 1, 1], [1, 4, 3, 2]], [shared + n for n in own])
+    first = groups[0].group.prompt.token_ids[:shared]
+
+    def beginning(one: AdvantagedGroup) -> AdvantagedGroup:
+        prompt = replace(one.group.prompt, token_ids=first + one.group.prompt.token_ids[shared:])
+        return replace(one, scored=replace(one.scored, group=replace(one.group, prompt=prompt)))
+
+    groups = [beginning(one) for one in groups]
+    batch = whole_groups(groups, "auto")
+    once = min(shared, min(shared + n for n in own) - 1)
+    assert len(pack(batch).input_ids) == batch.tokens - 2 * once
+    learner = learner_of(tiny, objective())
+    apart = [learner.logprobs(whole_groups([one], "auto")) for one in groups]
+    assert torch.allclose(learner.logprobs(batch), torch.cat(apart), atol=1e-5)
+    expected = reference_gradient(plain, plain, groups, objective(), "constant")
+    assert_close(learner_gradient(learner, [batch], groups, "constant"), expected)
 
 
 def varlen_reference(
