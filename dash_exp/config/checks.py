@@ -52,6 +52,7 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
         _sharding,
         _budget,
         _evaluation,
+        _sbatch,
         _random_model,
         server_faults,
     )
@@ -278,6 +279,27 @@ def _budget(config: Config) -> Iterator[Fault]:
     if budget.unit == "tokens" and config.algorithm.source != "sampler":
         hint = "set it to backpropagated, updates or seconds"
         yield Fault("budget.unit", "got tokens, but a supervised arm samples none", hint)
+
+
+SET_BY_US = (
+    *("job-name", "time", "nodes", "ntasks-per-node", "cpus-per-task", "mem", "account", "partition", "qos"),
+    *("constraint", "signal", "dependency", "array", "output", "error", "requeue", "open-mode", "wckey"),
+)
+"""Options of sbatch that other keys decide."""
+
+
+def _sbatch(config: Config) -> Iterator[Fault]:
+    for name, value in config.cluster.sbatch.items():
+        place = f"cluster.sbatch.{name}"
+        if not re.fullmatch(r"[a-z][a-z-]*", name):
+            yield Fault(
+                place, "is not the long name of an option of sbatch", "write it without dashes before"
+            )
+        elif name in SET_BY_US:
+            hint = f"set cluster.{name} instead" if hasattr(config.cluster, name) else "leave it out"
+            yield Fault(place, "is set from the cell and from other keys", hint)
+        if not isinstance(value, str | int | float) or not str(value).isprintable():
+            yield Fault(place, f"got {value!r}, expected a number, true or a text of one line")
 
 
 def _evaluation(config: Config) -> Iterator[Fault]:

@@ -87,6 +87,7 @@ def register() -> None:
     """Store the schema in Hydra under the name that conf/config.yaml uses. Mappings whose keys the user
     chooses take new ones without Hydra's `+`."""
     schema = OmegaConf.structured(Config)
+    OmegaConf.set_struct(schema.cluster.sbatch, False)
     for name in OPEN_MAPPINGS:
         OmegaConf.set_struct(schema.dataset[name], False)
     ConfigStore.instance().store(name="schema", node=schema)

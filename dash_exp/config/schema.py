@@ -428,6 +428,7 @@ class ClusterConfig(Constant):
     qos: str | None = setting("SLURM's quality of service", None)
     constraint: str | None = setting("SLURM's constraint", None)
     setup: list[str] = setting("shell lines before a cell is started, e.g. `module load cuda`", [])
+    sbatch: dict[str, Any] = setting("SLURM's other options, by their long names: `{reservation: x}`", {})
     warning_s: int = number(Range(1, 65_535), "seconds before a time limit at which a cell saves and stops")
     requeues: int = number(Range(0, 10_000), "requeues after a time limit, a preemption or a lost node")
     retries: dict[str, int] = number(

@@ -7,6 +7,9 @@ from graphlib import CycleError
 
 import pytest
 
+from dash_exp.config.checks import check
+from dash_exp.config.compose import compose, find_faults
+from dash_exp.config.schema import changed
 from dash_exp.record.manifest import Resources
 from dash_exp.sweep.slurm.arrays import Array, demand_of, job_name, parameters, plan_arrays, share_out
 from tests.sweep.slurm_helpers import SMALL_JOB, cluster_of, made_up
@@ -111,3 +114,21 @@ def test_parameters_leave_out_what_is_not_set() -> None:
     assert given["account"] == "lab" and given["setup"] == ["module load cuda"]
     assert given["dependency"] == "afterany:12:13_1" and given["signal_delay_s"] == 300
     assert given["time"] == SMALL_JOB.minutes and given["mem"] == "1GB"
+
+
+def test_other_options_of_sbatch_are_passed_on_and_checked() -> None:
+    (array,) = plan_arrays("s", made_up(1, ONE_GPU), cluster_of(), 1000)
+    made = parameters(array, cluster_of(sbatch={"reservation": "x", "gres": "gpu:a100:1"}), [])
+    assert made["additional_parameters"] == {"requeue": True, "reservation": "x", "gres": "gpu:a100:1"}
+    assert made["gpus_per_node"] is None and parameters(array, cluster_of(), [])["gpus_per_node"] == 1
+
+    def where(text: str) -> list[str]:
+        return [fault.where for fault in find_faults(["cluster=slurm", f"cluster.sbatch={text}"])]
+
+    assert where("{reservation: x, exclude: 'n[1-3]', exclusive: true, nice: 5}") == []
+    wrong = "{partition: gpu, --nice: 5, comment: [a], job-name: x, Mem: 3}"
+    assert where(wrong) == [
+        f"cluster.sbatch.{name}" for name in ("partition", "--nice", "comment", "job-name", "Mem")
+    ]
+    injected = changed(compose(["cluster=slurm"]), {"cluster.sbatch": {"comment": "a\nrm -r x"}})
+    assert [fault.where for fault in check(injected)] == ["cluster.sbatch.comment"]

@@ -153,14 +153,15 @@ def job_name(sweep: str, tasks: Sequence[Sequence[Entry]]) -> str:
 
 def parameters(array: Array, cluster: ClusterConfig, after: Sequence[str]) -> dict[str, Any]:
     """An array as submitit's SlurmExecutor takes it. `after`: ids of jobs that must end first."""
-    demand = array.demand
+    demand, more = array.demand, cluster.sbatch
+    own_gpus = bool({"gres", "gpus", "gpus-per-node", "gpus-per-task"} & set(more))
     return {
         "job_name": array.name,
         "time": demand.minutes,
         "nodes": demand.nodes,
         "ntasks_per_node": demand.tasks_per_node,
         "cpus_per_task": demand.cpus_per_task,
-        "gpus_per_node": demand.gpus_per_node or None,
+        "gpus_per_node": None if own_gpus else demand.gpus_per_node or None,
         "mem": f"{demand.memory_gb}GB",
         "account": cluster.account,
         "partition": cluster.partition,
@@ -172,7 +173,7 @@ def parameters(array: Array, cluster: ClusterConfig, after: Sequence[str]) -> di
         "array_parallelism": array.parallel,
         "wckey": None,  # clusters that check such keys refuse submitit's own
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True},  # a cluster's default may be not to
+        "additional_parameters": {"requeue": True, **more},  # a cluster's default may be not to requeue
         # srun does not take this from the job; after a failed rank, rank 0 still records what happened
         "srun_args": [f"--cpus-per-task={demand.cpus_per_task}", "--kill-on-bad-exit=0"],
     }
