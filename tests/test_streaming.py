@@ -19,6 +19,7 @@ from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.settings import Forward, Objective
 from dash_exp.tasks.prompts import PromptSet
+from dash_exp.tasks.selection import Chooser, Selection
 from dash_exp.train.build import make_plan
 from dash_exp.train.loop import judge, train_step
 from dash_exp.types import Decoding, Group, Origin, Prompt, Request, Score
@@ -68,12 +69,13 @@ def learned(
     """Weights and metric sums after one step, and the groups of each micro-batch."""
     learner = Learner(copy.deepcopy(model), goal, optimization(), Forward(VOCABULARY, 16))
     prompts = tuple(replace(g.group.prompt, answer="x" * n) for n, g in enumerate(BATCH))
-    sampler = Scripted(script)
+    sampler, held = Scripted(script), PromptSet("test", prompts, 0, "hash")
     parts = parts_of(
         learner,
         aggregation,
         max_tokens,
-        prompts=PromptSet("test", prompts, 0, "hash"),
+        prompts=held,
+        chooser=Chooser(held, 0, Selection()),
         sampler=sampler,
         decoding=Decoding(MAX_NEW, 1.0, (1,)),
         judges={"test": Rewards()},
