@@ -22,7 +22,14 @@ from dash_exp.learning.settings import Forward, Objective, Optimization, UpdateS
 from dash_exp.record.folder import Recorder
 from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import BatchFacts, batch_values, learner_values
-from dash_exp.train.loop import StepContext, compute_advantages, demonstrated, mini_batches, repeated_updates
+from dash_exp.train.loop import (
+    StepContext,
+    checkpoint_due,
+    compute_advantages,
+    demonstrated,
+    mini_batches,
+    repeated_updates,
+)
 from dash_exp.train.parts import Parts, Plan
 from dash_exp.types import AdvantagedGroup, Completion, Decoding, Group, Prompt, Request, Score, ScoredGroup
 from tests.conftest import make_groups
@@ -97,6 +104,7 @@ def plan_of(passes: int, prompts_per_update: int, aggregation: str) -> Plan:
         mask_truncated=False,
         evaluate_every=0,
         checkpoint_every=0,
+        checkpoint_s=None,
         budget=None,
     )
 
@@ -311,3 +319,16 @@ def test_a_filter_threshold_means_the_same_in_every_arm(tiny: Any) -> None:
         )
         assert made.kept == (True, False, False, False), (baseline, scale)
         assert made.advantages == arm([[1.0, 0.0, 0.0, 0.0]])[0]
+
+
+def test_a_checkpoint_is_due_by_steps_or_by_time() -> None:
+    plan = replace(plan_of(1, 4, "constant"), steps=9, checkpoint_every=4, checkpoint_s=60.0)
+    due = [
+        (step, since)
+        for step in range(1, 10)
+        for since in (0.0, 59.9, 60.0)
+        if checkpoint_due(plan, step, since)
+    ]
+    late = [(step, 60.0) for step in range(1, 10)]
+    assert due == sorted({*late, *((step, since) for step in (4, 8, 9) for since in (0.0, 59.9))})
+    assert not checkpoint_due(replace(plan, checkpoint_s=None), 1, 1e9)

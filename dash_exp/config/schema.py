@@ -378,6 +378,9 @@ class CheckpointConfig(Constant):
     """When a resumable checkpoint is written, and how many are kept."""
 
     every: int = number(STEPS, "steps between two; 0: only when interrupted and at the end")
+    minutes: float | None = number(
+        Range(0, 10**6, open_low=True), "and after so many minutes without one; null: never", None
+    )
     keep: int = number(SOME_STEPS, "checkpoints kept while running")
 
 

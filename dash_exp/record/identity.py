@@ -53,6 +53,7 @@ LATER: Mapping[str, object] = {
     "algorithm.mask_truncated": False,
     "filter.refill": 0,
     "budget.unit": "seconds",
+    "checkpoint.minutes": 20.0,
     "selection.name": "none",
     "selection.explore": 0.5,
     "selection.adjust": 0.01,

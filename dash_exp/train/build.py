@@ -146,6 +146,7 @@ def make_plan(config: Config, prompts: int) -> Plan:
         mask_truncated=a.mask_truncated,
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint.every,
+        checkpoint_s=None if config.checkpoint.minutes is None else 60 * config.checkpoint.minutes,
         budget=config.budget.seconds,
         budget_unit=config.budget.unit,
         filter_on_reward=config.filter.signal == "reward",

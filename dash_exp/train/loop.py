@@ -57,6 +57,7 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
         return Ending(done, "budget")
     if is_paused(plan, done):
         return Ending(done, "paused")
+    saved_at = hooks.clock()
     for step in range(done + 1, plan.steps + 1):
         with hooks.profiled(step):
             facts = train_step(StepContext(plan, parts, ledger, recorder, step, budget.over))
@@ -70,10 +71,12 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
         note_suspensions(hooks, ledger, recorder, step)
         incomplete = len(facts.updates) < plan.updates_per_batch  # the budget ended between two updates
         out_of_time = incomplete or budget.over()
-        if checkpoint_due(plan, step) or out_of_time or signal is not None or is_paused(plan, step):
+        due = checkpoint_due(plan, step, hooks.clock() - saved_at)
+        if due or out_of_time or signal is not None or is_paused(plan, step):
             with ledger.phase("checkpoint"):
                 row = step_row(step, facts, *ledger.so_far(), ledger.overlap_s())
                 hooks.checkpoint(step, step == plan.steps, row)
+            saved_at = hooks.clock()
         overlap, suspended = ledger.overlap_s(), ledger.suspended_s()
         row = step_row(step, facts, *budget.close_step(), overlap)
         row |= {"time/suspended_s": suspended} if suspended else {}
@@ -417,8 +420,10 @@ def evaluation_due(plan: Plan, step: int) -> bool:
     return plan.evaluate_every > 0 and step % plan.evaluate_every == 0 and 0 < step < plan.steps
 
 
-def checkpoint_due(plan: Plan, step: int) -> bool:
-    return step == plan.steps or (plan.checkpoint_every > 0 and step % plan.checkpoint_every == 0)
+def checkpoint_due(plan: Plan, step: int, since_s: float) -> bool:
+    """Whether a step ends with a checkpoint; the last one is `since_s` seconds old."""
+    late = plan.checkpoint_s is not None and since_s >= plan.checkpoint_s
+    return step == plan.steps or late or (plan.checkpoint_every > 0 and step % plan.checkpoint_every == 0)
 
 
 def is_paused(plan: Plan, step: int) -> bool:

@@ -31,7 +31,8 @@ class Plan:
     groups finish one after the other and a learner beside the sampler can begin (None: nothing is beside it).
     `batch_wide`: advantages or filter compare the groups of a batch, so the first gradient waits for the last
     group. `prompts_per_update`: a mini-batch, or the complete batch. `refill`: rounds of fresh prompts that
-    replace what is dropped. `pause_after`: the step at which this attempt ends early, to be resumed."""
+    replace what is dropped. `checkpoint_s`: seconds without a checkpoint after which one is due.
+    `pause_after`: the step at which this attempt ends early, to be resumed."""
 
     seed: int
     steps: int
@@ -52,6 +53,7 @@ class Plan:
     mask_truncated: bool
     evaluate_every: int
     checkpoint_every: int
+    checkpoint_s: float | None
     budget: float | None
     budget_unit: str = SECONDS
     filter_on_reward: bool = False
