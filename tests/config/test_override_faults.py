@@ -74,10 +74,13 @@ def test_compose_raises_every_fault() -> None:
             Fault(
                 "checkpoint.evry",
                 "unknown key",
-                "did you mean 'checkpoint.every'? (in checkpoint: every, keep)",
+                "did you mean 'checkpoint.every'? (in checkpoint: every, keep, minutes)",
             ),
         ),
-        ("+checkpoint.often=3", Fault("checkpoint.often", "unknown key", "in checkpoint: every, keep")),
+        (
+            "+checkpoint.often=3",
+            Fault("checkpoint.often", "unknown key", "in checkpoint: every, keep, minutes"),
+        ),
         ("dash", Fault("dash", "is not key=value", "see python -m dash_exp --help")),
         ("hydra.searchpath=[/nope]", None),
         ("hydra.foo=3", Fault("hydra.foo", "unknown key")),
