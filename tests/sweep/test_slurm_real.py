@@ -162,15 +162,16 @@ def test_time_limits(tmp_path: Path, undisturbed: Path) -> None:
     assert requeues(slow) == [] and state(slow) == "running"
 
     wait_until(warned, lambda: state(folder) == "finished" and have_ended(job)())
-    assert [row["reason"] for row in requeues(folder)] == ["timeout"]
+    reasons = [row["reason"] for row in requeues(folder)]
+    assert set(reasons) == {"timeout"}  # a busy machine may need a third minute
     assert accounted(job) == "COMPLETED|0:0"
-    assert attempt(folder) == 2
+    assert attempt(folder) == 1 + len(reasons)
     rows = read_rows(folder / "steps.jsonl").rows
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))  # none was lost, none was made twice
     assert differences(undisturbed, folder) == []
 
     wait_until(ended, lambda: state(slow) == "finished" and have_ended(other)())
-    assert [row["reason"] for row in requeues(slow)] == ["timeout"]
+    assert {row["reason"] for row in requeues(slow)} == {"timeout"}
     assert "DUE TO TIME LIMIT" in output_of(ended.folder)
     assert "resuming after step " in (slow / "log.txt").read_text()
     assert accounted(other) == "COMPLETED|0:0"
