@@ -27,11 +27,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_static import SHAPES, model_of
+from benchmarks.gpu_static import SHAPES, learner_of, model_of
 from dash_exp.capacity.memory import GIB, activation_bytes, shape_of
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.packing import MicroBatch, Packer
-from dash_exp.learning.settings import Forward, Objective, Optimization
 from dash_exp.record.folder import read_final, read_json
 from dash_exp.types import AdvantagedGroup, Completion, Group, Prompt, Score, ScoredGroup
 
@@ -91,24 +90,10 @@ def micro_batches(groups: Sequence[AdvantagedGroup], tokens: int) -> list[MicroB
     return [ready for group in groups for ready in packer.add(group)] + list(packer.flush())
 
 
-def learner_of(setting: Setting) -> Learner:
+def random_learner(setting: Setting) -> Learner:
     """Random weights; no KL term, so that only the policy is counted."""
     torch.manual_seed(0)
-    model = model_of(setting.model, setting.device)
-    goal = Objective("policy_gradient", 0.2, 0.2, 0.0, "constant", "k3", 1.0)
-    moves = Optimization(
-        lr=1e-6,
-        schedule="constant",
-        warmup_share=0.0,
-        total_updates=10,
-        weight_decay=0.0,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        max_grad_norm=1.0,
-        precision="bf16_mixed",
-        freeze_embeddings=False,
-    )
-    return Learner(model, goal, moves, Forward(model.config.vocab_size, 1024, True))
+    return learner_of(model_of(setting.model, setting.device), beta=0.0, temperature=1.0)
 
 
 def wait_for(device: torch.device) -> None:
@@ -121,7 +106,7 @@ def layouts(setting: Setting) -> Row:
     groups = groups_of([5, 9, 33, 64], 40, 400)
     found: dict[str, Tensor] = {}
     for rows in ("group", "completion", "auto"):
-        learner = learner_of(setting)
+        learner = random_learner(setting)
         for batch in micro_batches(groups, 4096):
             learner.accumulate(replace(batch, rows=rows))
         parts = [g.flatten().cpu() for name, g in learner.gradients.items() if "layers.0." in name]
@@ -140,7 +125,7 @@ def layouts(setting: Setting) -> Row:
 
 def throughput(setting: Setting) -> list[Row]:
     """Tokens per second of forward and backward, with the share of the GPU's peak, and the peak of memory."""
-    learner, rows = learner_of(setting), []
+    learner, rows = random_learner(setting), []
     count = sum(m.numel() for m in learner.masters.values())
     shape = shape_of({"shape": {**SHAPES[setting.model], "vocabulary": learner.model.config.vocab_size}})
     assert shape is not None

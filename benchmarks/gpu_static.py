@@ -126,6 +126,24 @@ def model_of(name: str, device: str | torch.device = "meta") -> Any:
         return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
 
 
+def learner_of(model: Any, beta: float, temperature: float = 0.9) -> Learner:
+    """A learner of the paper's recipe: DASH with this beta, checkpointing, logits in chunks of 1,024."""
+    goal = Objective("policy_gradient", 0.2, 0.2, beta, "constant", "k3", temperature)
+    moves = Optimization(
+        lr=3e-6,
+        schedule="linear",
+        warmup_share=0.0,
+        total_updates=562,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        max_grad_norm=1.0,
+        precision="bf16_mixed",
+        freeze_embeddings=False,
+    )
+    return Learner(model, goal, moves, Forward(model.config.vocab_size, 1024, True))
+
+
 def batch_of(tokens: int, prompt: int = 256, completion: int = 1792) -> MicroBatch:
     """A full micro-batch of groups of four."""
     return largest_micro_batch(prompt, completion, 4, Packer(tokens, "constant", keep_for_kl=False))
@@ -144,23 +162,7 @@ def count(name: str, tokens: int = 16_384) -> Counts:
         model = model_of(name)
         for parameter in model.parameters():
             watch.hold(parameter)
-        learner = Learner(
-            model,
-            Objective("policy_gradient", 0.2, 0.2, 0.04, "constant", "k3", 0.9),
-            Optimization(
-                lr=3e-6,
-                schedule="linear",
-                warmup_share=0.0,
-                total_updates=562,
-                weight_decay=0.0,
-                betas=(0.9, 0.999),
-                eps=1e-8,
-                max_grad_norm=1.0,
-                precision="bf16_mixed",
-                freeze_embeddings=False,
-            ),
-            Forward(VOCABULARY.get(name, QWEN_VOCABULARY), 1024, True),
-        )
+        learner = learner_of(model, beta=0.04)
         moments = [torch.empty_like(m) for m in learner.masters.values() for _ in range(2)]
         gc.collect()
         state = watch.live

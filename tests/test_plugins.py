@@ -74,7 +74,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """As a new process, which sees files that were edited."""
-    for known in (plugins.sources, plugins._load, plugins.load_rows):
+    for known in (plugins.sources, plugins.call._load, plugins.load_rows):
         known.cache_clear()
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dash_exp.config.schema import SelectionConfig
 from dash_exp.record.folder import read_final
 from dash_exp.tasks.prompts import PromptSet, prompts_at
-from dash_exp.tasks.selection import Chooser, Selection, kind_of
+from dash_exp.tasks.selection import Chooser, kind_of
 from dash_exp.train.loop import prompts_missing
 from dash_exp.train.parts import Plan
 from dash_exp.types import AdvantagedGroup, Group, Outcome, Prompt, Score, ScoredGroup
@@ -29,7 +30,7 @@ RIGHT, WRONG, MIXED = scores("correct", "correct"), scores("wrong", "timeout"), 
 
 
 def greso(**settings: float) -> Chooser:
-    return Chooser(PROMPTS, 3, Selection("greso", **settings))
+    return Chooser(PROMPTS, 3, SelectionConfig("greso", **settings))
 
 
 def test_what_a_group_says_of_its_prompt() -> None:
@@ -40,7 +41,7 @@ def test_what_a_group_says_of_its_prompt() -> None:
 
 
 def test_without_selection_the_order_is_the_endless_one() -> None:
-    chooser = Chooser(PROMPTS, 3, Selection())
+    chooser = Chooser(PROMPTS, 3, SelectionConfig())
     drawn = [p.id for count in (3, 8, 30) for p in chooser.draw(count)]
     chooser.observe([(PROMPTS.prompts[0], RIGHT)])
     assert drawn == [p.id for p in prompts_at(PROMPTS, 3, 0, 41)]

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from dash_exp.config.compose import compose
+from dash_exp.config.schema import SelectionConfig
 from dash_exp.learning.advantages import batch_advantages
 from dash_exp.learning.filters import make_filter
 from dash_exp.learning.learner import Learner
 from dash_exp.learning.settings import Forward, Objective
 from dash_exp.tasks.prompts import PromptSet
-from dash_exp.tasks.selection import Chooser, Selection
+from dash_exp.tasks.selection import Chooser
 from dash_exp.train.build import make_plan
 from dash_exp.train.loop import judge, train_step
 from dash_exp.types import Decoding, Group, Origin, Prompt, Request, Score
@@ -75,7 +76,7 @@ def learned(
         aggregation,
         max_tokens,
         prompts=held,
-        chooser=Chooser(held, 0, Selection()),
+        chooser=Chooser(held, 0, SelectionConfig()),
         sampler=sampler,
         decoding=Decoding(MAX_NEW, 1.0, (1,)),
         judges={"test": Rewards()},

@@ -157,7 +157,7 @@ def demand(config: Mapping[str, Any]) -> Demand | None:
         engine=engine_bytes * count + ENGINE_EXTRA if here else 0,
         sequence=shape.kv_bytes * longest * engine_bytes // 2 if sampled else 0,
         sequences=sampler["max_sequences"] if here or sampler["name"] == "hf" else 0,
-        sleeps=bool(sampler["colocated"]),
+        sleeps=sampler["name"] == "vllm_servers" and sampler["colocated"],
     )
 
 
@@ -219,6 +219,7 @@ def memory_faults(config: Mapping[str, Any], card: int) -> list[Fault]:
     ways = ways_to_fit(config, card)
     what = f"a GPU has {card / GIB:.1f} GiB for the cell, which is too little: {described(needed, card)}"
     hint = f"fits with {', or '.join(ways[:3])}" if ways else "choose a smaller model, or larger GPUs"
+    hint += "; cluster.gpu_gb states the memory of a GPU, should this be wrong"
     return [Fault("cluster.gpu_gb", what, hint)]
 
 

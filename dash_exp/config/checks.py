@@ -298,7 +298,7 @@ def _sbatch(config: Config) -> Iterator[Fault]:
         elif name in SET_BY_US:
             hint = f"set cluster.{name} instead" if hasattr(config.cluster, name) else "leave it out"
             yield Fault(place, "is set from the cell and from other keys", hint)
-        if not isinstance(value, str | int | float) or not str(value).isprintable():
+        if value is False or not isinstance(value, str | int | float) or not str(value).isprintable():
             yield Fault(place, f"got {value!r}, expected a number, true or a text of one line")
 
 

@@ -100,7 +100,7 @@ class Key:
     """What is declared of a key beside its type. `related`: what is allowed depends on other keys, see
     `config/checks.py`. `refused`: a name that people try, and why it is not allowed. `example`: a value for
     the list of common keys in the command line's help. `plugin`: the kind of function that it may name
-    instead (`dash_exp/plugins.py`)."""
+    instead (`dash_exp/plugins/`)."""
 
     meaning: str
     allowed: tuple[str, ...] = ()

@@ -55,9 +55,9 @@ class StateFacts:
 
 
 class BatchSums:
-    """Sums over tokens since the last `take`, for the metrics of a step: `first/...` at the sampling weights,
-    `later/...` after an update on the same batch, `scored/...` in forwards without gradient. Tensors are
-    added on their device, in double precision, and read once, so no addition waits for the device."""
+    """Sums over tokens since the last `take_sums`, for the metrics of a step: `first/...` at the sampling
+    weights, `later/...` after an update on the same batch, `scored/...` in forwards without gradient. Tensors
+    are added on their device, in double precision, and read once, so no addition waits for the device."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, float] = {}

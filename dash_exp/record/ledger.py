@@ -192,9 +192,8 @@ class Budget:
         return self.spent + running >= self.limit
 
     def count(self, row: Mapping[str, float]) -> None:
-        """Add what a step has used, unless seconds are counted."""
-        if self.unit != SECONDS:
-            self.spent += row[COUNTED[self.unit]]
+        """Add what a step has used of a unit other than seconds, by its row."""
+        self.spent += row[COUNTED[self.unit]]
 
     def close_step(self) -> tuple[float, dict[str, float]]:
         """The step has ended: add its seconds if they are counted, and start the next. Returns wall seconds

@@ -7,25 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dash_exp.config.schema import SelectionConfig
 from dash_exp.seeding import seed_for, uniforms
 from dash_exp.tasks.prompts import PromptSet, prompts_at
 from dash_exp.types import Prompt, Score
 
 EASY, HARD = "easy", "hard"
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Settings of a chooser. Of `greso` (Zheng et al. 2025, arXiv 2506.02177, algorithm 1): `explore`, the
-    probability with which a prompt is asked again whose last group was all right or all wrong, at the start
-    of a run; `adjust`, by how much it moves after a step; `easy_share` and `hard_share`, the shares of such
-    groups that it moves towards."""
-
-    name: str = "none"
-    explore: float = 0.5
-    adjust: float = 0.01
-    easy_share: float = 1 / 12
-    hard_share: float = 1 / 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +26,12 @@ class Streak:
 class Chooser:
     """Draws the prompts of a run from its endless order. What it remembers is saved with every checkpoint.
 
-    With `greso` a prompt whose last n groups had equal verdicts is asked with probability explore ** n, where
-    `explore` of easy and of hard prompts falls while more groups than wanted are of that kind, else rises.
+    With `greso` (Zheng et al. 2025, arXiv 2506.02177) a prompt whose last n groups were all right or all
+    wrong is asked with probability explore ** n. After each step `explore` of easy and of hard prompts falls
+    by `adjust` if at least the wanted share of groups was of that kind, else it rises.
     """
 
-    def __init__(self, prompts: PromptSet, seed: int, selection: Selection):
+    def __init__(self, prompts: PromptSet, seed: int, selection: SelectionConfig):
         self.prompts, self.seed, self.selection = prompts, seed, selection
         self.place, self.skipped = 0, 0
         self.explore = {EASY: selection.explore, HARD: selection.explore}

@@ -30,7 +30,7 @@ from dash_exp.modeling.source import ModelSource, load_computing, locate, text_m
 from dash_exp.record.provenance import packages
 from dash_exp.sampling.protocol import EngineSettings, Sampler
 from dash_exp.seeding import seed_for
-from dash_exp.tasks.selection import Chooser, Selection
+from dash_exp.tasks.selection import Chooser
 from dash_exp.tasks.sources import load_examples, read_traces
 from dash_exp.train.build_tasks import Task, build_task, log_prompts, tokenize
 from dash_exp.train.parts import Parts, Plan, Policy, is_batch_wide, overlapped
@@ -85,6 +85,7 @@ def build(
         if shown:
             log(f"demonstrations: {shown.summary()}")
         plan = make_plan(config, len(prompts.prompts))
+        check_memory(config, source.folder)
         learner = make_learner(make_spec(config, plan, source.folder, len(tokenizer), threads), coordinator)
         sampled = [(prompts, task.decoding), *((s.prompts, s.decoding) for s in task.sets)]
         policy = Policy(
@@ -106,7 +107,7 @@ def build(
     keep_for_kl = f.kl == "keep" and a.beta > 0
     parts = Parts(
         prompts=prompts,
-        chooser=Chooser(prompts, config.seed, Selection(**vars(config.selection))),
+        chooser=Chooser(prompts, config.seed, config.selection),
         sampler=sampler,
         decoding=task.decoding,
         judges=task.judges,
@@ -309,14 +310,32 @@ def make_sampler(
     )
 
 
+def check_memory(config: Config, folder: Path) -> None:
+    """Raises UserError where a GPU of this machine is too small for the cell, before its weights are read."""
+    device, cluster = learner_device(config), config.cluster
+    if device.type != "cuda":
+        return
+    if cluster.gpu_gb is not None:
+        card = memory.card_bytes(cluster.gpu_gb, cluster.cells_per_gpu)
+    else:
+        card = torch.cuda.get_device_properties(device).total_memory // cluster.cells_per_gpu
+    if faults := memory.memory_faults(with_folder(config, folder), card):
+        raise UserError(faults)
+
+
+def with_folder(config: Config, folder: Path) -> dict[str, Any]:
+    """The config as plain values, with the folder that its model was found in."""
+    values = asdict(config)
+    return {**values, "model": {**values["model"], "path": str(folder)}}
+
+
 def engine_memory(config: Config, folder: Path) -> tuple[float | None, int | None]:
     """What a vLLM engine beside the learner gets of its GPU: a share, and the bytes of its cache (None: what
     the share leaves). From what is free once the learner's weights are there."""
     share = config.sampler.gpu_memory_utilization
     if share is not None or not torch.cuda.is_available():
         return share, None
-    values = asdict(config)
-    needed = memory.demand({**values, "model": {**values["model"], "path": str(folder)}})
+    needed = memory.demand(with_folder(config, folder))
     assert needed is not None, "the model's folder has a config.json"
     free, total = torch.cuda.mem_get_info(learner_device(config))
     cache, share = memory.engine_share(needed, free, total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from dash_exp.sampling.fleet.member import Launch, Member, Needs, RestartPolicy,
 from dash_exp.sampling.fleet.sampler import Processors, ServerSampler, gpus, processors
 from dash_exp.sampling.transfer import Transfer
 from dash_exp.sampling.transfer.path import FileWeights, PathTransfer, SharedWeights
-from dash_exp.train.build import learner_device
+from dash_exp.train.build import learner_device, with_folder
 from dash_exp.train.parts import Policy, overlapped
 
 OWN_GPU = 0.9
@@ -155,8 +155,7 @@ def server_share(config: Config, model: Path) -> float | None:
         return config.sampler.gpu_memory_utilization if torch.cuda.device_count() else None
     if not config.sampler.colocated:
         return OWN_GPU
-    values = asdict(config)
-    needed = memory.demand({**values, "model": {**values["model"], "path": str(model)}})
+    needed = memory.demand(with_folder(config, model))
     assert needed is not None, "the model's folder has a config.json"
     total = int(torch.cuda.get_device_properties(0).total_memory)
     return (needed.engine + needed.cache(total)) / total

@@ -25,7 +25,7 @@ from dash_exp.learning.advantages import overlong_penalty
 from dash_exp.learning.rounds import Round, Rounds, balanced
 from dash_exp.learning.settings import UpdateStats
 from dash_exp.record.folder import Recorder, timed_event
-from dash_exp.record.ledger import Budget, Ledger
+from dash_exp.record.ledger import SECONDS, Budget, Ledger
 from dash_exp.record.metrics import BatchFacts, batch_values, learner_values, sample_rows, step_row
 from dash_exp.seeding import seed_for
 from dash_exp.tasks.prompts import requests
@@ -62,7 +62,8 @@ def train(plan: Plan, parts: Parts, hooks: Hooks, recorder: Recorder, *, done: i
         with hooks.profiled(step):
             facts = train_step(StepContext(plan, parts, ledger, recorder, step, budget.over))
         check_step(step, facts)
-        budget.count({**batch_values(facts), **learner_values(facts)})
+        if budget.unit != SECONDS:
+            budget.count({**batch_values(facts), **learner_values(facts)})
         recorder.append("samples", sample_rows(step, facts.groups))
         signal = hooks.stop_signal()
         if signal is None and evaluation_due(plan, step):

@@ -130,5 +130,6 @@ def test_other_options_of_sbatch_are_passed_on_and_checked() -> None:
     assert where(wrong) == [
         f"cluster.sbatch.{name}" for name in ("partition", "--nice", "comment", "job-name", "Mem")
     ]
-    injected = changed(compose(["cluster=slurm"]), {"cluster.sbatch": {"comment": "a\nrm -r x"}})
-    assert [fault.where for fault in check(injected)] == ["cluster.sbatch.comment"]
+    for value in ("a\nrm -r x", False, None):
+        given = changed(compose(["cluster=slurm"]), {"cluster.sbatch": {"comment": value}})
+        assert [fault.where for fault in check(given)] == ["cluster.sbatch.comment"]
