@@ -52,11 +52,12 @@ def run_row(name: str, options: Options) -> dict[str, Any]:
 
 def child(name: str, given: str, out: str) -> None:
     """Measure one row here. Torch is not imported before its environment is what a run's is."""
-    from dash_exp.cell.__main__ import reduce_openmp_spinning
+    from dash_exp.signals import reduce_openmp_spinning
 
     reduce_openmp_spinning()
     values = json.loads(given)
-    options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    options = Options(**lists)
     try:
         found = importlib.import_module(f"benchmarks.{name}").measure(options)
     except Skipped as reason:

@@ -78,7 +78,7 @@ def before(ours: Ours, prompts: Sequence[Prompt], tokenizer: Any, rewards: Rewar
     asked = tokenizer(text=[p.text for p in prompts])["input_ids"]
     tokens = [(tuple(p.token_ids), tuple(ids)) for p, ids in zip(prompts, asked, strict=True)]
     parts, plan = ours.built.parts, ours.built.plan
-    chosen = prompts_at(parts.prompts, plan.seed, 0, plan.prompts_per_step)
+    chosen = prompts_at(parts.chooser.prompts, plan.seed, 0, plan.prompts_per_step)
     calls = requests(chosen, plan.seed, "sample", 1, plan.group_size)
     groups = list(arrived(parts.sampler.stream(calls, parts.decoding)))
     sampled = [(c, g.prompt.answer) for g in groups for c in g.completions]

@@ -169,7 +169,7 @@ class _Asker:
 
     def some(self, prompts: int, each: int) -> list[Request]:
         self._asked += prompts
-        taken = prompts_at(self.parts.prompts, self.plan.seed, 0, self._asked)[-prompts:]
+        taken = prompts_at(self.parts.chooser.prompts, self.plan.seed, 0, self._asked)[-prompts:]
         return requests(taken, self.plan.seed, "curves", self._asked, each)
 
     def time(self, asked: list[Request], tokens: int | None = None) -> tuple[float, list[int]]:
@@ -182,7 +182,7 @@ class _Asker:
         return elapsed, [len(c.token_ids) for group in groups for c in group.completions]
 
     def prompt_tokens(self) -> float:
-        return statistics.fmean(len(p.token_ids) for p in self.parts.prompts.prompts[:1000])
+        return statistics.fmean(len(p.token_ids) for p in self.parts.chooser.prompts.prompts[:1000])
 
     def prefill_rate(self) -> float:
         """Prompt tokens per second of one server."""

@@ -67,8 +67,5 @@ def give(ours: Ours, *, prompt_tokens: int, lengths: Sequence[int], share: float
         )
         for n in range(plan.prompts_per_step)
     )
-    ours.change(
-        prompts=PromptSet(TASK, prompts, 0, TASK),
-        judges={TASK: SetJudge(plan.group_size)},
-        sampler=GivenSampler(lengths, vocabulary),
-    )
+    ours.ask(PromptSet(TASK, prompts, 0, TASK))
+    ours.change(judges={TASK: SetJudge(plan.group_size)}, sampler=GivenSampler(lengths, vocabulary))

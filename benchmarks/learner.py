@@ -63,7 +63,7 @@ def compare(options: Options, prompt: int, lengths: Sequence[int]) -> dict[str, 
 
         def learn(number: int) -> float:
             row = ours.step()
-            return row["tokens/computed"] / (row["time/backprop_s"] + row["time/logprob_s"])
+            return float(row["tokens/computed"] / (row["time/backprop_s"] + row["time/logprob_s"]))
 
         sides = {"ours": learn, "bare": lambda number: bare_tokens / seconds(bare)}
         rates = alternate(sides, options.rounds)

@@ -187,7 +187,7 @@ def measure(setting: Setting, folder: Path) -> dict[str, Any]:
 
     import dash_exp.train.build  # noqa: F401
     from dash_exp.learning.packing import Packer
-    from dash_exp.train.attempt import tune_malloc
+    from dash_exp.signals import tune_malloc
 
     if setting.tune_malloc:
         tune_malloc()

@@ -18,7 +18,9 @@ from dash_exp.record.folder import Recorder, Row
 from dash_exp.record.identity import resolve_paths
 from dash_exp.record.ledger import Ledger
 from dash_exp.record.metrics import sample_rows, step_row
-from dash_exp.train.attempt import tune_malloc
+from dash_exp.signals import tune_malloc
+from dash_exp.tasks.prompts import PromptSet
+from dash_exp.tasks.selection import Chooser
 from dash_exp.train.build import build
 from dash_exp.train.loop import StepContext, train_step
 from dash_exp.train.parts import Plan
@@ -104,6 +106,10 @@ class Ours:
         """Put other parts in, for all steps to come."""
         self.built = replace(self.built, parts=replace(self.built.parts, **parts))
 
+    def ask(self, prompts: PromptSet) -> None:
+        """Draw the prompts of all steps to come from these."""
+        self.change(chooser=Chooser(prompts, self.config.seed, self.config.selection))
+
     @property
     def vocabulary(self) -> int:
         """Tokens of the model's tokenizer."""
@@ -120,6 +126,7 @@ class Ours:
         parts = self.built.parts
         self.ledger.close_step()  # the time between two steps belongs to neither
         plan = plan or self.built.plan
+        parts.chooser.place = (self.done - 1) * plan.prompts_per_step
         facts = train_step(StepContext(plan, parts, self.ledger, self.recorder, self.done))
         self.recorder.append("samples", sample_rows(self.done, facts.groups))
         overlap = self.ledger.overlap_s()

@@ -29,7 +29,7 @@ def measure(options: Options) -> dict[str, Any]:
     hooks = Hooks(lambda step: None, lambda step, last, row: None, lambda row: None, lambda: None)
     with tempfile.TemporaryDirectory() as scratch, Ours(config, options.cache, Path(scratch)) as ours:
         plan = ours.plan(checkpoint_every=0, evaluate_every=0)
-        train(plan, ours.built.parts, hooks, ours.recorder, done=0, spent_s=0.0)
+        train(plan, ours.built.parts, hooks, ours.recorder, done=0, spent=0.0)
         rows = read_final(Path(scratch), "steps")[WARM_UP:]
     shares = [r["time/other_s"] / r["time/step_s"] for r in rows]
     share = statistics.median(shares)

@@ -25,7 +25,7 @@ def measure(options: Options) -> dict[str, Any]:
     config = config_of("none", 0.0, options.threads, work(options))
     with tempfile.TemporaryDirectory() as scratch, Ours(config, options.cache, Path(scratch)) as ours:
         parts, plan = ours.built.parts, ours.built.plan
-        chosen = prompts_at(parts.prompts, plan.seed, 0, plan.prompts_per_step)
+        chosen = prompts_at(parts.chooser.prompts, plan.seed, 0, plan.prompts_per_step)
         calls = requests(chosen, plan.seed, "sample", 1, plan.group_size)
         sampler: Any = parts.sampler
         bare = BareVLLM(settings_of(ours, calls, options.threads))

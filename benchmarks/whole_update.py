@@ -37,18 +37,15 @@ def take_turns(
     plan, count = ours.built.plan, updates + WARM_UP
     rewards: Rewards = integer_rewards
     if share is not None:
-        prompts = ours.built.parts.prompts
-        ours.change(
-            prompts=marked(prompts, plan.seed, count, plan.prompts_per_step, share),
-            judges={prompts.name: SetJudge(plan.group_size)},
-        )
+        prompts = ours.built.parts.chooser.prompts
+        ours.ask(marked(prompts, plan.seed, count, plan.prompts_per_step, share))
+        ours.change(judges={prompts.name: SetJudge(plan.group_size)})
         rewards = SetRewards(plan.group_size)
     rows: list[dict[str, Any]] = []
     seen, turns = Seen(rewards), Turns(lambda: rows.append(ours.step()))
     parts = ours.built.parts
-    steps = range(1, count + 1)
     per_step = plan.prompts_per_step
-    asked = [p for s in steps for p in prompts_at(parts.prompts, plan.seed, (s - 1) * per_step, per_step)]
+    asked = prompts_at(parts.chooser.prompts, plan.seed, 0, count * per_step)
     trainer = make_trainer(
         config,
         ours.built.source.folder,

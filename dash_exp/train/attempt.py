@@ -149,7 +149,7 @@ class Attempt:
     def note_provenance(self, done: int) -> None:
         path = self.folder / "provenance.json"
         known, built = read_json(path), self.built
-        data = {"training": built.parts.prompts, **{s.label: s.prompts for s in built.sets}}
+        data = {"training": built.parts.chooser.prompts, **{s.label: s.prompts for s in built.sets}}
         judges = {*(j.version for j in built.parts.judges.values()), *(s.judge.version for s in built.sets)}
         weights = weights_hash(built.source.folder, self.cache)
         budget = known.get("budget")  # as read at the first start
@@ -181,7 +181,7 @@ class Attempt:
         if not self.config.learner.preflight:
             return
         parts, plan = self.built.parts, self.built.plan
-        longest = max(len(p.token_ids) for p in parts.prompts.prompts)
+        longest = max(len(p.token_ids) for p in parts.chooser.prompts.prompts)
         new = parts.decoding.max_new_tokens
         parts.learner.preflight(largest_micro_batch(longest, new, plan.group_size, parts.packer))
         self.log("preflight: a micro-batch of the longest samples fits")

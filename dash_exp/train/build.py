@@ -106,7 +106,6 @@ def build(
     a, f = config.algorithm, config.filter
     keep_for_kl = f.kl == "keep" and a.beta > 0
     parts = Parts(
-        prompts=prompts,
         chooser=Chooser(prompts, config.seed, config.selection),
         sampler=sampler,
         decoding=task.decoding,

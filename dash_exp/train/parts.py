@@ -18,7 +18,6 @@ from dash_exp.learning.rounds import RoundLearner
 from dash_exp.record.folder import Row
 from dash_exp.record.ledger import SECONDS, RunningClock
 from dash_exp.sampling.protocol import Sampler, groups_at_once
-from dash_exp.tasks.prompts import PromptSet
 from dash_exp.tasks.selection import Chooser
 from dash_exp.types import Completion, Decoding
 from dash_exp.verifiers.types import Judge
@@ -76,7 +75,6 @@ class Parts:
     `judges`: by the name of a prompt's task. `advantages`: from the rewards of groups to those of each.
     `demonstrations`: in a supervised arm the completion of each prompt, by its id."""
 
-    prompts: PromptSet
     chooser: Chooser
     sampler: Sampler
     decoding: Decoding
