@@ -24,7 +24,7 @@ from dash_exp.record.journal import classify, set_state
 from dash_exp.record.locks import HERE, runs
 from dash_exp.record.manifest import Entry, Manifest, Waiting
 from dash_exp.sweep import spec as specs
-from dash_exp.sweep.spec import Spec
+from dash_exp.sweep.spec import Spec, key_of
 from dash_exp.sweep.states import ACTIVE, SHOWN, CellState, open_need, recorded_state, states_of
 from dash_exp.text import format_command, last_lines
 
@@ -277,15 +277,28 @@ def _nearest_pattern(pattern: str, entries: Sequence[Entry]) -> str:
 
 
 def labels(entries: Sequence[tuple[str, ...]], folders: Sequence[str]) -> list[str]:
-    """Short names of a sweep's cells, from their overrides. Overrides that all cells have are left out, and
-    so are well-known keys, unless two cells would get the same name."""
-    common = set(entries[0]).intersection(*entries[1:]) if len(entries) > 1 else set()
-    own = [[text.lstrip("+~") for text in overrides if text not in common] for overrides in entries]
+    """Short names of a sweep's cells, from the overrides that tell them apart: the arm and the like first,
+    without their keys unless two cells would get the same name."""
+    own = _distinguishing([tuple(text.lstrip("+~") for text in overrides) for overrides in entries])
     for shorten in (_short, str):
         texts = [" ".join(map(shorten, parts)) for parts in own]
         if len(set(texts)) == len(texts) and all(texts):
             return texts
     return [folder.rpartition("-")[0] for folder in folders]
+
+
+def _distinguishing(entries: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    """The entries without what all share, then without each key that is not needed to tell them apart (the
+    longest first; an arm or a seed always stays). What speaks for itself comes first."""
+    common = set(entries[0]).intersection(*entries[1:]) if len(entries) > 1 else set()
+    own = [[text for text in overrides if text not in common] for overrides in entries]
+    own = [sorted(parts, key=lambda text: key_of(text) not in SPEAKING) for parts in own]
+    widths = {key_of(text): len(text) for parts in own for text in sorted(parts, key=len)}
+    for key in sorted(widths.keys() - {"seed", *SPEAKING}, key=lambda key: (-widths[key], key)):
+        fewer = [[text for text in parts if key_of(text) != key] for parts in own]
+        if all(fewer) and len(set(map(tuple, fewer))) == len(set(map(tuple, own))):
+            own = fewer
+    return own
 
 
 def _short(override: str) -> str:

@@ -119,7 +119,12 @@ def test_labels_are_distinct_and_leave_out_what_cells_share() -> None:
     assert labels(papers, ["", ""]) == ["experiment=paper/math_dash", "experiment=demo/math_dash"]
     assert labels([papers[0], ("experiment=paper/math_pg",)], ["", ""]) == ["math_dash seed=0", "math_pg"]
     alike = [("a.x=1", "b.x=2"), ("a.x=2", "b.x=1"), ("b.x=1", "a.x=2", "c=3")]
-    assert labels(alike, ["", "", ""]) == ["x=1 x=2", "x=2 x=1", "x=1 x=2 c=3"]
+    assert labels(alike, ["", "", ""]) == ["x=2", "x=1", "x=1 c=3"]
+    needed = [("a.x=1", "b.x=2"), ("a.x=2", "b.x=1"), ("a.x=1", "b.x=1")]
+    assert labels(needed, ["", "", ""]) == ["x=1 x=2", "x=2 x=1", "x=1 x=1"]
+    implied = [("steps=9", "algorithm=dash", "lr=1"), ("steps=9", "algorithm=dash", "lr=2")]
+    implied += [("steps=500", "algorithm=sft_h", "lr=1", "budget.match=algorithm=dash lr=1")]
+    assert labels(implied, ["", "", ""]) == ["dash lr=1", "dash lr=2", "sft_h lr=1"]
     clash = [("dataset=x", "model=y"), ("dataset=y", "model=x"), ("model=x", "dataset=y", "a.lr=1")]
     assert len(set(labels(clash, ["", "", ""]))) == 3
     assert labels([("algorithm=dash",)], ["dash-tiny-x-s0-0000001c"]) == ["dash"]
