@@ -55,6 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--strict", action="store_true", help="exit with 1 if anything is missing or odd; the report is made"
     )
     parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="folder",
+        help="make no report: copy what one is made from, without weights and samples, to publish it",
+    )
+    parser.add_argument(
         "--metric",
         action="append",
         default=[],
@@ -65,10 +71,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def build(options: argparse.Namespace) -> int:
+    from .keep import keep
     from .load import load
     from .make import differences, make, write
 
     records = load(options.places, options.out / ".cache" if options.out.is_dir() else None)
+    if options.keep:
+        size = keep(records, options.keep)
+        print(f"{len(records.cells)} cells -> {options.keep}, {size / 1e6:.1f} MB")
+        return MADE
     report = make(records, pictures=not options.check, metrics=options.metric)
     if options.check:
         wrong = differences(report, options.out)

@@ -555,3 +555,16 @@ def test_a_policy_that_stays_the_same_is_stable_whatever_prompts_it_meets(tmp_pa
     assert est.instability(records.steps["reward/mean"].to_numpy()) > 0.2
     (cell,) = records.cells.index
     assert est.instability(quantities.policy_curve(records, cell)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_kept_records_make_the_same_tables(pair: Path, tmp_path: Path) -> None:
+    for cell in (pair / "cells").iterdir():
+        (cell / "samples.jsonl").write_text("what was sampled\n")
+    kept = tmp_path / "kept"
+    assert main([str(pair), "--keep", str(kept)]) == 0
+    assert not list(kept.rglob("samples.jsonl"))
+    assert main([str(pair), "--keep", str(kept)]) == 2, "nothing is written over"
+    before, after = (make(load([place]), pictures=False).files for place in (pair, kept))
+    csvs = [name for name in before if name.endswith(".csv")]
+    assert csvs
+    assert {name: after[name] for name in csvs} == {name: before[name] for name in csvs}
