@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from dash_exp import plugins
 from dash_exp.config.dataset_checks import dataset_faults
 from dash_exp.config.environment import TRACES_HINT, Installed, is_installed, missing
+from dash_exp.config.held_out import as_typed
 from dash_exp.config.schema import (
     COMPLETIONS,
     FILTERS,
@@ -57,7 +58,7 @@ def check(config: Config, installed: Installed = is_installed) -> list[Fault]:
         server_faults,
     )
     faults = [fault for part in parts for fault in part(config)]
-    return faults + list(missing(config, installed))
+    return as_typed(config, faults + list(missing(config, installed)))
 
 
 def is_below(key: str, names: Sequence[str]) -> bool:

@@ -4,9 +4,11 @@ test split of the option that their data replaced."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from dash_exp.config.schema import Config, DatasetConfig, changed
+from dash_exp.errors import Fault
 from dash_exp.plugins import is_reference
 
 OWN = ("path", "file", "hub", "hub_config")
@@ -48,3 +50,21 @@ def with_own_evaluation(config: Config, overrides: Iterable[str]) -> Config:
         made = config
     assert isinstance(made, Config)
     return made
+
+
+def as_typed(config: Config, faults: Iterable[Fault]) -> list[Fault]:
+    """Faults of an evaluation set that was derived from the dataset under the keys that the user sets, each
+    once."""
+    data = config.dataset
+    if held_out(data) is None or config.evaluation.sets.get(data.name) != held_out(data):
+        return list(faults)
+    prefix = f"evaluation.sets.{data.name}."
+    renamed = {"path": "test_path", "hub_split": "test_split"}
+    found = []
+    for fault in faults:
+        if fault.where.startswith(prefix):
+            key = fault.where.removeprefix(prefix)
+            fault = replace(fault, where=f"dataset.{renamed.get(key, key)}")
+        if fault not in found:
+            found.append(fault)
+    return found
