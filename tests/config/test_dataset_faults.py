@@ -278,7 +278,7 @@ def test_a_new_version_of_a_verifier_makes_another_cell(
 
 
 def test_faults_of_the_own_held_out_set_are_named_as_the_user_set_it(tmp_path: Path) -> None:
-    """The held-out set is derived from the dataset: a shared fault is told once, its file's by its own key."""
+    """It is derived from the dataset: a shared fault is told once, that of its file by its own key."""
     mine, held = tmp_path / "mine.jsonl", tmp_path / "held.jsonl"
     given = [f"dataset.path={mine}", f"dataset.test_path={held}", "dataset.extraction=boxed"]
     found = faults(compose(["dataset=own", "model=tiny", *given]))
