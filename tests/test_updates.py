@@ -64,7 +64,6 @@ def optimization(**changes: Any) -> Optimization:
 
 def parts_of(learner: Learner | None, aggregation: str, max_tokens: int = 25, **more: Any) -> Parts:
     values: dict[str, Any] = {
-        "prompts": None,
         "chooser": None,
         "sampler": None,
         "decoding": Decoding(MAX_NEW, 1.0, (1,)),

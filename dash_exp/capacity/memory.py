@@ -24,7 +24,7 @@ USABLE = 0.985
 """Of what a card's name says, in GiB: an 80 GB card reports 78.8 to 79.6."""
 LEAST_SEQUENCES = 16
 """Completions of full length that the cache must hold; with fewer sampling is too slow to be useful."""
-STATE_BYTES = {"bf16_mixed": (2, 16), "fp32": (4, 12), "bf16": (2, 8)}
+STATE_BYTES = {"bf16_mixed": (2, 16), "fp16_mixed": (2, 16), "fp32": (4, 12), "bf16": (2, 8)}
 """Of a weight, by precision: what computes; and, of a trained one, its master, gradient sum and moments."""
 
 

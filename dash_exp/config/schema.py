@@ -210,7 +210,9 @@ class SamplerConfig(Constant):
     prompts_per_call: int = number(PROMPTS, "prompts sampled at a time with `schedule: per_microbatch`")
     streaming: bool = setting("backpropagate finished groups while others are sampled (one-update arms)")
     max_sequences: int = number(COMPLETIONS, "completions decoded at once; bounds the memory of the KV cache")
-    dtype: str = choice("bfloat16", "float32", meaning="vLLM only; `hf` shares the learner's weights")
+    dtype: str = choice(
+        "bfloat16", "float16", "float32", meaning="vLLM only; `hf` shares the learner's weights"
+    )
     kv_cache_gb: float = number(MEMORY_GB, "vLLM on CPU: memory of the KV cache (of each server)")
     gpu_memory_utilization: float | None = number(
         SHARE, "vLLM on a GPU: share of its memory; null: what the learner leaves, at most what is needed"
@@ -340,7 +342,13 @@ class LearnerConfig(Constant):
     beta2: float = number(BELOW_ONE, "AdamW's")
     eps: float = number(POSITIVE, "AdamW's")
     max_grad_norm: float = number(POSITIVE, "global norm at which the divided gradient is clipped")
-    precision: str = choice("bf16_mixed", "fp32", "bf16", meaning="mixed: fp32 master weights, bf16 compute")
+    precision: str = choice(
+        "bf16_mixed",
+        "fp16_mixed",
+        "fp32",
+        "bf16",
+        meaning="mixed: fp32 master weights, 16 bits compute (fp16: the loss is scaled)",
+    )
     freeze_embeddings: bool = setting("do not train the embeddings")
     lora: LoraConfig = field(default_factory=LoraConfig)
     micro_batch_tokens: int = number(Range(1, 10**9), "what fits one pass; never changes the result")

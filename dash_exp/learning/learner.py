@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dash_exp.learning.packing import MicroBatch, Packed, pack
 from dash_exp.learning.settings import (
     Forward,
     LearnerSpec,
+    LossScale,
     Objective,
     Optimization,
     UpdateStats,
@@ -29,7 +30,7 @@ from dash_exp.learning.settings import (
 )
 from dash_exp.learning.weights import Weights, adapters_disabled, add_adapters, merged_weights
 from dash_exp.modeling.attention import ATTENTION, varlen_fits
-from dash_exp.modeling.source import load_model
+from dash_exp.modeling.source import computing_type, load_model
 from dash_exp.record.checkpoint import Snapshot, checksum
 
 DEVICES_FOLDER = Path("/dev")
@@ -39,11 +40,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 @dataclass(frozen=True, slots=True)
 class StateFacts:
     """What a rank must know of a snapshot before it receives its tensors. `stored`: the snapshot's key of
-    each weight, by the weight's name; `steps`: how often each weight that has moments was moved."""
+    each weight, by the weight's name; `steps`: how often each weight that has moments was moved;
+    `loss_scale`: its value and finite gradients."""
 
     updates: int
     stored: Mapping[str, str]
     steps: Mapping[str, float]
+    loss_scale: tuple[float, int] = (1.0, 0)
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> StateFacts:
@@ -51,7 +54,8 @@ class StateFacts:
         stored = {name: f"weights/{name}" for name in snapshot.weights}
         stored |= {key.removeprefix("master/"): key for key in kept if key.startswith("master/")}
         steps = {key.removeprefix("step/"): float(kept[key]) for key in kept if key.startswith("step/")}
-        return cls(int(snapshot.state["updates"]), stored, steps)
+        scale = snapshot.state.get("loss_scale", (1.0, 0))  # older ones have none
+        return cls(int(snapshot.state["updates"]), stored, steps, (float(scale[0]), int(scale[1])))
 
 
 class BatchSums:
@@ -110,8 +114,7 @@ class Learner:
         self.reference: Scorer | None = None
         if objective.beta > 0 and optimization.adapters is None:
             # with LoRA the reference is the model with adapters disabled
-            dtype = torch.float32 if optimization.precision == "fp32" else torch.bfloat16
-            self.reference = scorer(frozen_copy(model, dtype))
+            self.reference = scorer(frozen_copy(model, computing_type(optimization.precision)))
         if forward.gradient_checkpointing:
             model.train()  # transformers checkpoints in training mode only
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -131,6 +134,7 @@ class Learner:
             fused=True,
         )
         self.updates = 0
+        self.loss_scale = LossScale(dynamic=optimization.precision == "fp16_mixed")
         self.sums = BatchSums()
         self._laid_out: tuple[MicroBatch, Packed] | None = None
         self._varlen = varlen_fits(self.device, next(model.parameters()).dtype)
@@ -214,7 +218,7 @@ class Learner:
             self.sums.add(which, kl=penalty.detach().sum())
         if goal.entropy > 0:
             loss = loss - self._coefficient(goal.entropy, goal.entropy_schedule) * entropy
-        (loss * packed.weights).sum().backward()
+        (loss * packed.weights).sum().mul(self.loss_scale.value).backward()
         self.sums.add(
             which,
             entropy=entropy.detach().sum(),
@@ -246,10 +250,12 @@ class Learner:
         if not has_gradient or denominator == 0:
             has_gradient.clear()
             return UpdateStats(0.0, lr, beta, skipped=True)
+        denominator *= self.loss_scale.value
         norm = self.weights.norm() / denominator
         has_gradient.clear()
+        self.loss_scale, hopeless = self.loss_scale.after(math.isfinite(norm)), self.loss_scale.is_least
         if not math.isfinite(norm):
-            return UpdateStats(norm, lr, beta, skipped=True, finite=False)
+            return UpdateStats(norm, lr, beta, skipped=True, finite=not hopeless)
         scale = min(1.0, self.optimization.max_grad_norm / (norm + 1e-6)) / denominator
         for name, master in self.masters.items():
             self.gradients[name] *= scale
@@ -303,7 +309,9 @@ class Learner:
         for name, master in self.masters.items() if moments else ():
             for key, value in self.optimizer.state.get(master, {}).items():
                 kept[f"{key}/{name}"] = value if key == "step" else held.gather(name, value)
-        return Snapshot(weights, kept, {"step": step, "updates": self.updates, "row": row or {}})
+        scale = [self.loss_scale.value, self.loss_scale.finite]
+        state = {"step": step, "updates": self.updates, "loss_scale": scale, "row": row or {}}
+        return Snapshot(weights, kept, state)
 
     @torch.no_grad()
     def restore(
@@ -339,6 +347,8 @@ class Learner:
                     **{key: value.to(master, copy=True) for key, value in moments.items()},
                 }
         self.updates = facts.updates
+        value, finite = facts.loss_scale
+        self.loss_scale = replace(self.loss_scale, value=value, finite=finite)
 
     def take_sums(self) -> dict[str, float]:
         """The sums since the last call; they start again at 0."""

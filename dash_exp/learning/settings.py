@@ -6,10 +6,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dash_exp.errors import Fault, UserError
+
+LEAST_SCALE, MOST_SCALE, PATIENCE = 2.0**-16, 2.0**16, 1000
+"""Bounds of the loss's factor in fp16, and finite gradients in a row after which it is doubled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,32 @@ class UpdateStats:
     beta: float
     skipped: bool
     finite: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LossScale:
+    """Factor of the loss, by which gradients are divided again in fp32, so that they stay within the range of
+    fp16 (Micikevicius et al. 2018, section 3.2). It starts at 1, since losses are summed and divided by the
+    batch only in the update. `finite`: gradients in a row that did not overflow. Not `dynamic`: always 1."""
+
+    value: float = 1.0
+    finite: int = 0
+    dynamic: bool = False
+
+    @property
+    def is_least(self) -> bool:
+        """Whether a smaller factor can no longer answer an overflow."""
+        return not self.dynamic or self.value <= LEAST_SCALE
+
+    def after(self, finite: bool) -> LossScale:
+        """Half of it after an overflow, twice as much after PATIENCE gradients without one."""
+        if not self.dynamic:
+            return self
+        if not finite:
+            return replace(self, value=max(LEAST_SCALE, self.value / 2), finite=0)
+        if self.finite + 1 < PATIENCE:
+            return replace(self, finite=self.finite + 1)
+        return replace(self, value=min(MOST_SCALE, self.value * 2), finite=0)
 
 
 # --- schedules depend on the plan alone: a skipped update counts, an early end changes nothing before it ---

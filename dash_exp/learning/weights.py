@@ -17,28 +17,28 @@ from torch import Tensor
 from dash_exp.errors import Fault, UserError
 from dash_exp.learning.logprobs import Scorer
 from dash_exp.learning.settings import Adapters
+from dash_exp.modeling.source import computing_type
 
 BUCKET = 1 << 24
 """Numbers reduced at once: enough to use the wire, few beside the gradients themselves."""
 
 
 class Weights:
-    """The complete tensors (distributed/sharding.py has a part of each). With `bf16_mixed` every trainable
+    """The complete tensors (distributed/sharding.py has a part of each). In mixed precision every trainable
     tensor has an fp32 master and the model holds its rounded copy; with `fp32` and `bf16` the model's own are
     the masters. `gradients`: fp32 sums; those of tensors not in `has_gradient` are meaningless."""
 
     sharded = False
 
     def __init__(self, policy: Scorer, precision: str):
-        self.model, self.precision = policy.model, precision
+        self.model, self.mixed = policy.model, precision.endswith("_mixed")
         self.device: torch.device = next(self.model.parameters()).device
         self.masters: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             full = parameter.data.float()
-            if precision != "fp32":
-                parameter.data = full.to(torch.bfloat16)
+            parameter.data = full.to(computing_type(precision))
             if parameter.requires_grad:
-                self.masters[name] = full.clone() if precision == "bf16_mixed" else parameter
+                self.masters[name] = full.clone() if self.mixed else parameter
         self._register_hooks()
 
     def _register_hooks(self) -> None:
@@ -95,7 +95,7 @@ class Weights:
 
     def copy_masters(self) -> None:
         """The masters have moved: compute with their new values."""
-        if self.precision == "bf16_mixed":
+        if self.mixed:
             for name, parameter in self.model.named_parameters():
                 if name in self.masters:
                     parameter.data.copy_(self.masters[name])

@@ -203,10 +203,16 @@ def load_computing(folder: Path, precision: str, attention: str) -> Any:
     import torch
 
     model = load_model(folder, torch.float32, attention).eval().requires_grad_(False)
-    if precision != "fp32":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(computing_type(precision))
     return model
+
+
+def computing_type(precision: str) -> Any:
+    """The torch type in which a learner of this precision (`learner.precision`) computes."""
+    import torch
+
+    return {"fp32": torch.float32, "fp16_mixed": torch.float16}.get(precision, torch.bfloat16)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -15,6 +15,7 @@ import torch
 from dash_exp.config.schema import Config
 from dash_exp.evaluation.metrics import EvalResult, EvalSet, base_key, evaluate, shared
 from dash_exp.learning.packing import largest_micro_batch
+from dash_exp.modeling.source import computing_type
 from dash_exp.record import checkpoint, provenance
 from dash_exp.record.folder import Recorder, Row, read_final, read_json, read_rows, write_json
 from dash_exp.record.identity import model_hash, weights_hash
@@ -259,7 +260,7 @@ def gap_warning(row: Row, config: Config) -> str | None:
     """What is wrong where sampler and learner compute different probabilities with the same weights."""
     s, precision = config.sampler, config.learner.precision
     kinds = {s.dtype} if s.name.startswith("vllm") else set[str]()
-    kinds.add("float32" if precision == "fp32" else "bfloat16")
+    kinds.add(str(computing_type(precision)).removeprefix("torch."))
     allowed, gap = max(LOGPROB_GAP.get(kind, 0.03) for kind in kinds), row.get("policy/logprob_gap") or 0.0
     if gap <= allowed or config.algorithm.source != "sampler":
         return None

@@ -11,7 +11,7 @@ import torch
 from dash_exp.errors import UserError
 from dash_exp.learning.learner import Learner, check_dropout
 from dash_exp.learning.packing import Packer, largest_micro_batch
-from dash_exp.learning.settings import Forward
+from dash_exp.learning.settings import PATIENCE, Forward, LossScale, UpdateStats
 from dash_exp.types import AdvantagedGroup
 from tests.conftest import make_groups
 from tests.learning.reference import MAX_NEW, VOCABULARY, reference_gradient
@@ -114,6 +114,39 @@ def test_bf16_computes_with_rounded_masters(tiny: Any) -> None:
         assert torch.equal(parameter, learner.masters[name].bfloat16())
         assert learner.gradients[name].dtype == torch.float32
     assert learner.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_an_fp16_update_is_the_fp32_one_whatever_the_scale_of_the_loss(tiny: Any, plain: Any) -> None:
+    """Gradients are divided by the scale again: the norm is that of the exact gradient, to the precision of
+    fp16, at a scale of 1 and of 2^10. What overflows moves nothing, and the scale is halved, until there is
+    nothing left to halve; all of it is saved and restored."""
+    groups = make_groups(LENGTHS, PROMPTS)
+    batches = batches_of(groups, 1000, "constant")
+    exact = reference_gradient(plain, plain, groups, objective(), "constant")
+    norm = float(torch.sqrt(sum(g.square().sum() for g in exact.values())))
+
+    def update(learner: Learner) -> UpdateStats:
+        for batch in batches:
+            learner.accumulate(batch)
+        return learner.update(16 * MAX_NEW)
+
+    for scale in (1.0, 2.0**10):
+        learner = learner_of(copy.deepcopy(tiny), objective(), precision="fp16_mixed")
+        learner.loss_scale = LossScale(scale, dynamic=True)
+        stats = update(learner)
+        assert stats.grad_norm == pytest.approx(norm, rel=5e-3) and not stats.skipped
+        assert next(learner.model.parameters()).dtype == torch.float16
+    before = {name: master.clone() for name, master in learner.masters.items()}
+    learner.loss_scale = LossScale(2.0**30, 7, dynamic=True)
+    stats = update(learner)
+    assert stats.skipped and stats.finite
+    assert all(torch.equal(before[name], master) for name, master in learner.masters.items())
+    assert learner.loss_scale == LossScale(2.0**29, 0, dynamic=True)
+    fresh = learner_of(tiny, objective(), precision="fp16_mixed")
+    fresh.restore(copy.deepcopy(learner.snapshot(2)))
+    assert fresh.loss_scale == learner.loss_scale
+    assert LossScale(2.0**-16, dynamic=True).is_least and LossScale().is_least
+    assert LossScale(4.0, PATIENCE - 1, dynamic=True).after(True) == LossScale(8.0, 0, dynamic=True)
 
 
 def test_beta_zero_loads_no_reference_model(tiny: Any) -> None:

@@ -129,6 +129,7 @@ def test_ranks_make_the_update_of_one_process(
     "changes",
     [
         {"precision": "bf16_mixed"},
+        {"precision": "fp16_mixed"},
         {"max_grad_norm": 0.01},
         {"adapters": Adapters(4, 8.0, (), 7)},
         {"freeze_embeddings": True},

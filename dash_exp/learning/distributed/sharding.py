@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dash_exp.learning.logprobs import Scorer
 from dash_exp.learning.weights import Weights
+from dash_exp.modeling.source import computing_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,10 @@ class Shards(Weights):
     sharded = True
 
     def __init__(self, policy: Scorer, precision: str, across: Across):
-        assert precision in ("fp32", "bf16_mixed"), precision
-        self.model, self.precision, self.across = policy.model, precision, across
+        assert precision != "bf16", "sums would be rounded"
+        self.model, self.across = policy.model, across
         self.device = across.device
-        self.dtype = torch.bfloat16 if precision == "bf16_mixed" else torch.float32
+        self.dtype = computing_type(precision)
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(self.dtype)
