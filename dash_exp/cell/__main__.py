@@ -31,6 +31,7 @@ from dash_exp.errors import (
     run_command,
 )
 from dash_exp.learning.settings import rank_from_environment
+from dash_exp.modeling.hub import refuse_unreachable
 from dash_exp.record.folder import CellBusy, Recorder, archive, read_final, read_json
 from dash_exp.record.identity import as_stored, freeze, make_cell, read_frozen, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning, run_forwarding
@@ -110,6 +111,7 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
             recorder = stack.enter_context(Recorder(folder))  # released before the mirror's last sync
             if read_json(folder / "status.json").get("state") == "finished":
                 return show_finished(folder, display)
+            refuse_unreachable(config)
             if mirror is not None:
                 mirror.start(recorder.attempt)
             return run_locked(folder, config, recorder, display, stop, links)

@@ -34,6 +34,7 @@ from dash_exp.config.overrides import (
     Options,
     common_keys,
     composition_fault,
+    option_groups,
     override_faults,
     unreadable,
     variants_of,
@@ -46,7 +47,7 @@ VERSION_BASE = "1.3"
 COMPOSED = 64
 """Cells of a sweep that are composed and checked before it is planned, about 0.1 s each."""
 
-OPEN_MAPPINGS = ("fields", "timeouts", "task_options")
+OPEN_MAPPINGS = ("fields", "timeouts", "task_options", "chat_arguments")
 """Of a dataset."""
 
 CELL_ID = re.compile(r"[0-9a-f]{8}")
@@ -92,6 +93,7 @@ def register() -> None:
         OmegaConf.set_struct(schema.dataset[name], False)
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("common_keys", common_keys, replace=True)  # for --help
+    OmegaConf.register_new_resolver("option_groups", lambda: option_groups(conf_dir()), replace=True)
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable, Iterator
 
 from dash_exp.config.schema import (
+    CHATS,
     COUNT,
     KINDS,
     MATH_EXTRACTIONS,
     NATURAL,
+    TEMPLATES,
     VERIFIERS,
     Config,
     DatasetConfig,
@@ -98,10 +100,18 @@ def _judging(place: str, data: DatasetConfig) -> Iterator[Fault]:
 
 
 def _asking(place: str, data: DatasetConfig) -> Iterator[Fault]:
+    for key in ("system", "chat_arguments"):
+        if getattr(data, key):
+            yield from _chat(f"{place}.{key}", data.template)
     if data.template == "docstring":
         yield from _docstring(f"{place}.template", place, data)
     if data.template == "few_shot":
         yield from _shots(place, data)
+
+
+def _chat(key: str, template: str) -> Iterator[Fault]:
+    if template not in CHATS and template in TEMPLATES:
+        yield Fault(key, f"is for chats, but the template is {template}", f"choose {' or '.join(CHATS)}")
 
 
 def _docstring(key: str, place: str, data: DatasetConfig) -> Iterator[Fault]:

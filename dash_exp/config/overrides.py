@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -253,6 +254,18 @@ def common_keys() -> str:
         textwrap.fill(declared.meaning, HELP_WIDTH, initial_indent=f"{text:29} ", subsequent_indent=margin)
         for text, declared in rows
     )
+
+
+def option_groups(root: Path) -> str:
+    """The options of each config group below `root`, for `--help`."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(root.rglob("*/*.yaml")):
+        groups.setdefault(path.parent.relative_to(root).as_posix(), []).append(path.stem)
+    texts = []
+    for group in sorted(group for group in groups if not group.startswith("hydra")):
+        text = f"{group}: {', '.join(groups[group])}"
+        texts.append(textwrap.fill(text, HELP_WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(texts)
 
 
 def page() -> str:

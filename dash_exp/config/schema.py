@@ -37,7 +37,8 @@ DEVICES = ("auto", "cpu", "cuda", "cuda:0")
 FIRST_FILTERS = ("none", "advantage", "zero_variance")
 FILTERS = (*FIRST_FILTERS, "random", "positive", "top_k", "max_variance", "variance_top_p", "dynamic")
 KINDS = ("jsonl", "arithmetic", "chain", "chain_far", "digits", "functions", "reasoning_gym")
-TEMPLATES = ("bare", "problem_solution", "docstring", "few_shot", "answer_tag", "chat", "chat_boxed")
+CHATS = ("chat", "chat_boxed")
+TEMPLATES = ("bare", "problem_solution", "docstring", "few_shot", "answer_tag", *CHATS)
 VERIFIERS = ("math", "math_verify", "integer", "code", "reasoning_gym")
 MATH_EXTRACTIONS = ("boxed", "boxed_or_last", "last_number", "hash", "whole")
 EXTRACTIONS = (*MATH_EXTRACTIONS, "first_integer", "program", "last_block", "answer_tag")
@@ -294,6 +295,10 @@ class DatasetConfig(Constant):
     limit: int | None = number(COUNT, "use the first so many prompts", None)
     template: str = choice(
         *TEMPLATES, meaning="how a problem becomes a prompt (`tasks/templates.py`)", plugin="template"
+    )
+    system: str | None = setting("chats: a system prompt, also of held-out sets that have none", None)
+    chat_arguments: dict[str, Any] = setting(
+        "chats: arguments of the model's chat template, in the same way", {}
     )
     shots: list[dict[str, str]] = setting("`few_shot`: worked examples, each with problem and solution", [])
     stop: list[str] = setting("a completion ends after one of these; each is a single token", [])

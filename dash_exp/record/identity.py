@@ -68,7 +68,12 @@ LATER: Mapping[str, object] = {
 
 AMONG_SETS = ("test_path", "test_split")
 """Keys of a dataset that are replaced by the set that they name."""
-LATER_OF_DATASETS: Mapping[str, object] = {"rewards": [], "reward_weights": []}
+LATER_OF_DATASETS: Mapping[str, object] = {
+    "rewards": [],
+    "reward_weights": [],
+    "system": None,
+    "chat_arguments": {},
+}
 
 JUDGED_BY = {
     "math": {"judge": VERIFIER_VERSION},

@@ -116,7 +116,7 @@ def _inside(name: str, bounds: tuple[int, int]) -> bool:
 
 def _question(row: Mapping[str, Any], name: str, layout: Layout) -> Example:
     problem = _text(row, "problem", layout)
-    answer = _text(row, "answer", layout, default="" if layout.free else None)
+    answer = _answer(row, layout)
     if layout.answer_after and layout.answer_after in answer:
         answer = answer.rpartition(layout.answer_after)[2].strip()
     if not answer.strip() and not layout.free:
@@ -125,6 +125,14 @@ def _question(row: Mapping[str, Any], name: str, layout: Layout) -> Example:
         what = f"the answer {answer.strip()[:20]!r} is NaN, infinite or too large for a number"
         raise BadRow(what, "infinity as an answer is written \\infty")
     return Example(name, problem, answer, _solution(row, layout))
+
+
+def _answer(row: Mapping[str, Any], layout: Layout) -> str:
+    """The gold answer; several in a list are a set of answers, as `1, 2` is."""
+    name = _present(row, "answer", layout)
+    if name is not None and isinstance(row[name], list):
+        return ", ".join(_texts(row, "answer", layout))
+    return _text(row, "answer", layout, default="" if layout.free else None)
 
 
 def _is_endless(answer: str) -> bool:

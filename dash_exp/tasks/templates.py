@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import jinja2
 
 from dash_exp import plugins
-from dash_exp.errors import Fault, UserError
+from dash_exp.config.schema import CHATS
+from dash_exp.errors import Fault, UserError, nearest
 from dash_exp.plugins import Plugin, is_reference
 from dash_exp.tasks.examples import Example
 from dash_exp.text import shorten
@@ -73,8 +78,6 @@ RENDERERS: dict[str, Callable[[Example, Style], str]] = {
     render.__name__: render
     for render in (bare, problem_solution, docstring, few_shot, answer_tag, chat, chat_boxed)
 }
-CHATS = ("chat", "chat_boxed")
-"""Their text holds all special tokens: the tokenizer must not add any."""
 
 
 def renderer(name: str, style: Style) -> Callable[[Example], str]:
@@ -101,3 +104,39 @@ def _own(template: Plugin, chat: Chat | None, example: Example) -> str:
     if chat is None:
         raise template.failed("returned chat messages, but this tokenizer has no chat template")
     return chat(turns)
+
+
+def chat_form(
+    tokenizer: Any, system: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> Chat | None:
+    """A user's message in the tokenizer's chat form, as text, after a system prompt; None where it has no
+    such form. `arguments`: of its template. Raises UserError where the template takes no such prompt or
+    argument."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    faults = [
+        Fault(f"chat_arguments.{name}", "the model's chat template reads no such name", nearest(name, known))
+        for known in [sorted(set(re.findall(r"(\w+) is (?:not )?defined", str(template))))]
+        for name in arguments or ()
+        if not re.search(rf"\b{re.escape(name)}\b", str(template))
+    ]
+    if faults:
+        raise UserError(faults)
+
+    def form(message: str | Sequence[Mapping[str, str]]) -> str:
+        turns = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
+        if system is not None and turns[0].get("role") != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        try:
+            text: str = tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **(arguments or {})
+            )
+        except jinja2.TemplateError as error:  # some refuse a system's turn
+            raise UserError(Fault("template", f"the model's chat template says: {error}")) from error
+        return text
+
+    if system and system.strip() not in form("?"):
+        hint = "leave it out, or put it into the problems (dataset.template=<module:function>)"
+        raise UserError(Fault("system", "the model's chat template does not show it", hint))
+    return form

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from dash_exp.config.schema import Config, DatasetConfig, parts_of
+from dash_exp.config.schema import CHATS, Config, DatasetConfig, parts_of
 from dash_exp.errors import Fault, UserError
 from dash_exp.evaluation.metrics import OWN_JUDGE, EvalSet
 from dash_exp.modeling.source import TextModel
 from dash_exp.plugins import is_reference
 from dash_exp.tasks.prompts import PromptSet, make_prompts, mixture
 from dash_exp.tasks.sources import load_examples, placed
-from dash_exp.tasks.templates import CHATS, Chat, Style, renderer
+from dash_exp.tasks.templates import Style, chat_form, renderer
 from dash_exp.types import Decoding
 from dash_exp.verifiers.judges import Judges
 from dash_exp.verifiers.types import Judge
@@ -85,9 +85,10 @@ class PromptBuilder:
         add_bos = self.config.model.add_bos and dataset.template not in CHATS  # a chat has its own
         shots = [(shot["problem"], shot["solution"]) for shot in dataset.shots]
         with placed(place):
+            chat = chat_form(self.model.tokenizer, dataset.system, dataset.chat_arguments)
             return make_prompts(
                 load_examples(dataset),
-                renderer(dataset.template, Style(shots, chat_form(self.model.tokenizer))),
+                renderer(dataset.template, Style(shots, chat)),
                 partial(tokenize, self.model.tokenizer, add_bos),
                 max_prompt_tokens=dataset.max_prompt_tokens,
                 model_limit=self.model.positions - self._length(dataset),
@@ -102,13 +103,18 @@ class PromptBuilder:
 
     def _held_out(self, label: str, dataset: DatasetConfig) -> EvalSet:
         evaluation, place = self.config.evaluation, f"evaluation.sets.{label}"
+        trained = self.config.dataset
+        asked = replace(
+            dataset,
+            template=evaluation.template or dataset.template,
+            system=trained.system if dataset.system is None else dataset.system,
+            chat_arguments=dataset.chat_arguments or trained.chat_arguments,
+        )
         own = is_reference(dataset.verifier)  # the judge's version names it, wherever it lies
         how = OWN_JUDGE if own else f"{dataset.verifier}/{dataset.extraction}/"
         return EvalSet(
             label,
-            self.prompts(
-                replace(dataset, template=evaluation.template or dataset.template), evaluation.limit, place
-            ),
+            self.prompts(asked, evaluation.limit, place),
             self.judges.get(dataset.verifier, dataset.extraction),
             self.decoding(dataset, evaluation.temperature, evaluation.top_p, place),
             evaluation.samples,
@@ -131,19 +137,6 @@ def _collect(makers: Iterable[Callable[[], Any]]) -> list[Any]:
     if faults:
         raise UserError(faults)
     return results
-
-
-def chat_form(tokenizer: Any) -> Chat | None:
-    """A user's message in the tokenizer's chat form, as text; None where it has no such form."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-
-    def form(message: str | Sequence[Mapping[str, str]]) -> str:
-        turns = [{"role": "user", "content": message}] if isinstance(message, str) else list(message)
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return text
-
-    return form
 
 
 def tokenize(tokenizer: Any, add_bos: bool, texts: list[str]) -> list[list[int]]:

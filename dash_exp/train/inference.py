@@ -14,6 +14,7 @@ import torch
 from dash_exp.config.schema import Config
 from dash_exp.learning.learner import device_of
 from dash_exp.modeling.attention import ATTENTION
+from dash_exp.modeling.hub import refuse_unreachable
 from dash_exp.modeling.source import ModelSource, TextModel, load_computing, locate, text_model
 from dash_exp.record.provenance import hardware
 from dash_exp.sampling.protocol import Sampler
@@ -44,6 +45,7 @@ class InferenceModel:
     def of(cls, config: Config, cache: Path) -> Self:
         """Find the model of a config. Raises UserError when it is not available."""
         torch.set_num_threads(thread_count(config.cluster.threads))
+        refuse_unreachable(config)
         source = locate(config.model, cache)
         judges = Judges(**vars(config.verifier))
         return cls(config, source, text_model(source.folder), judges)

@@ -51,6 +51,24 @@ def test_the_planned_peak_is_what_the_learner_allocates(name: str) -> None:
     assert shape.parameters == pytest.approx(counted, rel=0.001)
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("qwen3_0.6b", 596.0),
+        ("qwen3_1.7b", 1720.6),
+        ("qwen3_4b", 4022.5),
+        ("smollm2_360m", 361.8),
+        ("smollm2_1.7b", 1711.4),
+        ("llama3.2_1b", 1235.8),
+    ],
+)
+def test_the_stated_shape_has_the_parameters_that_its_authors_count(name: str, millions: float) -> None:
+    """Of the published weights, tied embeddings once; instruct models are as large as their base."""
+    for option in (name, f"{name}_instruct"):
+        shape = shape_of(values(f"model={option}")["model"])
+        assert shape is not None and shape.parameters / 1e6 == pytest.approx(millions, rel=0.002)
+
+
 def test_without_checkpointing_every_layer_keeps_its_activations() -> None:
     """22.3 GiB counted by gpu_static for 14,840 tokens at 0.5B."""
     needed = demand(

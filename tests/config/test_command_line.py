@@ -106,8 +106,8 @@ def test_help_names_the_commands_the_groups_and_the_common_keys(shell: Shell) ->
     for part in (
         "dash_exp trains a small language model",
         "python -m dash_exp -m key=a,b",
-        "algorithm: cispo, dapo, dash, dr_grpo, gpg, grpo, gspo, maxrl, no_gf, no_kl, pass_at_k, pg, ",
-        "model: llama8b, qwen0.5b, qwen1.5b, qwen3b, qwen7b_instruct, smollm2_135m, tiny",
+        "algorithm: cispo, dapo, dash, dr_grpo, gpg, grpo, gspo, maxrl, no_gf, no_kl,\n  pass_at_k, pg,",
+        "model: llama3.2_1b, llama3.2_1b_instruct, llama8b, qwen0.5b, qwen1.5b,\n  qwen3_0.6b,",
         "sampler: hf, vllm",
         "run.force=true",
         'eval "$(dash-exp -sc install=bash)"',
@@ -116,15 +116,7 @@ def test_help_names_the_commands_the_groups_and_the_common_keys(shell: Shell) ->
         "filter.threshold=0.1",
     ):
         assert part in done.stdout
-    groups = (
-        "dataset:",
-        "evaluation:",
-        "experiment",
-        "algorithm:",
-        "model:",
-        "filter:",
-    )  # Hydra's lists of options
-    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith(groups)) <= 80
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_a_config_can_be_shown_where_it_could_not_run(shell: Shell) -> None:

@@ -130,6 +130,11 @@ SIZES = {
 }
 RECURRENT = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "linear_num_value_heads": 4}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROPE = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0}
+LLAMA_3 = {
+    "rope_parameters": {**ROPE, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    "tie_word_embeddings": True,
+}
 LEAKS, SCALES, REFUSES = "change each other", "logits are not", "does not load"
 
 
@@ -137,6 +142,7 @@ LEAKS, SCALES, REFUSES = "change each other", "logits are not", "does not load"
     ("family", "more", "refused"),
     [
         ("llama", {}, None),
+        ("llama", LLAMA_3, None),
         ("qwen2", {}, None),
         ("qwen3", {}, None),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, LEAKS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,12 @@ import pytest
 
 from dash_exp.config.compose import compose
 from dash_exp.config.environment import is_installed
-from dash_exp.config.schema import TEMPLATES
+from dash_exp.config.schema import CHATS, TEMPLATES
 from dash_exp.errors import UserError
 from dash_exp.modeling.source import load_tokenizer
 from dash_exp.record.identity import package_path
 from dash_exp.tasks.examples import Example
-from dash_exp.tasks.templates import CHATS, RENDERERS, Style, renderer
-from dash_exp.train.build_tasks import chat_form
+from dash_exp.tasks.templates import RENDERERS, Style, chat_form, renderer
 
 SUM = Example("1", "1+1?", "2")
 TASK = Example("mbpp-1", "Write a function to add.", "", first_test="assert add(1, 1) == 2")
@@ -73,6 +73,29 @@ def test_chats_of_the_default_model(smollm2: Any, name: str) -> None:
     assert text == SMOLLM2[name]
     ids = smollm2(text, add_special_tokens=False).input_ids
     assert ids.count(smollm2.convert_tokens_to_ids("<|im_start|>")) == 3  # markers, not their letters
+
+
+def test_a_system_prompt_and_arguments_of_the_chat_template(smollm2: Any) -> None:
+    """As the tokenizer's own function renders them; what its template does not know is refused."""
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    expected = smollm2.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert renderer("chat", Style(chat=chat_form(smollm2, "Be brief.")))(SUM) == expected
+    thinking = copy.copy(smollm2)
+    thinking.chat_template = (
+        "{{ messages[-1].content }}{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+        "{% endif %}"
+    )
+    form = chat_form(thinking, arguments={"enable_thinking": False})
+    assert form is not None and form("1+1?") == "1+1?<think></think>"
+    with pytest.raises(UserError) as caught:
+        chat_form(thinking, arguments={"enable_thinkin": False})
+    assert caught.value.faults[0].where == "chat_arguments.enable_thinkin"
+    assert "did you mean 'enable_thinking'?" in caught.value.faults[0].hint
+    with pytest.raises(UserError, match="does not show it"):
+        chat_form(thinking, "Be brief.")
+    thinking.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UserError, match="no system role"):
+        chat_form(thinking, "Be brief.")
 
 
 def test_a_tokenizer_without_a_chat_form(tiny_folder: Path) -> None:
