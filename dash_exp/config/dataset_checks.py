@@ -49,6 +49,7 @@ def dataset_faults(config: Config) -> Iterator[Fault]:
         _source,
         _judging,
         _asking,
+        _fetched,
         _generated,
     )
     for place, data in dataset_places(config).items():
@@ -128,6 +129,16 @@ def _shots(place: str, data: DatasetConfig) -> Iterator[Fault]:
         if set(shot) != set(SHOT_KEYS) or not all(text.strip() for text in shot.values()):
             hint = "it needs a problem and a solution, neither empty"
             yield Fault(f"{place}.shots[{number}]", f"has {', '.join(shot) or 'nothing'}", hint)
+
+
+def _fetched(place: str, data: DatasetConfig) -> Iterator[Fault]:
+    if data.streaming and data.limit is None:
+        yield Fault(f"{place}.streaming", f"needs {place}.limit", "or leave it out: all rows are fetched")
+    for key in ("revision", "streaming"):
+        if getattr(data, key) and not data.hub:
+            yield Fault(
+                f"{place}.{key}", f"is for a dataset of the hub, but {place}.hub=null", "leave it out"
+            )
 
 
 def _generated(place: str, data: DatasetConfig) -> Iterator[Fault]:

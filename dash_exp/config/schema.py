@@ -276,6 +276,8 @@ class DatasetConfig(Constant):
     hub: str | None = setting("a dataset on the hub", None)
     hub_config: str | None = setting("its configuration there", None)
     hub_split: str | None = setting("its split there", None)
+    revision: str | None = setting("a tag or commit of the hub's dataset; null: the newest", None)
+    streaming: bool = setting("fetch only the first `limit` rows from the hub", False)
     test_path: str | None = setting("your held-out file: the run is evaluated on it", None, "my_test.jsonl")
     test_split: str | None = setting("the same for a split on the hub, or of a loader", None)
     fields: dict[str, list[str]] = setting("our field to its names in a source (docs/datasets.md)", {})

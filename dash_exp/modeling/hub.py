@@ -33,7 +33,7 @@ def _needed(config: Config) -> Iterator[tuple[str, str, str]]:
     if model.hub and not model.path and not model.package:
         yield "model.hub", "model", model.hub
     for place, data in dataset_places(config).items():
-        if data.kind == "jsonl" and data.hub and not data.path:
+        if data.kind == "jsonl" and data.hub and not data.path and not Path(data.hub).is_dir():
             yield f"{place}.hub", "dataset", data.hub
 
 

@@ -71,6 +71,8 @@ AMONG_SETS = ("test_path", "test_split")
 LATER_OF_DATASETS: Mapping[str, object] = {
     "rewards": [],
     "reward_weights": [],
+    "revision": None,
+    "streaming": False,
     "system": None,
     "chat_arguments": {},
 }
@@ -215,8 +217,8 @@ def _dataset_identity(one: DatasetConfig, cache: Path | None) -> dict[str, Any]:
     if one.traces and Path(one.traces).is_file():
         kept["traces"] = file_hash(Path(one.traces), cache)
     if one.path:
-        for key in ("file", "hub", "hub_config", "hub_split"):
-            kept.pop(key)
+        for key in ("file", "hub", "hub_config", "hub_split", "revision", "streaming"):
+            kept.pop(key, None)
         kept["path"] = file_hash(Path(one.path), cache)
     return kept
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def load_examples(dataset: DatasetConfig) -> ExampleSet:
     if dataset.path:
         return read_jsonl(Path(dataset.path), dataset.name, layout(dataset))
     if dataset.hub:
-        split = dataset.hub_split or dataset.split
-        return read_hub(dataset.name, dataset.hub, dataset.hub_config, split, layout(dataset))
+        return read_hub(dataset, dataset.hub)
     raise UserError(Fault("path", f"{dataset.name!r} names no file and no hub dataset", "set it to a file"))
 
 
@@ -148,17 +148,21 @@ def first_faults(faults: Sequence[Fault], origin: str) -> list[Fault]:
     return [*faults[:MAX_FAULTS], *([Fault(origin, f"and {more} more faulty lines")] if more > 0 else [])]
 
 
-def read_hub(name: str, repository: str, config: str | None, split: str, layout: Layout) -> ExampleSet:
-    """Read a dataset of the hub by name. Raises UserError when it cannot be had."""
+def read_hub(dataset: DatasetConfig, repository: str) -> ExampleSet:
+    """Read a dataset of the hub, or of a folder in its layout. Raises UserError when it cannot be had."""
     import datasets
 
+    split, which = dataset.hub_split or dataset.split, dataset.hub_config or "default"
+    given = {"split": split, "revision": dataset.revision, "streaming": dataset.streaming}
     try:
-        loaded = datasets.load_dataset(repository, config, split=split)
+        loaded = datasets.load_dataset(repository, dataset.hub_config, **given)
+        rows = list(islice(loaded, dataset.limit)) if dataset.streaming else loaded
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "offline? name a file with dataset.path=<file>.jsonl, or a folder with DASH_DATA"
         raise UserError(Fault("hub", f"{repository!r} could not be loaded: {reason}", hint)) from error
-    return from_rows(name, loaded, f"hub:{repository}/{config or 'default'}/{split}", layout)
+    at = f"@{dataset.revision}" if dataset.revision else ""
+    return from_rows(dataset.name, rows, f"hub:{repository}{at}/{which}/{split}", layout(dataset))
 
 
 def from_rows(name: str, rows: Iterable[Mapping[str, Any]], origin: str, layout: Layout) -> ExampleSet:

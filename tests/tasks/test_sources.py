@@ -16,7 +16,8 @@ from dash_exp.config.schema import DatasetConfig
 from dash_exp.errors import UserError
 from dash_exp.record.identity import resolve_paths
 from dash_exp.tasks.examples import Example, Layout, called_function, row_id
-from dash_exp.tasks.sources import from_rows, layout, load_examples, read_jsonl
+from dash_exp.tasks.sources import from_rows, layout, load_examples, read_hub, read_jsonl
+from dash_exp.verifiers.math.compare import judge_math
 from dash_exp.verifiers.types import CodeGold
 
 MATHS = Layout({"id": ["id"], "problem": ["problem", "question"], "answer": ["answer"]})
@@ -66,7 +67,7 @@ def test_every_faulty_line_is_named(tmp_path: Path) -> None:
         "{nonsense",
         '["list"]',
         '{"problem": "b"}',
-        '{"problem": "c", "answer": ["1"]}',
+        '{"problem": "c", "answer": ["1", 2]}',
         '{"id": 1, "problem": "d", "answer": "1"}',
         '{"problem": "e", "answer": " "}',
         '{"problem": "f", "answer": 1, "solution": []}',
@@ -308,6 +309,38 @@ HUB: dict[str, Callable[[Row], Row]] = {
 LOCAL_IDS = {"gsm8k", "gsm8k_test", "math", "math500"}
 """The hub has other ids, or none."""
 NO_SOLUTION = {"math"}
+
+
+PUBLISHED = {
+    "aime25": {"problem": "p", "answer": "70", "id": "0"},
+    "amc23": {"id": 0, "question": "p", "answer": "70", "url": ""},
+    "minerva": {"question": "p", "answer": "70"},
+    "olympiadbench": {"id": 1606, "question": "p", "final_answer": ["2", "35"], "solution": ["s"]},
+    "dapo_17k": {"prompt": "p", "solution": "70", "data_source": "math_dapo", "ability": "MATH"},
+}
+"""A row as the hub has it, for sets that are read only from there."""
+
+
+@pytest.mark.parametrize("option", PUBLISHED)
+def test_rows_of_sets_without_a_file_of_ours(option: str) -> None:
+    data = compose([f"dataset={option}", "evaluation=none", "model=tiny"]).dataset
+    [example] = from_rows(data.name, [PUBLISHED[option]], "hub", layout(data)).examples
+    several = option == "olympiadbench"
+    assert (example.problem, example.answer, example.solution) == ("p", "2, 35" if several else "70", "")
+    text = "So it is \\boxed{35, 2}." if several else "So it is \\boxed{70.0}."
+    assert judge_math(text, example.answer, data.extraction).outcome == "correct"
+
+
+def test_a_streamed_dataset_is_read_as_far_as_its_limit(tmp_path: Path) -> None:
+    """From a folder in the hub's layout, as from the hub."""
+    rows = [json.dumps({"problem": f"{n}+1?", "answer": str(n + 1)}) for n in range(50)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    given = [f"dataset.hub={tmp_path}", "dataset.hub_split=train", "evaluation=none", "model=tiny"]
+    whole = compose(["dataset=own", *given]).dataset
+    part = replace(whole, streaming=True, limit=7)
+    assert len(read_hub(whole, str(tmp_path)).examples) == 50
+    assert [e.answer for e in read_hub(part, str(tmp_path)).examples] == [str(n + 1) for n in range(7)]
+    assert "@v1/" in read_hub(replace(whole, revision="v1"), str(tmp_path)).origin
 
 
 @pytest.mark.parametrize("option", HUB)
