@@ -39,9 +39,7 @@ def record(root: Path, name: str, steps: int) -> dict[str, float]:
     """A run that learns nothing, and its follower. Returns what following cost and took: seconds of processor
     time, MB of memory, and seconds from the end of the run to that of its follower."""
     folder, config = root / "cells" / name, Config()
-    config = changed(
-        config, {"run.dir": str(root), "tracking": TrackingConfig(name="mlflow", every_s=EVERY_S)}
-    )
+    config = changed(config, {"run.dir": str(root), "tracking": TrackingConfig(mlflow=True, every_s=EVERY_S)})
     freeze({"seed": 0, "algorithm": {f"setting_{n}": n for n in range(150)}}, folder)
     with Follower(folder, config, lambda text: None) as follower, Recorder(folder) as recorder:
         follower.start(recorder.attempt)

@@ -42,6 +42,8 @@ ROOTS = [
     "xxhash",
     "submitit",
     "mlflow",
+    "wandb",
+    "tensorboard",
     # the analysis
     "pandas",
     "pyarrow",

@@ -19,7 +19,7 @@ from tests.mirror_fixtures import attempt, begin, step
 
 def config_of(root: Path, uri: str | None = None) -> Config:
     config = Config()
-    tracking = TrackingConfig(name="mlflow", every_s=0.3, uri=uri)
+    tracking = TrackingConfig(mlflow=True, every_s=0.3, uri=uri)
     config = changed(config, {"run.dir": str(root), "tracking": tracking})
     return config
 

@@ -53,6 +53,7 @@ ONE_PLACE = {
     "reasoning_gym": ("tasks/generated.py", "config/environment.py", "verifiers/code/candidate.py"),
     "submitit": "sweep/slurm/",
     "mlflow": "mirror/mlflow.py",
+    "wandb": "mirror/local.py",
 }
 
 

@@ -13,9 +13,10 @@ import pytest
 from dash_exp.config.environment import is_installed
 from dash_exp.config.tracking import MirrorPlace
 from dash_exp.mirror import __main__ as mirror
-from dash_exp.mirror.mlflow import Store, StoreError
+from dash_exp.mirror.mlflow import MLflowStore
+from dash_exp.mirror.store import StoreError
 from dash_exp.mirror.sync import BusyError, CellSync, cell_lock, prepare_sweep
-from dash_exp.record.folder import Recorder
+from dash_exp.record.folder import Recorder, read_final, read_json, write_json
 from tests.mirror_fixtures import (
     BORN,
     CONFIG,
@@ -42,7 +43,7 @@ OTHER = "grpo-tiny-digits-s1-99ffee00"
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's schema and our experiment: creating it takes seconds, so it is copied."""
     file = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    Store(MirrorPlace(f"sqlite:///{file}", "dash_exp"))
+    MLflowStore(MirrorPlace(f"sqlite:///{file}", "dash_exp"))
     return file
 
 
@@ -59,8 +60,8 @@ def database(root: Path) -> Database:
     return Database(root / "mlflow.db")
 
 
-def store_in(root: Path) -> Store:
-    return Store(MirrorPlace(f"sqlite:///{root / 'mlflow.db'}", "dash_exp"))
+def store_in(root: Path) -> MLflowStore:
+    return MLflowStore(MirrorPlace(f"sqlite:///{root / 'mlflow.db'}", "dash_exp"))
 
 
 def sync(folder: Path, ended: int | None = None) -> int | None:
@@ -155,7 +156,7 @@ def test_a_run_is_followed_through_attempts_and_equals_one_built_later(
 
     later = tmp_path_factory.mktemp("later") / "mlflow.db"
     shutil.copy(empty, later)
-    CellSync(folder, Store(MirrorPlace(f"sqlite:///{later}", "dash_exp"))).sync()
+    CellSync(folder, MLflowStore(MirrorPlace(f"sqlite:///{later}", "dash_exp"))).sync()
     rebuilt = Database(later)
     assert counting(rebuilt.metrics()) == counting(database.metrics())
     assert len(rebuilt.metrics()) == 6 and len(database.metrics()) == 8
@@ -358,3 +359,35 @@ def test_a_cell_that_mlflow_refuses_is_named_and_the_others_mirrored(
     error = capsys.readouterr().err
     assert OTHER in error and "was refused by MLflow" in error and "1 problem, the others" in error
     assert database.metrics() == EXPECTED
+
+
+def test_a_sweep_says_what_came_out_and_holds_its_report(
+    root: Path, database: Database, tmp_path: Path
+) -> None:
+    """Means by arm in the sweep's run; the data sets of a cell as inputs, its newest checkpoint by place."""
+    folder = finished(root)
+    (folder / "checkpoints" / "step-000003").mkdir(parents=True)
+    provenance = read_json(folder / "provenance.json")
+    write_json(
+        folder / "provenance.json", {**provenance, "datasets": {"training": "a" * 64, "digits": "b" * 64}}
+    )
+    sweep(root, "mine", [NAME], BORN)
+    report = tmp_path / "report"
+    assert mirror.main([str(root / "sweeps/mine"), f"report={report}"]) == 2, "it is not made yet"
+    report.mkdir()
+    (report / "report.html").write_text("<p>found</p>")
+    for _ in range(2):
+        assert mirror.main([str(root / "sweeps/mine"), f"report={report}"]) == 0
+    held = {(name, value) for name, _, _, value in database.metrics("mine")}
+    rows = [row for row in read_final(folder, "evals") if row["metric"] == "accuracy"]
+    last = {row["dataset"]: row["value"] for row in rows}
+    assert last
+    assert {("cells/finished", 1.0), *((f"accuracy/{k}/dash", v) for k, v in last.items())} <= held
+    assert database.ask("select name, digest from datasets order by name") == [
+        ("digits", "a" * 36),
+        ("digits", "b" * 36),
+    ]
+    assert len(database.ask("select * from inputs")) == 2
+    assert database.words("tags")["dash_exp.checkpoint"].endswith("step-000003")
+    [(place,)] = database.ask("select artifact_uri from runs where name = 'mine'")
+    assert Path(place, "report", "report.html").read_text() == "<p>found</p>"

@@ -83,7 +83,7 @@ def test_it_sends_while_the_run_goes_on_and_hears_no_scheduler(tmp_path: Path) -
 
 def test_nothing_is_started_where_nothing_is_tracked(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    config = changed(config, {"tracking.name": "none"})
+    config = changed(config, {"tracking.mlflow": False})
     with Follower(begin(tmp_path), config, pytest.fail) as follower:
         follower.start(1)
         assert follower.process is None
@@ -126,8 +126,8 @@ def test_one_that_was_left_behind_gives_way_to_a_later_run(tmp_path: Path) -> No
             recorder.status("running", 0)
     nowhere = MirrorPlace("http://127.0.0.1:9", "dash_exp")
     with ExitStack() as held:  # attempt 2 has a process of its own; this one's input ends at once
-        assert SyncTimer(folder, nowhere, 1, held).run(1.0) == 0
-        behind = SyncTimer(folder, nowhere, 2, held)
+        assert SyncTimer(folder, [nowhere], 1, held).run(1.0) == 0
+        behind = SyncTimer(folder, [nowhere], 2, held)
         folder.rename(tmp_path / "archived")
         begin(tmp_path)
         assert behind.run(1.0) == 0

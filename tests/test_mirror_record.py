@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_exp.errors import UserError
-from dash_exp.mirror.mlflow import Point
+from dash_exp.mirror.store import Point
 from dash_exp.mirror.sync import (
     allowed_names,
     finite_numbers,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from dash_exp.config.checks import check
 from dash_exp.config.schema import Config, changed
+from dash_exp.config.tracking import trackers_of
 from dash_exp.errors import (
     DISK_ERRORS,
     ExitCode,
@@ -130,7 +131,7 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
 
 def tracked(folder: Path, config: Config, display: Display) -> AbstractContextManager[Follower | None]:
     """The process that mirrors the record beside the run, if `tracking` asks for one."""
-    if config.tracking.name == "none":
+    if not trackers_of(config.tracking):
         return nullcontext()
     from dash_exp.mirror.follow import Follower
 

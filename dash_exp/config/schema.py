@@ -413,9 +413,11 @@ class VerifierConfig(Constant):
 class TrackingConfig(Constant):
     """A mirror of the records, for people who look at many runs. No run depends on it."""
 
-    name: str = choice("none", "mlflow", meaning="the tracker")
-    uri: str | None = setting("null: MLFLOW_TRACKING_URI, else a SQLite file in run.dir", None)
-    experiment: str = setting("MLflow's experiment", "dash_exp")
+    mlflow: bool = setting("mirror to MLflow", False)
+    wandb: bool = setting("mirror to Weights & Biases; offline without its key", False)
+    tensorboard: bool = setting("write event files for TensorBoard", False)
+    uri: str | None = setting("of MLflow; null: MLFLOW_TRACKING_URI, else a SQLite file in run.dir", None)
+    experiment: str = setting("MLflow's experiment, or the project of W&B", "dash_exp")
     every_s: float = number(SECONDS, "seconds between two batches of a running cell", 30.0)
 
 

@@ -1,4 +1,4 @@
-"""Where a mirror is: from settings to an address that MLflow understands, and the address without secrets."""
+"""Where mirrors are: from settings to a folder or an address, and the address without its secrets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from dash_exp.errors import Fault
 from dash_exp.text import HIDDEN, SECRET_IN_URL, USER_IN_URL, hide_credentials
 
 URI, EXPERIMENT, VARIABLE = "tracking.uri", "tracking.experiment", "MLFLOW_TRACKING_URI"
-PACKAGE = "mlflow"
+TRACKERS = {"mlflow": "MLflow", "wandb": "Weights & Biases", "tensorboard": "TensorBoard"}
+"""Each is a flag in `TrackingConfig`, an option of conf/tracking/, a Python package and an extra of ours."""
 DATABASE = "mlflow.db"
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -24,11 +25,12 @@ LONGEST_EXPERIMENT = 500
 
 @dataclass(frozen=True, slots=True)
 class MirrorPlace:
-    """A tracking server or database, and an experiment there. The address may hold a password: print
+    """A tracking server, database or folder, and an experiment there. The address may hold a password: print
     `shown`, and pass messages about it through `clean`."""
 
     uri: str = field(repr=False)
     experiment: str
+    tracker: str = "mlflow"
 
     @property
     def shown(self) -> str:
@@ -53,6 +55,21 @@ class MirrorPlace:
         return text
 
 
+def trackers_of(tracking: TrackingConfig) -> list[str]:
+    """The trackers that are switched on."""
+    return [name for name in TRACKERS if getattr(tracking, name)]
+
+
+def places_of(tracking: TrackingConfig, root: Path) -> list[MirrorPlace]:
+    """Where each of them writes. `root`: of the outputs."""
+    return [
+        place_of(tracking, root)
+        if name == "mlflow"
+        else MirrorPlace(str(root.resolve() / name), tracking.experiment, name)
+        for name in trackers_of(tracking)
+    ]
+
+
 def place_of(
     tracking: TrackingConfig, root: Path, environment: Mapping[str, str] = os.environ
 ) -> MirrorPlace:
@@ -69,13 +86,13 @@ def tracking_faults(
     tracking: TrackingConfig, installed: Callable[[str], bool], environment: Mapping[str, str] = os.environ
 ) -> Iterator[Fault]:
     """What keeps a mirror from ever working. Does not ask whether a server answers: it may do so later."""
-    if tracking.name != "mlflow":
-        return
-    if not installed(PACKAGE):
-        what = f"tracking=mlflow needs the package {PACKAGE}, which is not installed"
-        later = "python -m dash_exp.mirror can mirror the records at any later time"
-        yield Fault("tracking", what, f"pip install 'dash-exp[mlflow]', or leave it out: {later}")
-    yield from place_faults(tracking, environment)
+    for name in trackers_of(tracking):
+        if not installed(name):
+            what = f"tracking={name} needs the package {name}, which is not installed"
+            later = "python -m dash_exp.mirror can mirror the records at any later time"
+            yield Fault("tracking", what, f"pip install 'dash-exp[{name}]', or leave it out: {later}")
+    if tracking.mlflow:
+        yield from place_faults(tracking, environment)
 
 
 def place_faults(tracking: TrackingConfig, environment: Mapping[str, str] = os.environ) -> Iterator[Fault]:

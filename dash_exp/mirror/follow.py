@@ -14,14 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dash_exp.config.overrides import quoted
 from dash_exp.config.schema import Config, TrackingConfig
-from dash_exp.config.tracking import VARIABLE, MirrorPlace, place_of
+from dash_exp.config.tracking import VARIABLE, MirrorPlace, places_of
 from dash_exp.errors import UserError
 from dash_exp.record.folder import append_line, read_json
 from dash_exp.signals import STOPPING, Interrupted, block_signals
@@ -46,7 +46,7 @@ class Follower:
 
     def __init__(self, folder: Path, config: Config, note: Callable[[str], None]):
         self.folder, self.tracking, self.note = folder, config.tracking, note
-        self.place = place_of(config.tracking, Path(config.run.dir))
+        self.places = places_of(config.tracking, Path(config.run.dir))
         self.process: subprocess.Popen[bytes] | None = None
         self.attempt = 0
 
@@ -58,14 +58,17 @@ class Follower:
             self._end(self.process)
 
     def start(self, attempt: int) -> None:
-        """Start the process if `tracking=mlflow`. A failure to start is reported and does not raise."""
-        if self.tracking.name != "mlflow":
+        """Start the process. A failure to start is reported and does not raise."""
+        if not self.places:
             return
         self.attempt = attempt
         command = [sys.executable, "-m", "dash_exp.mirror", "--follow", str(self.folder.resolve())]
         command += [f"--attempt={attempt}", f"tracking.experiment={self.tracking.experiment}"]
-        command += [f"tracking.every_s={self.tracking.every_s}"]
-        environment = {**os.environ, VARIABLE: self.place.uri, "OMP_NUM_THREADS": "1"}  # may hold a password
+        command += [f"tracking.every_s={self.tracking.every_s}", self._named()]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        for place in self.places:
+            if place.tracker == "mlflow":
+                environment[VARIABLE] = place.uri  # it may hold a password
         try:
             with (self.folder / LOG).open("ab") as output, block_signals(*IGNORED):
                 self.process = subprocess.Popen(
@@ -88,19 +91,26 @@ class Follower:
                 process.stdin.close()
             code = process.wait(END_S)
         except (subprocess.TimeoutExpired, Interrupted):
-            self._report(f"{self.place.shown} has not got everything yet; {LOG} will say whether it does")
+            self._report(f"{self._shown()} has not got everything yet; {LOG} will say whether it does")
             return
         if code != 0:
-            self._report(f"{self.place.shown} has not got everything ({LOG} says why); later:")
+            self._report(f"{self._shown()} has not got everything ({LOG} says why); later:")
             self.note(f"    {format_command('dash_exp.mirror', str(self.folder), *self._settings())}")
 
     def _settings(self) -> list[str]:
         """Where the mirror is, as overrides."""
         uri, experiment = self.tracking.uri, self.tracking.experiment
         return [
+            self._named(),
             *([f"tracking.uri={quoted(uri)}"] if uri else []),
             f"tracking.experiment={quoted(experiment)}",
         ]
+
+    def _named(self) -> str:
+        return f"tracking={','.join(place.tracker for place in self.places)}"
+
+    def _shown(self) -> str:
+        return ", ".join(place.shown for place in self.places)
 
     def _report(self, text: str) -> None:
         self.note(f"mirror: {text}")
@@ -120,10 +130,11 @@ def follow(folder: Path, tracking: TrackingConfig, attempt: int) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     with suppress(OSError):
         os.nice(19)
-    place = place_of(tracking, folder.parent.parent)
-    sys.stdout = sys.stderr = _CleanStream(sys.stderr, place)
+    places = places_of(tracking, folder.parent.parent)
+    for place in places:
+        sys.stdout = sys.stderr = _CleanStream(sys.stderr, place)
     with ExitStack() as stack:
-        timer = SyncTimer(folder, place, attempt, stack)
+        timer = SyncTimer(folder, places, attempt, stack)
         try:
             return timer.run(tracking.every_s)
         except Exception as error:
@@ -145,20 +156,20 @@ class _CleanStream(io.TextIOBase):
 
 
 class SyncTimer:
-    """The process's side: syncs every so often while the run goes on, and once when it has ended. The cell's
-    mirror lock, once taken, is kept in `stack`."""
+    """The process's side: syncs every so often while the run goes on, and once when it has ended."""
 
-    def __init__(self, folder: Path, place: MirrorPlace, attempt: int, stack: ExitStack):
-        self.folder, self.place, self.attempt, self._stack = folder, place, attempt, stack
-        self._cell: CellSync | None = None
-        self._problem = ""
+    def __init__(self, folder: Path, places: Sequence[MirrorPlace], attempt: int, stack: ExitStack):
+        self.folder, self.attempt = folder, attempt
+        self.targets = [Target(folder, place, attempt, stack) for place in places]
         self._parent, self._inode = os.getppid(), folder.stat().st_ino
 
     def run(self, every_s: float) -> int:
-        self._print(f"following attempt {self.attempt} to {self.place.shown}, {self.place.experiment}")
+        for target in self.targets:
+            say(self.attempt, f"following to {target.place.shown}, {target.place.experiment}")
         due = 0.0
         while not self._run_ended(due):
-            found = not self._try_sync() or (self._cell is not None and self._cell.run is not None)
+            tried = [(target.sync(), target.has_run) for target in self.targets]
+            found = all(has_run or not sent for sent, has_run in tried)
             due = time.monotonic() + (every_s if found else min(FIRST_S, every_s))
         guard = threading.Timer(LAST_S + HANGING_S, os._exit, [1])  # a call may hang
         guard.daemon = True
@@ -179,18 +190,18 @@ class SyncTimer:
                 return False
 
     def _last_sync(self) -> int:
-        deadline = time.monotonic() + LAST_S
+        deadline, left = time.monotonic() + LAST_S, list(self.targets)
         while not self._superseded():
-            if self._try_sync(self.attempt):
-                self._print("complete")
+            left = [target for target in left if not target.sync(self.attempt)]
+            if not left:
+                say(self.attempt, "complete")
                 return 0
             if time.monotonic() > deadline:
-                self._print(
-                    f"given up; {format_command('dash_exp.mirror', str(self.folder))} sends what is missing"
-                )
+                command = format_command("dash_exp.mirror", str(self.folder))
+                say(self.attempt, f"given up; {command} sends what is missing")
                 return 1
             time.sleep(RETRY_S)
-        self._print("left to a later run")
+        say(self.attempt, "left to a later run")
         return 0
 
     def _superseded(self) -> bool:
@@ -201,20 +212,37 @@ class SyncTimer:
             return True
         return moved or int(read_json(self.folder / "status.json").get("attempt", 0)) > self.attempt
 
-    def _try_sync(self, ended: int | None = None) -> bool:
+    def report(self, problem: str) -> None:
+        for target in self.targets:
+            target.report(problem)
+
+
+class Target:
+    """One tracker of the cell. The cell's lock for it, once taken, is kept in `stack`."""
+
+    def __init__(self, folder: Path, place: MirrorPlace, attempt: int, stack: ExitStack):
+        self.folder, self.place, self.attempt, self._stack = folder, place, attempt, stack
+        self._cell: CellSync | None = None
+        self._problem = ""
+
+    @property
+    def has_run(self) -> bool:
+        return self._cell is not None and self._cell.run is not None
+
+    def sync(self, ended: int | None = None) -> bool:
         """One sync; False if it failed, which is reported."""
-        from dash_exp.mirror.mlflow import Store, StoreError
+        from dash_exp.mirror.store import StoreError, open_store
         from dash_exp.mirror.sync import BusyError, CellSync, cell_lock
 
         try:
             if self._cell is None:
                 with ExitStack() as taken:
                     taken.enter_context(cell_lock(self.folder, self.place))
-                    self._cell = CellSync(self.folder, Store(self.place))
+                    self._cell = CellSync(self.folder, open_store(self.place))
                     self._stack.push(taken.pop_all())
-            known = self._cell.run is not None
+            known = self.has_run
             self._cell.sync(ended)
-            if ended is not None or (self._cell.run is not None and not known):
+            if ended is not None or (self.has_run and not known):
                 self._cell.sync_sweeps()
         except (StoreError, BusyError, UserError, OSError) as error:
             self.report(str(error))
@@ -225,11 +253,12 @@ class SyncTimer:
 
     def report(self, problem: str) -> None:
         """Print a problem ("": solved); in the cell's log it is reported once, and when it is solved."""
-        self._print(problem or "it works again")
+        say(self.attempt, problem or "it works again")
         if bool(problem) != bool(self._problem):
             text = f"{self.place.shown}: {problem}; training goes on" if problem else "it works again"
             log(self.folder, self.attempt, f"mirror: {text}")
         self._problem = problem
 
-    def _print(self, text: str) -> None:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{self.attempt}] {text}")
+
+def say(attempt: int, text: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} [{attempt}] {text}")

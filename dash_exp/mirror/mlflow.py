@@ -7,24 +7,26 @@ schema or an experiment at once, and some give up when many write at once: both 
 from __future__ import annotations
 
 import getpass
+import json
 import logging
 import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from dash_exp.config.tracking import MirrorPlace
+from dash_exp.mirror.store import ENDED, Point, Run, StoreError
 
 BATCH = {"metrics": 1000, "params": 100, "tags": 100}
 """The most entities that MLflow takes in one request."""
 LOCK_S = 60.0
-ENDED = ("FINISHED", "FAILED", "KILLED")
+DIGEST = 36
+"""Characters of a dataset's digest that MLflow takes."""
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -35,33 +37,10 @@ SETTINGS = {
 """Defaults for MLflow's variables: no telemetry, and a server that does not answer fails within 30 s."""
 
 
-class StoreError(Exception):
-    """What MLflow could not do, and why, without secrets."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The values of a step, or of one set's evaluation. `time_ms`: since the epoch."""
-
-    step: int
-    time_ms: int
-    values: dict[str, float]
-
-
-@dataclass(slots=True)
-class Run:
-    """A run as the server has it."""
-
-    id: str
-    status: str
-    end_ms: int | None
-    params: dict[str, str]
-    tags: dict[str, str]
-    metrics: tuple[str, ...]
-
-
-class Store:
+class MLflowStore:
     """An experiment on a server or in a database, created if it does not exist. Raises StoreError."""
+
+    has_parents = True
 
     def __init__(self, place: MirrorPlace):
         self.place = place
@@ -139,6 +118,24 @@ class Store:
             with self._call(write=True):
                 self._client.delete_tag(run.id, name)
             del run.tags[name]
+
+    def log_inputs(self, run: Run, data: Sequence[tuple[str, str]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(name, digest[:DIGEST], "dash_exp", json.dumps({"prompts": digest})),
+                [InputTag("mlflow.data.context", "training" if place == 0 else "eval")],
+            )
+            for place, (name, digest) in enumerate(data)
+        ]
+        with self._call(write=True):
+            self._client.log_inputs(run.id, inputs)
+
+    def log_folder(self, run: Run, folder: Path, name: str) -> None:
+        """Copy a folder to the run's artefacts, as `name`."""
+        with self._call(write=True):
+            self._client.log_artifacts(run.id, str(folder), name)
 
     def _log_batches(self, run: Run, kind: str, entities: Sequence[Any]) -> None:
         for start in range(0, len(entities), BATCH[kind]):

@@ -1,6 +1,6 @@
-"""Bring the MLflow runs of cells and sweeps up to date with their records. Syncing twice changes nothing.
+"""Bring the runs of a tracker up to date with the records. Syncing twice changes nothing.
 
-What a run holds is asked of the server, value by value, before anything is sent, so nothing is doubled by a
+What a run holds is asked of the tracker, value by value, before anything is sent, so nothing is doubled by a
 crash, a retry or another process. A resumed run may redo steps: their new values are sent too, with their
 later time. For each step the value with the latest time counts.
 """
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from dash_exp.config.tracking import MirrorPlace
 from dash_exp.errors import Fault, UserError, print_error
-from dash_exp.mirror.mlflow import ENDED, Point, Run, Store, StoreError
+from dash_exp.mirror.store import CELL, ENDED, Point, Run, Store, StoreError, open_store
 from dash_exp.record import journal, manifest
 from dash_exp.record.folder import Row, read_final, read_json, read_rows
 from dash_exp.record.manifest import Manifest
@@ -34,9 +35,9 @@ from dash_exp.record.state import state_here
 FORMAT = 1
 """Raised when the meaning of what is sent changes, so that existing mirrors are synced again."""
 LONGEST_PARAMETER, LONGEST_TAG, LONGEST_NAME = 6000, 1000, 250
-CELL, RECORD, STATE, SWEEP, SWEEPS, CLAIM, DIGEST, DIFFERENT = (
+RECORD, STATE, SWEEP, SWEEPS, CLAIM, DIGEST, DIFFERENT, INPUTS = (
     f"dash_exp.{name}"
-    for name in ("cell", "record", "state", "sweep", "sweeps", "claim", "mirrored", "params_differ")
+    for name in ("record", "state", "sweep", "sweeps", "claim", "mirrored", "params_differ", "inputs")
 )
 PARENT = "mlflow.parentRunId"
 STATUS = {
@@ -158,6 +159,7 @@ class Facts:
     end_ms: int
     params: dict[str, str]
     tags: dict[str, str]
+    inputs: tuple[tuple[str, str], ...]
 
 
 def read_facts(folder: Path, sweeps: Sequence[str] = (), ended: int | None = None) -> Facts:
@@ -178,7 +180,11 @@ def read_facts(folder: Path, sweeps: Sequence[str] = (), ended: int | None = Non
     tags = {CELL: folder.name, RECORD: record, STATE: state, SWEEPS: ", ".join(sweeps)}
     tags = {key: text for key, text in tags.items() if text} | _provenance_tags(status, provenance)
     tags["dash_exp.id"] = folder.name.rpartition("-")[2]
-    return Facts(folder.name, record, STATUS[state], start, heartbeat, parameters(read.value), tags)
+    if saved := max((folder / "checkpoints").glob("step-*"), default=None):
+        tags["dash_exp.checkpoint"] = str(saved.resolve())
+    name, data = read.value.get("dataset", {}).get("name", "training"), provenance.get("datasets", {})
+    inputs = tuple((name if label == "training" else label, digest) for label, digest in data.items())
+    return Facts(folder.name, record, STATUS[state], start, heartbeat, parameters(read.value), tags, inputs)
 
 
 def _provenance_tags(status: Row, provenance: Row) -> dict[str, str]:
@@ -203,6 +209,26 @@ def sweep_status(sweep: Manifest) -> tuple[str, int]:
         heartbeat = read_json(folder / "status.json").get("heartbeat", 0.0)
         last = max(last, milliseconds(float(heartbeat)))
     return worst_status(states), last
+
+
+def sweep_summary(sweep: Manifest) -> dict[str, float]:
+    """Of the finished cells: how many they are, and by arm the mean over seeds of each last accuracy and of
+    the training time in seconds. Empty until one has finished."""
+    found: dict[str, list[float]] = defaultdict(list)
+    cells = 0
+    for folder in map(sweep.cell, sweep.entries):
+        status = read_json(folder / "status.json")
+        if status.get("state") != "finished":
+            continue
+        cells += 1
+        arm = read_config(folder).value.get("algorithm", {}).get("name", "")
+        for row in read_final(folder, "evals"):
+            if row["metric"] == "accuracy" and row["step"] == status.get("step"):
+                found[f"accuracy/{row['dataset']}/{arm}"].append(float(row["value"]))
+        seconds = [float(row.get("time/step_s") or 0.0) for row in read_final(folder, "steps")]
+        found[f"seconds/{arm}"].append(sum(seconds))
+    means = {name: statistics.fmean(values) for name, values in found.items()}
+    return {"cells/finished": float(cells), **means} if cells else {}
 
 
 def worst_status(states: Sequence[str]) -> str:
@@ -243,18 +269,25 @@ def sweep_run(store: Store, name: str, created: float) -> Run:
 def sync_sweep(store: Store, sweep: Manifest) -> None:
     """Give a sweep's run the status of its cells. The lock is held from reading them to writing, so that of
     cells that end at the same time the last one writes the newest status."""
+    if not store.has_parents:
+        return
     with store.locked():
         run = sweep_run(store, sweep.name, sweep.created)
         if claim := sweep.about.get("claim"):
             store.set_tags(run, {CLAIM: shorten(str(claim), LONGEST_TAG)})
-        store.set_status(run, *sweep_status(sweep))
+        status, last = sweep_status(sweep)
+        if summary := sweep_summary(sweep):
+            cells = int(summary["cells/finished"])
+            if set(summary) - store.held(run).get((cells, last), set()):
+                store.log_points(run, [Point(cells, last, allowed_names(summary))])
+        store.set_status(run, status, last)
 
 
 def prepare_sweep(place: MirrorPlace, name: str) -> None:
     """Create schema, experiment and a sweep's run once, before its cells start. A server that does not answer
     is reported on stderr and ignored: each cell's own process tries again."""
     try:
-        sweep_run(Store(place), name, time.time())
+        sweep_run(open_store(place), name, time.time())
     except StoreError as error:
         print_error(f"mirror: {place.shown} is not available yet: {error}")
 
@@ -342,9 +375,14 @@ class CellSync:
         self.store.log_params(run, {k: text for k, text in facts.params.items() if k not in run.params})
         differ = ", ".join(k for k, text in facts.params.items() if run.params[k] != text)
         tags = {**facts.tags, **({DIFFERENT: shorten(differ, LONGEST_TAG)} if differ else {})}
-        if PARENT not in run.tags and self.sweeps:
+        if self.store.has_parents and PARENT not in run.tags and self.sweeps:
             first = self.sweeps[0]
             tags[PARENT] = sweep_run(self.store, first.name, first.created).id
         ours = [name for name in run.tags if name.startswith("dash_exp.") and name != DIGEST]
+        if facts.inputs and INPUTS not in run.tags:
+            self.store.log_inputs(run, facts.inputs)
+            tags[INPUTS] = ", ".join(label for label, _ in facts.inputs)
+        elif INPUTS in run.tags:
+            tags[INPUTS] = run.tags[INPUTS]
         self.store.set_tags(run, tags, drop=[name for name in ours if name not in tags])
         self.store.set_status(run, facts.status, facts.end_ms)

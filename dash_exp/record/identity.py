@@ -275,7 +275,6 @@ def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
     loaded = OmegaConf.load(folder / "config.yaml")
     defaults = {
         "run": {"dir": str(folder.parent.parent), "force": False, "progress": "auto"},
-        "tracking": {"name": "none"},
         "cluster": {
             "name": "local",
             "gpus_per_node": 1,

@@ -231,7 +231,8 @@ def read(folder: Path) -> Manifest:
         for row in value["waiting"]
     )
     name, about, created = (value[key] for key in ("name", "about", "created"))
-    root, actions = folder.parent.parent, tuple(value["actions"])
+    renamed = {"tracking.name=mlflow": "tracking.mlflow=true", "tracking.name=none": "tracking.mlflow=false"}
+    root, actions = folder.parent.parent, tuple(renamed.get(text, text) for text in value["actions"])
     return Manifest(name, folder, root, tuple(entries), waiting, actions, about, created)
 
 

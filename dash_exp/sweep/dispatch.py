@@ -109,7 +109,7 @@ def _prepare(request: LaunchRequest, log: Log) -> Manifest:
             manifest = manifests.write(plan, root)  # freezes them anew
     log(_headline(manifest, plan))
     tracking = tracking_of(manifest.actions)
-    if tracking.name == "mlflow":  # create its schema, experiment and parent run before many cells need them
+    if tracking.mlflow:  # create its schema, experiment and parent run before many cells need them
         from dash_exp.config.tracking import place_of
         from dash_exp.mirror.sync import prepare_sweep
 

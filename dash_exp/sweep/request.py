@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from dash_exp.config.compose import compose
 from dash_exp.config.schema import Range
+from dash_exp.config.tracking import TRACKERS
 from dash_exp.errors import Fault, UserError, disk_errors_below
 from dash_exp.learning.settings import rank_from_environment
 from dash_exp.record.folder import read_json
@@ -200,9 +201,11 @@ def _with_settings(manifest: Manifest, overrides: Sequence[str]) -> Plan:
 
 def _of_options(actions: Sequence[str], settings: Sequence[str]) -> Combination:
     """The actions that an option chose (`cluster=slurm`) for which the settings choose another one."""
+    given = [key_of(text) for text in settings]
     names = {key_of(text): text.partition("=")[2] for text in actions}
-    chosen = [group for group in ("cluster", "tracking") if group in map(key_of, settings)]
-    before = [f"{group}={names[f'{group}.name']}" for group in chosen if f"{group}.name" in names]
+    trackers = [name for name in TRACKERS if names.get(f"tracking.{name}") == "true"]
+    before = [f"cluster={names['cluster.name']}"] if "cluster" in given and "cluster.name" in names else []
+    before += [f"tracking=[{','.join(trackers)}]"] if "tracking" in given and trackers else []
     return common_actions([settings_of(compose(before))], settings_of(compose()))
 
 

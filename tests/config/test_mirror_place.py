@@ -14,7 +14,7 @@ SERVER = "MLFLOW_TRACKING_URI"
 
 
 def tracking(uri: str | None = None, experiment: str = "dash_exp") -> TrackingConfig:
-    return TrackingConfig(name="mlflow", uri=uri, experiment=experiment)
+    return TrackingConfig(mlflow=True, uri=uri, experiment=experiment)
 
 
 def faults(given: TrackingConfig, variable: str | None = None, installed: bool = True) -> list[str]:
@@ -71,7 +71,7 @@ def test_what_is_checked_before_a_start() -> None:
     assert found.startswith("tracking.experiment:")
     (found,) = faults(tracking(), installed=False)
     assert "not installed" in found
-    assert faults(TrackingConfig(name="none", uri="./mlruns"), installed=False) == []
+    assert faults(TrackingConfig(uri="./mlruns"), installed=False) == []
     assert len(faults(tracking("ftp://me:pw@host", ""))) == 3  # all at once
 
 

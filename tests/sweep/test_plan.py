@@ -302,7 +302,7 @@ def test_a_sweeps_file_is_planned_with_a_command_lines_changes(tmp_path: Path) -
     assert [c.overrides for c in plan.cells] == [
         ("debug=fast", f"algorithm={arm}", "seed=5") for arm in ("dash", "grpo", "ppo_multi")
     ]
-    assert plan.actions == ("tracking.name=mlflow", "cluster.threads=1")
+    assert plan.actions == ("tracking.mlflow=true", "cluster.threads=1")
     assert plan.about is not None and plan.about["claim"] == spec.claim
 
 

@@ -115,9 +115,9 @@ def test_a_cell_gets_only_the_keys_that_it_reads() -> None:
         "cluster.setup=[x]",
         "cluster.threads=null",
         "cluster.server_urls=[http://x]",
-        "tracking.name=mlflow",
+        "tracking.mlflow=true",
     )
-    kept = ["run.progress=none", "cluster.server_urls=[http://x]", "tracking.name=mlflow"]
+    kept = ["run.progress=none", "cluster.server_urls=[http://x]", "tracking.mlflow=true"]
     assert cell_actions(actions, None) == kept
     assert cell_actions(actions, 3) == [*kept, "cluster.threads=3"]
     assert cell_actions(["cluster.threads=5"], 3) == ["cluster.threads=5"]
