@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dash_exp.record.folder import Row, finite
+from dash_exp.record.folder import Row, finite, read_final
 from dash_exp.record.reading import read_rows
 from dash_exp.types import AdvantagedGroup, Completion, Score
 
@@ -39,6 +39,17 @@ def mean(values: Iterable[float]) -> float | None:
     """The mean of the finite values (a verdict that could not be reached is NaN), or None."""
     finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else None
+
+
+def objective(folder: Path) -> float | None:
+    """What a search may maximise: a cell's last accuracy on its first evaluation set, else its mean reward
+    over the last ten steps; None where there is neither."""
+    evals = [row for row in read_final(folder, "evals") if row["metric"] == "accuracy"]
+    first = [row["value"] for row in evals if row["dataset"] == evals[0]["dataset"]]
+    if first:
+        return float(first[-1])
+    rewards = [row.get("reward/mean") for row in read_final(folder, "steps")[-10:]]
+    return mean(reward for reward in rewards if reward is not None)
 
 
 def batch_values(facts: BatchFacts) -> Row:

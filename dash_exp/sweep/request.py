@@ -20,6 +20,7 @@ from dash_exp.learning.settings import rank_from_environment
 from dash_exp.record.folder import read_json
 from dash_exp.record.identity import read_frozen
 from dash_exp.record.manifest import NAME, Manifest, Plan, PlannedCell, sweep_folder
+from dash_exp.record.metrics import objective
 from dash_exp.sweep.dispatch import LaunchRequest, launch
 from dash_exp.sweep.local import planned_cell, read_order
 from dash_exp.sweep.plan import make_plan, plan_spec
@@ -49,9 +50,10 @@ SHOWN_VALUES, NAME_LENGTH = 4, 80
 
 def launch_multirun(
     config: DictConfig, overrides: Sequence[Sequence[str]], first: int, n_jobs: object, wait: object
-) -> int:
-    """Run the combinations of `-m`; returns the exit code. `config`: Hydra's of the sweep. `first`: the index
-    of the first one, above 0 in later batches (hydra.sweeper.max_batch_size), which are sweeps of their own.
+) -> tuple[int, list[float | None]]:
+    """Run the combinations of `-m`; returns the exit code, and what each came to (`metrics.objective`).
+    `config`: Hydra's of the sweep. `first`: the index of the first one, above 0 in later batches
+    (hydra.sweeper.max_batch_size), which are sweeps of their own.
 
     Raises UserError with everything that is wrong with them, before anything is started.
     """
@@ -68,7 +70,15 @@ def launch_multirun(
         plan = make_plan(name, combinations, root=root, actions=part)
     if base.run.sweep is None:
         plan = replace(plan, name=_unused_name(plan, root))
-    return launch(LaunchRequest(plan, root, base.cluster, jobs, base.run.force), wait=waits)
+    code = launch(LaunchRequest(plan, root, base.cluster, jobs, base.run.force), wait=waits)
+    asked = [_cell_of(plan, (*one, *part)) for one in combinations]
+    return code, [cell and objective(cell.cell.folder(root)) for cell in asked]
+
+
+def _cell_of(plan: Plan, combination: Combination) -> PlannedCell | None:
+    """The cell that a combination makes: all of its overrides are among the combination's."""
+    fitting = [cell for cell in plan.cells if set(cell.overrides) <= set(combination)]
+    return max(fitting, key=lambda cell: len(cell.overrides), default=None)
 
 
 def _launcher_settings(n_jobs: object, wait: object) -> tuple[int, bool]:

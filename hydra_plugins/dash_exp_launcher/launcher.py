@@ -25,11 +25,16 @@ class DashLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Run the cells. Ends this program where one failed or a signal came, after all that could be run."""
+        """Run the cells. Each returns the number that a sweeper which searches may maximise
+        (`dash_exp.record.metrics.objective`). Ends this program where one failed or a signal came, after all
+        that could be run."""
         from dash_exp.sweep.request import launch_multirun
 
         assert self.config is not None
-        code = launch_multirun(self.config, job_overrides, initial_job_idx, self.n_jobs, self.wait)
+        code, values = launch_multirun(self.config, job_overrides, initial_job_idx, self.n_jobs, self.wait)
         if code:
             sys.exit(code)
-        return [JobReturn(overrides=list(one), status=JobStatus.COMPLETED) for one in job_overrides]
+        found = [JobReturn(overrides=list(one), status=JobStatus.COMPLETED) for one in job_overrides]
+        for one, value in zip(found, values, strict=True):
+            one.return_value = value
+        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dash_exp.errors import UserError
 from dash_exp.record import journal
@@ -308,6 +310,21 @@ def test_real_cells_two_at_once_give_the_records_of_one_after_the_other(sweeps: 
     assert single.run("algorithm=dash,pg", real=True).returncode == 0
     for name, folder in sweeps.cells().items():
         assert differences(folder, single.cells()[name]) == []
+
+
+@pytest.mark.long
+def test_a_sweeper_that_searches_is_told_what_each_cell_came_to(sweeps: Sweeps) -> None:
+    """Their mean reward, since these cells are not evaluated."""
+    plugins = os.pathsep.join([str(Path(__file__).parent / "searcher"), str(REPOSITORY)])
+    done = sweeps.run("hydra/sweeper=searcher", real=True, PYTHONPATH=plugins)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = list((sweeps.root / "cells").iterdir())
+    by_rate = {yaml.safe_load((f / "config.yaml").read_text())["learner"]["lr"]: f for f in folders}
+    rewards = [
+        statistics.fmean(row["reward/mean"] for row in read_rows(by_rate[rate] / "steps.jsonl").rows)
+        for rate in (1e-4, 1e-3)
+    ]
+    assert f"found {rewards}" in done.stdout
 
 
 @pytest.mark.long
