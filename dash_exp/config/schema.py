@@ -374,12 +374,12 @@ class EvaluationConfig(Constant):
     """When and on what the model is evaluated."""
 
     name: str = setting("the evaluation's name")
-    before: bool = setting("evaluate the base model")
-    after: bool = setting("evaluate at the end")
-    every: int = number(STEPS, "steps between evaluations; 0: only before and after")
-    samples: int = number(PROMPTS, "completions of an evaluated prompt", example="8")
-    temperature: float = number(NATURAL, "0: greedy")
-    top_p: float = number(SHARE, "share of the probability that is sampled from")
+    before: bool = setting("evaluate the base model", True)
+    after: bool = setting("evaluate at the end", True)
+    every: int = number(STEPS, "steps between evaluations; 0: only before and after", 0)
+    samples: int = number(PROMPTS, "completions of an evaluated prompt", 1, "8")
+    temperature: float = number(NATURAL, "0: greedy", 0.0)
+    top_p: float = number(SHARE, "share of the probability that is sampled from", 1.0)
     k: list[int] = number(PROMPTS, "pass@k for these k; no value where k > samples", [], example="[1,8]")
     template: str | None = choice(
         *TEMPLATES, meaning="of every set; null: each set's own", default=None, plugin="template"
