@@ -3,7 +3,8 @@
     python -m benchmarks.decision [analysis/data/study] [--peer 20.1] [--json outputs/bench/decision.json]
 
 A race looks at 3, 5, 8 and 12 seeds of both arms and stops at the first look at which the claim is decided,
-with its sequential correction; the records are asked which look that would have been. Fixed seeds are twelve
+raced by itself with its sequential correction; the records are asked which look that would have been. Fixed
+seeds are twelve
 of both arms at the mean time of those recorded. `--peer`: TRL's seconds for one update of this work, as
 `benchmarks.default_cell` measures them; twelve seeds of both arms take as many of DASH's updates. Evaluation
 is left out on all sides. Pairs with an arm that is not RL have no time in TRL.
@@ -22,9 +23,10 @@ from analysis import claims, quantities
 from analysis.load import Records, load
 from analysis.variants import Variant, variants
 from benchmarks.report import print_table
-from dash_exp.statistics.comparison import LOOK_WEIGHTS, holm, sequential_p
+from dash_exp.statistics.comparison import LOOK_WEIGHTS, sequential_p
 
 FIXED = 12
+ALPHA = 0.05
 NOT_RL = ("base", "sft_h", "sft_m")
 Key = tuple[str, str, str]
 
@@ -60,37 +62,43 @@ def looks_of(records: Records) -> dict[int, dict[Key, claims.Finding]]:
     return found
 
 
-def decided_at(looks: Mapping[int, Mapping[Key, claims.Finding]]) -> dict[Key, int]:
-    """The first look at which each claim is decided: Holm over the claims of their sequential p-values."""
-    keys = list(next(iter(looks.values())))
-    first: dict[Key, int] = {}
-    seen: list[int] = []
+def decided_at(looks: Mapping[int, Mapping[Key, claims.Finding]], key: Key) -> int | None:
+    """The first look at which a claim, raced by itself, is decided."""
+    seen: dict[int, float] = {}
     for look in sorted(looks):
-        seen.append(look)
-        p_values = [sequential_p({k: looks[k][key].p for k in seen if key in looks[k]}) for key in keys]
-        for key, p in zip(keys, holm(p_values), strict=True):
-            if p < 0.05:
-                first.setdefault(key, look)
-    return first
+        if key in looks[look]:
+            seen[look] = looks[look][key].p
+        if sequential_p(seen) < ALPHA:
+            return look
+    return None
 
 
 def decisions(records: Records, peer_s: float | None) -> list[Decision]:
     """A line for each claim, in the order of the page."""
     looks, arms = looks_of(records), {v.arm: v for v in variants(records)}
-    first, last = decided_at(looks), looks[max(looks)]
-    words = {claim.text: (claim.arm, claim.other) for claim in claims.read_claims()}
+    last = looks[max(looks)]
+    asked = {claim.text: claim for claim in claims.read_claims()}
     updates = len(quantities.steps_of(records, arms["dash"].cells[0]))
     lines = []
     for key, finding in last.items():
-        pair = [name for name in words[finding.claim] if name in arms]
+        both = (asked[finding.claim].arm, asked[finding.claim].other)
+        pair = [name for name in both if name in arms]
         mean = sum(sum(seconds(records, arms[name])) / len(arms[name].cells) for name in pair)
-        look = first.get(key)
+        look = decided_at(looks, key)
         race = sum(sum(seconds(records, arms[name])[:look]) for name in pair) if look else math.nan
-        rl = not {*words[finding.claim]} & {*NOT_RL}
+        rl = not {*both} & {*NOT_RL}
         peer = FIXED * len(pair) * updates * peer_s if peer_s and rl else math.nan
-        verdict = finding.verdict if look else "undecided"
+        verdict = verdict_of(asked[finding.claim], looks[look][key]) if look else "undecided"
         lines.append(Decision(finding.claim, key[2], verdict, look, race, FIXED * mean, peer))
     return lines
+
+
+def verdict_of(claim: claims.Claim, finding: claims.Finding) -> str:
+    """What a decided claim came to."""
+    value = finding.effect.value
+    value = math.log(value) if claim.measure == "speed" else value
+    holds = value * claim.sign > 0 if claim.sign else abs(value) <= claim.effect
+    return "supported" if holds else "contradicted"
 
 
 def seconds(records: Records, variant: Variant) -> list[float]:

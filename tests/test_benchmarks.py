@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -12,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from analysis import claims
+from analysis.load import load
+from analysis.variants import variants
+from benchmarks import decision
 from benchmarks.__main__ import ROWS, arguments
 from benchmarks.capacity import settings
 from benchmarks.curves import counts
@@ -91,6 +96,24 @@ def test_small_sums() -> None:
     assert counts(6) == [1, 2, 4, 6] and counts(8) == [1, 2, 4, 8]
     assert len(settings(Setting(prompts=16, streaming=True, waves=4))) == 7
     assert CONSTANT != VARIED and arguments([]).rows.split(",") == list(ROWS)
+
+
+def test_a_decision_costs_the_seeds_that_a_race_would_have_looked_at() -> None:
+    """Of the demo, which has three seeds: what is decided there costs its runs, a quarter of twelve seeds."""
+    records = load([REPOSITORY / "analysis/data/demo"])
+    lines = decision.decisions(records, peer_s=10.0)
+    assert len(lines) == len(claims.findings(records, variants(records)))
+    decided = [one for one in lines if one.look]
+    assert decided and all(one.look == 3 for one in decided)
+    for one in decided:
+        assert one.fixed_s == pytest.approx(4 * one.race_s)
+    fast = next(one for one in lines if one.claim == "DASH needs less training time than GRPO.")
+    spent = records.steps[records.steps["cell"].str.startswith(("dash-", "grpo-"))]
+    apart = spent.reindex(columns=["time/evaluate_s", "time/checkpoint_s"]).fillna(0.0).to_numpy().sum()
+    assert (fast.look, fast.verdict) == (3, "supported")
+    assert fast.race_s == pytest.approx(spent["time/step_s"].sum() - apart)
+    assert fast.peer_s == 12 * 2 * 30 * 10.0
+    assert all(math.isnan(one.peer_s) for one in lines if "fine-tuning" in one.claim)
 
 
 def benchmarks(*words: str, timeout: float) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
