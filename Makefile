@@ -17,8 +17,11 @@ setup: $(VENV)/.ready ## make .venv from the pinned requirements
 
 $(VENV)/.ready: requirements/lock.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet $(TORCH)
-	$(PY) -m pip install --quiet --no-deps -r requirements/lock.txt
+	@echo "1/3: torch"
+	$(PY) -m pip install $(TORCH)
+	@echo "2/3: $$(grep -c '^[a-z].*==' requirements/lock.txt) pinned packages"
+	$(PY) -m pip install --no-deps -r requirements/lock.txt
+	@echo "3/3: this package"
 	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -23,8 +23,8 @@ KNOWN, SENT = "run.json", "sent.jsonl"
 
 
 class FolderStore:
-    """Runs as folders below a place: `run.json` has their facts, `sent.jsonl` a line for each point. A point
-    whose line a crash prevented is sent again."""
+    """Runs as folders below a place: `run.json` has their facts, `sent.jsonl` a line for each point, written
+    after the point. One whose line a crash prevented is sent again, under the same number."""
 
     has_parents = False
 
@@ -64,11 +64,11 @@ class FolderStore:
     def log_points(self, run: Run, points: Sequence[Point]) -> None:
         if not points:
             return
+        sent = self.root / run.id / SENT
         with self._call():
-            self.write_points(run, points)
-            for point in points:
-                row = {"step": point.step, "time_ms": point.time_ms, "names": sorted(point.values)}
-                append_line(self.root / run.id / SENT, json.dumps(row))
+            self.write_points(run, points, len(read_rows(sent).rows))
+            rows = [{"step": p.step, "time_ms": p.time_ms, "names": sorted(p.values)} for p in points]
+            append_line(sent, "\n".join(map(json.dumps, rows)))
 
     def log_params(self, run: Run, params: Mapping[str, str]) -> None:
         if not params:
@@ -111,7 +111,8 @@ class FolderStore:
 
     # --- what each tracker does ---
 
-    def write_points(self, run: Run, points: Sequence[Point]) -> None:
+    def write_points(self, run: Run, points: Sequence[Point], first: int) -> None:
+        """The first of them is the run's point number `first`."""
         raise NotImplementedError
 
     def write_params(self, run: Run) -> None:
@@ -135,7 +136,7 @@ class TensorBoardStore(FolderStore):
             self._writers[run.id] = SummaryWriter(str(self.root / run.id))
         return self._writers[run.id]
 
-    def write_points(self, run: Run, points: Sequence[Point]) -> None:
+    def write_points(self, run: Run, points: Sequence[Point], first: int) -> None:
         writer = self._writer(run)
         for point in points:
             for name, value in point.values.items():
@@ -181,17 +182,28 @@ class WandbStore(FolderStore):
             opened.define_metric("*", step_metric="step")
         return self._runs[run.id]
 
-    def write_points(self, run: Run, points: Sequence[Point]) -> None:
+    def write_points(self, run: Run, points: Sequence[Point], first: int) -> None:
         """`step` is the record's. W&B's own only counts: it cannot go back, as a resumed run does."""
         opened = self._run(run)
-        for point in points:
-            opened.log({**point.values, "step": point.step, "time": point.time_ms / 1000})
+        for number, point in enumerate(points, first):
+            row = {**point.values, "step": point.step, "_timestamp": point.time_ms / 1000}
+            opened.log(row, step=number)
 
     def write_params(self, run: Run) -> None:
-        self._run(run).config.update(run.params, allow_val_change=True)
+        given = {name: typed(text) for name, text in run.params.items()}
+        self._run(run).config.update(given, allow_val_change=True)
 
     def end(self, run: Run) -> None:
         opened = self._run(run)
         opened.summary.update({key: text for key, text in run.tags.items() if key.startswith("dash_exp.")})
         opened.finish(exit_code=0 if run.status == "FINISHED" else 1)
         del self._runs[run.id]
+
+
+def typed(text: str) -> Any:
+    """A parameter's text as the number or flag that it stands for, else itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
