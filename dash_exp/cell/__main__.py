@@ -32,7 +32,7 @@ from dash_exp.errors import (
     run_command,
 )
 from dash_exp.learning.settings import rank_from_environment
-from dash_exp.modeling.hub import push, refuse_unreachable
+from dash_exp.modeling.hub import refuse_unreachable
 from dash_exp.record.folder import CellBusy, Recorder, archive, read_final, read_json
 from dash_exp.record.identity import as_stored, freeze, make_cell, read_frozen, resolve_paths
 from dash_exp.signals import Interrupted, Stop, handling, reduce_openmp_spinning, run_forwarding
@@ -111,16 +111,11 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
             mirror = stack.enter_context(tracked(folder, config, display))
             recorder = stack.enter_context(Recorder(folder))  # released before the mirror's last sync
             if read_json(folder / "status.json").get("state") == "finished":
-                code = show_finished(folder, display)
-            else:
-                refuse_unreachable(config)
-                if mirror is not None:
-                    mirror.start(recorder.attempt)
-                code = run_locked(folder, config, recorder, display, stop, links)
-            finished = read_json(folder / "status.json").get("state") == "finished"
-            if config.run.push_to and code == ExitCode.OK and finished:
-                display.note(f"uploaded to {push(folder, config.run.push_to)}")
-            return code
+                return show_finished(folder, display)
+            refuse_unreachable(config)
+            if mirror is not None:
+                mirror.start(recorder.attempt)
+            return run_locked(folder, config, recorder, display, stop, links)
     except CellBusy as error:
         fault = Fault(format_path(folder), "is being run by another process", "see its log.txt")
         raise UserError(fault) from error

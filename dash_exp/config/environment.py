@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,20 +58,8 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
             yield from _dataset(place, data, folder)
             if gym_settings(data) not in map(gym_settings, parts_of(config.dataset).values()):
                 yield from _gym(place, data, installed)
-    yield from _pushed(config.run.push_to)
     yield from _sandbox(config)
     yield from _writable(config.run.dir)
-
-
-def _pushed(repository: str | None) -> Iterator[Fault]:
-    if repository is None:
-        return
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        yield Fault("run.push_to", f"got {repository!r}, must be <owner>/<name>", "e.g. me/my-model")
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        yield Fault("run.push_to", "needs a token of the hub", "hf auth login, or the variable HF_TOKEN")
 
 
 def _sandbox(config: Config) -> Iterator[Fault]:

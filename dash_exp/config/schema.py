@@ -478,7 +478,6 @@ class RunConfig(Constant):
     command: str | None = setting("this run's command; set by the program, to be shown", None)
     sweep: str | None = setting("with -m: the sweep's name; null: made from what is varied", None)
     profile: int = number(STEPS, "steps of this attempt, after its first, that torch's profiler traces", 0)
-    push_to: str | None = setting("a repository on the hub for the trained model, with a card", None)
     until_step: int | None = number(SOME_STEPS, "pause after this step; the next start goes on", None, "10")
 
 

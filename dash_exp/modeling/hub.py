@@ -1,4 +1,4 @@
-"""What a run needs of the hub, which is asked for before anything waits for it; and what it gives back."""
+"""What a run needs of the hub: whether it is there, before anything waits for a connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from urllib.request import Request, urlopen
 from dash_exp.config.overrides import first_line
 from dash_exp.config.schema import Config, dataset_places
 from dash_exp.errors import Fault, UserError
-from dash_exp.record.card import card_of
 
 TIMEOUT_S = 5
 HINTS = {
@@ -65,27 +64,3 @@ def _why_unreachable() -> str:
     except OSError as error:
         return first_line(error)
     return ""
-
-
-def push(cell: Path, repository: str) -> str:
-    """Upload the newest checkpoint of a finished cell with its config and a card; private, where it is new.
-    Returns its address. Raises UserError if the hub refuses."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    hub = HfApi()
-    files = {"README.md": card_of(cell).encode(), "config.yaml": (cell / "config.yaml").read_bytes()}
-    try:
-        address = hub.create_repo(repository, private=True, exist_ok=True)
-        weights = max((cell / "checkpoints").glob("step-*"))
-        hub.upload_folder(
-            repo_id=repository, folder_path=weights, ignore_patterns=["resume/*", "checksums.json"]
-        )
-        for name, content in files.items():
-            hub.upload_file(repo_id=repository, path_or_fileobj=content, path_in_repo=name)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        what = f"{repository} was not written: {first_line(error)}"
-        raise UserError(
-            Fault("run.push_to", what, "the same command tries it again"), "the run is finished"
-        ) from error
-    return str(address)
