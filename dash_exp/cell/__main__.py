@@ -111,11 +111,15 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
             mirror = stack.enter_context(tracked(folder, config, display))
             recorder = stack.enter_context(Recorder(folder))  # released before the mirror's last sync
             if read_json(folder / "status.json").get("state") == "finished":
-                return show_finished(folder, display)
-            refuse_unreachable(config)
-            if mirror is not None:
-                mirror.start(recorder.attempt)
-            return run_locked(folder, config, recorder, display, stop, links)
+                code: int = show_finished(folder, display)
+            else:
+                refuse_unreachable(config)
+                if mirror is not None:
+                    mirror.start(recorder.attempt)
+                code = run_locked(folder, config, recorder, display, stop, links)
+            if config.checkpoint.push_to and read_json(folder / "status.json").get("state") == "finished":
+                publish(folder, config, recorder, display)
+            return code
     except CellBusy as error:
         fault = Fault(format_path(folder), "is being run by another process", "see its log.txt")
         raise UserError(fault) from error
@@ -184,6 +188,19 @@ def run_locked(
         record_end(recorder, "failed", failure, trace)
         raise
     return ExitCode.OK
+
+
+def publish(folder: Path, config: Config, recorder: Recorder, display: Display) -> None:
+    """Upload a finished cell. Raises UserError where that fails."""
+    from dash_exp.cell.upload import upload
+
+    try:
+        done = upload(folder, config)
+    except UserError as error:
+        recorder.log(str(error))
+        raise
+    recorder.log(done)
+    display.note(done)
 
 
 def record_interrupted(recorder: Recorder, display: Display, number: int, trace: str = "") -> int:

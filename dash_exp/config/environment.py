@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_exp.config.model_files import model_faults
-from dash_exp.config.schema import Config, DatasetConfig, evaluation_places, parts_of
+from dash_exp.config.schema import PUSH_TO, Config, DatasetConfig, evaluation_places, parts_of
 from dash_exp.config.tracking import tracking_faults
 from dash_exp.errors import Fault, nearest
 
@@ -60,6 +60,7 @@ def missing(config: Config, installed: Installed) -> Iterator[Fault]:
                 yield from _gym(place, data, installed)
     yield from _sandbox(config)
     yield from _writable(config.run.dir)
+    yield from _upload(config.checkpoint.push_to)
 
 
 def _sandbox(config: Config) -> Iterator[Fault]:
@@ -206,3 +207,23 @@ def _writable(given: str) -> Iterator[Fault]:
         yield Fault("run.dir", f"{folder} cannot be created: {existing} is not a folder")
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield Fault("run.dir", f"no permission to write to {existing}", "choose another run.dir=")
+
+
+def _upload(target: str | None) -> Iterator[Fault]:
+    """The name of the repository that gets the weights, and whether they can be sent there."""
+    if target is None:
+        return
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(target if "/" in target else f"{target}/name")
+    except HFValidationError:
+        hint = "owner/name, or owner alone: each run's own name; letters, digits, - _ ."
+        yield Fault(PUSH_TO, f"got {target!r}, which cannot name a repository of the hub", hint)
+    if constants.HF_HUB_OFFLINE:
+        yield Fault(PUSH_TO, "HF_HUB_OFFLINE is set, so nothing can be uploaded", "leave one of them out")
+    elif not get_token():
+        hint = "set the variable HF_TOKEN to one that may write, or log in: hf auth login"
+        yield Fault(PUSH_TO, "there is no token of the hub, so nothing can be uploaded", hint)

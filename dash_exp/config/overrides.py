@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dash_exp.config.schema import ACTIONS, Config, Key, plain
+from dash_exp.config.schema import Config, Key, is_action, plain
 from dash_exp.errors import Fault, nearest
 from dash_exp.text import LONG, hide_credentials, shorten
 
@@ -66,7 +66,7 @@ def override_faults(override: Override, options: Options) -> list[Fault]:
         return _group_faults(override, options)
     if type_of(key) is None:
         return [unknown_key(key, options)]
-    if key.split(".")[0] in ACTIONS and hide_credentials(text := str(value)) != text:
+    if is_action(key) and hide_credentials(text := str(value)) != text:
         return [
             Fault(key, f"got {shorten(hide_credentials(text))}: a user, password or token in a URL", SECRETS)
         ]

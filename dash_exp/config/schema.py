@@ -397,6 +397,9 @@ class CheckpointConfig(Constant):
         Range(0, 10**6, open_low=True), "and after so many minutes without one; null: never", None
     )
     keep: int = number(SOME_STEPS, "checkpoints kept while running")
+    push_to: str | None = setting(
+        "the hub's `owner/name`, or `owner`: where the last one goes with a model card", None
+    )
 
 
 @dataclass
@@ -515,6 +518,20 @@ class Config(Constant):
 
 ACTIONS = ("run", "tracking", "cluster", "paths")
 """Groups that cannot change a result: left out of a cell's identity and of its frozen file."""
+PUSH_TO = "checkpoint.push_to"
+"""A key of another group that cannot either."""
+
+
+def is_action(key: str) -> bool:
+    """Whether a key cannot change a result."""
+    return key.partition(".")[0] in ACTIONS or key == PUSH_TO
+
+
+def without_actions(config: Config) -> dict[str, Any]:
+    """A config as plain values, without what cannot change a result."""
+    plain = {key: value for key, value in dataclasses.asdict(config).items() if key not in ACTIONS}
+    del plain["checkpoint"]["push_to"]
+    return plain
 
 
 def dataset_places(config: Config) -> dict[str, DatasetConfig]:

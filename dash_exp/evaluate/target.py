@@ -20,7 +20,7 @@ import yaml
 
 from dash_exp.config.checks import check, is_below
 from dash_exp.config.compose import compose, find_faults
-from dash_exp.config.schema import ACTIONS, Config, changed
+from dash_exp.config.schema import Config, changed, without_actions
 from dash_exp.errors import Fault, UserError
 from dash_exp.record.identity import model_name, read_frozen
 from dash_exp.text import format_path
@@ -203,7 +203,7 @@ def find_checkpoint(folder: Path, named: str | None) -> tuple[Path | None, list[
 @contextmanager
 def as_option(frozen: Config, checkpoint: Path, overrides: Sequence[str]) -> Iterator[list[str]]:
     """A frozen config as an option of Hydra's, in a temporary folder. Yields the overrides that choose it."""
-    plain = {key: value for key, value in asdict(frozen).items() if key not in ACTIONS}
+    plain = without_actions(frozen)
     plain["model"]["path"] = str(checkpoint)
     chosen = {text.partition("=")[0] for text in overrides}
     if "evaluation" in chosen:

@@ -22,17 +22,18 @@ import yaml
 
 from dash_exp import plugins
 from dash_exp.config.schema import (
-    ACTIONS,
     FIRST_FILTERS,
     Config,
     DatasetConfig,
     ModelConfig,
     changed,
     dataset_places,
+    is_action,
     own_functions,
     own_rows,
     to_config,
     with_references,
+    without_actions,
 )
 from dash_exp.errors import Fault, UserError
 from dash_exp.plugins import is_reference
@@ -123,14 +124,14 @@ def as_stored(config: Config, folder: Path) -> Config:
 def frozen_values(config: Config) -> dict[str, Any]:
     """What is frozen of a config with resolved paths."""
     kept = with_references(config, lambda text: plugins.stored(plugins.find(text))[0])
-    return {k: v for k, v in asdict(kept).items() if k not in ACTIONS}
+    return without_actions(kept)
 
 
 def described(config: Config, cache: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is frozen of a config with resolved paths, and what its identity is made of."""
     rows = {place: _rows_hash(one) for place, one in dataset_places(config).items() if is_reference(one.kind)}
     hashed = with_references(config, lambda text: plugins.version(plugins.find(text)))
-    identity = {k: v for k, v in asdict(hashed).items() if k not in ACTIONS} | {"format": FORMAT}
+    identity = without_actions(hashed) | {"format": FORMAT}
     identity |= {"rows": rows} if rows else {}
     identity["model"] = _model_identity(config.model, identity["model"], cache)
     identity["dataset"] = _dataset_identity(hashed.dataset, cache)
@@ -284,7 +285,7 @@ def read_frozen(folder: Path, actions: Sequence[str] = ()) -> Config:
             "requeues": 0,
         },  # who started this has seen to these
     }
-    given = OmegaConf.from_dotlist([a for a in actions if a.partition(".")[0] in ACTIONS])
+    given = OmegaConf.from_dotlist([a for a in actions if is_action(a.partition("=")[0])])
     try:
         config = to_config(OmegaConf.merge(OmegaConf.create(defaults), loaded, given))
         return with_references(config, lambda text: in_folder(text, folder))

@@ -209,6 +209,8 @@ class Pool:
             self._settle(job, PAUSED, str(status.get("reason")))
         elif code == ExitCode.OK or done:
             text = f"finished after step {status.get('step', 0)}, {format_seconds(worker.age_s)}"
+            if code == ExitCode.USER_ERROR:  # its upload failed
+                text += f", but {worker.reason(code)}"
             self._settle(job, "finished", text)
         elif code == ExitCode.BLOCKED:
             self._settle(job, "blocked", f"is blocked: it {status.get('reason', 'waits for another cell')}")

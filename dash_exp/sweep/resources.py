@@ -19,7 +19,7 @@ import yaml
 from dash_exp.capacity.memory import card_bytes
 from dash_exp.config.compose import conf_dir
 from dash_exp.config.overrides import quoted
-from dash_exp.config.schema import ACTIONS, ClusterConfig, Config, TrackingConfig
+from dash_exp.config.schema import ACTIONS, PUSH_TO, ClusterConfig, Config, TrackingConfig, is_action
 from dash_exp.errors import Fault
 from dash_exp.record.manifest import Resources
 from dash_exp.sweep.spec import Combination, key_of
@@ -169,7 +169,7 @@ def gpus_here() -> tuple[str, ...]:
 
 def is_setting(text: str) -> bool:
     """Whether an override sets something of a launch, not of a cell."""
-    return key_of(text).partition(".")[0] in ACTIONS
+    return is_action(key_of(text))
 
 
 def split(overrides: Iterable[str]) -> tuple[Combination, Combination]:
@@ -184,12 +184,9 @@ def split(overrides: Iterable[str]) -> tuple[Combination, Combination]:
 
 def settings_of(config: Config) -> Settings:
     """Everything a config sets of a launch and of every start."""
-    return {
-        key: text
-        for group in ACTIONS
-        for key, text in _leaves(asdict(getattr(config, group)), f"{group}.")
-        if key not in NOT_REPEATED
-    }
+    groups = {group: asdict(getattr(config, group)) for group in ACTIONS}
+    groups["checkpoint"] = {"push_to": config.checkpoint.push_to}
+    return {key: text for key, text in _leaves(groups, "") if key not in NOT_REPEATED}
 
 
 def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
@@ -209,6 +206,10 @@ def differing_faults(found: Sequence[Settings]) -> Iterator[Fault]:
         if len(values) > 1 and key not in OF_A_CELL:
             hint = "it is no part of a cell, so the cells would be the same: give it one value"
             yield Fault(key, f"has several values: {', '.join(values[:4])}", hint)
+    owner, slash, _ = (found[0] if found else {}).get(PUSH_TO, "").partition("/")
+    if slash and len(found) > 1:
+        what = f"is one repository for {len(found)} cells, and each would replace the one before"
+        yield Fault(PUSH_TO, what, f"name its owner alone, and each cell gets its own: {PUSH_TO}={owner}")
 
 
 def common_actions(found: Sequence[Settings], defaults: Settings) -> Combination:

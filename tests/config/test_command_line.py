@@ -153,7 +153,7 @@ def test_wrong_input_gives_one_message_with_every_fault_and_exit_code_2(shell: S
         "  x: is not key=value\n"
         "    see python -m dash_exp --help\n"
         "  checkpoint.evry: unknown key\n"
-        "    did you mean 'checkpoint.every'? (in checkpoint: every, keep, minutes)\n"
+        "    did you mean 'checkpoint.every'? (in checkpoint: every, keep, minutes, push_to)\n"
         "  filter: unknown option 'nonee'\n"
         f"    did you mean 'none'? (allowed: {', '.join(sorted(FILTERS))})\n"
         "  algorithm.group_size: got 1, must be at least 2\n"

@@ -74,12 +74,12 @@ def test_compose_raises_every_fault() -> None:
             Fault(
                 "checkpoint.evry",
                 "unknown key",
-                "did you mean 'checkpoint.every'? (in checkpoint: every, keep, minutes)",
+                "did you mean 'checkpoint.every'? (in checkpoint: every, keep, minutes, push_to)",
             ),
         ),
         (
             "+checkpoint.often=3",
-            Fault("checkpoint.often", "unknown key", "in checkpoint: every, keep, minutes"),
+            Fault("checkpoint.often", "unknown key", "in checkpoint: every, keep, minutes, push_to"),
         ),
         ("dash", Fault("dash", "is not key=value", "see python -m dash_exp --help")),
         ("hydra.searchpath=[/nope]", None),
