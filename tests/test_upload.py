@@ -44,6 +44,8 @@ def test_a_model_card_states_recipe_data_and_results() -> None:
         {
             "dataset.path": "/home/someone/sums.jsonl",
             "dataset.verifier": "/home/someone/own_reward.py:score",
+            "dataset.rewards": ["/home/someone/own_reward.py:brief"],
+            "dataset.task_options": {"options": ["/home/someone/more"]},
             "algorithm.baseline": "/home/someone/own_advantage.py:middle",
         },
     )
@@ -60,11 +62,12 @@ def test_a_model_card_states_recipe_data_and_results() -> None:
     assert r"| sums\|far | accuracy | 0.250 [0.100, 0.500] | 0.500 [0.200, 0.800] | 8 |" in text
     assert r"| sums\|far | pass@4 | - | - | 0 |" in text and "length/" not in text
     judged = "math (boxed_or_last)"
-    own = "own_reward.py:score (boxed_or_last)"
+    own = "own_reward.py:score (boxed_or_last) + own_reward.py:brief"
     assert f"| training | file `sums.jsonl` | all | bare | {own} | {'a' * 16} |" in text
     assert f"| evaluation (gsm8k) | `openai/gsm8k`, split test | all | bare | {judged} | {'b' * 16} |" in text
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["algorithm"]["baseline"] == "own_advantage.py:middle"
+    assert recipe["dataset"]["task_options"] == {"options": ["more"]} and "entropy" not in recipe["algorithm"]
     assert recipe["learner"]["lr"] == config.learner.lr and recipe["seed"] == 0
     assert "/home" not in text and "for 6 steps of" in text and "all steps done" in text
 

