@@ -72,7 +72,7 @@ def launch_multirun(
         plan = replace(plan, name=_unused_name(plan, root))
     code = launch(LaunchRequest(plan, root, base.cluster, jobs, base.run.force), wait=waits)
     asked = [_cell_of(plan, (*one, *part)) for one in combinations]
-    return code, [cell and objective(cell.cell.folder(root)) for cell in asked]
+    return code, [None if cell is None else objective(cell.cell.folder(root)) for cell in asked]
 
 
 def _cell_of(plan: Plan, combination: Combination) -> PlannedCell | None:
