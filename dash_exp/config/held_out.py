@@ -25,7 +25,7 @@ def held_out(data: DatasetConfig) -> DatasetConfig | None:
         "test_split": None,
         "split": "test",
         "mix": {},
-        "limit": None,
+        "limit": data.limit if data.streaming else None,
         "traces": None,
     }
     kept: DatasetConfig = changed(data, {"path": None, **places, **rest})

@@ -124,7 +124,8 @@ def _source(data: DatasetConfig) -> str:
         return f"`{_short(data.kind)}`, split {data.hub_split or data.split}"
     if data.path:
         return f"file `{Path(data.path).name}`"
-    return f"`{data.hub}`, split {data.hub_split or data.split}"
+    revision = f" at `{data.revision}`" if data.revision else ""
+    return f"`{data.hub}`{revision}, split {data.hub_split or data.split}"
 
 
 def _made_by(facts: Row) -> str:

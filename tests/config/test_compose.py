@@ -228,3 +228,6 @@ def test_own_data_are_evaluated_on_their_own_held_out_set_or_on_nothing() -> Non
         assert [(one.path, one.hub_split) for one in sets] == expected, overrides
         assert config.evaluation.before is bool(expected)
         assert all(one.limit is None and one.split == "test" for one in sets)
+    streamed = ["dataset.hub=me/sums", "dataset.test_split=held", "dataset.streaming=true", "dataset.limit=9"]
+    config = compose(["dataset=own", "model=tiny", *streamed])
+    assert check(config) == [] and [one.limit for one in config.evaluation.sets.values()] == [9]
