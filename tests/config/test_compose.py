@@ -16,6 +16,7 @@ from dash_exp.config.checks import check
 from dash_exp.config.compose import compose, conf_dir, find_faults
 from dash_exp.config.overrides import type_of
 from dash_exp.config.schema import changed
+from dash_exp.config.tracking import TRACKERS
 from dash_exp.errors import UserError
 from tests.config.composed import composed
 
@@ -68,7 +69,9 @@ def test_options_are_named_after_their_files() -> None:
     for option in OPTIONS:
         group, _, name = option.partition("/")
         named = yaml.safe_load((conf_dir() / f"{option}.yaml").read_text()) or {}
-        if group not in ("dataset", "debug", "experiment", "recipe"):
+        if group == "tracking":
+            assert [tracker for tracker in TRACKERS if named.get(tracker)] == [name] * (name != "none")
+        elif group not in ("dataset", "debug", "experiment", "recipe"):
             assert named.get(group, named)["name"] == name
 
 
