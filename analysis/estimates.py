@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,14 @@ def over_seeds(values_S: Sequence[float] | Array) -> Estimate:
         return Estimate(middle, n_seeds=len(values), note=few_seeds(len(values)))
     half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return Estimate(middle, middle - half, middle + half, len(values))
+
+
+def share_over_seeds(values_S: Sequence[float] | Array) -> Estimate:
+    """The same for shares: the interval ends at 0 and 1."""
+    found = over_seeds(values_S)
+    if math.isnan(found.low):
+        return found
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def accuracy(scores_SP: Array, *, trained: bool = True) -> Estimate:

@@ -237,7 +237,7 @@ def outcome_table(records: Records, own: Sequence[Variant], model: str, data: st
         shares = [_shares(records, cell, kinds, present) for cell in quantities.finished(records, variant)]
         table = pd.DataFrame([s for s in shares if s is not None])
         entries = tuple(
-            Entry(scaled(est.over_seeds(table[k]), 100))
+            Entry(scaled(est.share_over_seeds(table[k]), 100))
             if len(table)
             else Entry(est.Estimate(math.nan, note=NOT_JUDGED))
             for k in present

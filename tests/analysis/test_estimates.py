@@ -12,6 +12,14 @@ from scipy import stats
 from analysis import estimates as est
 
 
+def test_the_interval_of_a_share_stays_a_share() -> None:
+    assert est.over_seeds([0.0, 0.0, 0.1]).low < 0
+    found = est.share_over_seeds([0.0, 0.0, 0.1])
+    assert (found.low, found.value) == (0.0, pytest.approx(0.1 / 3)) and found.high < 1
+    assert est.share_over_seeds([1.0, 1.0, 0.9]).high == 1.0
+    assert math.isnan(est.share_over_seeds([0.5, 0.6]).low)
+
+
 def test_mean_over_seeds_has_students_interval() -> None:
     values = [0.60, 0.66, 0.72]
     found = est.over_seeds(values)
