@@ -73,8 +73,9 @@ def decided_at(looks: Mapping[int, Mapping[Key, claims.Finding]], key: Key) -> i
     return None
 
 
-def decisions(records: Records, peer_s: float | None) -> list[Decision]:
-    """A line for each claim, in the order of the page."""
+def decisions(records: Records, peer_s: float | None, at_once: int = 1) -> list[Decision]:
+    """A line for each claim, in the order of the page. `at_once`: runs that shared the machine, so that what
+    they took on the wall is their sum divided by it."""
     looks, arms = looks_of(records), {v.arm: v for v in variants(records)}
     last = looks[max(looks)]
     asked = {claim.text: claim for claim in claims.read_claims()}
@@ -89,7 +90,8 @@ def decisions(records: Records, peer_s: float | None) -> list[Decision]:
         rl = not {*both} & {*NOT_RL}
         peer = FIXED * len(pair) * updates * peer_s if peer_s and rl else math.nan
         verdict = verdict_of(asked[finding.claim], looks[look][key]) if look else "undecided"
-        lines.append(Decision(finding.claim, key[2], verdict, look, race, FIXED * mean, peer))
+        ours = race / at_once, FIXED * mean / at_once
+        lines.append(Decision(finding.claim, key[2], verdict, look, *ours, peer))
     return lines
 
 
@@ -110,9 +112,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("records", type=Path, nargs="?", default=Path("analysis/data/study"))
     parser.add_argument("--peer", type=float, help="seconds of one update with TRL")
+    parser.add_argument("--at-once", type=int, default=1, help="runs that shared the machine")
     parser.add_argument("--json", type=Path, help="where the numbers are written")
     args = parser.parse_args(given)
-    lines = decisions(load([args.records]), args.peer)
+    lines = decisions(load([args.records]), args.peer, args.at_once)
     rows = []
     for one in lines:
         times = [shown(value) for value in (one.race_s, one.fixed_s, one.peer_s)]

@@ -568,3 +568,19 @@ def test_kept_records_make_the_same_tables(pair: Path, tmp_path: Path) -> None:
     csvs = [name for name in before if name.endswith(".csv")]
     assert csvs
     assert {name: after[name] for name in csvs} == {name: before[name] for name in csvs}
+
+
+def test_the_tables_of_the_findings_follow_from_the_bundled_study() -> None:
+    """And so do the verdicts that the page counts."""
+    study = REPOSITORY / "analysis/data/study"
+    assert main([str(study), "--out", str(REPOSITORY / "docs/study"), "--check"]) == 0
+    records = load([study])
+    found = findings(records, variants(records))
+    page = (REPOSITORY / "docs/findings.md").read_text(encoding="utf-8")
+    decided = [one for one in found if one.verdict != "undecided"]
+    assert f"The {len(found)} claims are one family" in page and len(decided) == 7
+    for one in found:
+        effect = one.effect
+        low, high = (f"{value:.1f}" for value in (effect.low, effect.high))
+        rows = [line for line in page.splitlines() if line.startswith(f"| {one.claim} |")]
+        assert any(one.verdict in line and low in line and high in line for line in rows), one.claim
