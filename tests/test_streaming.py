@@ -75,7 +75,6 @@ def learned(
         learner,
         aggregation,
         max_tokens,
-        prompts=held,
         chooser=Chooser(held, 0, SelectionConfig()),
         sampler=sampler,
         decoding=Decoding(MAX_NEW, 1.0, (1,)),

@@ -13,7 +13,7 @@ from dash_exp.sweep.spec import combinations, key_of
 
 NAMES = specs.names()
 DEMOS = [name for name in NAMES if name.startswith("demo")]
-PAPER = [name for name in NAMES if name not in DEMOS]
+PAPER = [name for name in NAMES if not name.startswith(("demo", "study"))]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -22,7 +22,7 @@ def test_a_sweep_says_what_it_asks(name: str) -> None:
     assert lines[0].startswith("# ") and len(lines[0]) > 40
     spec = specs.load(name)
     assert spec.claim.endswith(".") and spec.question.endswith(".") and spec.feeds
-    assert len(spec.seeds) >= 3 or name in ("demo", "demo_minute")
+    assert len(spec.seeds) >= 3 or name in ("demo", "demo_minute", "study_rates")
 
 
 def test_every_table_and_figure_is_fed() -> None:
