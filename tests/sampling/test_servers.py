@@ -114,7 +114,7 @@ BROKEN = {
     "short": "no completion in the response",
     "old": "tokens of weights",
     "dead": r"EngineDeadError|/health reports an error",
-    "hang": "health checks failed",
+    "hang": r"health checks failed|no token for 1\.5 s",  # whichever is noticed first
     "stuck": r"no token for 1\.5 s",
     "refuse": "failed to load weights",
 }
