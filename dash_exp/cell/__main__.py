@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dash_exp.config.checks import check
-from dash_exp.config.schema import Config, changed
+from dash_exp.config.schema import Config, changed, dataset_places
 from dash_exp.config.tracking import trackers_of
 from dash_exp.errors import (
     DISK_ERRORS,
@@ -113,7 +113,7 @@ def run(folder: Path, config: Config, links: Coordinator | None = None) -> int:
             if read_json(folder / "status.json").get("state") == "finished":
                 code: int = show_finished(folder, display)
             else:
-                refuse_unreachable(config)
+                refuse_unreachable(config.model, dataset_places(config))
                 if mirror is not None:
                     mirror.start(recorder.attempt)
                 code = run_locked(folder, config, recorder, display, stop, links)

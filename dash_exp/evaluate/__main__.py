@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_exp.config.schema import changed
+from dash_exp.config.schema import changed, evaluation_places
 from dash_exp.errors import ExitCode, Fault, UserError, disk_errors_below, run_command
 from dash_exp.evaluate.target import USAGE, Subject, parse, subject_of
 from dash_exp.evaluation.metrics import EvalSet, base_key, evaluate, shared
@@ -59,7 +59,7 @@ def run(subject: Subject) -> int:
     if config.model.path:
         _refuse_damage(Path(config.model.path))
     display = Display(0, config.run.progress)
-    with InferenceModel.of(config, cache) as inference:
+    with InferenceModel.of(config, cache, evaluation_places(config)) as inference:
         sets = inference.prompt_builder.held_out()
         keys = {one.label: _key(inference, one, cache) for one in sets}
         digest = _digest({"keys": keys, "k": list(config.evaluation.k), "step": subject.step})

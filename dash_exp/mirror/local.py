@@ -24,7 +24,8 @@ KNOWN, SENT = "run.json", "sent.jsonl"
 
 class FolderStore:
     """Runs as folders below a place: `run.json` has their facts, `sent.jsonl` a line for each point, written
-    after the point. One whose line a crash prevented is sent again, under the same number."""
+    after the point. One whose line a crash prevented is sent again, with the same step and time, and to W&B
+    under the same number."""
 
     has_parents = False
 

@@ -212,8 +212,8 @@ def sweep_status(sweep: Manifest) -> tuple[str, int]:
 
 
 def sweep_summary(sweep: Manifest) -> dict[str, float]:
-    """Of the finished cells: how many they are, and by arm the mean over seeds of each last accuracy and of
-    the training time in seconds. Empty until one has finished."""
+    """Of the finished cells: how many they are, and by arm the mean over them of each last accuracy. Empty
+    until one has finished."""
     found: dict[str, list[float]] = defaultdict(list)
     cells = 0
     for folder in map(sweep.cell, sweep.entries):
@@ -223,10 +223,8 @@ def sweep_summary(sweep: Manifest) -> dict[str, float]:
         cells += 1
         arm = read_config(folder).value.get("algorithm", {}).get("name", "")
         for row in read_final(folder, "evals"):
-            if row["metric"] == "accuracy" and row["step"] == status.get("step"):
+            if row["metric"] == "accuracy" and row["step"] == status.get("step") and "value" in row:
                 found[f"accuracy/{row['dataset']}/{arm}"].append(float(row["value"]))
-        seconds = [float(row.get("time/step_s") or 0.0) for row in read_final(folder, "steps")]
-        found[f"seconds/{arm}"].append(sum(seconds))
     means = {name: statistics.fmean(values) for name, values in found.items()}
     return {"cells/finished": float(cells), **means} if cells else {}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from dash_exp.config.overrides import first_line
-from dash_exp.config.schema import Config, dataset_places
+from dash_exp.config.schema import DatasetConfig, ModelConfig
 from dash_exp.errors import Fault, UserError
 
 TIMEOUT_S = 5
@@ -18,30 +18,30 @@ HINTS = {
 }
 
 
-def refuse_unreachable(config: Config) -> None:
-    """Raises UserError that names every model and dataset which is neither here nor can be fetched."""
-    absent = [needed for needed in _needed(config) if not _is_cached(config, *needed[1:])]
+def refuse_unreachable(model: ModelConfig, data: Mapping[str, DatasetConfig]) -> None:
+    """Raises UserError that names the model and every dataset which is neither here nor can be fetched.
+    `data`: what will be read, by the key that holds it."""
+    absent = [needed for needed in _needed(model, data) if not _is_cached(model, *needed[1:])]
     if absent and (reason := _why_unreachable()):
         what = f"is not on this machine, and the hub cannot be reached ({reason})"
         hints = {place: HINTS[kind].format(place=place.removesuffix(".hub")) for place, kind, _ in absent}
         raise UserError([Fault(place, f"{name!r} {what}", hints[place]) for place, _, name in absent])
 
 
-def _needed(config: Config) -> Iterator[tuple[str, str, str]]:
+def _needed(model: ModelConfig, data: Mapping[str, DatasetConfig]) -> Iterator[tuple[str, str, str]]:
     """The key, the kind and the name of everything that comes from the hub."""
-    model = config.model
     if model.hub and not model.path and not model.package:
         yield "model.hub", "model", model.hub
-    for place, data in dataset_places(config).items():
-        if data.kind == "jsonl" and data.hub and not data.path and not Path(data.hub).is_dir():
-            yield f"{place}.hub", "dataset", data.hub
+    for place, one in data.items():
+        if one.kind == "jsonl" and one.hub and not one.path and not Path(one.hub).is_dir():
+            yield f"{place}.hub", "dataset", one.hub
 
 
-def _is_cached(config: Config, kind: str, name: str) -> bool:
+def _is_cached(model: ModelConfig, kind: str, name: str) -> bool:
     from huggingface_hub import constants, try_to_load_from_cache
 
     if kind == "model":
-        return isinstance(try_to_load_from_cache(name, "config.json", revision=config.model.revision), str)
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=model.revision), str)
     import datasets
 
     prepared = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")

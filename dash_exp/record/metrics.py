@@ -45,9 +45,9 @@ def objective(folder: Path) -> float | None:
     """What a search may maximise: a cell's last accuracy on its first evaluation set, else its mean reward
     over the last ten steps; None where there is neither."""
     evals = [row for row in read_final(folder, "evals") if row["metric"] == "accuracy"]
-    first = [row["value"] for row in evals if row["dataset"] == evals[0]["dataset"]]
-    if first:
-        return float(first[-1])
+    last = [row.get("value") for row in evals if row["dataset"] == evals[0]["dataset"]][-1:]
+    if last and last[0] is not None:
+        return float(last[0])
     rewards = [row.get("reward/mean") for row in read_final(folder, "steps")[-10:]]
     return mean(reward for reward in rewards if reward is not None)
 

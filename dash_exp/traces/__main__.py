@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from dash_exp.config.schema import parts_of
 from dash_exp.errors import ExitCode, disk_errors_below, run_command
 from dash_exp.record import provenance
 from dash_exp.record.folder import Row
@@ -61,7 +62,7 @@ def run(command: Command) -> int:
     cache = Path(config.run.dir) / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     progress = Progress(config.run.progress)
-    with InferenceModel.of(config, cache) as inference:
+    with InferenceModel.of(config, cache, parts_of(config.dataset)) as inference:
         work = Work.of(command, inference, cache)
         file = TraceFile(command.out, work.settings)
         with file.held(), progress:

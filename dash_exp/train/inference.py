@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from dash_exp.config.schema import Config
+from dash_exp.config.schema import Config, DatasetConfig
 from dash_exp.learning.learner import device_of
 from dash_exp.modeling.attention import ATTENTION
 from dash_exp.modeling.hub import refuse_unreachable
@@ -42,10 +42,11 @@ class InferenceModel:
     _sampler: Sampler | None = field(default=None, init=False)
 
     @classmethod
-    def of(cls, config: Config, cache: Path) -> Self:
-        """Find the model of a config. Raises UserError when it is not available."""
+    def of(cls, config: Config, cache: Path, data: Mapping[str, DatasetConfig]) -> Self:
+        """Find the model of a config. `data`: the datasets that will be read, by their keys. Raises UserError
+        when one of them is not available."""
         torch.set_num_threads(thread_count(config.cluster.threads))
-        refuse_unreachable(config)
+        refuse_unreachable(config.model, data)
         source = locate(config.model, cache)
         judges = Judges(**vars(config.verifier))
         return cls(config, source, text_model(source.folder), judges)

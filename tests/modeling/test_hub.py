@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from dash_exp.config.compose import compose
+from dash_exp.config.schema import dataset_places
 from dash_exp.errors import UserError
 from dash_exp.modeling.hub import refuse_unreachable
 
@@ -49,14 +50,18 @@ def test_model_and_data_are_named_together_where_the_hub_is_out_of_reach(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(UserError) as caught:
-        refuse_unreachable(config)
+        refuse_unreachable(config.model, dataset_places(config))
     places = [fault.where for fault in caught.value.faults]
     assert places == ["model.hub", "dataset.hub", "evaluation.sets.math500.hub", "evaluation.sets.gsm8k.hub"]
     assert "refused" in str(caught.value)
     (tmp_path / "openai___gsm8k").mkdir()  # prepared once
     with pytest.raises(UserError) as caught:
-        refuse_unreachable(config)
+        refuse_unreachable(config.model, dataset_places(config))
     assert [fault.where for fault in caught.value.faults] == places[:3]
-    refuse_unreachable(compose(["model=tiny", "dataset=digits"]))  # asks nobody
+    generated = compose(["model=tiny", "dataset=digits"])
+    refuse_unreachable(generated.model, dataset_places(generated))  # asks nobody
+    with pytest.raises(UserError) as caught:  # only what will be read counts
+        refuse_unreachable(generated.model, {"dataset": config.dataset})
+    assert [fault.where for fault in caught.value.faults] == ["dataset.hub"]
     monkeypatch.setattr(constants, "ENDPOINT", hub)
-    refuse_unreachable(config)  # it answers: what it says of a name comes when it is fetched
+    refuse_unreachable(config.model, dataset_places(config))  # it answers; what it says comes later
